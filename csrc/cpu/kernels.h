@@ -1,0 +1,35 @@
+// The kernels of one instruction set, as a table of function pointers that dispatch.cpp chooses from.
+#pragma once
+
+#include <cstdint>
+
+#include "../record.h"
+
+namespace numguard::cpu {
+
+enum Dtype : int { kFloat32, kFloat16, kBFloat16, kFloat64, kFloat8E4M3FN, kFloat8E5M2, kDtypes };
+
+constexpr int kItemSize[kDtypes] = {4, 2, 2, 8, 1, 1};
+
+// Writes the record of `count` contiguous elements; indices count from the first of them, plus `base`.
+using ScanKernel = void (*)(const uint8_t* data, int64_t count, int64_t base, Record* out);
+
+// Reads `bytes` bytes and does the least that keeps the loads alive: the limit that a scan is measured against.
+using ReadKernel = uint64_t (*)(const uint8_t* data, int64_t bytes);
+
+struct Kernels {
+  ScanKernel scan[kDtypes];
+  ScanKernel scan_detail[kDtypes];  // zeros and subnormals too
+  ReadKernel read;
+  ReadKernel read_prefetched;
+};
+
+extern const Kernels kPortable;
+#ifdef NUMGUARD_X86
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+extern const ScanKernel kAvx512Bf16Scan;  // replaces kAvx512's two bfloat16 entries
+extern const ScanKernel kAvx512Bf16ScanDetail;
+#endif
+
+}  // namespace numguard::cpu

@@ -1,0 +1,51 @@
+// Segments in, records out: the grid of chunks, the threads, and the choice of the instruction set.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "kernels.h"
+
+namespace numguard::cpu {
+
+enum Isa : int { kIsaPortable, kIsaAvx2, kIsaAvx512, kIsaAvx512Bf16, kIsas };
+
+const char* isa_name(Isa isa);
+bool isa_supported(Isa isa);  // by this CPU, and built into this binary
+
+// How the segments of a layout are cut into chunks. It depends on the sizes alone, never on the number of threads:
+// that is why results are the same bits for any number. Immutable; may be used from many threads at once.
+class Plan {
+ public:
+  // Segment i is [offsets[i], offsets[i + 1]); offsets never decrease.
+  explicit Plan(std::vector<int64_t> offsets);
+
+  int64_t segments() const { return static_cast<int64_t>(offsets_.size()) - 1; }
+
+ private:
+  friend class Scan;
+  struct Chunk {
+    int64_t begin;  // inside the segment
+    int32_t length;
+    int32_t segment;
+  };
+  std::vector<int64_t> offsets_;
+  std::vector<Chunk> chunks_;
+  std::vector<int32_t> first_chunk_;  // of a segment; one more entry at the end
+  std::vector<int32_t> tasks_;        // first chunk of each task, and one more entry at the end
+};
+
+// Where the segments of a plan lie: at their offsets behind `flat`, or each at an address of its own.
+struct Source {
+  const uint8_t* flat = nullptr;
+  const uint64_t* addresses = nullptr;
+};
+
+// Writes one record a segment to `out`. Reads every element once; no allocation beyond 64 bytes a chunk.
+void tensor_stats(const Plan& plan, Source source, Dtype dtype, bool detail, Isa isa, int threads, Record* out);
+
+// Reads `bytes` bytes and does nothing with them, on the same threads and in pieces of the same size.
+uint64_t read_memory(const uint8_t* data, int64_t bytes, bool prefetch, Isa isa, int threads);
+
+}  // namespace numguard::cpu

@@ -1,0 +1,86 @@
+"""The numerics guard for PyTorch and DeepSpeed training.
+
+Importing this package imports neither torch nor deepspeed nor triton: names are resolved when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hallo_numguard.config import GuardConfig, Policy
+    from hallo_numguard.errors import (
+        BackendUnavailable,
+        InvalidInput,
+        NumericsError,
+        NumGuardError,
+        UnsupportedDeepSpeed,
+    )
+    from hallo_numguard.integrations import attach
+    from hallo_numguard.ops.layout import Layout
+    from hallo_numguard.ops.stats import multi_tensor_stats, tensor_stats
+    from hallo_numguard.ops.table import StatsTable
+    from hallo_numguard.records import (
+        Finding,
+        Offender,
+        OverflowReport,
+        Record,
+        StepRecord,
+        Verdict,
+    )
+
+_HOMES = {
+    "BackendUnavailable": "errors",
+    "Finding": "records",
+    "GuardConfig": "config",
+    "InvalidInput": "errors",
+    "Layout": "ops.layout",
+    "NumGuardError": "errors",
+    "NumericsError": "errors",
+    "Offender": "records",
+    "OverflowReport": "records",
+    "Policy": "config",
+    "Record": "records",
+    "StatsTable": "ops.table",
+    "StepRecord": "records",
+    "UnsupportedDeepSpeed": "errors",
+    "Verdict": "records",
+    "attach": "integrations",
+    "multi_tensor_stats": "ops.stats",
+    "tensor_stats": "ops.stats",
+}
+
+__version__ = "0.1.0"
+__all__ = [
+    "BackendUnavailable",
+    "Finding",
+    "GuardConfig",
+    "InvalidInput",
+    "Layout",
+    "NumGuardError",
+    "NumericsError",
+    "Offender",
+    "OverflowReport",
+    "Policy",
+    "Record",
+    "StatsTable",
+    "StepRecord",
+    "UnsupportedDeepSpeed",
+    "Verdict",
+    "attach",
+    "multi_tensor_stats",
+    "tensor_stats",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,76 @@
+"""One backend per device type, chosen once, able to explain itself."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Sequence
+from typing import Protocol, cast
+
+import torch
+
+from hallo_numguard.errors import BackendUnavailable
+from hallo_numguard.ops.layout import Layout
+
+BACKEND_VARIABLE = "HALLO_NUMGUARD_BACKEND"
+BACKENDS = ("native", "triton", "reference")
+
+_PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
+_log = logging.getLogger("hallo_numguard")
+
+
+class Backend(Protocol):
+    """What a module of this folder offers to be one. All results are packed as `table.StatsTable` says."""
+
+    @staticmethod
+    def unavailable(device_type: str) -> str | None:
+        """Returns why this backend cannot run on such a device, or None if it can."""
+
+    @staticmethod
+    def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> torch.Tensor:
+        """Returns a record a segment of `flat`, whose elements count in row-major order."""
+
+    @staticmethod
+    def multi_tensor_stats(tensors: Sequence[torch.Tensor], detail: bool) -> torch.Tensor:
+        """Returns a record a tensor; all on one device, dtypes may differ."""
+
+
+def backend(name: str) -> Backend:
+    """Returns the backend of that name, whether it can run or not."""
+    return cast(Backend, importlib.import_module(f"hallo_numguard.ops.{name}"))
+
+
+@functools.cache
+def backend_for(device_type: str) -> Backend:
+    """Returns the backend for tensors on such devices: the one HALLO_NUMGUARD_BACKEND names, or the fastest that runs.
+
+    Raises:
+        BackendUnavailable: If the variable names one that does not exist or cannot run there.
+    """
+    forced = os.environ.get(BACKEND_VARIABLE)
+    if forced:
+        return _forced(forced, device_type)
+    for name in _PREFERENCE.get(device_type, ("reference",)):
+        reason = backend(name).unavailable(device_type)
+        if reason is None:
+            return backend(name)
+        _log.warning("%s: the %s backend is not used: %s", device_type, name, reason)
+    raise BackendUnavailable(f"no backend runs on {device_type}")
+
+
+def explain(device_type: str) -> dict[str, str | None]:
+    """Returns for every backend why it cannot run on such a device, None for those that can."""
+    return {name: backend(name).unavailable(device_type) for name in BACKENDS}
+
+
+def _forced(name: str, device_type: str) -> Backend:
+    if name not in BACKENDS:
+        raise BackendUnavailable(
+            f"{BACKEND_VARIABLE}={name}, but there is no such backend; choose one of {', '.join(BACKENDS)}"
+        )
+    reason = backend(name).unavailable(device_type)
+    if reason is not None:
+        raise BackendUnavailable(f"{BACKEND_VARIABLE}={name}, but it cannot run here: {reason}")
+    return backend(name)

@@ -1,0 +1,129 @@
+"""The result of a pass: one packed tensor, and the names of its columns."""
+
+from __future__ import annotations
+
+import torch
+
+from hallo_numguard.errors import InvalidInput
+from hallo_numguard.records import RECORD_FIELDS, Record
+
+_COLUMN = {name: position for position, name in enumerate(RECORD_FIELDS)}
+_N_NONFINITE = 3  # the first three columns count NaN, +Inf and -Inf
+
+
+class StatsTable:
+    """Statistics of n segments, on the device of the tensors they came from.
+
+    Every property is a view of or a computation on `packed` on that device, without a host synchronisation; only
+    `to_host` synchronises.
+
+    Args:
+        packed: int64 [n, 8], one record a row, the columns of `records.RECORD_FIELDS`.
+        detail: Whether zeros and subnormals were counted.
+    """
+
+    __slots__ = ("detail", "packed")
+
+    def __init__(self, packed: torch.Tensor, detail: bool) -> None:
+        self.packed = packed
+        self.detail = detail
+
+    def __len__(self) -> int:
+        return self.packed.shape[0]
+
+    def __repr__(self) -> str:
+        return f"StatsTable({len(self)} segments, device={self.packed.device}, detail={self.detail})"
+
+    def _integers(self, name: str) -> torch.Tensor:
+        return self.packed[:, _COLUMN[name]]
+
+    def _floats(self, name: str) -> torch.Tensor:
+        return self.packed.view(torch.float64)[:, _COLUMN[name]]
+
+    @property
+    def nan(self) -> torch.Tensor:
+        """int64 [n]: number of NaN."""
+        return self._integers("nan")
+
+    @property
+    def pos_inf(self) -> torch.Tensor:
+        """int64 [n]: number of +Inf."""
+        return self._integers("pos_inf")
+
+    @property
+    def neg_inf(self) -> torch.Tensor:
+        """int64 [n]: number of -Inf."""
+        return self._integers("neg_inf")
+
+    @property
+    def zeros(self) -> torch.Tensor:
+        """int64 [n]: number of zeros of either sign; only with `detail`."""
+        self._needs_detail("zeros")
+        return self._integers("zeros")
+
+    @property
+    def subnormals(self) -> torch.Tensor:
+        """int64 [n]: number of subnormal elements; only with `detail`."""
+        self._needs_detail("subnormals")
+        return self._integers("subnormals")
+
+    @property
+    def first_nonfinite(self) -> torch.Tensor:
+        """int64 [n]: flat index inside the segment of the first non-finite element, or -1."""
+        return self._integers("first_nonfinite")
+
+    @property
+    def absmax(self) -> torch.Tensor:
+        """float64 [n]: largest absolute value of the finite elements, 0 if there are none."""
+        return self._floats("absmax")
+
+    @property
+    def sumsq(self) -> torch.Tensor:
+        """float64 [n]: sum of the squares of the finite elements."""
+        return self._floats("sumsq")
+
+    @property
+    def nonfinite(self) -> torch.Tensor:
+        """int64 [n]: number of elements that are NaN or infinite."""
+        return self.packed[:, :_N_NONFINITE].sum(dim=1)
+
+    @property
+    def finite(self) -> torch.Tensor:
+        """int64 [n]: 1 where every element of the segment is finite, else 0."""
+        return (self.first_nonfinite < 0).to(torch.int64)
+
+    def norm(self) -> torch.Tensor:
+        """float64 [n]: L2 norm; NaN or infinity where the segment holds one, as torch's would be."""
+        norm = torch.where(self.first_nonfinite < 0, self.sumsq.sqrt(), torch.inf)
+        return torch.where(self.nan > 0, torch.nan, norm)
+
+    def total_norm(self) -> torch.Tensor:
+        """0-dim float64: L2 norm of all segments together; NaN or infinity where there is one."""
+        return torch.linalg.vector_norm(self.norm())
+
+    def found_inf(self) -> torch.Tensor:
+        """0-dim float32: 1.0 if any element is non-finite, else 0.0 (torch.amp's convention)."""
+        return (self.first_nonfinite >= 0).any().to(torch.float32)
+
+    def to_host(self) -> list[Record]:
+        """Returns the records as plain Python objects. This is the one call that synchronises with the device."""
+        host = self.packed.cpu()
+        integers = host.tolist()
+        floats = host.view(torch.float64)[:, 6:].tolist()
+        return [
+            Record(
+                nan=row[0],
+                pos_inf=row[1],
+                neg_inf=row[2],
+                absmax=absmax,
+                sumsq=sumsq,
+                first_nonfinite=row[5],
+                zeros=row[3] if self.detail else None,
+                subnormals=row[4] if self.detail else None,
+            )
+            for row, (absmax, sumsq) in zip(integers, floats, strict=True)
+        ]
+
+    def _needs_detail(self, name: str) -> None:
+        if not self.detail:
+            raise InvalidInput(f"{name} were not counted; ask for them with detail=True")

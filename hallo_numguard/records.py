@@ -1,0 +1,246 @@
+"""The vocabulary that every room shares. Standard library only: reports are read where torch is not installed."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from enum import Enum
+from typing import Any
+
+RECORD_FIELDS = (
+    "nan",
+    "pos_inf",
+    "neg_inf",
+    "zeros",
+    "subnormals",
+    "first_nonfinite",
+    "absmax",
+    "sumsq",
+)
+"""The eight 8-byte words of a packed record, in order (csrc/record.h). The last two are float64."""
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """The statistics of one segment, on the host.
+
+    Attributes:
+        nan, pos_inf, neg_inf: Number of such elements.
+        absmax: Largest absolute value among the finite elements, 0 if there are none.
+        sumsq: Sum of the squares of the finite elements.
+        first_nonfinite: Flat index inside the segment of the first NaN or infinity, or -1.
+        zeros, subnormals: Number of such elements; None unless they were asked for.
+    """
+
+    nan: int
+    pos_inf: int
+    neg_inf: int
+    absmax: float
+    sumsq: float
+    first_nonfinite: int
+    zeros: int | None = None
+    subnormals: int | None = None
+
+    @property
+    def nonfinite(self) -> int:
+        """Number of elements that are NaN or infinite."""
+        return self.nan + self.pos_inf + self.neg_inf
+
+    @property
+    def norm(self) -> float:
+        """L2 norm as torch would give it: NaN or infinity where there is one."""
+        if self.nan:
+            return math.nan
+        return math.inf if self.nonfinite else math.sqrt(self.sumsq)
+
+
+class Verdict(str, Enum):
+    """What an overflow means."""
+
+    SCALE_TOO_HIGH = "scale_too_high"
+    WEIGHTS_NONFINITE = "weights_nonfinite"
+    UNDETERMINED = "undetermined"
+
+    def __str__(self) -> str:
+        return self.value
+
+
+@dataclass(frozen=True)
+class Offender:
+    """A tensor that holds a non-finite value.
+
+    Attributes:
+        kind: "parameter", "buffer", "loss" or "gradient".
+        name: Fully qualified name; "loss" for the loss.
+        module: Fully qualified name of the module that owns it, "" for the root.
+        rank: Global rank on which it was seen, the lowest if on several; None for a gradient of several ranks, because
+            after the reduction all of them see it.
+        index: Of the first non-finite element, in the tensor's own shape.
+        nan, pos_inf, neg_inf: Number of such elements.
+        absmax: Largest absolute value among the finite elements.
+        numel, shape, dtype: Of the whole tensor.
+        aliases: Other names of the same tensor (tied weights).
+    """
+
+    kind: str
+    name: str
+    module: str
+    rank: int | None
+    index: tuple[int, ...]
+    nan: int
+    pos_inf: int
+    neg_inf: int
+    absmax: float
+    numel: int
+    shape: tuple[int, ...]
+    dtype: str
+    aliases: tuple[str, ...] = ()
+
+    @property
+    def nonfinite(self) -> int:
+        """Number of elements that are NaN or infinite."""
+        return self.nan + self.pos_inf + self.neg_inf
+
+    def __str__(self) -> str:
+        position = f"[{', '.join(map(str, self.index))}]" if self.index else ""
+        shape = "x".join(map(str, self.shape)) or "scalar"
+        where = "" if self.rank is None else f", rank {self.rank}"
+        tied = f", tied to {', '.join(self.aliases)}" if self.aliases else ""
+        name = self.name if self.kind == "loss" else f"{self.kind} {self.name}"
+        return f"{name}{position}: {self.counts} of {self.numel} values ({shape} {self.dtype}{where}{tied})"
+
+    @property
+    def counts(self) -> str:
+        """The non-finite values in words, for example "2 NaN, 1 +Inf"."""
+        kinds = (("NaN", self.nan), ("+Inf", self.pos_inf), ("-Inf", self.neg_inf))
+        return ", ".join(f"{count} {kind}" for kind, count in kinds if count)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A tensor that was already non-finite when the guard looked outside of a step."""
+
+    offender: Offender
+    message: str
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One line of the flight recorder: what this rank owned in one optimizer step.
+
+    Attributes:
+        step: Number of the step, from 1, as DeepSpeed counts (skipped steps too).
+        loss: Last micro-batch's loss, unscaled; None if the guard could not see it.
+        loss_scale: In force during the backward pass; 1.0 without loss scaling.
+        absmax, norm: Of the finite elements of this rank's gradients, before unscaling and clipping.
+        nonfinite: Number of non-finite elements of this rank's gradients.
+        applied: False if the step was skipped.
+    """
+
+    step: int
+    loss: float | None
+    loss_scale: float
+    absmax: float
+    norm: float
+    nonfinite: int
+    applied: bool
+
+
+@dataclass(frozen=True)
+class OverflowReport:
+    """What happened in a step whose gradients were not finite.
+
+    Attributes:
+        step: Number of the step, from 1, as DeepSpeed counts.
+        loss_scale: In force during the backward pass.
+        verdict: What it means.
+        provisional: True until a later step has confirmed the verdict.
+        recoverable: True if training will go on by itself, False if nothing but a repair helps, None if unknown.
+        first: The earliest place in the step's dataflow where a non-finite value stands.
+        offenders: Parameters whose gradients are non-finite, in the order in which their gradients became ready.
+        evidence: What was looked at, and what was seen.
+        not_checked: What a complete answer would have needed.
+        advice: What to do.
+        world_size: Number of ranks that took part.
+    """
+
+    step: int
+    loss_scale: float
+    verdict: Verdict
+    provisional: bool
+    recoverable: bool | None
+    first: Offender | None
+    offenders: tuple[Offender, ...]
+    evidence: tuple[str, ...]
+    not_checked: tuple[str, ...]
+    advice: str
+    world_size: int = 1
+
+    def to_json(self) -> str:
+        """Returns the report as a JSON document. Non-finite numbers are written as strings."""
+        document = {"schema_version": SCHEMA_VERSION, **asdict(self), "verdict": self.verdict.value}
+        return json.dumps(_without_nonfinite(document), allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> OverflowReport:
+        """Returns the report that `to_json` wrote.
+
+        Raises:
+            ValueError: If `text` is not such a document, or of a version that this one cannot read.
+        """
+        document = json.loads(text)
+        if not isinstance(document, Mapping) or document.get("schema_version") != SCHEMA_VERSION:
+            found = document.get("schema_version") if isinstance(document, Mapping) else None
+            raise ValueError(
+                f"not an overflow report of schema version {SCHEMA_VERSION}: got {found!r}"
+            )
+        try:
+            values = {item.name: document[item.name] for item in fields(cls)}
+            values["verdict"] = Verdict(values["verdict"])
+            values["first"] = values["first"] and _offender(values["first"])
+            values["offenders"] = tuple(map(_offender, values["offenders"]))
+            values["evidence"] = tuple(values["evidence"])
+            values["not_checked"] = tuple(values["not_checked"])
+            values["loss_scale"] = float(values["loss_scale"])
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"not an overflow report: {error!r}") from error
+        return cls(**values)
+
+    def __str__(self) -> str:
+        from hallo_numguard.reports.text import render
+
+        return render(self)
+
+
+@dataclass
+class Settling:
+    """How many steps in a row were skipped, and at which loss scale the first of them began."""
+
+    first_step: int
+    first_scale: float
+    skipped: int = field(default=0)
+
+
+def _offender(document: Mapping[str, Any]) -> Offender:
+    values = dict(document)
+    for name in ("index", "shape", "aliases"):
+        values[name] = tuple(values[name])
+    values["absmax"] = float(values["absmax"])
+    return Offender(**values)
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
+    if isinstance(value, Mapping):
+        return {key: _without_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nonfinite(item) for item in value]
+    return value
