@@ -56,7 +56,16 @@ def ninja_file(cxx: list[str], build_dir: Path, target: Path) -> str:
     import pybind11
 
     include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    flags = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread", "-Wall", "-Wextra"]
+    flags = [
+        "-O3",
+        "-std=c++17",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-ffp-contract=off",
+        "-pthread",
+        "-Wall",
+        "-Wextra",
+    ]
     flags += ["-DNUMGUARD_X86"] if is_x86() else []
     link = ["-shared", "-pthread"]
     if platform.system() == "Darwin":
@@ -79,7 +88,10 @@ def ninja_file(cxx: list[str], build_dir: Path, target: Path) -> str:
     objects = []
     for source, own in units().items():
         objects.append(build_dir / (Path(source).stem + ".o"))
-        lines += [f"build {escape(objects[-1])}: compile {escape(ROOT / source)}", f"  own = {shlex.join(own)}"]
+        lines += [
+            f"build {escape(objects[-1])}: compile {escape(ROOT / source)}",
+            f"  own = {shlex.join(own)}",
+        ]
     lines.append(f"build {escape(target)}: link {' '.join(map(escape, objects))}")
     return "\n".join(lines) + "\n"
 
@@ -105,7 +117,9 @@ class NinjaBuildExt(build_ext):
 
     def _fail(self, wanted: str, why: str) -> None:
         if wanted == "1":
-            raise RuntimeError(f"hallo_numguard._native: {why}; HALLO_NUMGUARD_BUILD_NATIVE=1 asks for it")
+            raise RuntimeError(
+                f"hallo_numguard._native: {why}; HALLO_NUMGUARD_BUILD_NATIVE=1 asks for it"
+            )
         self.announce(f"hallo_numguard is installed without its CPU kernels: {why}", level=3)
 
     def get_outputs(self) -> list[str]:
@@ -128,6 +142,8 @@ def wants_native() -> bool:
 
 
 setup(
-    ext_modules=[Extension("hallo_numguard._native", sources=list(units()), optional=True)] if wants_native() else [],
+    ext_modules=[Extension("hallo_numguard._native", sources=list(units()), optional=True)]
+    if wants_native()
+    else [],
     cmdclass={"build_ext": NinjaBuildExt},
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from typing import Any
 
@@ -217,15 +217,6 @@ class OverflowReport:
         from hallo_numguard.reports.text import render
 
         return render(self)
-
-
-@dataclass
-class Settling:
-    """How many steps in a row were skipped, and at which loss scale the first of them began."""
-
-    first_step: int
-    first_scale: float
-    skipped: int = field(default=0)
 
 
 def _offender(document: Mapping[str, Any]) -> Offender:

@@ -23,7 +23,7 @@ def unavailable(device_type: str) -> str | None:
 
 def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> torch.Tensor:
     """See `stats.tensor_stats`. Cost: about 20 launches and 60 bytes an element, a segment."""
-    flat = flat.reshape(-1)
+    flat = flat.detach().reshape(-1)
     offsets = [0, flat.numel()] if layout is None else layout.offsets.tolist()
     segments = [flat[begin:end] for begin, end in zip(offsets, offsets[1:], strict=False)]
     return multi_tensor_stats(segments, detail, device=flat.device)
@@ -78,7 +78,9 @@ def decode(magnitude: torch.Tensor, spec: Format) -> torch.Tensor:
     mantissa = magnitude & (spec.smallest_normal - 1)
     significand = torch.where(exponent > 0, mantissa + spec.smallest_normal, mantissa)
     power = torch.where(exponent > 0, exponent - 1, 0) + spec.unit
-    two_to_the_power = ((power + 1023) << 52).view(torch.float64)  # exact, which torch.pow need not be
+    two_to_the_power = ((power + 1023) << 52).view(
+        torch.float64
+    )  # exact, which torch.pow need not be
     return significand.to(torch.float64) * two_to_the_power
 
 

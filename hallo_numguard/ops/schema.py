@@ -38,7 +38,7 @@ def _tensor_stats(flat: torch.Tensor, offsets: torch.Tensor | None, detail: bool
     if offsets is not None:
         layout = Layout.of(offsets)
         layout.check_fits(flat.numel())
-    return dispatch.backend_for(flat.device.type).tensor_stats(flat.detach(), layout, detail)
+    return dispatch.backend_for(flat.device.type).tensor_stats(flat, layout, detail)
 
 
 @torch.library.impl(_LIBRARY, "multi_tensor_stats", "CompositeExplicitAutograd")

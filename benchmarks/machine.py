@@ -1,0 +1,80 @@
+"""What a measurement was made on."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from datetime import datetime, timezone
+from pathlib import Path
+
+from hallo_numguard.ops import native
+
+_CPU_INFO = Path("/proc/cpuinfo")
+_CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+
+
+def describe() -> dict[str, str]:
+    """Returns what is known of this machine and of the software, ready to be printed."""
+    known = {
+        "cpu": _cpu_model(),
+        "cores": str(os.cpu_count()),
+        "caches": _caches(),
+        "instruction set": native.isas()[native.isa()],
+        "python": platform.python_version(),
+        "torch": _version("torch"),
+        "deepspeed": _version("deepspeed"),
+        "hallo-numguard": _version("hallo-numguard"),
+        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "load average": _load(),
+    }
+    return {name: value for name, value in known.items() if value}
+
+
+def _cpu_model() -> str:
+    if _CPU_INFO.exists():
+        for line in _CPU_INFO.read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name.strip() == "model name":
+                return f"{value.strip()}{_family()}"
+    return platform.processor() or platform.machine()
+
+
+def _family() -> str:
+    """A virtual machine often hides the model's name; the numbers still tell which one it is."""
+    numbers: dict[str, str] = {}
+    for line in _CPU_INFO.read_text().splitlines():
+        name, _, value = line.partition(":")
+        numbers.setdefault(name.strip(), value.strip())
+    if "cpu family" not in numbers:
+        return ""
+    return f" (family {numbers['cpu family']}, model {numbers.get('model', '?')})"
+
+
+def _caches() -> str:
+    """Such as "L1 48K, L2 1024K, L3 32768K"; empty where the system does not say."""
+    found = []
+    for index in sorted(_CACHES.glob("index*")):
+        try:
+            level, kind, size = (
+                (index / name).read_text().strip() for name in ("level", "type", "size")
+            )
+        except OSError:
+            continue
+        if kind != "Instruction":
+            found.append(f"L{level} {size}")
+    return ", ".join(found)
+
+
+def _load() -> str:
+    if not hasattr(os, "getloadavg"):
+        return ""
+    return " ".join(f"{value:.2f}" for value in os.getloadavg())
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

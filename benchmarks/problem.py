@@ -1,0 +1,140 @@
+"""The buffer that all candidates work on, what is true of it, and values planted into it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+
+import hallo_numguard as ng
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+
+_SCALE = 1e-3  # of the values: gradients are small
+_PATTERN = 1 << 22  # elements after which the values come again
+_LARGE = 96.0
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One buffer, cut into segments.
+
+    Attributes:
+        dtype: Its name, a key of `DTYPES`.
+        flat: The buffer.
+        layout: Its segments.
+        views: A view a segment.
+        scratch: A copy of the buffer for candidates that write, as one view a segment.
+    """
+
+    dtype: str
+    flat: torch.Tensor
+    layout: ng.Layout
+    views: list[torch.Tensor]
+    scratch: list[torch.Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """Size of the buffer."""
+        return self.flat.numel() * self.flat.element_size()
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is true of one segment, or of all.
+
+    Attributes:
+        nonfinite: Number of NaN and infinities.
+        first: Index of the first of them, or -1.
+        absmax, norm: Of the finite elements.
+    """
+
+    nonfinite: int
+    first: int
+    absmax: float
+    norm: float
+
+
+def make_problem(size: int, dtype: str, segments: int) -> Problem:
+    """Returns a buffer of `size` bytes in nearly equal segments, which begin at any alignment."""
+    count = max(1, size // DTYPES[dtype].itemsize)
+    segments = min(segments, count)
+    pattern = torch.randn(min(count, _PATTERN), generator=torch.Generator().manual_seed(0))
+    pattern = (pattern * _SCALE).to(DTYPES[dtype])
+    flat = pattern.repeat(-(-count // pattern.numel()))[:count].clone()
+    layout = ng.Layout([index * count // segments for index in range(segments + 1)])
+    return Problem(dtype, flat, layout, _views(flat, layout), _views(flat.clone(), layout))
+
+
+def truths(problem: Problem) -> list[Truth]:
+    """Returns what is true of every segment, found in float64."""
+    return [_truth(view) for view in problem.views]
+
+
+def together(parts: Sequence[Truth]) -> Truth:
+    """Returns what is true of all segments as one, but for the first index, which is -1 or 0."""
+    return Truth(
+        nonfinite=sum(part.nonfinite for part in parts),
+        first=0 if any(part.nonfinite for part in parts) else -1,
+        absmax=max(part.absmax for part in parts),
+        norm=math.sqrt(math.fsum(part.norm**2 for part in parts)),
+    )
+
+
+@contextmanager
+def planted(problem: Problem, known: Sequence[Truth]) -> Iterator[list[Truth]]:
+    """Plants NaN, infinities and a large number, gives what is true meanwhile, and removes them.
+
+    Args:
+        problem: Where.
+        known: What is true of it without them.
+    """
+    last = problem.layout.segments - 1
+    plants = [  # segment, how far inside it, value
+        (0, 1.0, math.nan),
+        (last // 3, 0.3, -_LARGE),
+        (last // 2, 0.0, math.inf),
+        (last // 2, 0.7, math.nan),
+        (last, 0.5, -math.inf),
+    ]
+    touched = {segment for segment, _, _ in plants}
+    saved = {segment: problem.views[segment].clone() for segment in touched}
+    for segment, place, value in plants:
+        index = int(place * (problem.views[segment].numel() - 1))
+        problem.views[segment][index] = value
+        problem.scratch[segment][index] = value
+    changed = list(known)
+    for segment in touched:
+        changed[segment] = _truth(problem.views[segment])
+    try:
+        yield changed
+    finally:
+        for segment, values in saved.items():
+            problem.views[segment].copy_(values)
+            problem.scratch[segment].copy_(values)
+
+
+def _views(flat: torch.Tensor, layout: ng.Layout) -> list[torch.Tensor]:
+    offsets = layout.offsets.tolist()
+    return [flat[begin:end] for begin, end in pairwise(offsets)]
+
+
+def _truth(segment: torch.Tensor) -> Truth:
+    bad = ~torch.isfinite(segment)
+    nonfinite = int(bad.sum())
+    values = segment.masked_fill(bad, 0).double()
+    return Truth(
+        nonfinite=nonfinite,
+        first=int(bad.nonzero()[0]) if nonfinite else -1,
+        absmax=float(values.abs().max()),
+        norm=math.sqrt(float((values * values).sum())),
+    )

@@ -1,0 +1,86 @@
+"""What the user may choose. Standard library only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Union
+
+from hallo_numguard.errors import InvalidInput
+from hallo_numguard.records import OverflowReport, Verdict
+
+ACTIONS = ("continue", "warn", "skip", "raise")
+"""What can be done about an overflow, mildest first. The step itself is skipped in any case."""
+
+Action = Union[str, Callable[[OverflowReport], Union[str, None]]]
+OverflowCallback = Callable[[OverflowReport], Union[str, None]]
+
+
+def check_action(action: object, where: str) -> str:
+    """Returns `action` if it is one.
+
+    Raises:
+        InvalidInput: If it is not.
+    """
+    if not isinstance(action, str) or action not in ACTIONS:
+        raise InvalidInput(f"{where} must be one of {', '.join(ACTIONS)}, got {action!r}")
+    return action
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What to do about an overflow.
+
+    Attributes:
+        on_unrecoverable: Action where `report.recoverable` is False: "raise" (default) stops at once in place of
+            burning every halving of the loss scale; "warn" lets DeepSpeed go on.
+        actions: Action by verdict, in place of the default: a name, or a callable that gets the report and returns a name
+            or None. "continue" logs one line, "warn" logs the report, "skip" does so too and says that the step is
+            lost, "raise" raises `NumericsError` once DeepSpeed has dropped the step's gradients.
+    """
+
+    on_unrecoverable: str = "raise"
+    actions: Mapping[Verdict, Action] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_action(self.on_unrecoverable, "policy.on_unrecoverable")
+        for verdict, action in self.actions.items():
+            if verdict not in set(Verdict):
+                known = ", ".join(Verdict)
+                raise InvalidInput(
+                    f"policy.actions: expected a verdict of {known}, got {verdict!r}"
+                )
+            if not callable(action):
+                check_action(action, f"policy.actions[{verdict}]")
+
+    def action_for(self, report: OverflowReport) -> str:
+        """Returns the name of what to do about `report`."""
+        chosen = self.actions.get(report.verdict)
+        if callable(chosen):
+            chosen = chosen(report)
+            if chosen is not None:
+                chosen = check_action(chosen, f"what policy.actions[{report.verdict}] returned")
+        if chosen is not None:
+            return chosen
+        if report.recoverable is False:
+            return self.on_unrecoverable
+        return "continue" if report.recoverable else "warn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """How a guard works.
+
+    Attributes:
+        history: Number of steps that the flight recorder keeps.
+        policy: What to do about an overflow.
+    """
+
+    history: int = 64
+    policy: Policy = field(default_factory=Policy)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.history, int) or self.history < 1:
+            raise InvalidInput(f"history must be a positive number of steps, got {self.history!r}")
+        if not isinstance(self.policy, Policy):
+            raise InvalidInput(f"policy must be a Policy, got {type(self.policy).__name__}")

@@ -1,0 +1,67 @@
+"""From gradient pieces back to parameters: the arithmetic of a bucket, without any framework in it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+NONE = torch.iinfo(torch.int64).max
+"""Stands for "no such index" where the lowest index is looked for."""
+
+
+class Piece(NamedTuple):
+    """Which part of which parameter a segment holds.
+
+    Attributes:
+        parameter: Position in the guard's list of parameters.
+        start: Flat index inside the parameter of the segment's first element.
+    """
+
+    parameter: int
+    start: int
+
+
+class Sums(NamedTuple):
+    """Statistics a tensor of a list, all [n].
+
+    Attributes:
+        counts: int64 [n, 3], NaN, +Inf and -Inf.
+        first: int64 [n], flat index in the whole tensor of the first non-finite element, `NONE` if there is none.
+        absmax: float64 [n], of the finite elements.
+    """
+
+    counts: torch.Tensor
+    first: torch.Tensor
+    absmax: torch.Tensor
+
+
+def by_parameter(packed: torch.Tensor, pieces: Sequence[Piece], parameters: int) -> Sums:
+    """Adds up the records of segments by the parameter that they are parts of.
+
+    Args:
+        packed: int64 [len(pieces), 8], a `StatsTable.packed`.
+        pieces: What each segment holds. A parameter may have several, or none.
+        parameters: Number of parameters.
+    """
+    device = packed.device
+    counts = torch.zeros((parameters, 3), dtype=torch.int64, device=device)
+    first = torch.full((parameters,), NONE, dtype=torch.int64, device=device)
+    absmax = torch.zeros(parameters, dtype=torch.float64, device=device)
+    if pieces:
+        owner, start = torch.tensor(pieces, dtype=torch.int64, device=device).unbind(dim=1)
+        index = packed[:, 5]
+        counts.index_add_(0, owner, packed[:, :3])
+        first.scatter_reduce_(0, owner, torch.where(index >= 0, index + start, NONE), "amin")
+        absmax.scatter_reduce_(0, owner, packed.view(torch.float64)[:, 6], "amax")
+    return Sums(counts, first, absmax)
+
+
+def unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns the position in a tensor of that shape of a flat, row-major index."""
+    position = []
+    for size in reversed(shape):
+        index, rest = divmod(index, size)
+        position.append(rest)
+    return tuple(reversed(position))

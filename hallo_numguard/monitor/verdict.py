@@ -1,0 +1,254 @@
+"""What an overflow means. Pure: evidence in, report out; nothing is guessed, and what was not looked at is listed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from hallo_numguard.records import Offender, OverflowReport, Verdict
+
+
+@dataclass(frozen=True)
+class Scaling:
+    """The loss scaler, before it was told about this overflow.
+
+    Attributes:
+        scale: In force during the backward pass.
+        dynamic: Whether it is lowered on an overflow.
+        minimum: The lowest it will go to.
+        patience: Number of overflows that it will let pass before it is lowered (hysteresis).
+    """
+
+    scale: float
+    dynamic: bool
+    minimum: float = 1.0
+    patience: int = 0
+
+    @property
+    def halvings_left(self) -> int:
+        """How often the scale can still be halved."""
+        return max(0, round(math.log2(self.scale / self.minimum))) if self.dynamic else 0
+
+    @property
+    def can_fall(self) -> bool:
+        """Whether a lower scale will be tried next."""
+        return self.dynamic and self.scale > self.minimum
+
+    def __str__(self) -> str:
+        return (
+            f"2^{math.log2(self.scale):g} ({self.scale:g})" if self.scale > 0 else f"{self.scale:g}"
+        )
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was seen in the step, the same on every rank.
+
+    Attributes:
+        step: Number of the step, from 1.
+        skipped: Number of steps skipped in a row, this one included.
+        scaling: The loss scaler.
+        suspects: Non-finite parameters and buffers that may be the cause, in dataflow order.
+        bystanders: Non-finite ones that are not: a clean step was seen with them in place, they hold nothing but -Inf on
+            purpose, or they may have been poisoned by this very step.
+        tensors: Number of parameters and buffers that were looked at.
+        loss: The loss as an offender; None if it is finite.
+        loss_known: False if the guard could not see the loss.
+        gradients: Offending gradients in ready order.
+        world_size: Number of ranks.
+    """
+
+    step: int
+    skipped: int
+    scaling: Scaling
+    suspects: Sequence[Offender]
+    bystanders: Sequence[Offender]
+    tensors: int
+    loss: Offender | None
+    loss_known: bool
+    gradients: Sequence[Offender]
+    world_size: int
+
+
+def judge(seen: Evidence) -> OverflowReport:
+    """Returns the report on an overflow."""
+    if seen.loss is not None and seen.suspects:
+        return _weights_nonfinite(seen)
+    if not seen.gradients:
+        return _false_alarm(seen)
+    if seen.loss is not None:
+        return _loss_nonfinite(seen, seen.loss)
+    if seen.loss_known and seen.scaling.can_fall:
+        return _scale_too_high(seen)
+    return _gradients_nonfinite(seen)
+
+
+def settled(report: OverflowReport, scale: float, skipped: int) -> OverflowReport:
+    """Returns the report once a later step was finite: what was provisional is now known."""
+    if report.verdict is not Verdict.SCALE_TOO_HIGH:
+        return replace(report, provisional=False)
+    power = math.log2(scale)
+    return replace(
+        report,
+        provisional=False,
+        evidence=(*report.evidence, f"a step at loss scale 2^{power:g} ({scale:g}) was finite"),
+        not_checked=(),
+        advice=(
+            f"Nothing to mend: the loss scale settled at 2^{power:g} after {_plural(skipped, 'skipped step')}. "
+            f"If that happens at every start, begin there: initial_scale_power {power:g}."
+        ),
+    )
+
+
+def _report(
+    seen: Evidence,
+    verdict: Verdict,
+    recoverable: bool | None,
+    first: Offender | None,
+    evidence: Sequence[str],
+    not_checked: Sequence[str],
+    advice: str,
+) -> OverflowReport:
+    return OverflowReport(
+        step=seen.step,
+        loss_scale=seen.scaling.scale,
+        verdict=verdict,
+        provisional=verdict is Verdict.SCALE_TOO_HIGH,
+        recoverable=recoverable,
+        first=first,
+        offenders=tuple(seen.gradients),
+        evidence=(*evidence, *_common(seen)),
+        not_checked=tuple(not_checked),
+        advice=advice,
+        world_size=seen.world_size,
+    )
+
+
+def _common(seen: Evidence) -> list[str]:
+    lines = [_gradient_line(seen)]
+    if seen.bystanders:
+        names = ", ".join(f"{item.name} ({item.counts})" for item in seen.bystanders[:3])
+        more = f" and {len(seen.bystanders) - 3} more" if len(seen.bystanders) > 3 else ""
+        lines.append(f"also not finite, but not shown to be the cause: {names}{more}")
+    if seen.skipped > 1:
+        lines.append(f"{seen.skipped} steps skipped in a row")
+    return lines
+
+
+def _gradient_line(seen: Evidence) -> str:
+    if not seen.gradients:
+        return "every gradient element is finite"
+    nan = sum(item.nan for item in seen.gradients)
+    inf = sum(item.pos_inf + item.neg_inf for item in seen.gradients)
+    tensors = _plural(len(seen.gradients), "gradient")
+    return f"{tensors} not finite: {nan} NaN and {inf} Inf in all"
+
+
+def _finite_weights(seen: Evidence) -> str:
+    return f"all {seen.tensors} parameters and buffers that count are finite"
+
+
+def _weights_nonfinite(seen: Evidence) -> OverflowReport:
+    first = seen.suspects[0]
+    bad = len(seen.suspects)
+    evidence = [
+        f"the loss is not finite ({_loss_text(seen)}), and {_plural(bad, 'weight tensor')} of {seen.tensors} "
+        f"{'is' if bad == 1 else 'are'} not: {', '.join(item.name for item in seen.suspects[:3])}"
+        + (f" and {bad - 3} more" if bad > 3 else ""),
+    ]
+    if seen.scaling.dynamic:
+        overflows = seen.scaling.halvings_left + seen.scaling.patience
+        evidence.append(
+            f"the loss scale cannot help: DeepSpeed would skip {_plural(overflows, 'step')} on the way from "
+            f"{seen.scaling.scale:g} down to {seen.scaling.minimum:g}, and then give up"
+        )
+    advice = (
+        f"Repair {first.name}: check the file it was loaded from (checksum, values, dtype), load an intact copy or go back "
+        f"to a healthy checkpoint."
+    )
+    if first.pos_inf + first.neg_inf and first.dtype in ("float16", "bfloat16", "float8_e5m2"):
+        advice += (
+            f" A number too large for {first.dtype} also becomes Inf when it is converted, so look at the values in the "
+            f"file's own dtype."
+        )
+    return _report(seen, Verdict.WEIGHTS_NONFINITE, False, first, evidence, (), advice)
+
+
+def _loss_nonfinite(seen: Evidence, loss: Offender) -> OverflowReport:
+    return _report(
+        seen,
+        Verdict.UNDETERMINED,
+        None,
+        loss,
+        [f"the loss is not finite ({_loss_text(seen)})", _finite_weights(seen)],
+        ("the batch", "the outputs of the modules", "the optimizer state"),
+        "A non-finite value came in with the batch or arose in the forward pass; the loss scale acts later, so lowering it "
+        "will hardly help. Check the inputs and labels of this batch, then run the forward pass in float32 or bfloat16.",
+    )
+
+
+def _scale_too_high(seen: Evidence) -> OverflowReport:
+    left = seen.scaling.halvings_left
+    return _report(
+        seen,
+        Verdict.SCALE_TOO_HIGH,
+        True,
+        seen.gradients[0],
+        ["the loss is finite", _finite_weights(seen), f"the loss scale is {seen.scaling}"],
+        ("the batch", "the optimizer state", "whether this batch is finite at a lower scale"),
+        f"Let it go on: the loss scale will be lowered, {_plural(left, 'halving')} left. The verdict is provisional until a "
+        f"step is finite.",
+    )
+
+
+def _gradients_nonfinite(seen: Evidence) -> OverflowReport:
+    evidence = ["the loss is finite" if seen.loss_known else "the loss was not seen"]
+    if seen.suspects:
+        evidence.append(f"not finite: {', '.join(item.name for item in seen.suspects[:3])}")
+    else:
+        evidence.append(_finite_weights(seen))
+    if not seen.scaling.dynamic:
+        evidence.append(f"the loss scale is {seen.scaling.scale:g} and does not change")
+    elif not seen.scaling.can_fall:
+        evidence.append(
+            f"the loss scale is at its minimum, {seen.scaling.minimum:g}: it cannot be too high"
+        )
+    unseen = (
+        () if seen.loss_known else ("the loss: call engine.backward(loss) or engine.scale(loss)",)
+    )
+    return _report(
+        seen,
+        Verdict.UNDETERMINED,
+        None,
+        seen.gradients[0],
+        evidence,
+        (*unseen, "the batch", "the optimizer state", "the backward pass, module by module"),
+        f"The gradient of {seen.gradients[0].name} is the first that is not finite: look at the operations behind it (a "
+        f"division, a square root or a logarithm at 0), and at the batch.",
+    )
+
+
+def _false_alarm(seen: Evidence) -> OverflowReport:
+    return _report(
+        seen,
+        Verdict.UNDETERMINED,
+        None,
+        seen.suspects[0] if seen.suspects else seen.loss,
+        [
+            "DeepSpeed calls this step an overflow; the guard found no non-finite gradient to account for it"
+        ],
+        ("DeepSpeed's own check, which may have overflowed itself on large finite values",),
+        "Look at the largest gradients (guard.history), and upgrade DeepSpeed if it is older than 0.19.8.",
+    )
+
+
+def _loss_text(seen: Evidence) -> str:
+    if seen.loss is None:
+        return "finite"
+    where = "" if seen.loss.rank is None or seen.world_size == 1 else f" on rank {seen.loss.rank}"
+    return seen.loss.counts.partition(" ")[2] + where
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
