@@ -117,9 +117,7 @@ class NinjaBuildExt(build_ext):
 
     def _fail(self, wanted: str, why: str) -> None:
         if wanted == "1":
-            raise RuntimeError(
-                f"hallo_numguard._native: {why}; HALLO_NUMGUARD_BUILD_NATIVE=1 asks for it"
-            )
+            raise RuntimeError(f"hallo_numguard._native: {why}; HALLO_NUMGUARD_BUILD_NATIVE=1 asks for it")
         self.announce(f"hallo_numguard is installed without its CPU kernels: {why}", level=3)
 
     def get_outputs(self) -> list[str]:
@@ -142,8 +140,6 @@ def wants_native() -> bool:
 
 
 setup(
-    ext_modules=[Extension("hallo_numguard._native", sources=list(units()), optional=True)]
-    if wants_native()
-    else [],
+    ext_modules=[Extension("hallo_numguard._native", sources=list(units()), optional=True)] if wants_native() else [],
     cmdclass={"build_ext": NinjaBuildExt},
 )

@@ -57,9 +57,7 @@ def _caches() -> str:
     found = []
     for index in sorted(_CACHES.glob("index*")):
         try:
-            level, kind, size = (
-                (index / name).read_text().strip() for name in ("level", "type", "size")
-            )
+            level, kind, size = ((index / name).read_text().strip() for name in ("level", "type", "size"))
         except OSError:
             continue
         if kind != "Instruction":

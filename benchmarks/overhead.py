@@ -163,9 +163,7 @@ def _samples(problem: Problem, candidates: list[Candidate], effort: Effort) -> l
     checked = check(problem, candidates)
     calls = {candidate.key: candidate.call for candidate in candidates}
     series = measure(read_call(problem, False), calls, effort, checked.costs)
-    setting = Setting(
-        problem.bytes, problem.dtype, torch.get_num_threads(), problem.layout.segments
-    )
+    setting = Setting(problem.bytes, problem.dtype, torch.get_num_threads(), problem.layout.segments)
     return samples_of(setting, candidates, series, checked)
 
 

@@ -145,10 +145,7 @@ def _deepspeed(problem: Problem) -> Made:
         for gradient in views:
             invalid += has_inf_or_nan(gradient)
         overflow = bool(invalid.bool().byte()[0].item())
-        norms = [
-            torch.linalg.vector_norm(gradient.data.to(get_norm_dtype()).detach(), ord=2.0)
-            for gradient in views
-        ]
+        norms = [torch.linalg.vector_norm(gradient.data.to(get_norm_dtype()).detach(), ord=2.0) for gradient in views]
         total = torch.stack(norms).pow(2.0).sum().float().pow(1.0 / 2.0)
         mask_nan_or_inf_with_val_inplace(total, device=total.device)
         return overflow, total

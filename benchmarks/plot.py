@@ -23,9 +23,7 @@ def require_matplotlib() -> None:
     try:
         import matplotlib  # noqa: F401  (looks only whether it is there)
     except ImportError as error:
-        raise MissingPlotting(
-            "--plot needs matplotlib: pip install 'hallo-numguard[bench]'"
-        ) from error
+        raise MissingPlotting("--plot needs matplotlib: pip install 'hallo-numguard[bench]'") from error
 
 
 def draw(run: Run, path: Path) -> None:
@@ -33,11 +31,7 @@ def draw(run: Run, path: Path) -> None:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    samples = [
-        sample
-        for sample in run.samples
-        if sample.kind in _SHOWN and sample.candidate not in _LEFT_OUT
-    ]
+    samples = [sample for sample in run.samples if sample.kind in _SHOWN and sample.candidate not in _LEFT_OUT]
     threads = min(sample.threads for sample in samples)
     samples = [sample for sample in samples if sample.threads == threads]
     sizes = _sizes({sample.size for sample in samples})
@@ -50,11 +44,7 @@ def draw(run: Run, path: Path) -> None:
     panels = figure.subplots(len(sizes), len(dtypes), sharex=True, sharey=True, squeeze=False)
     for row, size in enumerate(sizes):
         for column, dtype in enumerate(dtypes):
-            shown = {
-                sample.candidate: sample
-                for sample in samples
-                if sample.size == size and sample.dtype == dtype
-            }
+            shown = {sample.candidate: sample for sample in samples if sample.size == size and sample.dtype == dtype}
             _draw_panel(panels[row][column], labels, shown, leftmost)
             panels[row][column].set_title(f"{dtype}, {size_label(size)}", fontsize=10, color=_INK)
     figure.suptitle(
@@ -66,9 +56,7 @@ def draw(run: Run, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def _draw_panel(
-    axes: Any, labels: dict[str, str], shown: dict[str, Sample], leftmost: float
-) -> None:
+def _draw_panel(axes: Any, labels: dict[str, str], shown: dict[str, Sample], leftmost: float) -> None:
     for row, key in enumerate(labels):
         if key not in shown:
             continue

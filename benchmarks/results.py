@@ -190,8 +190,7 @@ def _cached_targets(run: Run) -> list[Target]:
     found = []
     for dtype, wanted in _CACHED_FRACTIONS.items():
         promise = (
-            f"{size_label(_CACHED)}: native entry at least {wanted:.2f} of the read limit "
-            f"({dtype}, {threads_label(1)})"
+            f"{size_label(_CACHED)}: native entry at least {wanted:.2f} of the read limit ({dtype}, {threads_label(1)})"
         )
         samples = run.find(NATIVE, _CACHED, dtype, threads=1)
         if samples:

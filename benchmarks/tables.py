@@ -61,9 +61,7 @@ def print_targets(console: Console, targets: Sequence[Target]) -> None:
     table.add_column("found")
     table.add_column("", no_wrap=True)
     for target in targets:
-        word, style = {True: ("met", "green"), False: ("missed", "red"), None: ("-", "dim")}[
-            target.met
-        ]
+        word, style = {True: ("met", "green"), False: ("missed", "red"), None: ("-", "dim")}[target.met]
         table.add_row(escape(target.promise), escape(target.figure), Text(word, style=style))
     console.print(table)
 

@@ -60,9 +60,7 @@ def time_once(call: Call) -> tuple[Any, float]:
     return result, float(time.perf_counter_ns() - begin)
 
 
-def measure(
-    read: Call, calls: Mapping[str, Call], effort: Effort, costs: Mapping[str, float]
-) -> dict[str, Series]:
+def measure(read: Call, calls: Mapping[str, Call], effort: Effort, costs: Mapping[str, float]) -> dict[str, Series]:
     """Times `calls` in rounds, each in a new order, every sample between two of `read`.
 
     Args:

@@ -52,9 +52,7 @@ def check(problem: Problem, candidates: Sequence[Candidate]) -> Checked:
     return Checked(costs, norm_errors)
 
 
-def _check_claims(
-    candidate: Candidate, claims: Claims, parts: Sequence[Truth], dtype: str
-) -> float:
+def _check_claims(candidate: Candidate, claims: Claims, parts: Sequence[Truth], dtype: str) -> float:
     """Returns the largest relative error of a norm, 0 if it claims none."""
     tolerance = _OUR_NORM_TOLERANCE if candidate.kind == "ours" else _NORM_TOLERANCE[dtype]
     worst = 0.0

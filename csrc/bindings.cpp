@@ -19,13 +19,13 @@ const uint8_t* bytes_at(uintptr_t address) { return reinterpret_cast<const uint8
 
 void scan_one(uintptr_t out, uintptr_t data, int64_t count, int dtype, bool detail, int isa, int threads) {
   const cpu::Plan plan({0, count});
-  cpu::tensor_stats(plan, {bytes_at(data), nullptr}, static_cast<cpu::Dtype>(dtype), detail,
-                    static_cast<cpu::Isa>(isa), threads, records_at(out));
+  cpu::tensor_stats(plan, {bytes_at(data), nullptr}, static_cast<cpu::Dtype>(dtype), detail, static_cast<cpu::Isa>(isa),
+                    threads, records_at(out));
 }
 
 void scan_flat(uintptr_t out, uintptr_t data, const cpu::Plan& plan, int dtype, bool detail, int isa, int threads) {
-  cpu::tensor_stats(plan, {bytes_at(data), nullptr}, static_cast<cpu::Dtype>(dtype), detail,
-                    static_cast<cpu::Isa>(isa), threads, records_at(out));
+  cpu::tensor_stats(plan, {bytes_at(data), nullptr}, static_cast<cpu::Dtype>(dtype), detail, static_cast<cpu::Isa>(isa),
+                    threads, records_at(out));
 }
 
 void scan_list(uintptr_t out, const std::vector<uint64_t>& addresses, const cpu::Plan& plan, int dtype, bool detail,

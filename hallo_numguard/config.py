@@ -12,8 +12,8 @@ from hallo_numguard.records import OverflowReport, Verdict
 ACTIONS = ("continue", "warn", "skip", "raise")
 """What can be done about an overflow, mildest first. The step itself is skipped in any case."""
 
-Action = Union[str, Callable[[OverflowReport], Union[str, None]]]
-OverflowCallback = Callable[[OverflowReport], Union[str, None]]
+Action = Union[str, Callable[[OverflowReport], str | None]]
+OverflowCallback = Callable[[OverflowReport], str | None]
 
 
 def check_action(action: object, where: str) -> str:
@@ -47,9 +47,7 @@ class Policy:
         for verdict, action in self.actions.items():
             if verdict not in set(Verdict):
                 known = ", ".join(Verdict)
-                raise InvalidInput(
-                    f"policy.actions: expected a verdict of {known}, got {verdict!r}"
-                )
+                raise InvalidInput(f"policy.actions: expected a verdict of {known}, got {verdict!r}")
             if not callable(action):
                 check_action(action, f"policy.actions[{verdict}]")
 

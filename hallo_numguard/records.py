@@ -198,9 +198,7 @@ class OverflowReport:
         document = json.loads(text)
         if not isinstance(document, Mapping) or document.get("schema_version") != SCHEMA_VERSION:
             found = document.get("schema_version") if isinstance(document, Mapping) else None
-            raise ValueError(
-                f"not an overflow report of schema version {SCHEMA_VERSION}: got {found!r}"
-            )
+            raise ValueError(f"not an overflow report of schema version {SCHEMA_VERSION}: got {found!r}")
         try:
             values = {item.name: document[item.name] for item in fields(cls)}
             values["verdict"] = Verdict(values["verdict"])

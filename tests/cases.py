@@ -167,9 +167,7 @@ def _lognormal(dtype: torch.dtype, size: int, generator: torch.Generator) -> tor
     return values.clamp(max=torch.finfo(dtype).max)
 
 
-def _around(
-    limit: float, dtype: torch.dtype, size: int, generator: torch.Generator
-) -> torch.Tensor:
+def _around(limit: float, dtype: torch.dtype, size: int, generator: torch.Generator) -> torch.Tensor:
     nearby = torch.randint(-2, 3, (size,), generator=generator) + _bits_of(limit, dtype)
     return from_bits(nearby, dtype)
 

@@ -100,9 +100,7 @@ def test_other_backend_is_refused():
 
 
 def test_missing_extension_is_said():
-    hidden = (
-        "import sys; sys.modules['hallo_numguard._native'] = None; import overhead; overhead.main()"
-    )
+    hidden = "import sys; sys.modules['hallo_numguard._native'] = None; import overhead; overhead.main()"
     done = run_python("-c", hidden, "--quick", *TINY)
     assert done.returncode == 2
     assert "extension was not built" in done.stderr

@@ -76,12 +76,8 @@ def test_a_backend_gives_what_the_definition_says(each_backend: str, case: Case)
     assert_records(table, list(expected_of(case)), each_backend)
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in CASES if case.layout in ("ragged", "unaligned")], ids=str
-)
-def test_without_detail_only_the_counts_of_zeros_and_subnormals_are_missing(
-    each_native: str, case: Case
-) -> None:
+@pytest.mark.parametrize("case", [case for case in CASES if case.layout in ("ragged", "unaligned")], ids=str)
+def test_without_detail_only_the_counts_of_zeros_and_subnormals_are_missing(each_native: str, case: Case) -> None:
     with_detail = ng.tensor_stats(flat_of(case), case.offsets, detail=True).packed.clone()
     with_detail[:, 3:5] = 0
     assert torch.equal(ng.tensor_stats(flat_of(case), case.offsets).packed, with_detail)
@@ -116,16 +112,10 @@ def flushes() -> bool:
 
 @pytest.mark.parametrize(
     "case",
-    [
-        case
-        for case in CASES
-        if case.layout == "unaligned" and case.values in ("normal", "small", "subnormal")
-    ],
+    [case for case in CASES if case.layout == "unaligned" and case.values in ("normal", "small", "subnormal")],
     ids=str,
 )
-def test_flushing_subnormals_changes_nothing(
-    each_backend: str, case: Case, flushed_subnormals: None
-) -> None:
+def test_flushing_subnormals_changes_nothing(each_backend: str, case: Case, flushed_subnormals: None) -> None:
     flushed = ng.tensor_stats(flat_of(case), case.offsets, detail=True).packed
     assert flushes(), "the caller's state was changed"
     torch.set_flush_denormal(False)
@@ -161,16 +151,12 @@ def test_elements_count_in_row_major_order_wherever_they_lie(
     table = ng.tensor_stats(values, detail=True)
     assert not table.packed.requires_grad
     assert_records(table, [definition(values.detach())], each_backend)
-    assert_records(
-        ng.multi_tensor_stats([values], detail=True), [definition(values.detach())], each_backend
-    )
+    assert_records(ng.multi_tensor_stats([values], detail=True), [definition(values.detach())], each_backend)
 
 
 @pytest.mark.parametrize("shift", [1, 3])
 @each_dtype
-def test_memory_that_no_element_size_divides(
-    each_backend: str, dtype: torch.dtype, shift: int
-) -> None:
+def test_memory_that_no_element_size_divides(each_backend: str, dtype: torch.dtype, shift: int) -> None:
     values = normal(5000, dtype=dtype)
     values[4321] = NAN
     memory = bytearray(shift) + values.view(torch.uint8).numpy().tobytes()
@@ -235,9 +221,7 @@ def test_a_list_of_tensors_of_every_dtype_and_stride(each_backend: str) -> None:
 
 def test_a_tensor_that_is_twice_in_a_list(each_backend: str) -> None:
     values = normal(100)
-    assert_records(
-        ng.multi_tensor_stats([values, values], detail=True), [definition(values)] * 2, each_backend
-    )
+    assert_records(ng.multi_tensor_stats([values, values], detail=True), [definition(values)] * 2, each_backend)
 
 
 def test_no_tensors(each_backend: str) -> None:
@@ -302,9 +286,7 @@ def test_norm_is_as_torch_would_give_it(each_backend: str) -> None:
         pytest.param([INF, NAN, 4.0], NAN, 1.0, id="nan"),
     ],
 )
-def test_total_norm_and_found_inf(
-    each_backend: str, values: list[float], total: float, found: float
-) -> None:
+def test_total_norm_and_found_inf(each_backend: str, values: list[float], total: float, found: float) -> None:
     table = ng.tensor_stats(torch.tensor(values), [0, 1, 2, 3])
     assert table.total_norm().item() == pytest.approx(total, nan_ok=True)
     assert table.total_norm().dim() == table.found_inf().dim() == 0
@@ -467,9 +449,7 @@ def test_any_number_of_threads_gives_the_same_bits(each_native: str, dtype: torc
 
 @pytest.mark.parametrize("detail", [False, True], ids=["plain", "detail"])
 @each_dtype
-def test_any_address_gives_the_same_bits(
-    each_native: str, dtype: torch.dtype, detail: bool
-) -> None:
+def test_any_address_gives_the_same_bits(each_native: str, dtype: torch.dtype, detail: bool) -> None:
     values = bucket(dtype, 20_003)
     buffer = torch.zeros(values.numel() + 80, dtype=dtype)
     expected = ng.tensor_stats(values, [0, 7, 9000, 20_003], detail).packed
@@ -599,9 +579,7 @@ def test_a_worker_of_a_data_loader_works(each_native: str) -> None:
 
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "requires_grad"])
 @pytest.mark.parametrize("offsets", [None, [0, 3, 3, 10]], ids=["one_segment", "offsets"])
-def test_tensor_stats_is_a_well_formed_operator(
-    each_backend: str, offsets: list[int] | None, grad: bool
-) -> None:
+def test_tensor_stats_is_a_well_formed_operator(each_backend: str, offsets: list[int] | None, grad: bool) -> None:
     flat = normal(10).requires_grad_(grad)
     where = None if offsets is None else torch.tensor(offsets)
     torch.library.opcheck(tensor_stats_op, (flat, where, True))

@@ -19,9 +19,7 @@ from hallo_numguard.ops.formats import FORMATS
 from hallo_numguard.records import Record
 
 DTYPES = list(FORMATS)
-SIZES = st.sampled_from(
-    [0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 500, 1023, 1024, 1025, 2049, 5000]
-)
+SIZES = st.sampled_from([0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 127, 500, 1023, 1024, 1025, 2049, 5000])
 
 pytestmark = pytest.mark.skipif(not NATIVE, reason="the extension was not built")
 fixed = functools.partial(settings, derandomize=True, deadline=None, database=None)
@@ -40,9 +38,7 @@ def buckets(draw: st.DrawFn) -> tuple[torch.Tensor, list[int]]:
     width = 8 * dtype.itemsize
     infinity, normal = spec.infinity, spec.smallest_normal
     nan = infinity + 1 if spec.has_inf else infinity
-    special = st.sampled_from(
-        [0, 1, normal - 1, normal, infinity - 1, infinity, nan, spec.magnitude_mask]
-    )
+    special = st.sampled_from([0, 1, normal - 1, normal, infinity - 1, infinity, nan, spec.magnitude_mask])
     anything = st.integers(0, (1 << (width - 1)) - 1)
     # A narrow range of exponents is what real tensors have, and what the fast paths are for.
     shift = draw(st.integers(0, spec.exponent - 1))
@@ -89,15 +85,11 @@ def test_any_bits_in_any_layout(backend: str, bucket: tuple[torch.Tensor, list[i
 @pytest.mark.parametrize("backend", NATIVE)
 @fixed(max_examples=200)
 @given(bucket=buckets(), cut=st.floats(0, 1))
-def test_two_halves_add_up_to_the_whole(
-    backend: str, bucket: tuple[torch.Tensor, list[int]], cut: float
-) -> None:
+def test_two_halves_add_up_to_the_whole(backend: str, bucket: tuple[torch.Tensor, list[int]], cut: float) -> None:
     flat, _ = bucket
     middle = int(cut * flat.numel())
     with forced_backend(backend):
-        left, right, whole = ng.multi_tensor_stats(
-            [flat[:middle], flat[middle:], flat], detail=True
-        ).to_host()
+        left, right, whole = ng.multi_tensor_stats([flat[:middle], flat[middle:], flat], detail=True).to_host()
     assert whole.nan == left.nan + right.nan
     assert whole.nonfinite == left.nonfinite + right.nonfinite
     assert whole.zeros == left.zeros + right.zeros

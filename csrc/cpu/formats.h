@@ -28,7 +28,8 @@ inline uint32_t float_bits(float value) {
   return bits;
 }
 
-// Widens a small float (sign, kExponent bits, kMantissa bits) to float bits. NaN stays NaN, its payload does not matter.
+// Widens a small float (sign, kExponent bits, kMantissa bits) to float bits. NaN stays NaN, its payload does not
+// matter.
 template <int kExponent, int kMantissa>
 inline uint32_t widen_bits(uint32_t raw) {
   constexpr int kBias = (1 << (kExponent - 1)) - 1;
@@ -37,7 +38,8 @@ inline uint32_t widen_bits(uint32_t raw) {
   const uint32_t mantissa = raw & ((1u << kMantissa) - 1);
   if (exponent == (1u << kExponent) - 1) return sign | kFloatInfinity | (mantissa << (23 - kMantissa));
   if (exponent != 0) return sign | ((exponent + 127 - kBias) << 23) | (mantissa << (23 - kMantissa));
-  constexpr int kSmallest = 127 + 1 - kBias - kMantissa;  // exponent bits of the smallest subnormal, which is normal here
+  constexpr int kSmallest =
+      127 + 1 - kBias - kMantissa;  // exponent bits of the smallest subnormal, which is normal here
   return sign | float_bits(static_cast<float>(mantissa) * float_from_bits(static_cast<uint32_t>(kSmallest) << 23));
 }
 
@@ -62,8 +64,8 @@ constexpr uint8_t kFloat8E4M3FNNan = 0x7f, kFloat8E4M3FNLargestSubnormal = 0x07;
 constexpr uint32_t kFloat32LargestSubnormal = 0x007fffffu;
 constexpr uint64_t kFloat64LargestSubnormal = 0x000fffffffffffffu;
 
-constexpr uint32_t kFloat32SmallestNormal = 0x00800000u;      // 2^-126, bfloat16 too
-constexpr uint32_t kFloat16SmallestNormal = 0x38800000u;      // 2^-14, float8_e5m2 too
+constexpr uint32_t kFloat32SmallestNormal = 0x00800000u;       // 2^-126, bfloat16 too
+constexpr uint32_t kFloat16SmallestNormal = 0x38800000u;       // 2^-14, float8_e5m2 too
 constexpr uint32_t kFloat8E4M3FNSmallestNormal = 0x3c800000u;  // 2^-6
 constexpr uint64_t kFloat64SmallestNormal = 0x0010000000000000u;
 

@@ -78,7 +78,8 @@ struct Float32 : FloatSums {
   static Bits load_wide(const uint8_t* from, int count) { return load_partial(from, count); }
   static constexpr bool kShifts = true;
   static Bits shift_by(int lanes) {
-    return _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(lanes));
+    return _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                            _mm512_set1_epi32(lanes));
   }
   static Bits shift(Bits left, Bits by, Bits right) { return _mm512_permutex2var_epi32(left, by, right); }
   static Bits magnitude(Bits raw) { return WideFloat::magnitude(raw); }
@@ -118,9 +119,10 @@ struct Lanes16 : FloatSums {
   }
   static constexpr bool kShifts = true;
   static Bits shift_by(int lanes) {
-    return _mm512_add_epi16(_mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18,
-                                                               19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31)),
-                            _mm512_set1_epi16(static_cast<short>(lanes)));
+    return _mm512_add_epi16(
+        _mm512_cvtepu8_epi16(_mm256_setr_epi8(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20,
+                                              21, 22, 23, 24, 25, 26, 27, 28, 29, 30, 31)),
+        _mm512_set1_epi16(static_cast<short>(lanes)));
   }
   static Bits shift(Bits left, Bits by, Bits right) { return _mm512_permutex2var_epi16(left, by, right); }
   static Bits magnitude(Bits raw) { return _mm512_and_si512(raw, _mm512_set1_epi16(0x7fff)); }

@@ -8,8 +8,8 @@
 // counting.
 //
 // What a vector is, comes from the `Lanes` type of the including translation unit. Everything here has internal
-// linkage: code compiled for one instruction set must never be picked by the linker for another, and for the same reason
-// nothing here instantiates a template of the standard library.
+// linkage: code compiled for one instruction set must never be picked by the linker for another, and for the same
+// reason nothing here instantiates a template of the standard library.
 #pragma once
 
 #include <cstdint>
@@ -78,8 +78,8 @@ struct Direct {
 };
 
 // The same vectors out of whole cache lines: a load that straddles two lines costs a third of the DRAM bandwidth on
-// Zen 5, a shuffle of two registers nothing. Shifting, rather than starting at the next line, keeps every element in its
-// lane, so the bits of a sum do not depend on the address. The first and the last line are read whole: a line never
+// Zen 5, a shuffle of two registers nothing. Shifting, rather than starting at the next line, keeps every element in
+// its lane, so the bits of a sum do not depend on the address. The first and the last line are read whole: a line never
 // crosses a page, and what does not belong to us is shifted out.
 template <class Lanes>
 class Shifted {
@@ -89,9 +89,7 @@ class Shifted {
     left_ = Lanes::load(line_);
   }
   static int misalignment(const uint8_t* data) { return static_cast<int>(reinterpret_cast<uintptr_t>(data) % 64); }
-  static bool pays(const uint8_t* data) {
-    return misalignment(data) != 0 && misalignment(data) % Lanes::kBytes == 0;
-  }
+  static bool pays(const uint8_t* data) { return misalignment(data) != 0 && misalignment(data) % Lanes::kBytes == 0; }
   typename Lanes::Bits next(const uint8_t*) {
     line_ += 64;
     const typename Lanes::Bits right = Lanes::load(line_);

@@ -327,8 +327,8 @@ uint64_t read(const uint8_t* data, int64_t bytes) {
 }  // namespace
 
 const Kernels kAvx2 = {
-    {scan<Float32, false>, scan<Float16, false>, scan<BFloat16, false>, scan<Float64, false>,
-     scan<Float8E4M3FN, false>, scan<Float8E5M2, false>},
+    {scan<Float32, false>, scan<Float16, false>, scan<BFloat16, false>, scan<Float64, false>, scan<Float8E4M3FN, false>,
+     scan<Float8E5M2, false>},
     {scan<Float32, true>, scan<Float16, true>, scan<BFloat16, true>, scan<Float64, true>, scan<Float8E4M3FN, true>,
      scan<Float8E5M2, true>},
     read<0>,

@@ -4,7 +4,8 @@
 namespace numguard::cpu {
 namespace {
 
-// Two streams, because the hardware prefetcher stops at a page's end; eight accumulators to hide the latency of the add.
+// Two streams, because the hardware prefetcher stops at a page's end; eight accumulators to hide the latency of the
+// add.
 template <int kPrefetch>
 uint64_t read(const uint8_t* data, int64_t bytes) {
   constexpr int64_t kStep = 256;
@@ -32,8 +33,8 @@ uint64_t read(const uint8_t* data, int64_t bytes) {
 }  // namespace
 
 const Kernels kAvx512 = {
-    {scan<Float32, false>, scan<Float16, false>, scan<BFloat16, false>, scan<Float64, false>,
-     scan<Float8E4M3FN, false>, scan<Float8E5M2, false>},
+    {scan<Float32, false>, scan<Float16, false>, scan<BFloat16, false>, scan<Float64, false>, scan<Float8E4M3FN, false>,
+     scan<Float8E5M2, false>},
     {scan<Float32, true>, scan<Float16, true>, scan<BFloat16, true>, scan<Float64, true>, scan<Float8E4M3FN, true>,
      scan<Float8E5M2, true>},
     read<0>,

@@ -59,8 +59,7 @@ using Float32 = Scalar<uint32_t, uint32_t, from_float32, kFloatInfinity, kFloat3
 using Float64 = Scalar<uint64_t, uint64_t, from_float64, kDoubleInfinity, kFloat64SmallestNormal>;
 using Float16 = Scalar<uint16_t, uint32_t, from_float16, kFloatInfinity, kFloat16SmallestNormal>;
 using BFloat16 = Scalar<uint16_t, uint32_t, from_bfloat16, kFloatInfinity, kFloat32SmallestNormal>;
-using Float8E4M3FN =
-    Scalar<uint8_t, uint32_t, from_float8_e4m3fn, kFloatInfinity, kFloat8E4M3FNSmallestNormal>;
+using Float8E4M3FN = Scalar<uint8_t, uint32_t, from_float8_e4m3fn, kFloatInfinity, kFloat8E4M3FNSmallestNormal>;
 using Float8E5M2 = Scalar<uint8_t, uint32_t, from_float8_e5m2, kFloatInfinity, kFloat16SmallestNormal>;
 
 uint64_t read(const uint8_t* data, int64_t bytes) {
@@ -77,8 +76,8 @@ uint64_t read(const uint8_t* data, int64_t bytes) {
 }  // namespace
 
 const Kernels kPortable = {
-    {scan<Float32, false>, scan<Float16, false>, scan<BFloat16, false>, scan<Float64, false>,
-     scan<Float8E4M3FN, false>, scan<Float8E5M2, false>},
+    {scan<Float32, false>, scan<Float16, false>, scan<BFloat16, false>, scan<Float64, false>, scan<Float8E4M3FN, false>,
+     scan<Float8E5M2, false>},
     {scan<Float32, true>, scan<Float16, true>, scan<BFloat16, true>, scan<Float64, true>, scan<Float8E4M3FN, true>,
      scan<Float8E5M2, true>},
     read,

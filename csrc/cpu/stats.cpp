@@ -9,11 +9,11 @@
 namespace numguard::cpu {
 namespace {
 
-constexpr int64_t kChunk = 1 << 16;          // elements; a chunk lies inside one segment
-constexpr int64_t kSmallTask = 1 << 16;      // elements that are worth handing to another thread
-constexpr int64_t kLargeTask = 1 << 19;      // beyond, a longer task no longer helps the prefetchers
-constexpr int64_t kTasks = 64;               // of a layout between those two, so that no thread is left alone at the end
-constexpr int64_t kChunkCost = 256;          // what starting a chunk costs, in elements
+constexpr int64_t kChunk = 1 << 16;      // elements; a chunk lies inside one segment
+constexpr int64_t kSmallTask = 1 << 16;  // elements that are worth handing to another thread
+constexpr int64_t kLargeTask = 1 << 19;  // beyond, a longer task no longer helps the prefetchers
+constexpr int64_t kTasks = 64;           // of a layout between those two, so that no thread is left alone at the end
+constexpr int64_t kChunkCost = 256;      // what starting a chunk costs, in elements
 constexpr int64_t kSerialBytes = 512 << 10;  // below, waking a worker takes longer than the scan
 
 ScanKernel kernel_for(Isa isa, Dtype dtype, bool detail) {
@@ -100,7 +100,11 @@ Plan::Plan(std::vector<int64_t> offsets) : offsets_(std::move(offsets)) {
 class Scan {
  public:
   Scan(const Plan& plan, Source source, Dtype dtype, bool detail, Isa isa, Record* out)
-      : plan_(plan), source_(source), item_size_(kItemSize[dtype]), kernel_(kernel_for(isa, dtype, detail)), out_(out) {}
+      : plan_(plan),
+        source_(source),
+        item_size_(kItemSize[dtype]),
+        kernel_(kernel_for(isa, dtype, detail)),
+        out_(out) {}
 
   void run(int threads) {
     parts_.resize(plan_.chunks_.size());

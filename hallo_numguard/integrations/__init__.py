@@ -32,9 +32,7 @@ def attach(
     Cost: a scan of all parameters and buffers now; then one pass over this rank's gradients a step.
     """
     if not any(base.__name__ == "DeepSpeedEngine" for base in type(target).__mro__):
-        raise InvalidInput(
-            f"attach() takes the engine that deepspeed.initialize returns, got {type(target).__name__}"
-        )
+        raise InvalidInput(f"attach() takes the engine that deepspeed.initialize returns, got {type(target).__name__}")
     from hallo_numguard.integrations.deepspeed import DeepSpeedGuard
 
     return DeepSpeedGuard(target, config or GuardConfig(), on_overflow)

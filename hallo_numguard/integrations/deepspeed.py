@@ -79,9 +79,7 @@ class DeepSpeedGuard:
         findings: Parameters and buffers that were not finite when the guard was attached, or after `load_checkpoint`.
     """
 
-    def __init__(
-        self, engine: Any, config: GuardConfig, on_overflow: OverflowCallback | None
-    ) -> None:
+    def __init__(self, engine: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> None:
         _check_supported(engine)
         self.last_report: OverflowReport | None = None
         self.findings: list[Finding] = []
@@ -146,14 +144,12 @@ class DeepSpeedGuard:
             return None  # DeepSpeed now drops the gradients; the scale stays as it is
         try:
             return original(has_overflow)
-        except Exception as error:  # noqa: BLE001 - DeepSpeed raises a bare Exception at the minimum scale
+        except Exception as error:
             if report is None:
                 raise
             raise NumericsError(report) from error
 
-    def _backward(
-        self, original: Callable[..., Any], loss: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
+    def _backward(self, original: Callable[..., Any], loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
             self._losses.append(loss.detach())
         return original(loss, *args, **kwargs)
@@ -206,9 +202,7 @@ class DeepSpeedGuard:
         if self._anyone_failed(device):
             return None
         self.last_report = report
-        self._to_raise = policy.agree(
-            report, self._config.policy, self._on_overflow, self._ranks, device
-        )
+        self._to_raise = policy.agree(report, self._config.policy, self._on_overflow, self._ranks, device)
         return report
 
     def _look(self) -> _Local:
@@ -216,9 +210,7 @@ class DeepSpeedGuard:
         gradients = by_parameter(self._packed, self._pieces, len(self._parameters))
         return _Local(attribution.look(everything), gradients)
 
-    def _judge(
-        self, weights: Sums, weight_ranks: torch.Tensor, gradients: Sums, loss_known: bool
-    ) -> OverflowReport:
+    def _judge(self, weights: Sums, weight_ranks: torch.Tensor, gradients: Sums, loss_known: bool) -> OverflowReport:
         ranks = weight_ranks.tolist()
         suspects: list[Offender] = []
         bystanders: list[Offender] = []

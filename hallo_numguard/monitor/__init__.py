@@ -1,0 +1,1 @@
+"""Records in, verdict out: attribution, agreement of ranks, policy, flight recorder."""

@@ -47,9 +47,7 @@ class Ranks:
         bad = local.first != NONE
         rank = self._reduce(torch.where(bad, self.rank, NONE), dist.ReduceOp.MIN)
         mine = rank == self.rank
-        words = torch.cat(
-            [local.counts, local.first[:, None], local.absmax.view(torch.int64)[:, None]], dim=1
-        )
+        words = torch.cat([local.counts, local.first[:, None], local.absmax.view(torch.int64)[:, None]], dim=1)
         # Only one rank contributes, so the sum of the words is that rank's, bit for bit.
         words = self._reduce(torch.where(mine[:, None], words, 0), dist.ReduceOp.SUM)
         first = torch.where(rank == NONE, NONE, words[:, 3])

@@ -51,19 +51,14 @@ def named_parameters(model: nn.Module) -> list[NamedTensor]:
 def named_buffers(model: nn.Module) -> list[NamedTensor]:
     """Returns the floating-point buffers in registration order, shared ones once."""
     buffers = model.named_buffers(remove_duplicate=False)
-    return _unique(
-        "buffer", ((name, value) for name, value in buffers if value.is_floating_point())
-    )
+    return _unique("buffer", ((name, value) for name, value in buffers if value.is_floating_point()))
 
 
 def _unique(kind: str, named: Iterable[tuple[str, torch.Tensor]]) -> list[NamedTensor]:
     names: dict[torch.Tensor, list[str]] = {}
     for name, tensor in named:
         names.setdefault(tensor, []).append(name)
-    return [
-        NamedTensor(kind, first, tensor, tuple(others))
-        for tensor, (first, *others) in names.items()
-    ]
+    return [NamedTensor(kind, first, tensor, tuple(others)) for tensor, (first, *others) in names.items()]
 
 
 def look(tensors: Sequence[NamedTensor]) -> Sums:
@@ -130,9 +125,7 @@ class ReadyOrder:
         """Hooks every parameter that takes gradients, until `stop` is called."""
         for position, item in enumerate(parameters):
             if item.tensor.requires_grad:
-                self._handles.append(
-                    item.tensor.register_post_accumulate_grad_hook(self._recorder(position))
-                )
+                self._handles.append(item.tensor.register_post_accumulate_grad_hook(self._recorder(position)))
 
     def stop(self) -> None:
         """Removes the hooks."""

@@ -35,9 +35,7 @@ class Recorder:
         self._stamps: list[_Stamp] = []
         self._written = 0
 
-    def begin(
-        self, step: int, loss_scale: float, packed: torch.Tensor, loss: torch.Tensor | None
-    ) -> None:
+    def begin(self, step: int, loss_scale: float, packed: torch.Tensor, loss: torch.Tensor | None) -> None:
         """Writes what is known before the optimizer's step: `packed` is a `StatsTable.packed`."""
         if self._rows is None:
             shape = (self._length, 4)
@@ -64,8 +62,7 @@ class Recorder:
         rows = self._rows.tolist()
         begin = self._written - len(self._stamps)
         return [
-            _step_record(stamp, rows[(begin + position) % self._length])
-            for position, stamp in enumerate(self._stamps)
+            _step_record(stamp, rows[(begin + position) % self._length]) for position, stamp in enumerate(self._stamps)
         ]
 
 

@@ -36,9 +36,7 @@ class Scaling:
         return self.dynamic and self.scale > self.minimum
 
     def __str__(self) -> str:
-        return (
-            f"2^{math.log2(self.scale):g} ({self.scale:g})" if self.scale > 0 else f"{self.scale:g}"
-        )
+        return f"2^{math.log2(self.scale):g} ({self.scale:g})" if self.scale > 0 else f"{self.scale:g}"
 
 
 @dataclass(frozen=True)
@@ -211,12 +209,8 @@ def _gradients_nonfinite(seen: Evidence) -> OverflowReport:
     if not seen.scaling.dynamic:
         evidence.append(f"the loss scale is {seen.scaling.scale:g} and does not change")
     elif not seen.scaling.can_fall:
-        evidence.append(
-            f"the loss scale is at its minimum, {seen.scaling.minimum:g}: it cannot be too high"
-        )
-    unseen = (
-        () if seen.loss_known else ("the loss: call engine.backward(loss) or engine.scale(loss)",)
-    )
+        evidence.append(f"the loss scale is at its minimum, {seen.scaling.minimum:g}: it cannot be too high")
+    unseen = () if seen.loss_known else ("the loss: call engine.backward(loss) or engine.scale(loss)",)
     return _report(
         seen,
         Verdict.UNDETERMINED,
@@ -235,9 +229,7 @@ def _false_alarm(seen: Evidence) -> OverflowReport:
         Verdict.UNDETERMINED,
         None,
         seen.suspects[0] if seen.suspects else seen.loss,
-        [
-            "DeepSpeed calls this step an overflow; the guard found no non-finite gradient to account for it"
-        ],
+        ["DeepSpeed calls this step an overflow; the guard found no non-finite gradient to account for it"],
         ("DeepSpeed's own check, which may have overflowed itself on large finite values",),
         "Look at the largest gradients (guard.history), and upgrade DeepSpeed if it is older than 0.19.8.",
     )

@@ -1,0 +1,1 @@
+"""Tensors in, statistics out: the operators and their backends."""

@@ -36,9 +36,7 @@ class Layout:
             raise InvalidInput(f"offsets must not be negative, got {values[0]} first")
         for index, (begin, end) in enumerate(pairwise(values)):
             if end < begin:
-                raise InvalidInput(
-                    f"offsets must never decrease, got {begin} and then {end} at index {index + 1}"
-                )
+                raise InvalidInput(f"offsets must never decrease, got {begin} and then {end} at index {index + 1}")
         self.offsets = torch.tensor(values, dtype=torch.int64, device="cpu")
         self.segments = len(values) - 1
         self.end = values[-1]
@@ -55,9 +53,7 @@ class Layout:
     def check_fits(self, numel: int) -> None:
         """Raises InvalidInput if a flat tensor of `numel` elements is too short for these segments."""
         if self.end > numel:
-            raise InvalidInput(
-                f"offsets end at {self.end}, but the flat tensor has only {numel} elements"
-            )
+            raise InvalidInput(f"offsets end at {self.end}, but the flat tensor has only {numel} elements")
 
     def table(self, key: str, make: Callable[[list[int]], T]) -> T:
         """Returns `make(offsets)`, made at the first call with this key."""
@@ -73,8 +69,7 @@ def _as_list(offsets: Sequence[int] | torch.Tensor) -> list[int]:
     if isinstance(offsets, torch.Tensor):
         if offsets.dim() != 1 or offsets.is_floating_point() or offsets.is_complex():
             raise InvalidInput(
-                "offsets must be a 1-D integer tensor, "
-                f"got shape {tuple(offsets.shape)} and {offsets.dtype}"
+                f"offsets must be a 1-D integer tensor, got shape {tuple(offsets.shape)} and {offsets.dtype}"
             )
         if offsets.device.type != "cpu":
             raise InvalidInput(
@@ -87,6 +82,4 @@ def _as_list(offsets: Sequence[int] | torch.Tensor) -> list[int]:
             return [value.__index__() for value in offsets]
         except AttributeError as error:
             raise InvalidInput(f"offsets must be integers: {error}") from error
-    raise InvalidInput(
-        f"offsets must be a Layout, a sequence of integers or a tensor, got {type(offsets).__name__}"
-    )
+    raise InvalidInput(f"offsets must be a Layout, a sequence of integers or a tensor, got {type(offsets).__name__}")

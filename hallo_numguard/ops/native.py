@@ -62,9 +62,7 @@ def isa() -> int:
     if not wanted:
         return len(available) - 1
     if wanted not in available:
-        raise BackendUnavailable(
-            f"{ISA_VARIABLE}={wanted}, but this CPU runs {', '.join(available)}"
-        )
+        raise BackendUnavailable(f"{ISA_VARIABLE}={wanted}, but this CPU runs {', '.join(available)}")
     return available.index(wanted)
 
 

@@ -6,6 +6,7 @@ Works on the bits as the format defines them, so nothing depends on how this mac
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -25,7 +26,7 @@ def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> tor
     """See `stats.tensor_stats`. Cost: about 20 launches and 60 bytes an element, a segment."""
     flat = flat.detach().reshape(-1)
     offsets = [0, flat.numel()] if layout is None else layout.offsets.tolist()
-    segments = [flat[begin:end] for begin, end in zip(offsets, offsets[1:], strict=False)]
+    segments = [flat[begin:end] for begin, end in pairwise(offsets)]
     return multi_tensor_stats(segments, detail, device=flat.device)
 
 
@@ -78,9 +79,7 @@ def decode(magnitude: torch.Tensor, spec: Format) -> torch.Tensor:
     mantissa = magnitude & (spec.smallest_normal - 1)
     significand = torch.where(exponent > 0, mantissa + spec.smallest_normal, mantissa)
     power = torch.where(exponent > 0, exponent - 1, 0) + spec.unit
-    two_to_the_power = ((power + 1023) << 52).view(
-        torch.float64
-    )  # exact, which torch.pow need not be
+    two_to_the_power = ((power + 1023) << 52).view(torch.float64)  # exact, which torch.pow need not be
     return significand.to(torch.float64) * two_to_the_power
 
 

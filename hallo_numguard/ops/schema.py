@@ -22,13 +22,9 @@ _LIBRARY.define("multi_tensor_stats(Tensor[] tensors, bool detail) -> Tensor")
 def check_tensor(tensor: torch.Tensor) -> None:
     """Raises InvalidInput unless `tensor` is dense and of a dtype that the kernels know."""
     if tensor.dtype not in FORMATS:
-        raise InvalidInput(
-            f"expected a tensor of {', '.join(str(dtype)[6:] for dtype in FORMATS)}, got {tensor.dtype}"
-        )
+        raise InvalidInput(f"expected a tensor of {', '.join(str(dtype)[6:] for dtype in FORMATS)}, got {tensor.dtype}")
     if tensor.layout is not torch.strided:
-        raise InvalidInput(
-            f"expected a dense tensor, got layout {tensor.layout}; pass its values() instead"
-        )
+        raise InvalidInput(f"expected a dense tensor, got layout {tensor.layout}; pass its values() instead")
 
 
 @torch.library.impl(_LIBRARY, "tensor_stats", "CompositeExplicitAutograd")
@@ -51,9 +47,7 @@ def _multi_tensor_stats(tensors: list[torch.Tensor], detail: bool) -> torch.Tens
 
 
 @torch.library.register_fake("hallo_numguard::tensor_stats", lib=_LIBRARY)
-def _fake_tensor_stats(
-    flat: torch.Tensor, offsets: torch.Tensor | None, detail: bool
-) -> torch.Tensor:
+def _fake_tensor_stats(flat: torch.Tensor, offsets: torch.Tensor | None, detail: bool) -> torch.Tensor:
     check_tensor(flat)
     segments = 1 if offsets is None else offsets.shape[0] - 1
     return flat.new_empty((segments, len(RECORD_FIELDS)), dtype=torch.int64)

@@ -32,9 +32,7 @@ class StatsTable:
         return self.packed.shape[0]
 
     def __repr__(self) -> str:
-        return (
-            f"StatsTable({len(self)} segments, device={self.packed.device}, detail={self.detail})"
-        )
+        return f"StatsTable({len(self)} segments, device={self.packed.device}, detail={self.detail})"
 
     def _integers(self, name: str) -> torch.Tensor:
         return self.packed[:, _COLUMN[name]]

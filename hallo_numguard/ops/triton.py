@@ -101,9 +101,7 @@ def multi_tensor_stats(tensors: Sequence[torch.Tensor], detail: bool) -> torch.T
     device = tensors[0].device
     sizes = tuple([tensor.numel() for tensor in tensors])
     tables = _cached_tables(sizes, tuple([tensor.dtype for tensor in tensors]), device)
-    addresses = torch.tensor(
-        [tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device="cpu"
-    )
+    addresses = torch.tensor([tensor.data_ptr() for tensor in tensors], dtype=torch.int64, device="cpu")
     if device.type == "cuda":
         # From pinned memory the copy does not wait, and torch keeps the memory until it is done.
         addresses = addresses.pin_memory().to(device, non_blocking=True)
@@ -130,9 +128,7 @@ def _launch(base: int, starts: torch.Tensor, tables: _Tables, detail: bool) -> t
                 **_OPTIONS,
             )
         if segments > 0:
-            module.combine_kernel[(segments,)](
-                partials, tables.bounds, records, BLOCK=_COMBINE_BLOCK, **_OPTIONS
-            )
+            module.combine_kernel[(segments,)](partials, tables.bounds, records, BLOCK=_COMBINE_BLOCK, **_OPTIONS)
     return records
 
 
@@ -158,9 +154,7 @@ def _constants(dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-def _tables(
-    sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device
-) -> _Tables:
+def _tables(sizes: tuple[int, ...], dtypes: tuple[torch.dtype, ...], device: torch.device) -> _Tables:
     order = sorted(range(len(sizes)), key=lambda segment: str(dtypes[segment]))
     segments = torch.tensor(order, dtype=torch.int64, device="cpu")
     lengths = torch.tensor(sizes, dtype=torch.int64, device="cpu")[segments]
@@ -189,9 +183,7 @@ def _tables(
 _cached_tables = functools.lru_cache(maxsize=16)(_tables)
 
 
-def _tables_of_offsets(
-    offsets: list[int], dtype: torch.dtype, device: torch.device
-) -> tuple[_Tables, torch.Tensor]:
+def _tables_of_offsets(offsets: list[int], dtype: torch.dtype, device: torch.device) -> tuple[_Tables, torch.Tensor]:
     """The tables of a layout, and where its segments begin, in bytes."""
     sizes = tuple([end - begin for begin, end in itertools.pairwise(offsets)])
     starts = [begin * dtype.itemsize for begin in offsets[:-1]]

@@ -65,9 +65,7 @@ def chunk_kernel(
     small = tl.zeros([BLOCK], tl.int32)  # zero or subnormal
     for offset in tl.range(0, full, BLOCK, loop_unroll_factor=UNROLL):
         raw = tl.load(aligned + offset + lane, eviction_policy="evict_first")
-        peaks, sums, zeros, small = _take(
-            raw, peaks, sums, zeros, small, EXPONENT, MANTISSA, DETAIL
-        )
+        peaks, sums, zeros, small = _take(raw, peaks, sums, zeros, small, EXPONENT, MANTISSA, DETAIL)
     raw = tl.load(aligned + full + lane, mask=lane < interior - full, other=0)
     peaks, sums, zeros, small = _take(raw, peaks, sums, zeros, small, EXPONENT, MANTISSA, DETAIL)
 

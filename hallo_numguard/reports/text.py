@@ -45,13 +45,9 @@ def rows(report: OverflowReport) -> list[tuple[str, list[str]]]:
 def render(report: OverflowReport) -> str:
     """Returns the whole report, wrapped to a terminal's width."""
     ranks = f", {report.world_size} ranks" if report.world_size > 1 else ""
-    lines = [
-        f"Step {report.step} was skipped, its gradients are not finite (loss scale {report.loss_scale:g}{ranks})."
-    ]
+    lines = [f"Step {report.step} was skipped, its gradients are not finite (loss scale {report.loss_scale:g}{ranks})."]
     for label, sentences in rows(report):
         for position, sentence in enumerate(sentences):
             lead = f"  {label if position == 0 else '':<12}"
-            lines.append(
-                textwrap.fill(sentence, _WIDTH, initial_indent=lead, subsequent_indent=" " * 14)
-            )
+            lines.append(textwrap.fill(sentence, _WIDTH, initial_indent=lead, subsequent_indent=" " * 14))
     return "\n".join(lines)

@@ -1,0 +1,39 @@
+# make demo, make test and make bench set up everything they need; each is quick when it is already there.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: demo test lint bench clean
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+test: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+
+bench: $(READY)
+	mkdir -p bench
+	$(BIN)/python benchmarks/overhead.py --json bench/overhead.json --plot bench/overhead.png
+
+# DeepSpeed's own set-up needs torch at hand, and must not compile its operators.
+$(VENV)/installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt torch setuptools wheel ninja packaging pybind11
+	DS_BUILD_OPS=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation deepspeed
+	HALLO_NUMGUARD_BUILD_NATIVE=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[test,bench,lint]'
+	touch $@
+
+$(READY): $(VENV)/installed setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist bench *.egg-info hallo_numguard/_native*.so
