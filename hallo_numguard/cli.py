@@ -1,0 +1,88 @@
+"""The command line: `hallo-numguard`."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+from importlib import metadata
+from typing import Any
+
+import click
+
+from hallo_numguard import __version__
+
+
+@click.group()
+@click.version_option(__version__)
+def main() -> None:
+    """The numerics guard for PyTorch and DeepSpeed training."""
+
+
+@main.command()
+@click.option("--format", "style", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
+def env(style: str) -> None:
+    """Print versions, instruction set, threads, and which backend runs where and why."""
+    facts = environment()
+    if style == "json":
+        click.echo(json.dumps(facts, indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        if name != "backends":
+            table.add_row(name, str(value))
+    for device, report in facts["backends"].items():
+        table.add_row(f"backend for {device}", report["chosen"])
+        for backend, reason in report["not_used"].items():
+            table.add_row("", f"not {backend}: {reason}")
+    Console().print(table)
+
+
+def environment() -> dict[str, Any]:
+    """Returns what `hallo-numguard env` prints."""
+    import torch
+
+    from hallo_numguard.ops import native
+
+    isas = native.isas()
+    return {
+        "hallo-numguard": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "torch": torch.__version__,
+        "deepspeed": _installed("deepspeed"),
+        "triton": _installed("triton"),
+        "native extension": "built" if native.extension() is not None else "not built",
+        "instruction set": isas[native.isa()] if isas else "none",
+        "instruction sets of this CPU": ", ".join(isas) or "none",
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+        "backends": {device: _backends(device) for device in ("cpu", "cuda")},
+    }
+
+
+def _backends(device: str) -> dict[str, Any]:
+    from hallo_numguard.errors import BackendUnavailable
+    from hallo_numguard.ops import dispatch
+
+    try:
+        chosen = dispatch.backend_for(device).__name__.rpartition(".")[2]  # type: ignore[attr-defined]
+    except BackendUnavailable as error:
+        chosen = f"none: {error}"
+    reasons = dispatch.explain(device)
+    not_used = {name: why or "a faster one runs, or another is forced" for name, why in reasons.items() if name != chosen}
+    return {"chosen": chosen, "not_used": not_used}
+
+
+def _installed(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
