@@ -61,7 +61,9 @@ def main() -> None:
     run.train(STEPS)
     run.summary()
 
-    act("2. A loss scale far too high, guarded", "Expected: overflows that settle by themselves, and the guard says so.")
+    act(
+        "2. A loss scale far too high, guarded", "Expected: overflows that settle by themselves, and the guard says so."
+    )
     run = Run(folder, scale_power=24)
     run.train(STEPS + 14)
     run.summary()
@@ -85,7 +87,9 @@ def main() -> None:
         run.summary()
     found = run.report is not None and run.report.first is not None and run.report.first.name == TENSOR
     console.print(Rule())
-    console.print(f"The corrupted tensor was {'named at step 1' if found else 'NOT named'}. {time.monotonic() - started:.0f} s in all.")
+    console.print(
+        f"The corrupted tensor was {'named at step 1' if found else 'NOT named'}. {time.monotonic() - started:.0f} s in all."
+    )
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     sys.exit(0 if found else 1)
@@ -112,7 +116,12 @@ class Run:
 
     def train(self, steps: int) -> None:
         """Trains until the steps are done, or the run dies."""
-        columns = (TextColumn("{task.description}"), BarColumn(40), MofNCompleteColumn(), TextColumn("{task.fields[now]}"))
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(40),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[now]}"),
+        )
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("training", total=steps, now="")
             for _ in range(steps):
@@ -146,14 +155,17 @@ class Run:
         if self.error is None:
             console.print(
                 f"[green]trained[/green]: loss {finite[0]:.3f} -> {finite[-1]:.3f}, {skipped} steps skipped, "
-                f"loss scale {self.engine.optimizer.loss_scale:g}"
-                + ("" if self.report else ", no alarm")
+                f"loss scale {self.engine.optimizer.loss_scale:g}" + ("" if self.report else ", no alarm")
             )
         elif isinstance(self.error, ng.NumericsError):
-            console.print(f"[green]stopped at step {len(self.losses)}[/green] by the guard, with what is needed to mend it")
+            console.print(
+                f"[green]stopped at step {len(self.losses)}[/green] by the guard, with what is needed to mend it"
+            )
         else:
             console.print("loss scale: " + " -> ".join(f"{scale:g}" for scale in self.scales))
-            console.print(Text(f"died at step {len(self.losses)}: {type(self.error).__name__}: {self.error}", style="red"))
+            console.print(
+                Text(f"died at step {len(self.losses)}: {type(self.error).__name__}: {self.error}", style="red")
+            )
             console.print("[dim]That is all DeepSpeed says. Which tensor? Which file? Nobody knows.[/dim]")
 
 
@@ -223,7 +235,9 @@ def quiet_libraries() -> None:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
-    console.print(Text("loading DeepSpeed and transformers (the first time, DeepSpeed compiles a helper) ...", style="dim"))
+    console.print(
+        Text("loading DeepSpeed and transformers (the first time, DeepSpeed compiles a helper) ...", style="dim")
+    )
     sys.stdout.flush()
     import deepspeed
     import transformers

@@ -73,7 +73,9 @@ def _backends(device: str) -> dict[str, Any]:
     except BackendUnavailable as error:
         chosen = f"none: {error}"
     reasons = dispatch.explain(device)
-    not_used = {name: why or "a faster one runs, or another is forced" for name, why in reasons.items() if name != chosen}
+    not_used = {
+        name: why or "a faster one runs, or another is forced" for name, why in reasons.items() if name != chosen
+    }
     return {"chosen": chosen, "not_used": not_used}
 
 

@@ -7,8 +7,14 @@ namespace {
 struct BFloat16Dot : BFloat16Base {
   static constexpr int kUnroll = 8, kSums = 1, kBlock = 2048;
   static void add_squares(Sums* sums, Bits raw) {
-    // Flushes subnormals whatever the caller's state; beside kSafeLow they are below 2^-150 of the block.
+    // Flushes subnormals, and products that are, whatever the caller's state: see needs_rescan.
     sums[0] = _mm512_dpbf16_ps(sums[0], reinterpret_cast<__m512bh>(raw), reinterpret_cast<__m512bh>(raw));
+  }
+  // 2048 squares below 2^-126 are less than 2^-26 of a block whose largest magnitude is 2^-44.
+  static bool needs_rescan(Bits peak) {
+    constexpr uint16_t kLow = 0x2980;  // bits of 2^-44
+    if (at_least(peak, kSafeHigh >> 16) != 0) return true;
+    return at_least(peak, kLow) == 0 && at_least(peak, 1) != 0;
   }
 };
 

@@ -111,6 +111,7 @@ class Scan {
     const int64_t bytes = (plan_.offsets_.back() - plan_.offsets_.front()) * item_size_;
     const int tasks = static_cast<int>(plan_.tasks_.size()) - 1;
     parallel_for(tasks, bytes < kSerialBytes ? 1 : threads, [this](int task) { run_task(task); });
+    const FloatState state;
     for (int64_t segment = 0; segment < plan_.segments(); ++segment) combine(segment);
   }
 

@@ -72,10 +72,10 @@ def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> tor
     flat = flat.contiguous()
     options = (_CODES[flat.dtype], detail, isa(), torch.get_num_threads())
     if layout is None:
-        packed = torch.empty((1, _WORDS), dtype=torch.int64)
+        packed = torch.empty((1, _WORDS), dtype=torch.int64, device="cpu")
         module.scan_one(packed.data_ptr(), flat.data_ptr(), flat.numel(), *options)
     else:
-        packed = torch.empty((layout.segments, _WORDS), dtype=torch.int64)
+        packed = torch.empty((layout.segments, _WORDS), dtype=torch.int64, device="cpu")
         plan = layout.table("native", module.Plan)
         module.scan_flat(packed.data_ptr(), flat.data_ptr(), plan, *options)
     return packed
@@ -88,7 +88,7 @@ def multi_tensor_stats(tensors: Sequence[torch.Tensor], detail: bool) -> torch.T
     dtypes = {tensor.dtype for tensor in tensors}
     if len(dtypes) == 1:
         return _scan_list(module, tensors, detail)
-    packed = torch.empty((len(tensors), _WORDS), dtype=torch.int64)
+    packed = torch.empty((len(tensors), _WORDS), dtype=torch.int64, device="cpu")
     for dtype in dtypes:
         rows = [row for row, tensor in enumerate(tensors) if tensor.dtype == dtype]
         packed[rows] = _scan_list(module, [tensors[row] for row in rows], detail)
@@ -103,7 +103,7 @@ def _loaded() -> ModuleType:
 
 
 def _scan_list(module: ModuleType, tensors: list[torch.Tensor], detail: bool) -> torch.Tensor:
-    packed = torch.empty((len(tensors), _WORDS), dtype=torch.int64)
+    packed = torch.empty((len(tensors), _WORDS), dtype=torch.int64, device="cpu")
     plan = _plan_of_sizes(tuple([tensor.numel() for tensor in tensors]))
     addresses = [tensor.data_ptr() for tensor in tensors]
     options = (_CODES[tensors[0].dtype], detail, isa(), torch.get_num_threads())

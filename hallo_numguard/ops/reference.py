@@ -6,7 +6,6 @@ Works on the bits as the format defines them, so nothing depends on how this mac
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 
@@ -26,7 +25,7 @@ def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> tor
     """See `stats.tensor_stats`. Cost: about 20 launches and 60 bytes an element, a segment."""
     flat = flat.detach().reshape(-1)
     offsets = [0, flat.numel()] if layout is None else layout.offsets.tolist()
-    segments = [flat[begin:end] for begin, end in pairwise(offsets)]
+    segments = [flat[begin:end] for begin, end in zip(offsets, offsets[1:], strict=False)]
     return multi_tensor_stats(segments, detail, device=flat.device)
 
 
@@ -67,7 +66,9 @@ def _piece_record(values: torch.Tensor, detail: bool) -> torch.Tensor:
         subnormals,
         first,
     ]
-    floats = torch.stack([numbers.max(), (numbers * numbers).sum()])
+    # The largest bits, not the largest number: a comparison of floats may take subnormals for zero.
+    absmax = decode(magnitude.masked_fill(bad, 0).max(), spec)
+    floats = torch.stack([absmax, (numbers * numbers).sum()])
     return torch.cat([torch.stack(integers), floats.view(torch.int64)])
 
 
@@ -93,7 +94,6 @@ def _append(left: torch.Tensor, right: torch.Tensor, begin: int) -> torch.Tensor
     """The record of `left`'s elements and then `right`'s, which begin at index `begin`."""
     first = torch.where(right[5] >= 0, right[5] + begin, -1)
     first = torch.where(left[5] >= 0, left[5], first)
-    floats_left, floats_right = left[6:].view(torch.float64), right[6:].view(torch.float64)
-    absmax = torch.maximum(floats_left[0], floats_right[0])
-    floats = torch.stack([absmax, floats_left[1] + floats_right[1]])
-    return torch.cat([left[:5] + right[:5], first[None], floats.view(torch.int64)])
+    absmax = torch.maximum(left[6:7], right[6:7])  # as bits, which order as they do
+    sumsq = left[7:].view(torch.float64) + right[7:].view(torch.float64)
+    return torch.cat([left[:5] + right[:5], first[None], absmax, sumsq.view(torch.int64)])

@@ -19,12 +19,14 @@ _LIBRARY.define("tensor_stats(Tensor flat, Tensor? offsets, bool detail) -> Tens
 _LIBRARY.define("multi_tensor_stats(Tensor[] tensors, bool detail) -> Tensor")
 
 
-def check_tensor(tensor: torch.Tensor) -> None:
+def check_tensor(tensor: torch.Tensor, where: str = "") -> None:
     """Raises InvalidInput unless `tensor` is dense and of a dtype that the kernels know."""
     if tensor.dtype not in FORMATS:
-        raise InvalidInput(f"expected a tensor of {', '.join(str(dtype)[6:] for dtype in FORMATS)}, got {tensor.dtype}")
+        raise InvalidInput(
+            f"expected a tensor{where} of {', '.join(str(dtype)[6:] for dtype in FORMATS)}, got {tensor.dtype}"
+        )
     if tensor.layout is not torch.strided:
-        raise InvalidInput(f"expected a dense tensor, got layout {tensor.layout}; pass its values() instead")
+        raise InvalidInput(f"expected a dense tensor{where}, got layout {tensor.layout}; pass its values() instead")
 
 
 @torch.library.impl(_LIBRARY, "tensor_stats", "CompositeExplicitAutograd")
@@ -41,8 +43,8 @@ def _tensor_stats(flat: torch.Tensor, offsets: torch.Tensor | None, detail: bool
 def _multi_tensor_stats(tensors: list[torch.Tensor], detail: bool) -> torch.Tensor:
     if not tensors:
         return torch.empty((0, len(RECORD_FIELDS)), dtype=torch.int64)
-    for tensor in tensors:
-        check_tensor(tensor)
+    for position, tensor in enumerate(tensors):
+        check_tensor(tensor, f" at position {position}")
     return dispatch.backend_for(tensors[0].device.type).multi_tensor_stats(tensors, detail)
 
 
@@ -55,8 +57,8 @@ def _fake_tensor_stats(flat: torch.Tensor, offsets: torch.Tensor | None, detail:
 
 @torch.library.register_fake("hallo_numguard::multi_tensor_stats", lib=_LIBRARY)
 def _fake_multi_tensor_stats(tensors: list[torch.Tensor], detail: bool) -> torch.Tensor:
-    for tensor in tensors:
-        check_tensor(tensor)
+    for position, tensor in enumerate(tensors):
+        check_tensor(tensor, f" at position {position}")
     device = tensors[0].device if tensors else "cpu"
     return torch.empty((len(tensors), len(RECORD_FIELDS)), dtype=torch.int64, device=device)
 

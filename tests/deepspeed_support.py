@@ -1,0 +1,152 @@
+"""Real DeepSpeed engines on the CPU: a small model, its configuration, and runs of several processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    """Embedding (one row is never read), frozen projection, tied output, a mask that holds -Inf on purpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 16)
+        self.frozen = nn.Linear(16, 16).requires_grad_(False)
+        self.hidden = nn.Linear(16, 24)
+        self.norm = nn.LayerNorm(24)
+        self.output = nn.Linear(24, 16)
+        self.head = nn.Linear(16, 8, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.frozen(self.embedding(tokens))
+        x = x + self.output(torch.tanh(self.norm(self.hidden(x))))
+        return self.head(x)[..., :7]  # row 7 of the embedding is multiplied, but no loss depends on it
+
+
+def single_process_environment() -> None:
+    """Lets deepspeed.initialize start alone, on a free port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+    for name, value in {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        os.environ.setdefault(name, value)
+
+
+def allow_fp16() -> None:
+    """DeepSpeed asks the CPU for a fast path to fp16, not for a right one; and it need not compile its shared-memory
+    collective for tests."""
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    class Fp16CpuAccelerator(CPU_Accelerator):
+        def is_fp16_supported(self) -> bool:
+            return True
+
+        def supported_dtypes(self) -> list[torch.dtype]:
+            return [torch.float, torch.half, torch.bfloat16]
+
+        def create_op_builder(self, class_name: str) -> Any:
+            return None if class_name == "ShareMemCommBuilder" else super().create_op_builder(class_name)
+
+    if type(get_accelerator()).__name__ != "Fp16CpuAccelerator":
+        set_accelerator(Fp16CpuAccelerator())
+
+
+def make_engine(setup: str = "fp16", scale_power: int = 8, stage: int = 2, **config: Any) -> Any:
+    """Returns an engine: `setup` is fp16 (DeepSpeed's block), half (its block off, half parameters) or bf16."""
+    single_process_environment()
+    allow_fp16()
+    import deepspeed
+
+    torch.manual_seed(0)
+    model = Model()
+    scaler = {"initial_scale_power": scale_power, "hysteresis": 1, "min_loss_scale": 1, "loss_scale_window": 100}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 500, "allgather_bucket_size": 1000},
+        "zero_allow_untested_optimizer": True,
+        **config,
+    }
+    if setup == "half":
+        model.half()
+        settings["fp16"] = {"enabled": False, **scaler}
+    elif setup == "fp16":
+        settings["fp16"] = {"enabled": True, "loss_scale": 0, **scaler}
+    elif setup == "bf16":
+        settings["bf16"] = {"enabled": True}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def train_step(engine: Any, step: int = 0, poison: float = 1.0) -> float:
+    """One forward, backward and step; the loss is multiplied by `poison`."""
+    generator = torch.Generator().manual_seed(step + 100 * int(os.environ["RANK"]))
+    tokens = torch.randint(0, 7, (4, 6), generator=generator)
+    logits = engine(tokens)
+    loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten()) * poison
+    engine.backward(loss)
+    engine.step()
+    return loss.item()
+
+
+def plant(engine: Any, name: str, index: tuple[int, ...], value: float = float("nan")) -> None:
+    """Writes a value into a parameter or buffer, as a corrupted file would have."""
+    tensors = {**dict(engine.module.named_parameters()), **dict(engine.module.named_buffers())}
+    with torch.no_grad():
+        tensors[name][index] = value
+
+
+def run_ranks(script: str, folder: Path, ranks: int = 2, timeout: float = 200) -> list[str]:
+    """Runs a script in several gloo processes; returns what each printed. Fails if one fails or hangs."""
+    path = folder / "script.py"
+    path.write_text(script, encoding="utf-8")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in range(ranks):
+        environment = {
+            **os.environ,
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": str(ranks),
+            "LOCAL_WORLD_SIZE": str(ranks),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(Path(__file__).parent),
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(path)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = []
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=timeout)
+            outputs.append(output)
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    return outputs

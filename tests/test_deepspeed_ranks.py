@@ -1,0 +1,87 @@
+"""The guard across two real processes: all ranks agree, and none hangs."""
+
+from __future__ import annotations
+
+import deepspeed_support as support
+import pytest
+
+HEAD = """
+import deepspeed_support as support, hallo_numguard as ng, torch, os, logging
+import deepspeed
+logging.getLogger("hallo_numguard").setLevel(logging.CRITICAL)
+RANK = int(os.environ["RANK"])
+engine = support.make_engine({setup!r}, scale_power={scale})
+"""
+TAIL = """
+deepspeed.comm.barrier()
+deepspeed.comm.destroy_process_group()
+"""
+
+
+def run(body, tmp_path, setup="half", scale=8):
+    return support.run_ranks(HEAD.format(setup=setup, scale=scale) + body + TAIL, tmp_path)
+
+
+@pytest.mark.parametrize("setup", ["fp16", "half"])
+def test_a_nan_on_one_rank_is_named_with_its_rank_on_all(tmp_path, setup):
+    body = """
+guard = ng.attach(engine)
+support.train_step(engine, 0)
+if RANK == 1:
+    support.plant(engine, "hidden.weight", (3, 4))
+try:
+    support.train_step(engine, 1)
+except ng.NumericsError as error:
+    first = error.report.first
+    print("FOUND", first.name, first.index, first.rank, error.report.verdict, error.report.world_size)
+"""
+    for output in run(body, tmp_path, setup):
+        assert "FOUND hidden.weight (3, 4) 1 weights_nonfinite 2" in output
+
+
+def test_slices_of_both_ranks_make_one_report_and_the_scale_settles(tmp_path):
+    body = """
+reports = []
+guard = ng.attach(engine, on_overflow=reports.append)
+for step in range(25):
+    support.train_step(engine, step)
+print("REPORT", hash(tuple(map(str, reports))) and [(r.step, str(r.first), len(r.offenders)) for r in reports])
+print("SETTLED", guard.last_report.provisional, guard.last_report.advice)
+assert all(r.verdict is ng.Verdict.SCALE_TOO_HIGH for r in reports) and reports
+assert all(o.nonfinite <= o.numel for r in reports for o in r.offenders)
+"""
+    lines = [
+        [line for line in output.splitlines() if line.startswith(("REPORT", "SETTLED"))]
+        for output in run(body, tmp_path, "half", 30)
+    ]
+    assert lines[0] == lines[1]
+    assert lines[0][1].startswith("SETTLED False")
+
+
+def test_a_callback_that_raises_on_one_rank_stops_both(tmp_path):
+    body = """
+def callback(report):
+    if RANK == 1:
+        raise KeyError("mine")
+guard = ng.attach(engine, on_overflow=callback)
+try:
+    support.train_step(engine)
+except (KeyError, ng.NumericsError) as error:
+    print("STOPPED", type(error).__name__)
+"""
+    zero, one = run(body, tmp_path, "half", 30)
+    assert "STOPPED NumericsError" in zero
+    assert "STOPPED KeyError" in one
+
+
+def test_a_guard_that_fails_on_one_rank_comes_off_on_both_and_training_goes_on(tmp_path):
+    body = """
+guard = ng.attach(engine)
+if RANK == 0:
+    guard._look = lambda: 1 / 0
+for step in range(25):
+    support.train_step(engine, step)
+print("OFF", "step" not in vars(engine.optimizer), guard.last_report, engine.skipped_steps > 0)
+"""
+    for output in run(body, tmp_path, "half", 30):
+        assert "OFF True None True" in output
