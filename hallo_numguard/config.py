@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Union
 
 from hallo_numguard.errors import InvalidInput
 from hallo_numguard.records import OverflowReport, Verdict
@@ -12,8 +11,8 @@ from hallo_numguard.records import OverflowReport, Verdict
 ACTIONS = ("continue", "warn", "skip", "raise")
 """What can be done about an overflow, mildest first. The step itself is skipped in any case."""
 
-Action = Union[str, Callable[[OverflowReport], str | None]]
 OverflowCallback = Callable[[OverflowReport], str | None]
+Action = str | OverflowCallback
 
 
 def check_action(action: object, where: str) -> str:
@@ -34,9 +33,9 @@ class Policy:
     Attributes:
         on_unrecoverable: Action where `report.recoverable` is False: "raise" (default) stops at once in place of
             burning every halving of the loss scale; "warn" lets DeepSpeed go on.
-        actions: Action by verdict, in place of the default: a name, or a callable that gets the report and returns a name
-            or None. "continue" logs one line, "warn" logs the report, "skip" does so too and says that the step is
-            lost, "raise" raises `NumericsError` once DeepSpeed has dropped the step's gradients.
+        actions: Action by verdict, in place of the default: a name, or a callable that gets the report and returns a
+            name or None. "continue" logs one line, "warn" and "skip" log the report (the step
+            is skipped in any case), "raise" raises `NumericsError` once DeepSpeed has dropped the step's gradients.
     """
 
     on_unrecoverable: str = "raise"

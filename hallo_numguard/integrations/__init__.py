@@ -19,8 +19,8 @@ def attach(
     Args:
         target: A `deepspeed.DeepSpeedEngine` with ZeRO stage 1 or 2.
         config: What to do; see `GuardConfig`.
-        on_overflow: Called on every rank with the same `OverflowReport` when a step's gradients are not finite. May return
-            an action ("continue", "warn", "skip", "raise") in place of the policy's, or None.
+        on_overflow: Called on every rank with the same `OverflowReport` when a step's gradients are not finite. May
+            return an action ("continue", "warn", "skip", "raise") in place of the policy's, or None.
 
     Returns:
         The guard: `last_report`, `history`, `findings`, `detach()`.

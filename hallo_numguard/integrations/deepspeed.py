@@ -243,8 +243,8 @@ class DeepSpeedGuard:
             return False
         if self._weights[position].kind == "parameter":
             return True
-        # A forward pass on a bad batch poisons running statistics: that is damage, unless it was there before. -Inf alone
-        # is how additive masks are written.
+        # A forward pass on a bad batch poisons running statistics: that is damage, unless it was there before. And
+        # -Inf alone is how additive masks are written.
         return position in self._known_buffers and not only_negative_infinity(weights, position)
 
     def _gradient(self, gradients: Sums, position: int) -> Offender:
@@ -348,8 +348,8 @@ class _GradientPieces:
         for piece, size in zip(self._pieces, sizes, strict=True):
             if piece.start + size > numel[piece.parameter]:
                 raise UnsupportedDeepSpeed(
-                    f"DeepSpeed {_version()}: {type(self._optimizer).__name__}.averaged_gradients holds {size} elements "
-                    f"from {piece.start} on for a parameter of {numel[piece.parameter]}: its layout is not the one known"
+                    f"DeepSpeed {_version()}: {type(self._optimizer).__name__}.averaged_gradients holds {size} "
+                    f"elements from {piece.start} on for a parameter of {numel[piece.parameter]}: an unknown layout"
                 )
 
 

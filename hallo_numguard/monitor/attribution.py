@@ -71,8 +71,8 @@ def look(tensors: Sequence[NamedTensor]) -> Sums:
 class LegalNonfinites:
     """Remembers non-finite tensors that a clean step has been seen with: they are not what goes wrong later.
 
-    An embedding row that is never read may be NaN for ever, an attention mask holds -Inf on purpose. What changed since is
-    suspect again.
+    An embedding row that is never read may be NaN for ever, an attention mask holds -Inf on purpose. What changed since
+    is suspect again.
     """
 
     def __init__(self) -> None:

@@ -48,8 +48,8 @@ class Evidence:
         skipped: Number of steps skipped in a row, this one included.
         scaling: The loss scaler.
         suspects: Non-finite parameters and buffers that may be the cause, in dataflow order.
-        bystanders: Non-finite ones that are not: a clean step was seen with them in place, they hold nothing but -Inf on
-            purpose, or they may have been poisoned by this very step.
+        bystanders: Non-finite ones that are not: a clean step was seen with them in place, they hold nothing but -Inf
+            on purpose, or they may have been poisoned by this very step.
         tensors: Number of parameters and buffers that were looked at.
         loss: The loss as an offender; None if it is finite.
         loss_known: False if the guard could not see the loss.
@@ -162,13 +162,13 @@ def _weights_nonfinite(seen: Evidence) -> OverflowReport:
             f"{seen.scaling.scale:g} down to {seen.scaling.minimum:g}, and then give up"
         )
     advice = (
-        f"Repair {first.name}: check the file it was loaded from (checksum, values, dtype), load an intact copy or go back "
-        f"to a healthy checkpoint."
+        f"Repair {first.name}: check the file it was loaded from (checksum, values, dtype), load an intact copy or go "
+        f"back to a healthy checkpoint."
     )
     if first.pos_inf + first.neg_inf and first.dtype in ("float16", "bfloat16", "float8_e5m2"):
         advice += (
-            f" A number too large for {first.dtype} also becomes Inf when it is converted, so look at the values in the "
-            f"file's own dtype."
+            f" A number too large for {first.dtype} also becomes Inf when it is converted, so look at the values in "
+            f"the file's own dtype."
         )
     return _report(seen, Verdict.WEIGHTS_NONFINITE, False, first, evidence, (), advice)
 
@@ -181,8 +181,9 @@ def _loss_nonfinite(seen: Evidence, loss: Offender) -> OverflowReport:
         loss,
         [f"the loss is not finite ({_loss_text(seen)})", _finite_weights(seen)],
         ("the batch", "the outputs of the modules", "the optimizer state"),
-        "A non-finite value came in with the batch or arose in the forward pass; the loss scale acts later, so lowering it "
-        "will hardly help. Check the inputs and labels of this batch, then run the forward pass in float32 or bfloat16.",
+        "A non-finite value came in with the batch or arose in the forward pass; the loss scale acts later, so "
+        "lowering it will hardly help. Check the inputs and labels of this batch, or run the forward pass in "
+        "float32 or bfloat16.",
     )
 
 
@@ -195,8 +196,8 @@ def _scale_too_high(seen: Evidence) -> OverflowReport:
         seen.gradients[0],
         ["the loss is finite", _finite_weights(seen), f"the loss scale is {seen.scaling}"],
         ("the batch", "the optimizer state", "whether this batch is finite at a lower scale"),
-        f"Let it go on: the loss scale will be lowered, {_plural(left, 'halving')} left. The verdict is provisional until a "
-        f"step is finite.",
+        f"Let it go on: the loss scale will be lowered, {_plural(left, 'halving')} left. The verdict is provisional "
+        f"until a step is finite.",
     )
 
 
@@ -218,8 +219,8 @@ def _gradients_nonfinite(seen: Evidence) -> OverflowReport:
         seen.gradients[0],
         evidence,
         (*unseen, "the batch", "the optimizer state", "the backward pass, module by module"),
-        f"The gradient of {seen.gradients[0].name} is the first that is not finite: look at the operations behind it (a "
-        f"division, a square root or a logarithm at 0), and at the batch.",
+        f"The gradient of {seen.gradients[0].name} is the first that is not finite: look at the operations behind it "
+        f"(a division, a square root or a logarithm at 0), and at the batch.",
     )
 
 

@@ -21,8 +21,8 @@ class Layout:
     device as well.
 
     Args:
-        offsets: n + 1 integers in elements, never decreasing, the first not negative. A sequence, or a 1-D integer tensor
-            on the CPU. The last may lie before the end of the flat tensor (padding is not looked at).
+        offsets: n + 1 integers in elements, never decreasing, the first not negative. A sequence, or a 1-D integer
+            tensor on the CPU. The last may lie before the end of the flat tensor (padding is not looked at).
 
     Raises:
         InvalidInput: If they are anything else.
@@ -77,7 +77,7 @@ def _as_list(offsets: Sequence[int] | torch.Tensor) -> list[int]:
             )
         values: list[int] = offsets.tolist()
         return values
-    if isinstance(offsets, Sequence) and not isinstance(offsets, str):
+    if isinstance(offsets, Sequence):
         try:
             return [value.__index__() for value in offsets]
         except AttributeError as error:

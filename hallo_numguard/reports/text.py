@@ -7,7 +7,7 @@ import textwrap
 from hallo_numguard.records import OverflowReport
 
 _WIDTH = 110
-_MOST_OFFENDERS = 5
+_MOST_OFFENDERS = 3
 _MEANING = {
     True: "training will go on by itself",
     False: "no loss scale can mend this",

@@ -1,0 +1,151 @@
+"""What a user gets from pip: a lazy import, an extension without torch in it, wheels that work."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hallo_numguard.ops import native
+
+ROOT = Path(__file__).parent.parent
+
+
+def python(code, **environment):
+    """Runs code in a fresh interpreter and returns what it printed."""
+    settings = {**os.environ, **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=False, cwd="/"
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+BLOCK = """
+import sys
+class Block:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in {blocked}:
+            raise ImportError(f"{{name}} is blocked")
+sys.meta_path.insert(0, Block())
+"""
+
+
+def test_the_import_and_reports_work_without_torch():
+    code = BLOCK.format(blocked={"torch", "numpy", "deepspeed", "triton"}) + (
+        "import hallo_numguard as ng\n"
+        "report = ng.OverflowReport(1, 8.0, ng.Verdict.UNDETERMINED, False, None, None, (), ('seen',), (), 'look')\n"
+        "assert ng.OverflowReport.from_json(report.to_json()) == report\n"
+        "print(report)\n"
+    )
+    assert "Step 1 was skipped" in python(code)
+
+
+def test_statistics_work_without_deepspeed_and_triton():
+    code = BLOCK.format(blocked={"deepspeed", "triton"}) + (
+        "import torch, hallo_numguard as ng\n"
+        "print(ng.tensor_stats(torch.tensor([1.0, float('nan')])).to_host()[0].nan)\n"
+    )
+    assert python(code).strip() == "1"
+
+
+def test_every_public_name_resolves():
+    import hallo_numguard
+
+    for name in hallo_numguard.__all__:
+        assert getattr(hallo_numguard, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = hallo_numguard.no_such_name
+
+
+def test_without_the_extension_the_reference_runs_and_says_so_once():
+    code = BLOCK.format(blocked={"nothing"}) + (
+        "import hallo_numguard\nsys.modules['hallo_numguard._native'] = None\n"
+        "import torch, hallo_numguard as ng\n"
+        "for _ in range(3): record = ng.tensor_stats(torch.tensor([3.0, 4.0])).to_host()[0]\n"
+        "print(record.norm)\n"
+    )
+    settings = {k: v for k, v in os.environ.items() if not k.startswith("HALLO_NUMGUARD")}
+    done = subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "5.0"
+    assert done.stderr.count("the native backend is not used") == 1
+
+
+def test_a_forced_backend_that_cannot_run_raises():
+    code = (
+        "import torch, hallo_numguard as ng\n"
+        "try: ng.tensor_stats(torch.ones(2))\n"
+        "except ng.BackendUnavailable as error: print(error)\n"
+    )
+    assert "choose one of" in python(code, HALLO_NUMGUARD_BACKEND="cobol")
+    assert "this CPU runs" in python(code, HALLO_NUMGUARD_BACKEND="native", HALLO_NUMGUARD_ISA="mmx")
+
+
+def test_env_names_the_backend_and_why_the_others_were_not_chosen():
+    done = subprocess.run(
+        [sys.executable, "-m", "hallo_numguard", "env", "--format", "json"], capture_output=True, text=True, check=True
+    )
+    facts = json.loads(done.stdout)
+    assert facts["backends"]["cpu"]["chosen"] == "native"
+    assert facts["instruction set"] in native.isas()
+    assert set(facts["backends"]["cuda"]["not_used"]) >= {"native"}
+
+
+def test_the_extension_links_no_torch_symbol():
+    module = native.extension()
+    assert module is not None
+    symbols = subprocess.run(
+        ["nm", "-D", "--undefined-only", module.__file__], capture_output=True, text=True, check=True
+    )
+    wanted = [line for line in symbols.stdout.splitlines() if any(x in line for x in ("c10", "torch", "at6Tensor"))]
+    assert wanted == []
+    needed = subprocess.run(["readelf", "-d", module.__file__], capture_output=True, text=True, check=True).stdout
+    assert "libtorch" not in needed
+    assert "libc10" not in needed
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    """A copy of the tree, so that building leaves nothing behind."""
+    copy = tmp_path_factory.mktemp("source") / "tree"
+    ignored = shutil.ignore_patterns(".git", ".venv", "build", "dist", "*.so", "*.egg-info", ".*_cache", "__pycache__")
+    shutil.copytree(ROOT, copy, ignore=ignored)
+    return copy
+
+
+def test_sdist_and_wheel_build_and_the_wheel_works_elsewhere(source, tmp_path):
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(source)]
+    subprocess.run(build, check=True, capture_output=True, env={**os.environ, "HALLO_NUMGUARD_BUILD_NATIVE": "1"})
+    (wheel,) = tmp_path.glob("*.whl")
+    assert list(tmp_path.glob("*.tar.gz"))
+    target = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel)], check=True
+    )
+    code = (
+        "import hallo_numguard, torch\n"
+        "from hallo_numguard.ops import native\n"
+        "print(hallo_numguard.__file__, native.extension().__file__)\n"
+        "print(hallo_numguard.tensor_stats(torch.ones(4)).to_host()[0].norm)\n"
+    )
+    lines = python(code, PYTHONPATH=str(target)).splitlines()
+    assert lines[0].count(str(target)) == 2
+    assert lines[1] == "2.0"
+
+
+def test_without_a_compiler_it_installs_without_the_extension_unless_that_is_refused(source, tmp_path):
+    # An empty PATH hides every compiler; the interpreter is called by its full name.
+    setup = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(tmp_path / "lib")]
+    bare = {**os.environ, "PATH": str(tmp_path), "CXX": ""}
+    auto = subprocess.run(setup, cwd=source, capture_output=True, text=True, check=False, env=bare)
+    assert auto.returncode == 0, auto.stderr
+    assert not list(tmp_path.rglob("_native*"))
+    forced = {**bare, "HALLO_NUMGUARD_BUILD_NATIVE": "1"}
+    refused = subprocess.run(setup, cwd=source, capture_output=True, text=True, check=False, env=forced)
+    assert refused.returncode != 0
+    assert "no C++ compiler found" in refused.stderr
