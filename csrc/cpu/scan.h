@@ -26,7 +26,7 @@ constexpr uint32_t kSafeLow = 0x26800000u;   // bits of 2^-50f
 constexpr uint32_t kSafeHigh = 0x5d800000u;  // bits of 2^60f
 
 // How far ahead the loads of a scan are prefetched. On Zen 5 the hardware prefetcher alone leaves a fifth of the L3
-// bandwidth unused, and a distance below 4 KiB gets in its way in DRAM (measured: docs/performance.md).
+// bandwidth unused, and a distance below 4 KiB gets in its way in DRAM (measured: docs/benchmarks.md).
 constexpr int kPrefetchBytes = 8192;
 
 inline int popcount(uint32_t bits) { return __builtin_popcount(bits); }
