@@ -65,7 +65,7 @@ class Layout:
         return f"Layout({self.segments} segments, {self.end} elements)"
 
 
-def _as_list(offsets: Sequence[int] | torch.Tensor) -> list[int]:
+def _as_list(offsets: object) -> list[int]:
     if isinstance(offsets, torch.Tensor):
         if offsets.dim() != 1 or offsets.is_floating_point() or offsets.is_complex():
             raise InvalidInput(
@@ -77,7 +77,7 @@ def _as_list(offsets: Sequence[int] | torch.Tensor) -> list[int]:
             )
         values: list[int] = offsets.tolist()
         return values
-    if isinstance(offsets, Sequence):
+    if isinstance(offsets, Sequence) and not isinstance(offsets, str):
         try:
             return [value.__index__() for value in offsets]
         except AttributeError as error:
