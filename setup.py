@@ -27,6 +27,7 @@ PORTABLE_UNITS: dict[str, list[str]] = {
     "csrc/cpu/pool.cpp": [],
     "csrc/cpu/scan_portable.cpp": [],
     "csrc/cpu/stats.cpp": [],
+    "csrc/tensor_list.cpp": [],
 }
 X86_UNITS: dict[str, list[str]] = {
     "csrc/cpu/scan_avx2.cpp": AVX2,

@@ -4,9 +4,11 @@
 
 #include <memory>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "cpu/stats.h"
+#include "tensor_list.h"
 
 namespace py = pybind11;
 using numguard::Record;
@@ -19,21 +21,22 @@ const uint8_t* bytes_at(uintptr_t address) { return reinterpret_cast<const uint8
 
 void scan_one(uintptr_t out, uintptr_t data, int64_t count, int dtype, bool detail, int isa, int threads) {
   const cpu::Plan plan({0, count});
-  cpu::tensor_stats(plan, {bytes_at(data), nullptr}, static_cast<cpu::Dtype>(dtype), detail, static_cast<cpu::Isa>(isa),
-                    threads, records_at(out));
+  cpu::tensor_stats(plan, {bytes_at(data), nullptr}, static_cast<numguard::Dtype>(dtype), detail,
+                    static_cast<cpu::Isa>(isa), threads, records_at(out));
 }
 
 void scan_flat(uintptr_t out, uintptr_t data, const cpu::Plan& plan, int dtype, bool detail, int isa, int threads) {
-  cpu::tensor_stats(plan, {bytes_at(data), nullptr}, static_cast<cpu::Dtype>(dtype), detail, static_cast<cpu::Isa>(isa),
-                    threads, records_at(out));
+  cpu::tensor_stats(plan, {bytes_at(data), nullptr}, static_cast<numguard::Dtype>(dtype), detail,
+                    static_cast<cpu::Isa>(isa), threads, records_at(out));
 }
 
-void scan_list(uintptr_t out, const std::vector<uint64_t>& addresses, const cpu::Plan& plan, int dtype, bool detail,
-               int isa, int threads) {
-  if (static_cast<int64_t>(addresses.size()) != plan.segments()) throw py::value_error("one address a segment");
-  const py::gil_scoped_release unlocked;
-  cpu::tensor_stats(plan, {nullptr, addresses.data()}, static_cast<cpu::Dtype>(dtype), detail,
-                    static_cast<cpu::Isa>(isa), threads, records_at(out));
+// `addresses`: uint64, one a segment of the plan.
+void scan_list(uintptr_t out, const std::string_view addresses, const cpu::Plan& plan, int dtype, bool detail, int isa,
+               int threads) {
+  if (static_cast<int64_t>(addresses.size() / sizeof(uint64_t)) != plan.segments())
+    throw py::value_error("one address a segment");
+  cpu::tensor_stats(plan, {nullptr, reinterpret_cast<const uint64_t*>(addresses.data())},
+                    static_cast<numguard::Dtype>(dtype), detail, static_cast<cpu::Isa>(isa), threads, records_at(out));
 }
 
 uint64_t read_memory(uintptr_t data, int64_t bytes, bool prefetch, int isa, int threads) {
@@ -47,6 +50,21 @@ std::vector<std::string> isas() {  // slowest first; the position is the number 
   return names;
 }
 
+template <typename T>
+py::bytes as_bytes(const std::vector<T>& values) {
+  return {reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T)};
+}
+
+// (addresses, sizes, dtypes, device type, device index), or None.
+py::object read_tensors(py::object sequence, py::object exchange, py::type tensor, py::type parameter) {
+  const auto list =
+      numguard::read_tensors(sequence.ptr(), exchange.ptr(), reinterpret_cast<PyTypeObject*>(tensor.ptr()),
+                             reinterpret_cast<PyTypeObject*>(parameter.ptr()));
+  if (!list.has_value()) return py::none();
+  return py::make_tuple(as_bytes(list->addresses), as_bytes(list->sizes), as_bytes(list->dtypes), list->device_type,
+                        list->device_index);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_native, module) {
@@ -57,7 +75,8 @@ PYBIND11_MODULE(_native, module) {
   const py::call_guard<py::gil_scoped_release> unlocked;
   module.def("scan_one", &scan_one, unlocked);
   module.def("scan_flat", &scan_flat, unlocked);
-  module.def("scan_list", &scan_list);
+  module.def("scan_list", &scan_list, unlocked);
   module.def("read_memory", &read_memory, unlocked);
   module.def("isas", &isas);
+  module.def("read_tensors", &read_tensors);
 }

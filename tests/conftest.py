@@ -52,6 +52,13 @@ def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
+@pytest.fixture(params=["reference", *NATIVE])
+def each_cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Those that a CPU runs in earnest: what its floating-point state does to Triton's interpreter, no GPU would do."""
+    with forced_backend(request.param) as name:
+        yield name
+
+
 @pytest.fixture(params=NATIVE)
 def each_native(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set of this machine."""

@@ -3,13 +3,10 @@
 
 #include <cstdint>
 
+#include "../dtypes.h"
 #include "../record.h"
 
 namespace numguard::cpu {
-
-enum Dtype : int { kFloat32, kFloat16, kBFloat16, kFloat64, kFloat8E4M3FN, kFloat8E5M2, kDtypes };
-
-constexpr int kItemSize[kDtypes] = {4, 2, 2, 8, 1, 1};
 
 // Writes the record of `count` contiguous elements; indices count from the first of them, plus `base`.
 using ScanKernel = void (*)(const uint8_t* data, int64_t count, int64_t base, Record* out);

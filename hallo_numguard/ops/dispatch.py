@@ -6,13 +6,13 @@ import functools
 import importlib
 import logging
 import os
-from collections.abc import Sequence
 from typing import Protocol, cast
 
 import torch
 
 from hallo_numguard.errors import BackendUnavailable
 from hallo_numguard.ops.layout import Layout
+from hallo_numguard.ops.tensor_list import TensorList
 
 BACKEND_VARIABLE = "HALLO_NUMGUARD_BACKEND"
 BACKENDS = ("native", "triton", "reference")
@@ -33,8 +33,8 @@ class Backend(Protocol):
         """Returns a record a segment of `flat`, whose elements count in row-major order."""
 
     @staticmethod
-    def multi_tensor_stats(tensors: Sequence[torch.Tensor], detail: bool) -> torch.Tensor:
-        """Returns a record a tensor; all on one device, dtypes may differ."""
+    def multi_tensor_stats(tensors: TensorList, detail: bool) -> torch.Tensor:
+        """Returns a record a tensor; dtypes may differ."""
 
 
 def backend(name: str) -> Backend:

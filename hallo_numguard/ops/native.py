@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Sequence
+from array import array
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,6 +15,9 @@ from hallo_numguard.errors import BackendUnavailable
 from hallo_numguard.ops.formats import FORMATS
 from hallo_numguard.ops.layout import Layout
 from hallo_numguard.records import RECORD_FIELDS
+
+if TYPE_CHECKING:
+    from hallo_numguard.ops.tensor_list import TensorList
 
 ISA_VARIABLE = "HALLO_NUMGUARD_ISA"
 
@@ -81,17 +84,22 @@ def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> tor
     return packed
 
 
-def multi_tensor_stats(tensors: Sequence[torch.Tensor], detail: bool) -> torch.Tensor:
-    """See `stats.multi_tensor_stats`. Cost: one pass a dtype; a copy of each tensor that is not contiguous."""
+def multi_tensor_stats(tensors: TensorList, detail: bool) -> torch.Tensor:
+    """See `stats.multi_tensor_stats`. Cost: one pass a dtype."""
     module = _loaded()
-    tensors = [tensor.contiguous() for tensor in tensors]
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) == 1:
-        return _scan_list(module, tensors, detail)
     packed = torch.empty((len(tensors), _WORDS), dtype=torch.int64, device="cpu")
+    dtypes = set(tensors.dtypes)
+    if len(dtypes) == 1:
+        _scan_list(module, packed, tensors.addresses, tensors.sizes, dtypes.pop(), detail)
+        return packed
+    addresses, sizes = memoryview(tensors.addresses).cast("Q"), memoryview(tensors.sizes).cast("q")
     for dtype in dtypes:
-        rows = [row for row, tensor in enumerate(tensors) if tensor.dtype == dtype]
-        packed[rows] = _scan_list(module, [tensors[row] for row in rows], detail)
+        rows = [row for row, code in enumerate(tensors.dtypes) if code == dtype]
+        part = torch.empty((len(rows), _WORDS), dtype=torch.int64, device="cpu")
+        some_addresses = array("Q", [addresses[row] for row in rows]).tobytes()
+        some_sizes = array("q", [sizes[row] for row in rows]).tobytes()
+        _scan_list(module, part, some_addresses, some_sizes, dtype, detail)
+        packed[rows] = part
     return packed
 
 
@@ -102,16 +110,13 @@ def _loaded() -> ModuleType:
     return module
 
 
-def _scan_list(module: ModuleType, tensors: list[torch.Tensor], detail: bool) -> torch.Tensor:
-    packed = torch.empty((len(tensors), _WORDS), dtype=torch.int64, device="cpu")
-    plan = _plan_of_sizes(tuple([tensor.numel() for tensor in tensors]))
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    options = (_CODES[tensors[0].dtype], detail, isa(), torch.get_num_threads())
-    module.scan_list(packed.data_ptr(), addresses, plan, *options)
-    return packed
+def _scan_list(
+    module: ModuleType, packed: torch.Tensor, addresses: bytes, sizes: bytes, dtype: int, detail: bool
+) -> None:
+    module.scan_list(packed.data_ptr(), addresses, _plan_of_sizes(sizes), dtype, detail, isa(), torch.get_num_threads())
 
 
 @functools.lru_cache(maxsize=16)
-def _plan_of_sizes(sizes: tuple[int, ...]) -> Any:
+def _plan_of_sizes(sizes: bytes) -> Any:
     """The chunk table of a list of tensors: gradients keep their sizes from step to step, not their addresses."""
-    return _loaded().Plan(list(itertools.accumulate(sizes, initial=0)))
+    return _loaded().Plan(list(itertools.accumulate(memoryview(sizes).cast("q"), initial=0)))

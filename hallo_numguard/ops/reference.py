@@ -12,6 +12,7 @@ import torch
 
 from hallo_numguard.ops.formats import FORMATS, Format
 from hallo_numguard.ops.layout import Layout
+from hallo_numguard.ops.tensor_list import TensorList
 from hallo_numguard.records import RECORD_FIELDS
 
 _PIECE = 1 << 20  # elements; bounds the memory that the float64 temporaries take
@@ -26,17 +27,18 @@ def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> tor
     """See `stats.tensor_stats`. Cost: about 20 launches and 60 bytes an element, a segment."""
     flat = flat.detach().reshape(-1)
     offsets = [0, flat.numel()] if layout is None else layout.offsets.tolist()
-    segments = [flat[begin:end] for begin, end in pairwise(offsets)]
-    return multi_tensor_stats(segments, detail, device=flat.device)
+    return _records([flat[begin:end] for begin, end in pairwise(offsets)], detail, flat.device)
 
 
-def multi_tensor_stats(
-    tensors: Sequence[torch.Tensor], detail: bool, device: torch.device | None = None
-) -> torch.Tensor:
+def multi_tensor_stats(tensors: TensorList, detail: bool) -> torch.Tensor:
     """See `stats.multi_tensor_stats`."""
-    if not tensors:
+    return _records([tensor.detach().reshape(-1) for tensor in tensors.tensors], detail, tensors.device)
+
+
+def _records(segments: Sequence[torch.Tensor], detail: bool, device: torch.device) -> torch.Tensor:
+    if not segments:
         return torch.empty((0, len(RECORD_FIELDS)), dtype=torch.int64, device=device)
-    return torch.stack([_record(tensor.detach().reshape(-1), detail) for tensor in tensors])
+    return torch.stack([_record(segment, detail) for segment in segments])
 
 
 def _record(segment: torch.Tensor, detail: bool) -> torch.Tensor:

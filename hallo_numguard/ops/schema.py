@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from hallo_numguard.errors import InvalidInput
-from hallo_numguard.ops import dispatch
+from hallo_numguard.ops import dispatch, tensor_list
 from hallo_numguard.ops.formats import FORMATS
 from hallo_numguard.ops.layout import Layout
 from hallo_numguard.records import RECORD_FIELDS
@@ -42,10 +42,10 @@ def _tensor_stats(flat: torch.Tensor, offsets: torch.Tensor | None, detail: bool
 @torch.library.impl(_LIBRARY, "multi_tensor_stats", "CompositeExplicitAutograd")
 def _multi_tensor_stats(tensors: list[torch.Tensor], detail: bool) -> torch.Tensor:
     if not tensors:
-        return torch.empty((0, len(RECORD_FIELDS)), dtype=torch.int64)
+        return torch.empty((0, len(RECORD_FIELDS)), dtype=torch.int64, device="cpu")
     for position, tensor in enumerate(tensors):
         check_tensor(tensor, f" at position {position}")
-    return dispatch.backend_for(tensors[0].device.type).multi_tensor_stats(tensors, detail)
+    return dispatch.backend_for(tensors[0].device.type).multi_tensor_stats(tensor_list.read(tensors), detail)
 
 
 @torch.library.register_fake("hallo_numguard::tensor_stats", lib=_LIBRARY)

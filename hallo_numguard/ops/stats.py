@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 
 from hallo_numguard.errors import InvalidInput
+from hallo_numguard.ops import tensor_list
+from hallo_numguard.ops.dispatch import backend_for
 from hallo_numguard.ops.layout import Layout
 from hallo_numguard.ops.schema import multi_tensor_stats_op, tensor_stats_op
 from hallo_numguard.ops.table import StatsTable
@@ -55,9 +57,14 @@ def multi_tensor_stats(tensors: Sequence[torch.Tensor], detail: bool = False) ->
     Raises:
         InvalidInput: As `tensor_stats`, naming the position in the list.
 
-    Cost: every byte is read once; a pass a device and dtype.
+    Cost: every byte is read once; a pass a device and dtype; about 30 ns a tensor on the host where all are plain
+    tensors (no subclass) on one device, dense and contiguous, with torch >= 2.10, else about 1 us.
     """
     tensors = list(tensors)
+    if _is_eager():
+        plain = tensor_list.read_plain(tensors)
+        if plain is not None:  # to the backend at once: the way through an operator takes 500 ns a tensor
+            return StatsTable(backend_for(plain.device.type).multi_tensor_stats(plain, detail), detail)
     devices = set()
     for position, tensor in enumerate(tensors):
         check_has_data(tensor, f" at position {position}")
@@ -70,6 +77,11 @@ def multi_tensor_stats(tensors: Sequence[torch.Tensor], detail: bool = False) ->
         rows = [row for row, tensor in enumerate(tensors) if tensor.device == device]
         packed[rows] = multi_tensor_stats_op([tensors[row] for row in rows], detail).to(home)
     return StatsTable(packed, detail)
+
+
+def _is_eager() -> bool:
+    """Whether nobody traces or intercepts operators."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
 
 
 def check_has_data(tensor: torch.Tensor, where: str = "") -> None:

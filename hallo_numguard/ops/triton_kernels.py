@@ -1,34 +1,40 @@
 # The language of @triton.jit only looks like Python; its types are Triton's own.
 # mypy: ignore-errors
-"""The GPU kernels, in Triton: chunks of memory to partial records, and those to records.
+"""The GPU kernels, in Triton: chunks of memory to records, and those of one segment to one.
 
-As on the CPU (csrc/cpu/scan.h): the bits of a float without their sign order like integers, so an
-integer maximum is both the absolute maximum and the test for NaN and Inf, and squares are added in
-single precision. Only a chunk whose maximum says that this was not exact is read again, from cache,
-with everything counted.
+The largest magnitude of a chunk is kept with NaN carried along, so one maximum is both the absolute maximum and the
+test for NaN and Inf; squares are added in single precision. Only a chunk whose maximum says that this was not exact
+is read again, from cache, with everything counted.
 
-A format is told apart by its number of mantissa bits, which no two share. A record is eight int64
-words, those of `records.RECORD_FIELDS`; floats are written and compared as bits.
+Results are the same bits as those of csrc/cuda/kernels.cuh, on any GPU and in the interpreter: which element goes to
+which lane depends on its address alone, lanes are added as a tree of neighbours, and no product that rounds is fused
+into an addition (the launcher switches that off).
+
+A format is told apart by its number of mantissa bits, which no two share. A record is eight int64 words, those of
+`records.RECORD_FIELDS`; floats are written as bits.
 """
 
 import triton
 import triton.language as tl
+
+ALIGNMENT = tl.constexpr(32)  # bytes: one sector of DRAM, and the widest load of any GPU
 
 
 @triton.jit(do_not_specialize=["base", "first_chunk"])
 def chunk_kernel(
     base,  # int64: added to every address
     addresses_ptr,  # int64 [segments]: where each begins, in bytes from `base`
-    chunks_ptr,  # int32 [chunks, 3]: segment, number inside the segment, length in elements
-    partials_ptr,  # int64 [chunks, 8]: a record a chunk
+    chunks_ptr,  # int32 [chunks, 4]: segment, number inside the segment, length in elements, row of its record
+    records_ptr,  # int64 [rows, 8]
     first_chunk,  # the chunk of program 0
     BITS: tl.constexpr,  # integer type of an element
     EXPONENT: tl.constexpr,
     MANTISSA: tl.constexpr,
     INFINITY: tl.constexpr,  # bits of the smallest magnitude that is not a number
     HAS_INF: tl.constexpr,
-    SAFE_LOW: tl.constexpr,  # bits: squares are safe if the chunk's maximum is 0 or in [low, high)
+    SAFE_LOW: tl.constexpr,  # squares are safe if the chunk's maximum, as `_widened`, is 0 or in [low, high)
     SAFE_HIGH: tl.constexpr,
+    SCALE: tl.constexpr,  # of a value, over the value as `_widened`
     DETAIL: tl.constexpr,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -37,32 +43,29 @@ def chunk_kernel(
 ):
     """Writes the record of one chunk, which lies inside one segment.
 
-    Segments of a bucket begin anywhere, but a load of 16 bytes must not: the compiler splits it
-    into single elements unless it can prove the address and the mask aligned. So the chunk is cut
-    into a head (up to the first address that 16 divides), an interior of whole 16-byte vectors, and
-    a tail; head and tail, each shorter than a vector, share one load.
+    Segments of a bucket begin anywhere, but wide loads must not: the compiler splits them into single elements unless
+    it can prove the address and the mask aligned. So the chunk is cut into a head (up to the first aligned address),
+    an interior of whole vectors, and a tail; head and tail, each shorter than a vector, share one load.
     """
     ITEM: tl.constexpr = BITS.primitive_bitwidth // 8
-    VECTOR: tl.constexpr = 16 // ITEM
+    VECTOR: tl.constexpr = ALIGNMENT // ITEM
 
-    chunk = first_chunk + tl.program_id(0).to(tl.int64)
-    segment = tl.load(chunks_ptr + 3 * chunk).to(tl.int64)
-    begin = tl.load(chunks_ptr + 3 * chunk + 1).to(tl.int64) * CHUNK
-    length = tl.load(chunks_ptr + 3 * chunk + 2)
+    row_of_chunk = chunks_ptr + 4 * (first_chunk + tl.program_id(0).to(tl.int64))
+    segment = tl.load(row_of_chunk).to(tl.int64)
+    begin = tl.load(row_of_chunk + 1).to(tl.int64) * CHUNK
+    length = tl.load(row_of_chunk + 2)
+    record = records_ptr + 8 * tl.load(row_of_chunk + 3).to(tl.int64)
     address = base + tl.load(addresses_ptr + segment) + begin * ITEM
     data = address.to(tl.pointer_type(BITS))
 
-    aligned_address = (address + 15) // 16 * 16
-    aligned = tl.multiple_of(aligned_address.to(tl.pointer_type(BITS)), 16)
+    aligned_address = (address + ALIGNMENT - 1) // ALIGNMENT * ALIGNMENT
+    aligned = tl.multiple_of(aligned_address.to(tl.pointer_type(BITS)), ALIGNMENT)
     head = tl.minimum(((aligned_address - address) // ITEM).to(tl.int32), length)
     interior = (length - head) // VECTOR * VECTOR
     full = interior // BLOCK * BLOCK
 
     lane = tl.arange(0, BLOCK)
-    peaks = tl.zeros([BLOCK], BITS)
-    sums = _no_sums(BLOCK, MANTISSA)
-    zeros = tl.zeros([BLOCK], tl.int32)
-    small = tl.zeros([BLOCK], tl.int32)  # zero or subnormal
+    peaks, sums, zeros, small = _nothing(BLOCK, MANTISSA)
     for offset in tl.range(0, full, BLOCK, loop_unroll_factor=UNROLL):
         raw = tl.load(aligned + offset + lane, eviction_policy="evict_first")
         peaks, sums, zeros, small = _take(raw, peaks, sums, zeros, small, EXPONENT, MANTISSA, DETAIL)
@@ -74,14 +77,21 @@ def chunk_kernel(
     edge_index = tl.where(in_tail, edge - VECTOR + head + interior, edge)
     edge_end = tl.where(in_tail, length, head)
     raw = tl.load(data + edge_index, mask=edge_index < edge_end, other=0)
-    none = tl.zeros([2 * VECTOR], tl.int32)
+    edge_peaks, edge_sums, edge_zeros, edge_small = _nothing(2 * VECTOR, MANTISSA)
     edge_peaks, edge_sums, edge_zeros, edge_small = _take(
-        raw, none.to(BITS), _no_sums(2 * VECTOR, MANTISSA), none, none, EXPONENT, MANTISSA, DETAIL
+        raw, edge_peaks, edge_sums, edge_zeros, edge_small, EXPONENT, MANTISSA, DETAIL
     )
 
-    peak = tl.maximum(tl.max(peaks), tl.max(edge_peaks))
-    record = partials_ptr + 8 * chunk
-    if (peak >= SAFE_HIGH) | ((peak > 0) & (peak < SAFE_LOW)):
+    peak = tl.maximum(_largest(peaks), _largest(edge_peaks)).to(sums.dtype, bitcast=True)
+    if (peak == 0) | ((peak >= SAFE_LOW) & (peak < SAFE_HIGH)):
+        n_zeros = tl.sum(zeros) + tl.sum(edge_zeros)
+        n_subnormals = tl.sum(small) + tl.sum(edge_small) - n_zeros
+        if DETAIL:
+            n_zeros -= full + BLOCK + 2 * VECTOR - length  # lanes that the masks filled up
+        sumsq = _tree_sum(sums.to(tl.float64)) + _tree_sum(edge_sums.to(tl.float64))
+        absmax = peak.to(tl.float64) * SCALE
+        _write(record, 0, 0, 0, n_zeros, n_subnormals, -1, absmax, sumsq * (SCALE * SCALE))
+    else:
         _write_exact(
             record,
             data,
@@ -95,28 +105,20 @@ def chunk_kernel(
             DETAIL,
             RESCAN_BLOCK,
         )
-    else:
-        n_zeros = tl.sum(zeros) + tl.sum(edge_zeros)
-        n_subnormals = tl.sum(small) + tl.sum(edge_small) - n_zeros
-        if DETAIL:
-            n_zeros -= full + BLOCK + 2 * VECTOR - length  # lanes that the masks filled up
-        sumsq = tl.sum(sums.to(tl.float64)) + tl.sum(edge_sums.to(tl.float64))
-        absmax = _decode(peak, EXPONENT, MANTISSA).to(tl.int64, bitcast=True)
-        _write(record, 0, 0, 0, n_zeros, n_subnormals, -1, absmax, sumsq)
 
 
 @triton.jit
 def combine_kernel(
-    partials_ptr,  # int64 [chunks, 8]
-    bounds_ptr,  # int32 [segments, 2]: the segment's first chunk, and the one after its last
-    records_ptr,  # int64 [segments, 8]
+    splits_ptr,  # int32 [splits, 3]: a segment of several chunks, the first row of theirs, and the one after the last
+    records_ptr,  # int64 [rows, 8]
     BLOCK: tl.constexpr,
 ):
     """Writes the record of one segment: its chunks', merged in an order fixed by their number."""
     NOWHERE: tl.constexpr = 0x7FFFFFFFFFFFFFFF
-    segment = tl.program_id(0).to(tl.int64)
-    first_chunk = tl.load(bounds_ptr + 2 * segment)
-    end = tl.load(bounds_ptr + 2 * segment + 1)
+    split = splits_ptr + 3 * tl.program_id(0).to(tl.int64)
+    segment = tl.load(split).to(tl.int64)
+    first_row = tl.load(split + 1)
+    end = tl.load(split + 2)
     lane = tl.arange(0, BLOCK)
     nan = tl.zeros([BLOCK], tl.int64)
     pos_inf = tl.zeros([BLOCK], tl.int64)
@@ -126,18 +128,18 @@ def combine_kernel(
     first = tl.full([BLOCK], NOWHERE, tl.int64)
     absmax_bits = tl.zeros([BLOCK], tl.int64)
     sumsq = tl.zeros([BLOCK], tl.float64)
-    for chunk in range(first_chunk, end, BLOCK):
-        live = chunk + lane < end
-        partial = partials_ptr + 8 * (chunk + lane).to(tl.int64)
-        nan += tl.load(partial, mask=live, other=0)
-        pos_inf += tl.load(partial + 1, mask=live, other=0)
-        neg_inf += tl.load(partial + 2, mask=live, other=0)
-        zeros += tl.load(partial + 3, mask=live, other=0)
-        subnormals += tl.load(partial + 4, mask=live, other=0)
-        found = tl.load(partial + 5, mask=live, other=-1)
+    for row in range(first_row, end, BLOCK):
+        live = row + lane < end
+        part = records_ptr + 8 * (row + lane).to(tl.int64)
+        nan += tl.load(part, mask=live, other=0)
+        pos_inf += tl.load(part + 1, mask=live, other=0)
+        neg_inf += tl.load(part + 2, mask=live, other=0)
+        zeros += tl.load(part + 3, mask=live, other=0)
+        subnormals += tl.load(part + 4, mask=live, other=0)
+        found = tl.load(part + 5, mask=live, other=-1)
         first = tl.minimum(first, tl.where(found < 0, NOWHERE, found))
-        absmax_bits = tl.maximum(absmax_bits, tl.load(partial + 6, mask=live, other=0))
-        sumsq += tl.load(partial + 7, mask=live, other=0).to(tl.float64, bitcast=True)
+        absmax_bits = tl.maximum(absmax_bits, tl.load(part + 6, mask=live, other=0))
+        sumsq += tl.load(part + 7, mask=live, other=0).to(tl.float64, bitcast=True)
     earliest = tl.min(first)
     _write(
         records_ptr + 8 * segment,
@@ -147,9 +149,17 @@ def combine_kernel(
         tl.sum(zeros),
         tl.sum(subnormals),
         tl.where(earliest == NOWHERE, -1, earliest),
-        tl.max(absmax_bits),
-        tl.sum(sumsq),
+        tl.max(absmax_bits).to(tl.float64, bitcast=True),
+        _tree_sum(sumsq),
     )
+
+
+@triton.jit
+def _nothing(LANES: tl.constexpr, MANTISSA: tl.constexpr):
+    """Of each lane: no maximum, no squares, no zeros, none that is zero or subnormal."""
+    number: tl.constexpr = tl.float64 if MANTISSA == 52 else tl.float32
+    peaks = tl.zeros([LANES], tl.int64 if MANTISSA == 52 else tl.float32)
+    return peaks, tl.zeros([LANES], number), tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.int32)
 
 
 @triton.jit
@@ -165,10 +175,19 @@ def _take(
 ):
     """Adds raw elements to the running maximum, squares and counts of each lane."""
     magnitude = _magnitude(raw, EXPONENT, MANTISSA)
+    value = _widened(magnitude, MANTISSA)
+    if MANTISSA == 52:  # no instruction finds the maximum of two doubles and keeps NaN; as integers they order alike
+        peaks = tl.maximum(peaks, magnitude)
+    else:
+        peaks = tl.maximum(peaks, value, propagate_nan=tl.PropagateNan.ALL)
+    if MANTISSA < 23:  # the product is exact, so that fused or not the result is the same
+        sums = tl.fma(value, value, sums)
+    else:
+        sums += value * value
     if DETAIL:
         zeros += (magnitude == 0).to(tl.int32)
         small += (magnitude < (1 << MANTISSA)).to(tl.int32)
-    return tl.maximum(peaks, magnitude), _add_squares(sums, magnitude, MANTISSA), zeros, small
+    return peaks, sums, zeros, small
 
 
 @triton.jit
@@ -216,7 +235,6 @@ def _write_exact(
         value = _decode(finite, EXPONENT, MANTISSA)
         sums += value * value
     earliest = tl.min(first)
-    absmax = _decode(tl.max(peaks), EXPONENT, MANTISSA)
     _write(
         record,
         tl.sum(nan),
@@ -225,20 +243,20 @@ def _write_exact(
         tl.sum(zeros),
         tl.sum(subnormals),
         tl.where(earliest == NOWHERE, -1, begin + earliest),
-        absmax.to(tl.int64, bitcast=True),
-        tl.sum(sums),
+        _decode(tl.max(peaks), EXPONENT, MANTISSA),
+        _tree_sum(sums),
     )
 
 
 @triton.jit
-def _write(record, nan, pos_inf, neg_inf, zeros, subnormals, first, absmax_bits, sumsq):
+def _write(record, nan, pos_inf, neg_inf, zeros, subnormals, first, absmax, sumsq):
     tl.store(record, nan)
     tl.store(record + 1, pos_inf)
     tl.store(record + 2, neg_inf)
     tl.store(record + 3, zeros)
     tl.store(record + 4, subnormals)
     tl.store(record + 5, first)
-    tl.store(record + 6, absmax_bits)
+    tl.store(record + 6, absmax.to(tl.int64, bitcast=True))
     tl.store(record + 7, sumsq.to(tl.int64, bitcast=True))
 
 
@@ -249,13 +267,12 @@ def _magnitude(raw, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
 
 
 @triton.jit
-def _no_sums(LANES: tl.constexpr, MANTISSA: tl.constexpr):
-    return tl.zeros([LANES], tl.float64 if MANTISSA == 52 else tl.float32)
+def _widened(magnitude, MANTISSA: tl.constexpr):
+    """The value in the precision of the sums, over SCALE; for e4m3fn, whose bias is 8 less than float16's, that is 256.
 
-
-@triton.jit
-def _add_squares(sums, magnitude, MANTISSA: tl.constexpr):
-    """Adds the squares in the precision of the sums; the hardware widens float8 and float16."""
+    The hardware widens float16; float8 have its mantissa but for the length. NaN of e4m3fn becomes a number that is
+    larger than all others.
+    """
     if MANTISSA == 52:
         value = magnitude.to(tl.float64, bitcast=True)
     elif MANTISSA == 23:
@@ -266,9 +283,24 @@ def _add_squares(sums, magnitude, MANTISSA: tl.constexpr):
         value = magnitude.to(tl.float16, bitcast=True).to(tl.float32)
     elif MANTISSA == 2:
         value = (magnitude.to(tl.int16) << 8).to(tl.float16, bitcast=True).to(tl.float32)
-    else:  # e4m3fn has float16's mantissa but for its length, and a bias that is 8 less
-        value = (magnitude.to(tl.int16) << 7).to(tl.float16, bitcast=True).to(tl.float32) * 256.0
-    return sums + value * value
+    else:
+        value = (magnitude.to(tl.int16) << 7).to(tl.float16, bitcast=True).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _largest(peaks):
+    """Bits of the largest: as integers, magnitudes order as they do as numbers, and NaN comes last."""
+    return tl.max(peaks.to(tl.int32 if peaks.dtype == tl.float32 else tl.int64, bitcast=True))
+
+
+@triton.jit
+def _tree_sum(x):
+    """Adds neighbours until one is left. The order of `tl.sum` depends on the compiler's choice of a layout."""
+    if x.shape[0] == 1:
+        return tl.sum(x)
+    else:
+        return _tree_sum(tl.sum(tl.reshape(x, [x.shape[0] // 2, 2]), axis=1))
 
 
 @triton.jit

@@ -1,0 +1,89 @@
+"""What a launch needs of a GPU's runtime: the current stream, and copies that nobody waits for.
+
+The only module of this room that asks `torch.cuda` for anything. On the CPU, where Triton's interpreter runs, all of
+it is trivial.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+_MIN_CAPACITY = 512  # addresses
+
+
+def stream_of(device: torch.device) -> int:
+    """Returns the handle of the stream that torch uses on `device` in this thread, 0 on the CPU."""
+    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+
+
+@contextlib.contextmanager
+def current(device: torch.device) -> Iterator[None]:
+    """Makes `device` the one that launches go to."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        yield
+
+
+def send(words: bytes, device: torch.device) -> torch.Tensor:
+    """Returns int64 [n] on `device` with these 8-byte words, copied on the current stream. Does not wait.
+
+    Cost: a copy into pinned memory, a copy to the device, an allocation on it. In a CUDA graph the copy is repeated at
+    every replay, from memory that is kept for it for ever.
+    """
+    host = torch.frombuffer(bytearray(words), dtype=torch.int64)
+    if device.type == "cpu":
+        return host
+    if torch.cuda.is_current_stream_capturing():
+        _captured.append(host.pin_memory())
+        return _captured[-1].to(device, non_blocking=True)
+    return _staging(device).send(host)
+
+
+@dataclass
+class _Slot:
+    """Pinned memory, and the event after the last copy out of it."""
+
+    memory: torch.Tensor
+    copied: torch.cuda.Event
+
+
+class _Staging:
+    """A ring of pinned buffers: one is written to again only when the copy out of it is done. Of one thread."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._slots: list[_Slot] = []  # the longest unused first
+
+    def send(self, host: torch.Tensor) -> torch.Tensor:
+        count = host.numel()
+        slot = self._free_slot(count)
+        slot.memory[:count].copy_(host)
+        words = torch.empty(count, dtype=torch.int64, device=self._device)
+        words.copy_(slot.memory[:count], non_blocking=True)
+        slot.copied.record(torch.cuda.current_stream(self._device))
+        self._slots.append(slot)
+        return words
+
+    def _free_slot(self, count: int) -> _Slot:
+        if self._slots and self._slots[0].copied.query():
+            slot = self._slots.pop(0)
+            if slot.memory.numel() >= count:
+                return slot
+        capacity = max(_MIN_CAPACITY, 1 << (count - 1).bit_length())
+        memory = torch.empty(capacity, dtype=torch.int64, device="cpu", pin_memory=True)
+        return _Slot(memory, torch.cuda.Event())
+
+
+_captured: list[torch.Tensor] = []
+_local = threading.local()
+
+
+def _staging(device: torch.device) -> _Staging:
+    stagings: dict[torch.device, _Staging] = _local.__dict__.setdefault("stagings", {})
+    if device not in stagings:
+        stagings[device] = _Staging(device)
+    return stagings[device]

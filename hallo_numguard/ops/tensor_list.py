@@ -1,0 +1,80 @@
+"""What a list of tensors is to a kernel: addresses, sizes and dtypes, as bytes."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hallo_numguard.ops import native
+from hallo_numguard.ops.formats import FORMATS
+
+_EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # torch >= 2.10
+_DEVICE_TYPES = {1: "cpu", 2: "cuda"}  # DLPack's numbers
+
+
+@dataclass(frozen=True)
+class TensorList:
+    """Dense, contiguous, aligned tensors of known dtypes on one device.
+
+    Attributes:
+        tensors: They themselves: as long as this lives, so does their memory.
+        addresses: uint64, one a tensor.
+        sizes: int64, in elements.
+        dtypes: uint8, `Format.code` of each.
+        device: Where they are.
+    """
+
+    tensors: Sequence[torch.Tensor]
+    addresses: bytes
+    sizes: bytes
+    dtypes: bytes
+    device: torch.device
+
+    def __len__(self) -> int:
+        return len(self.dtypes)
+
+
+def read(tensors: Sequence[torch.Tensor]) -> TensorList:
+    """Returns the list of tensors that are on one device, with copies of those that are not contiguous or aligned.
+
+    Args:
+        tensors: At least one.
+
+    Cost: about 25 ns a tensor if `read_plain` can read them, else 500.
+    """
+    plain = read_plain(tensors)
+    if plain is not None:
+        return plain
+    tensors = [_aligned(tensor) for tensor in tensors]
+    return TensorList(
+        tensors,
+        array("Q", [tensor.data_ptr() for tensor in tensors]).tobytes(),
+        array("q", [tensor.numel() for tensor in tensors]).tobytes(),
+        bytes([FORMATS[tensor.dtype].code for tensor in tensors]),
+        tensors[0].device,
+    )
+
+
+def read_plain(tensors: Sequence[torch.Tensor]) -> TensorList | None:
+    """Returns the list if nothing has to be checked, copied or explained, else None.
+
+    Every one must be exactly a torch.Tensor or Parameter, no subclass. Cost: about 25 ns a tensor; no Python a tensor.
+    """
+    module = native.extension()
+    if module is None or _EXCHANGE is None or not tensors:
+        return None
+    found = module.read_tensors(tensors, _EXCHANGE, torch.Tensor, torch.nn.Parameter)
+    if found is None:
+        return None
+    addresses, sizes, dtypes, device_type, device_index = found
+    kind = _DEVICE_TYPES[device_type]
+    device = torch.device(kind) if kind == "cpu" else torch.device(kind, device_index)
+    return TensorList(tensors, addresses, sizes, dtypes, device)
+
+
+def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+    tensor = tensor.detach().contiguous()
+    return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
