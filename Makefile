@@ -17,7 +17,7 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/clang-format --dry-run --Werror $$(git ls-files 'csrc/*.h' 'csrc/*.cpp')
+	$(BIN)/clang-format --dry-run --Werror $$(git ls-files csrc tests/cuda_shim)
 
 bench: $(READY)
 	mkdir -p bench
@@ -28,10 +28,10 @@ $(VENV)/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt torch setuptools wheel ninja packaging pybind11
 	DS_BUILD_OPS=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation deepspeed
-	HALLO_NUMGUARD_BUILD_NATIVE=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[test,bench,lint]'
+	HALLO_NUMGUARD_BUILD_NATIVE=0 HALLO_NUMGUARD_CUDA=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[test,bench,lint]'
 	touch $@
 
-$(READY): $(VENV)/installed setup.py $(wildcard csrc/*.h csrc/*.cpp csrc/cpu/*.h csrc/cpu/*.cpp)
+$(READY): $(VENV)/installed setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
 

@@ -40,6 +40,12 @@ class Chunks:
     segments: int
     rows: int
 
+    @functools.cached_property
+    def pointers(self) -> tuple[int, list[tuple[int, int, int]], int, int]:
+        """The tables as csrc/cuda/bindings.cpp takes them."""
+        launches = [(FORMATS[dtype].code, first, count) for dtype, first, count in self.launches]
+        return self.table.data_ptr(), launches, self.splits.data_ptr(), len(self.splits)
+
     def buffer(self) -> torch.Tensor:
         """int64 [rows, 8]: memory for the records, not initialised, on the device of the tables."""
         return torch.empty((self.rows, _WORDS), dtype=torch.int64, device=self.table.device)

@@ -16,6 +16,16 @@ import torch
 _MIN_CAPACITY = 512  # addresses
 
 
+def has_gpu() -> bool:
+    """Whether torch sees one."""
+    return torch.cuda.is_available()
+
+
+def current_index() -> int:
+    """Returns the number of the GPU that this thread uses."""
+    return torch.cuda.current_device()
+
+
 def stream_of(device: torch.device) -> int:
     """Returns the handle of the stream that torch uses on `device` in this thread, 0 on the CPU."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0

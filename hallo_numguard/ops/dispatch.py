@@ -18,6 +18,7 @@ BACKEND_VARIABLE = "HALLO_NUMGUARD_BACKEND"
 BACKENDS = ("native", "triton", "reference")
 
 _PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
+_MODULES = {("native", "cuda"): "cuda"}  # where the module has another name than the backend
 _log = logging.getLogger("hallo_numguard")
 
 
@@ -37,9 +38,10 @@ class Backend(Protocol):
         """Returns a record a tensor; dtypes may differ."""
 
 
-def backend(name: str) -> Backend:
-    """Returns the backend of that name, whether it can run or not."""
-    return cast(Backend, importlib.import_module(f"hallo_numguard.ops.{name}"))
+def backend(name: str, device_type: str = "cpu") -> Backend:
+    """Returns the backend of that name for such devices, whether it can run or not."""
+    module = _MODULES.get((name, device_type), name)
+    return cast(Backend, importlib.import_module(f"hallo_numguard.ops.{module}"))
 
 
 @functools.cache
@@ -53,16 +55,16 @@ def backend_for(device_type: str) -> Backend:
     if forced:
         return _forced(forced, device_type)
     for name in _PREFERENCE.get(device_type, ("reference",)):
-        reason = backend(name).unavailable(device_type)
+        reason = backend(name, device_type).unavailable(device_type)
         if reason is None:
-            return backend(name)
+            return backend(name, device_type)
         _log.warning("%s: the %s backend is not used: %s", device_type, name, reason)
     raise BackendUnavailable(f"no backend runs on {device_type}")
 
 
 def explain(device_type: str) -> dict[str, str | None]:
     """Returns for every backend why it cannot run on such a device, None for those that can."""
-    return {name: backend(name).unavailable(device_type) for name in BACKENDS}
+    return {name: backend(name, device_type).unavailable(device_type) for name in BACKENDS}
 
 
 def _forced(name: str, device_type: str) -> Backend:
@@ -70,7 +72,7 @@ def _forced(name: str, device_type: str) -> Backend:
         raise BackendUnavailable(
             f"{BACKEND_VARIABLE}={name}, but there is no such backend; choose one of {', '.join(BACKENDS)}"
         )
-    reason = backend(name).unavailable(device_type)
+    reason = backend(name, device_type).unavailable(device_type)
     if reason is not None:
         raise BackendUnavailable(f"{BACKEND_VARIABLE}={name}, but it cannot run here: {reason}")
-    return backend(name)
+    return backend(name, device_type)

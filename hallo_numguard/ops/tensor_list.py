@@ -48,7 +48,7 @@ def read(tensors: Sequence[torch.Tensor]) -> TensorList:
     plain = read_plain(tensors)
     if plain is not None:
         return plain
-    tensors = [_aligned(tensor) for tensor in tensors]
+    tensors = [aligned(tensor) for tensor in tensors]
     return TensorList(
         tensors,
         array("Q", [tensor.data_ptr() for tensor in tensors]).tobytes(),
@@ -75,6 +75,7 @@ def read_plain(tensors: Sequence[torch.Tensor]) -> TensorList | None:
     return TensorList(tensors, addresses, sizes, dtypes, device)
 
 
-def _aligned(tensor: torch.Tensor) -> torch.Tensor:
+def aligned(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns the tensor, contiguous, at an address that its element size divides, without a gradient."""
     tensor = tensor.detach().contiguous()
     return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()

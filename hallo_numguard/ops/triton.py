@@ -14,7 +14,7 @@ from hallo_numguard.ops import device as runtime
 from hallo_numguard.ops.chunks import CHUNK, Chunks, chunks_of_layout, chunks_of_list, chunks_of_one
 from hallo_numguard.ops.formats import FORMATS
 from hallo_numguard.ops.layout import Layout
-from hallo_numguard.ops.tensor_list import TensorList
+from hallo_numguard.ops.tensor_list import TensorList, aligned
 
 INTERPRET_VARIABLE = "TRITON_INTERPRET"
 
@@ -62,9 +62,7 @@ def unavailable(device_type: str) -> str | None:
 
 def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> torch.Tensor:
     """See `stats.tensor_stats`. Cost: at most two launches, one pass; a copy if not contiguous."""
-    flat = flat.detach().contiguous()
-    if flat.data_ptr() % flat.element_size() != 0:
-        flat = flat.clone()
+    flat = aligned(flat)
     if layout is None:
         return _launch(
             flat.data_ptr(), _zero(flat.device), chunks_of_one(flat.numel(), flat.dtype, flat.device), detail
