@@ -74,7 +74,8 @@ constexpr int kItemOf = sizeof(BitsOf<kDtype>);
 
 template <Dtype kDtype>
 __device__ __forceinline__ BitsOf<kDtype> magnitude_of(BitsOf<kDtype> bits) {
-  return bits & static_cast<BitsOf<kDtype>>(~BitsOf<kDtype>{0} >> 1);
+  constexpr auto kAllButSign = static_cast<BitsOf<kDtype>>(~uint64_t{0} >> (65 - 8 * kItemOf<kDtype>));
+  return bits & kAllButSign;
 }
 
 // The value over kScale, without its sign where that costs nothing. Exact.

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hallo_numguard.ops.device import Readback
 from hallo_numguard.records import StepRecord
 
 _NONFINITE, _ABSMAX, _SUMSQ, _LOSS = range(4)
@@ -31,22 +32,22 @@ class Recorder:
 
     def __init__(self, length: int) -> None:
         self._length = length
-        self._rows: torch.Tensor | None = None  # float64 [length, 4]
+        self._rows: Readback | None = None
         self._stamps: list[_Stamp] = []
         self._written = 0
 
     def begin(self, step: int, loss_scale: float, packed: torch.Tensor, loss: torch.Tensor | None) -> None:
         """Writes what is known before the optimizer's step: `packed` is a `StatsTable.packed`."""
         if self._rows is None:
-            shape = (self._length, 4)
-            self._rows = torch.zeros(shape, dtype=torch.float64, device=packed.device)
-        row = self._rows[self._written % self._length]
+            self._rows = Readback(self._length, 4, packed.device)
+        row = self._rows.row(self._written)
         floats = packed.view(torch.float64)
         row[_NONFINITE] = packed[:, :3].sum()
         row[_ABSMAX] = floats[:, 6].amax() if len(packed) else 0.0
         row[_SUMSQ] = floats[:, 7].sum()
         if loss is not None:
-            row[_LOSS] = loss.reshape(())
+            row[_LOSS] = loss.detach().reshape(())
+        self._rows.send(self._written)
         self._stamps.append(_Stamp(step, loss_scale, loss is not None))
         del self._stamps[: -self._length]
         self._written += 1
@@ -55,15 +56,18 @@ class Recorder:
         """Completes the step that was begun last."""
         self._stamps[-1].applied = applied
 
-    def read(self) -> list[StepRecord]:
-        """Returns the steps that are kept, oldest first. Synchronises once."""
+    def read(self, wait: bool = True) -> list[StepRecord]:
+        """Returns the steps that are kept, oldest first.
+
+        Args:
+            wait: Whether to wait for rows that are still on their way from the device; else they are left out, which
+                of steps that are over is at most the last. Nothing else on the device is waited for.
+        """
         if self._rows is None:
             return []
-        rows = self._rows.tolist()
         begin = self._written - len(self._stamps)
-        return [
-            _step_record(stamp, rows[(begin + position) % self._length]) for position, stamp in enumerate(self._stamps)
-        ]
+        rows = [self._rows.read(begin + position, wait) for position in range(len(self._stamps))]
+        return [_step_record(stamp, row) for stamp, row in zip(self._stamps, rows, strict=True) if row is not None]
 
 
 def _step_record(stamp: _Stamp, row: list[float]) -> StepRecord:

@@ -53,6 +53,50 @@ def send(words: bytes, device: torch.device) -> torch.Tensor:
     return _staging(device).send(host)
 
 
+class Readback:
+    """Rows of float64 that travel from a device to the host, and that nobody waits for until he must.
+
+    On a GPU a row is copied to pinned memory behind the work that made it, with an event; by the next step it has
+    usually arrived. On the CPU the rows are where they are read.
+
+    Args:
+        rows: How many are kept; row i is written over by row i + rows.
+        width: Numbers in a row.
+        device: Where they are made.
+    """
+
+    def __init__(self, rows: int, width: int, device: torch.device) -> None:
+        self._made = torch.zeros((rows, width), dtype=torch.float64, device=device)
+        self._device = device
+        self._host = self._made
+        self._arrived: list[torch.cuda.Event] = []
+        if device.type == "cuda":
+            self._host = torch.zeros((rows, width), dtype=torch.float64, device="cpu", pin_memory=True)
+            self._arrived = [torch.cuda.Event() for _ in range(rows)]
+
+    def row(self, index: int) -> torch.Tensor:
+        """float64 [width]: where row `index` is to be written, on the device, on the current stream."""
+        return self._made[index % len(self._made)]
+
+    def send(self, index: int) -> None:
+        """Sends row `index`, once it is written. Cost: a copy of one row and an event; no wait."""
+        if self._arrived:
+            place = index % len(self._made)
+            self._host[place].copy_(self._made[place], non_blocking=True)
+            self._arrived[place].record(torch.cuda.current_stream(self._device))
+
+    def read(self, index: int, wait: bool) -> list[float] | None:
+        """Returns row `index`, one of those that were sent last; without `wait`, None if it is still under way."""
+        place = index % len(self._made)
+        if self._arrived:
+            if wait:
+                self._arrived[place].synchronize()
+            elif not self._arrived[place].query():
+                return None
+        values: list[float] = self._host[place].tolist()
+        return values
+
+
 @dataclass
 class _Slot:
     """Pinned memory, and the event after the last copy out of it."""

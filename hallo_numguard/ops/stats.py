@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
 
 from hallo_numguard.errors import InvalidInput
 from hallo_numguard.ops import tensor_list
+from hallo_numguard.ops.device import send
 from hallo_numguard.ops.dispatch import backend_for
 from hallo_numguard.ops.layout import Layout
 from hallo_numguard.ops.schema import multi_tensor_stats_op, tensor_stats_op
@@ -71,12 +73,21 @@ def multi_tensor_stats(tensors: Sequence[torch.Tensor], detail: bool = False) ->
         devices.add(tensor.device)
     if len(devices) <= 1:
         return StatsTable(multi_tensor_stats_op(tensors, detail), detail)
+    return StatsTable(_gather(tensors, sorted(devices, key=str), detail), detail)
+
+
+def _gather(tensors: list[torch.Tensor], devices: list[torch.device], detail: bool) -> torch.Tensor:
+    """The records of tensors on several devices, in their order, on the device of the first."""
     home = tensors[0].device
-    packed = torch.empty((len(tensors), 8), dtype=torch.int64, device=home)
+    rows: list[int] = []
+    parts = []
     for device in devices:
-        rows = [row for row, tensor in enumerate(tensors) if tensor.device == device]
-        packed[rows] = multi_tensor_stats_op([tensors[row] for row in rows], detail).to(home)
-    return StatsTable(packed, detail)
+        of_device = [row for row, tensor in enumerate(tensors) if tensor.device == device]
+        part = multi_tensor_stats_op([tensors[row] for row in of_device], detail)
+        parts.append(part.to(home, non_blocking=home.type != "cpu"))  # to the CPU, not to wait would be to read garbage
+        rows += of_device
+    place = sorted(range(len(rows)), key=rows.__getitem__)
+    return torch.cat(parts).index_select(0, send(array("q", place).tobytes(), home))
 
 
 def _is_eager() -> bool:

@@ -1,0 +1,16 @@
+// The module of csrc/cuda as Python loads it, with every launch run by the shim, and a second module that tells what
+// was launched. Both are in one library, and so share the shim's state.
+#include "../../csrc/cuda/bindings.cpp"
+#include "../../csrc/cuda/stats.cu"
+
+PYBIND11_MODULE(_cuda_shim_log, module) {
+  // [(device, stream, blocks)] since the last call.
+  module.def("take_launches", [] {
+    std::vector<std::tuple<int, uintptr_t, unsigned>> launches;
+    for (const cuda_shim::LaunchRecord& one : cuda_shim::launch_records)
+      launches.emplace_back(one.device, one.stream, one.blocks);
+    cuda_shim::launch_records.clear();
+    return launches;
+  });
+  module.def("current_device", [] { return cuda_shim::current_device; });
+}

@@ -1,0 +1,260 @@
+"""The way of a call to a GPU, on GPUs that are none: what is launched where, what is copied, and that nobody waits.
+
+Everything of ours is real, down to the CUDA source, which the shim runs; fake_gpu.py has torch's side.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import fake_gpu
+import pytest
+import torch
+from cases import CASES, Case, definition, expected_of, flat_of
+from fake_gpu import FakeGpus, HostSync, on_gpu, reveal
+from test_stats import assert_records, normal
+
+import hallo_numguard as ng
+from hallo_numguard.monitor.recorder import Recorder
+from hallo_numguard.ops import cuda, device, dispatch
+from hallo_numguard.ops.formats import FORMATS
+
+pytestmark = pytest.mark.skipif(not fake_gpu.has_compiler(), reason=fake_gpu.COMPILER_MISSING)
+
+CAPACITY = 480
+
+
+@pytest.fixture(scope="module")
+def extension(tmp_path_factory):
+    return fake_gpu.build_extension(tmp_path_factory.mktemp("shim"))
+
+
+@pytest.fixture
+def gpus(extension) -> Iterator[FakeGpus]:
+    with fake_gpu.fake_gpus(*extension, backend="native") as gpus:
+        device._local.__dict__.clear()
+        yield gpus
+
+
+def table_on_host(table: ng.StatsTable) -> ng.StatsTable:
+    return ng.StatsTable(reveal(table.packed), table.detail)
+
+
+def warm(call):
+    """The first call of a kind makes its tables; every later one must not wait."""
+    with fake_gpu.setting_up():
+        call()
+    return call()
+
+
+# The fake itself
+
+
+def test_a_fake_tensor_refuses_whatever_waits(gpus: FakeGpus) -> None:
+    tensor = on_gpu(normal(3))
+    assert tensor.device == torch.device("cuda:0")
+    assert (tensor + 1).device == torch.device("cuda:0")
+    waits = [
+        tensor.tolist,
+        tensor.cpu,
+        lambda: tensor.sum().item(),
+        lambda: bool(tensor.any()),
+        lambda: tensor[[0, 2]],
+        lambda: tensor.to("cpu"),
+        lambda: tensor.to("cpu", non_blocking=True),
+        lambda: torch.zeros(3).to(tensor.device),
+        lambda: torch.tensor([1.0], device="cuda:0"),
+        lambda: torch.empty(3).copy_(tensor, non_blocking=True),
+        torch.cuda.synchronize,
+        torch.cuda.Event().synchronize,
+    ]
+    for wait in waits:
+        with pytest.raises(HostSync):
+            wait()
+    pinned = torch.empty(3, pin_memory=True)
+    pinned.copy_(tensor, non_blocking=True)
+    assert torch.equal(pinned, reveal(tensor))
+
+
+def test_a_copy_that_waits_would_be_found(gpus: FakeGpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test of the test: the launcher with a planted wait."""
+    flat, layout = on_gpu(normal(1000)), ng.Layout([0, 10, 1000])
+    warm(lambda: ng.tensor_stats(flat, layout))
+    real = cuda._scan_table
+    monkeypatch.setattr(cuda, "_scan_table", lambda *args: real(*args).cpu())
+    with pytest.raises(HostSync):
+        ng.tensor_stats(flat, layout)
+
+
+# Values, through all of it
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.layout != "tiny"], ids=str)
+def test_values(gpus: FakeGpus, case: Case) -> None:
+    flat, layout = on_gpu(flat_of(case)), ng.Layout(case.offsets)
+    table = warm(lambda: ng.tensor_stats(flat, layout, detail=True))
+    assert table.packed.device == torch.device("cuda:0")
+    assert_records(table_on_host(table), list(expected_of(case)), "cuda")
+
+
+# Launches
+
+
+def test_a_bucket_takes_two_launches_and_its_table_stays_on_the_device(gpus: FakeGpus) -> None:
+    flat, layout = on_gpu(normal(100_000)), ng.Layout([0, 10, 90_000, 100_000])
+    table = warm(lambda: ng.tensor_stats(flat, layout))
+    gpus.take_launches()
+    table = ng.tensor_stats(flat, layout)
+    assert [blocks for _, _, blocks in gpus.take_launches()] == [5, 1], "a block a chunk, then one a split segment"
+    for result in (table.total_norm(), table.found_inf(), table.norm(), table.nonfinite, table.absmax):
+        assert result.device == torch.device("cuda:0")
+    assert reveal(table.found_inf()).item() == 0.0
+    assert reveal(table.total_norm()).item() == pytest.approx(reveal(flat).double().norm().item(), rel=5e-6)
+
+
+def test_segments_of_one_chunk_take_one_launch(gpus: FakeGpus) -> None:
+    flat, layout = on_gpu(normal(60_000)), ng.Layout([0, 10, 10, 30_000, 60_000])
+    warm(lambda: ng.tensor_stats(flat, layout))
+    gpus.take_launches()
+    ng.tensor_stats(flat, layout)
+    assert [blocks for _, _, blocks in gpus.take_launches()] == [4]
+
+
+@pytest.mark.parametrize("count", [1, 2, CAPACITY, CAPACITY + 1, 3000])
+def test_a_list_takes_a_launch_a_dtype_and_one_more_however_long_it_is(gpus: FakeGpus, count: int) -> None:
+    sizes = [40_000 if index == 0 else index % 7 for index in range(count)]
+    dtypes = [torch.float32, torch.bfloat16]
+    values = [normal(size, dtype=dtypes[index % 2]) for index, size in enumerate(sizes)]
+    values[-1] = values[-1].clone().fill_(torch.nan)
+    tensors = [on_gpu(value) for value in values]
+    table = warm(lambda: ng.multi_tensor_stats(tensors, detail=True))
+    gpus.take_launches()
+    table = ng.multi_tensor_stats(tensors, detail=True)
+    assert len(gpus.take_launches()) == len(dtypes[:count]) + 1
+    assert_records(table_on_host(table), [definition(value) for value in values], "cuda")
+
+
+def test_addresses_that_fit_the_arguments_of_a_launch_are_not_copied(gpus: FakeGpus) -> None:
+    tensors = [on_gpu(normal(5)) for _ in range(CAPACITY)]
+    warm(lambda: ng.multi_tensor_stats(tensors))
+    assert not gpus.runtime.events, "a copy leaves an event behind"
+    more = [*tensors, on_gpu(normal(5))]
+    warm(lambda: ng.multi_tensor_stats(more))
+    assert gpus.runtime.events
+
+
+def test_pinned_memory_is_written_again_only_when_its_copy_is_done(gpus: FakeGpus) -> None:
+    words = [bytes([number]) * 8 * 600 for number in range(4)]
+    gpu = torch.device("cuda:0")
+    gpus.runtime.copies_finish = False
+    sent = [device.send(word, gpu) for word in words]
+    assert len(gpus.runtime.events) == 4, "no copy is done: four buffers"
+    gpus.runtime.copies_finish = True
+    sent += [device.send(word, gpu) for word in words]
+    assert len(gpus.runtime.events) == 4, "all are done: none is needed any more"
+    assert [reveal(one).numpy().tobytes() for one in sent] == words * 2
+    device.send(bytes(8 * 5000), gpu)
+    assert len(gpus.runtime.events) == 5, "a larger one"
+
+
+def test_what_a_graph_captures_is_kept_for_its_replays(gpus: FakeGpus) -> None:
+    before = len(device._captured)
+    gpus.runtime.capturing = True
+    first = device.send(bytes(range(8)) * 600, torch.device("cuda:0"))
+    second = device.send(bytes(8 * 600), torch.device("cuda:0"))
+    assert not gpus.runtime.events, "an event must not be asked while a graph is captured"
+    kept = device._captured[before:]
+    assert [torch.equal(one, reveal(sent)) for one, sent in zip(kept, (first, second), strict=True)] == [True, True]
+    assert kept[0].data_ptr() != kept[1].data_ptr()
+    del device._captured[before:]
+
+
+# Devices, streams and threads
+
+
+def test_tensors_of_two_gpus_in_one_list(gpus: FakeGpus) -> None:
+    values = [normal(50, seed=seed) for seed in range(5)]
+    values[3][7] = torch.inf
+    tensors = [on_gpu(value, gpu=index % 2) for index, value in enumerate(values)]
+    table = warm(lambda: ng.multi_tensor_stats(tensors, detail=True))
+    gpus.take_launches()
+    table = ng.multi_tensor_stats(tensors, detail=True)
+    assert [(gpu, stream) for gpu, stream, _ in gpus.take_launches()] == [(0, 10), (1, 11)]
+    assert table.packed.device == torch.device("cuda:0")
+    assert_records(table_on_host(table), [definition(value) for value in values], "cuda")
+
+
+def test_one_thread_a_rank_each_with_a_gpu_of_its_own(gpus: FakeGpus) -> None:
+    """Their launches go to their own device and stream, and their pinned memory is their own."""
+    found: dict[int, ng.StatsTable] = {}
+    values = {rank: [normal(100, seed=rank * 1000 + index) for index in range(600)] for rank in (0, 1)}
+    layout = ng.Layout([0, 50, 100])
+
+    def run(rank: int) -> None:
+        fake_gpu.be_thread(rank + 1)
+        tensors = [on_gpu(value, gpu=rank) for value in values[rank]]
+        with fake_gpu.Mode():
+            for _ in range(3):
+                found[rank] = ng.multi_tensor_stats(tensors, detail=True)
+                ng.tensor_stats(tensors[0], layout)
+
+    with fake_gpu.setting_up():
+        threads = [threading.Thread(target=run, args=(rank,)) for rank in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert {(gpu, stream) for gpu, stream, _ in gpus.take_launches()} == {(0, 1010), (1, 2011)}
+    for rank, table in found.items():
+        assert table.packed.device == torch.device("cuda", rank)
+        assert_records(table_on_host(table), [definition(value) for value in values[rank]], "cuda")
+
+
+def test_the_device_that_was_current_is_current_again(gpus: FakeGpus, extension) -> None:
+    flat = on_gpu(normal(10), gpu=1)
+    warm(lambda: ng.tensor_stats(flat))
+    assert extension[1].current_device() == 0
+    assert {gpu for gpu, _, _ in gpus.take_launches()} == {1}
+
+
+def test_a_device_that_is_not_there_is_an_error_with_cudas_words(extension) -> None:
+    with pytest.raises(RuntimeError, match="CUDA: make the device current: invalid device"):
+        extension[0].scan_inline(99, 0, (0, [], 0, 0), b"", False, 0)
+    assert "invalid device" in extension[0].unavailable(99)
+
+
+@pytest.mark.parametrize("dtype", FORMATS, ids=str)
+def test_memory_that_a_kernel_cannot_read_as_it_is_is_copied_first(gpus: FakeGpus, dtype: torch.dtype) -> None:
+    values = normal(30, 40, dtype=dtype).t()
+    expected = [definition(values)]
+    assert_records(table_on_host(warm(lambda: ng.tensor_stats(on_gpu(values), detail=True))), expected, "cuda")
+    both = warm(lambda: ng.multi_tensor_stats([on_gpu(values)], detail=True))
+    assert_records(table_on_host(both), expected, "cuda")
+
+
+def test_the_native_backend_of_a_gpu_is_the_cuda_extension(gpus: FakeGpus) -> None:
+    assert dispatch.backend_for("cuda") is cuda
+    assert cuda.unavailable("cuda") is None
+    assert "not on cpu" in cuda.unavailable("cpu")
+
+
+# Results that travel home
+
+
+def test_the_recorder_never_waits_for_a_step_to_be_recorded(gpus: FakeGpus) -> None:
+    recorder = Recorder(length=3)
+    flat, layout = on_gpu(normal(100)), ng.Layout([0, 40, 100])
+    with fake_gpu.setting_up():
+        ng.tensor_stats(flat, layout)
+    for step in range(5):
+        table = ng.tensor_stats(flat * (step + 1), layout)
+        recorder.begin(step, 8.0, table.packed, loss=on_gpu(torch.tensor(float(step))))
+        recorder.end(applied=True)
+    rows = recorder.read(wait=False)
+    assert [(row.step, row.loss) for row in rows] == [(2, 2.0), (3, 3.0), (4, 4.0)]
+    assert rows[-1].norm == pytest.approx(5 * reveal(flat).double().norm().item(), rel=5e-6)
+    gpus.runtime.copies_finish = False
+    assert recorder.read(wait=False) == [], "nothing has arrived yet, and nobody waits"
+    with pytest.raises(HostSync, match="event"):
+        recorder.read()
