@@ -12,6 +12,8 @@ import click
 
 from hallo_numguard import __version__
 
+_SHOWN = {"cuda": "native", "gpu": "native for small buckets, triton for large"}  # modules that are not called so
+
 
 @click.group()
 @click.version_option(__version__)
@@ -45,9 +47,10 @@ def environment() -> dict[str, Any]:
     """Returns what `hallo-numguard env` prints."""
     import torch
 
-    from hallo_numguard.ops import native
+    from hallo_numguard.ops import cuda, native
 
     isas = native.isas()
+    has_gpu = torch.cuda.is_available()
     return {
         "hallo-numguard": __version__,
         "python": platform.python_version(),
@@ -59,8 +62,9 @@ def environment() -> dict[str, Any]:
         "instruction set": isas[native.isa()] if isas else "none",
         "instruction sets of this CPU": ", ".join(isas) or "none",
         "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-        "backends": {device: _backends(device) for device in ("cpu", "cuda")},
+        "CUDA extension": "built" if cuda.extension() is not None else "not built",
+        "gpu": torch.cuda.get_device_name() if has_gpu else "none",
+        "backends": {device: _backends(device) for device in (("cpu", "cuda") if has_gpu else ("cpu",))},
     }
 
 
@@ -69,12 +73,13 @@ def _backends(device: str) -> dict[str, Any]:
     from hallo_numguard.ops import dispatch
 
     try:
-        chosen = dispatch.backend_for(device).__name__.rpartition(".")[2]  # type: ignore[attr-defined]
+        module = dispatch.backend_for(device).__name__.rpartition(".")[2]  # type: ignore[attr-defined]
+        chosen = _SHOWN.get(module, module)
     except BackendUnavailable as error:
         chosen = f"none: {error}"
     reasons = dispatch.explain(device)
     not_used = {
-        name: why or "a faster one runs, or another is forced" for name, why in reasons.items() if name != chosen
+        name: why or "a faster one runs, or another is forced" for name, why in reasons.items() if name not in chosen
     }
     return {"chosen": chosen, "not_used": not_used}
 

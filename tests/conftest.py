@@ -7,13 +7,17 @@ import importlib.util
 import os
 from collections.abc import Iterator
 
-# Triton looks at it when the kernels are defined.
-os.environ["TRITON_INTERPRET"] = "1"
-
 import pytest
 import torch
 
 from hallo_numguard.ops import dispatch, native
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Lets Triton's interpreter run the kernels, which looks when they are defined; but for GPU tests."""
+    if config.getoption("markexpr") != "gpu":
+        os.environ["TRITON_INTERPRET"] = "1"
+
 
 NATIVE = [f"native-{isa}" for isa in native.isas()]
 TRITON = ["triton-interpreted"] if importlib.util.find_spec("triton") else []

@@ -5,8 +5,13 @@ Everything of ours is real, down to the CUDA source, which the shim runs; fake_g
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import fake_gpu
 import pytest
@@ -17,7 +22,7 @@ from test_stats import assert_records, normal
 
 import hallo_numguard as ng
 from hallo_numguard.monitor.recorder import Recorder
-from hallo_numguard.ops import cuda, device, dispatch
+from hallo_numguard.ops import cuda, device, dispatch, gpu, reference, triton
 from hallo_numguard.ops.formats import FORMATS
 
 pytestmark = pytest.mark.skipif(not fake_gpu.has_compiler(), reason=fake_gpu.COMPILER_MISSING)
@@ -146,15 +151,15 @@ def test_addresses_that_fit_the_arguments_of_a_launch_are_not_copied(gpus: FakeG
 
 def test_pinned_memory_is_written_again_only_when_its_copy_is_done(gpus: FakeGpus) -> None:
     words = [bytes([number]) * 8 * 600 for number in range(4)]
-    gpu = torch.device("cuda:0")
+    home = torch.device("cuda:0")
     gpus.runtime.copies_finish = False
-    sent = [device.send(word, gpu) for word in words]
+    sent = [device.send(word, home) for word in words]
     assert len(gpus.runtime.events) == 4, "no copy is done: four buffers"
     gpus.runtime.copies_finish = True
-    sent += [device.send(word, gpu) for word in words]
+    sent += [device.send(word, home) for word in words]
     assert len(gpus.runtime.events) == 4, "all are done: none is needed any more"
     assert [reveal(one).numpy().tobytes() for one in sent] == words * 2
-    device.send(bytes(8 * 5000), gpu)
+    device.send(bytes(8 * 5000), home)
     assert len(gpus.runtime.events) == 5, "a larger one"
 
 
@@ -180,7 +185,7 @@ def test_tensors_of_two_gpus_in_one_list(gpus: FakeGpus) -> None:
     table = warm(lambda: ng.multi_tensor_stats(tensors, detail=True))
     gpus.take_launches()
     table = ng.multi_tensor_stats(tensors, detail=True)
-    assert [(gpu, stream) for gpu, stream, _ in gpus.take_launches()] == [(0, 10), (1, 11)]
+    assert [(index, stream) for index, stream, _ in gpus.take_launches()] == [(0, 10), (1, 11)]
     assert table.packed.device == torch.device("cuda:0")
     assert_records(table_on_host(table), [definition(value) for value in values], "cuda")
 
@@ -205,7 +210,7 @@ def test_one_thread_a_rank_each_with_a_gpu_of_its_own(gpus: FakeGpus) -> None:
             thread.start()
         for thread in threads:
             thread.join()
-    assert {(gpu, stream) for gpu, stream, _ in gpus.take_launches()} == {(0, 1010), (1, 2011)}
+    assert {(index, stream) for index, stream, _ in gpus.take_launches()} == {(0, 1010), (1, 2011)}
     for rank, table in found.items():
         assert table.packed.device == torch.device("cuda", rank)
         assert_records(table_on_host(table), [definition(value) for value in values[rank]], "cuda")
@@ -215,7 +220,7 @@ def test_the_device_that_was_current_is_current_again(gpus: FakeGpus, extension)
     flat = on_gpu(normal(10), gpu=1)
     warm(lambda: ng.tensor_stats(flat))
     assert extension[1].current_device() == 0
-    assert {gpu for gpu, _, _ in gpus.take_launches()} == {1}
+    assert {index for index, _, _ in gpus.take_launches()} == {1}
 
 
 def test_a_device_that_is_not_there_is_an_error_with_cudas_words(extension) -> None:
@@ -258,3 +263,61 @@ def test_the_recorder_never_waits_for_a_step_to_be_recorded(gpus: FakeGpus) -> N
     assert recorder.read(wait=False) == [], "nothing has arrived yet, and nobody waits"
     with pytest.raises(HostSync, match="event"):
         recorder.read()
+
+
+# Triton's launcher, up to its driver
+
+
+@pytest.fixture(scope="module")
+def triton_launches():
+    pytest.importorskip("triton", reason="triton is not installed")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("triton_launch.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, check=False, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_triton_takes_a_launch_a_dtype_and_one_more_and_nobody_waits(triton_launches) -> None:
+    flat, listed = triton_launches["flat"]["launches"], triton_launches["list"]["launches"]
+    assert [(one["kernel"], one["blocks"]) for one in flat] == [("chunk_kernel", 5), ("combine_kernel", 1)]
+    assert [(one["kernel"], one["dtype_bits"], one["blocks"]) for one in listed] == [
+        ("chunk_kernel", 32, 1000),
+        ("chunk_kernel", 16, 2),
+        ("combine_kernel", 0, 1),
+    ]
+    assert listed[1]["integers"] == [0, 1000], "the second dtype begins where the first one's chunks end"
+    assert triton_launches["device"] == "cuda:0"
+
+
+def test_triton_launches_on_the_tensors_own_device_and_stream(triton_launches) -> None:
+    assert {(one["device"], one["stream"]) for one in triton_launches["flat"]["launches"]} == {(0, 10)}
+    assert {(one["device"], one["stream"]) for one in triton_launches["list"]["launches"]} == {(1, 11)}
+
+
+@pytest.mark.parametrize("which", ["flat", "one"])
+def test_triton_gets_the_address_of_a_bucket_as_a_number(triton_launches, which: str) -> None:
+    (chunk, combine) = triton_launches[which]["launches"]
+    assert chunk["integers"] == [triton_launches[which]["address"], 0]
+    assert all(pointer % 16 == 0 for pointer in chunk["pointers"] + combine["pointers"])
+    assert chunk["pointers"][-1] == combine["pointers"][-1], "the records"
+
+
+# The choice between the two
+
+
+def test_where_both_run_small_buckets_go_to_the_one_that_launches_faster(gpus: FakeGpus) -> None:
+    assert gpu.choice(gpu.LAUNCH_BOUND - 1) is cuda
+    assert gpu.choice(gpu.LAUNCH_BOUND) is triton
+    assert gpu._bytes_of(bytes([3, *[0] * 7, 2, *[0] * 7]), bytes([0, 2])) == 3 * 4 + 2 * 2
+
+
+def test_without_a_choice_the_one_that_runs_is_taken(gpus: FakeGpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(dispatch.BACKEND_VARIABLE)
+    for runs, chosen in (({cuda, triton}, gpu), ({cuda}, cuda), ({triton}, triton), (set(), reference)):
+        for module in (cuda, triton):
+            monkeypatch.setattr(module, "unavailable", lambda _, here=module in runs: None if here else "not here")
+        dispatch.backend_for.cache_clear()
+        assert dispatch.backend_for("cuda") is chosen

@@ -17,7 +17,8 @@ from hallo_numguard.ops.tensor_list import TensorList
 BACKEND_VARIABLE = "HALLO_NUMGUARD_BACKEND"
 BACKENDS = ("native", "triton", "reference")
 
-_PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("triton", "reference")}
+# "gpu" chooses between native and triton for every call; it is none that one asks for by name.
+_PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("gpu", "triton", "native", "reference")}
 _MODULES = {("native", "cuda"): "cuda"}  # where the module has another name than the backend
 _log = logging.getLogger("hallo_numguard")
 
@@ -54,12 +55,16 @@ def backend_for(device_type: str) -> Backend:
     forced = os.environ.get(BACKEND_VARIABLE)
     if forced:
         return _forced(forced, device_type)
+    reasons = {}
     for name in _PREFERENCE.get(device_type, ("reference",)):
         reason = backend(name, device_type).unavailable(device_type)
         if reason is None:
-            return backend(name, device_type)
-        _log.warning("%s: the %s backend is not used: %s", device_type, name, reason)
-    raise BackendUnavailable(f"no backend runs on {device_type}")
+            break
+        reasons[name] = reason
+    if name == "reference":  # slow: whoever gets it must know why
+        for other in [other for other in BACKENDS if other in reasons]:
+            _log.warning("%s: the %s backend is not used: %s", device_type, other, reasons[other])
+    return backend(name, device_type)
 
 
 def explain(device_type: str) -> dict[str, str | None]:

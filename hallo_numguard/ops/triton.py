@@ -57,6 +57,8 @@ def unavailable(device_type: str) -> str | None:
         return f"runs on cuda; on cpu only interpreted, for tests, with {INTERPRET_VARIABLE}=1"
     if device_type == "cuda" and interpreted:
         return f"{INTERPRET_VARIABLE}=1 is set, and the interpreter cannot read a GPU's memory"
+    if device_type == "cuda" and not runtime.has_gpu():
+        return "torch sees no GPU"
     return None
 
 

@@ -22,11 +22,11 @@ ALIGNMENT = tl.constexpr(32)  # bytes: one sector of DRAM, and the widest load o
 
 @triton.jit(do_not_specialize=["base", "first_chunk"])
 def chunk_kernel(
-    base,  # int64: added to every address
+    base: tl.int64,  # added to every address
     addresses_ptr,  # int64 [segments]: where each begins, in bytes from `base`
     chunks_ptr,  # int32 [chunks, 4]: segment, number inside the segment, length in elements, row of its record
     records_ptr,  # int64 [rows, 8]
-    first_chunk,  # the chunk of program 0
+    first_chunk: tl.int32,  # the chunk of program 0
     BITS: tl.constexpr,  # integer type of an element
     EXPONENT: tl.constexpr,
     MANTISSA: tl.constexpr,
