@@ -43,7 +43,7 @@ def read(tensors: Sequence[torch.Tensor]) -> TensorList:
     Args:
         tensors: At least one.
 
-    Cost: about 25 ns a tensor if `read_plain` can read them, else 500.
+    Cost: 40 to 70 ns a tensor if `read_plain` can read them, else 700 to 900.
     """
     plain = read_plain(tensors)
     if plain is not None:
@@ -61,7 +61,7 @@ def read(tensors: Sequence[torch.Tensor]) -> TensorList:
 def read_plain(tensors: Sequence[torch.Tensor]) -> TensorList | None:
     """Returns the list if nothing has to be checked, copied or explained, else None.
 
-    Every one must be exactly a torch.Tensor or Parameter, no subclass. Cost: about 25 ns a tensor; no Python a tensor.
+    Every one must be exactly a torch.Tensor or Parameter, no subclass. Cost: 40 ns a tensor, 70 where there are 100,000 of them and caches no longer hold them; no Python a tensor.
     """
     module = native.extension()
     if module is None or _EXCHANGE is None or not tensors:
