@@ -18,13 +18,13 @@ from hallo_numguard.ops.tensor_list import TensorList, aligned
 
 INTERPRET_VARIABLE = "TRITON_INTERPRET"
 
-# Sizes are in elements. A block is two loads of 16 bytes for each of 128 threads, and adds at most 33 squares to a
+# Sizes are in elements. A block is two loads of 16 bytes for each of 128 threads (one, if elements are a byte), and adds at most 33 squares to a
 # float32 sum, which costs 1e-6 of the norm at worst. Lanes, and so results, depend on BLOCK, RESCAN_BLOCK and
 # COMBINE_BLOCK: csrc/cuda/kernels.cuh has the same numbers.
 _BLOCK = {1: 2048, 2: 2048, 4: 1024, 8: 512}
 _RESCAN_BLOCK = 512
 _COMBINE_BLOCK = 128
-_UNROLL = 4
+_UNROLL = {1: 4, 2: 2, 4: 2, 8: 2}  # four loads of 16 bytes in flight a thread
 # Products are not fused into additions, so that results are the same bits wherever the kernels run.
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
 
@@ -115,7 +115,7 @@ def constants(dtype: torch.dtype) -> dict[str, Any]:
         "SCALE": _SCALE.get(dtype, 1.0),
         "CHUNK": CHUNK,
         "BLOCK": _BLOCK[dtype.itemsize],
-        "UNROLL": _UNROLL,
+        "UNROLL": _UNROLL[dtype.itemsize],
         "RESCAN_BLOCK": _RESCAN_BLOCK,
     }
 

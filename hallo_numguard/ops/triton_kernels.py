@@ -65,29 +65,31 @@ def chunk_kernel(
     full = interior // BLOCK * BLOCK
 
     lane = tl.arange(0, BLOCK)
-    peaks, sums, zeros, small = _nothing(BLOCK, MANTISSA)
+    peaks, sums, counts = _nothing(BLOCK, MANTISSA)
     for offset in tl.range(0, full, BLOCK, loop_unroll_factor=UNROLL):
         raw = tl.load(aligned + offset + lane, eviction_policy="evict_first")
-        peaks, sums, zeros, small = _take(raw, peaks, sums, zeros, small, EXPONENT, MANTISSA, DETAIL)
+        peaks, sums, counts = _take(raw, peaks, sums, counts, EXPONENT, MANTISSA, DETAIL)
     raw = tl.load(aligned + full + lane, mask=lane < interior - full, other=0)
-    peaks, sums, zeros, small = _take(raw, peaks, sums, zeros, small, EXPONENT, MANTISSA, DETAIL)
+    peaks, sums, counts = _take(raw, peaks, sums, counts, EXPONENT, MANTISSA, DETAIL)
 
     edge = tl.arange(0, 2 * VECTOR)
     in_tail = edge >= VECTOR
     edge_index = tl.where(in_tail, edge - VECTOR + head + interior, edge)
     edge_end = tl.where(in_tail, length, head)
     raw = tl.load(data + edge_index, mask=edge_index < edge_end, other=0)
-    edge_peaks, edge_sums, edge_zeros, edge_small = _nothing(2 * VECTOR, MANTISSA)
-    edge_peaks, edge_sums, edge_zeros, edge_small = _take(
-        raw, edge_peaks, edge_sums, edge_zeros, edge_small, EXPONENT, MANTISSA, DETAIL
-    )
+    edge_peaks, edge_sums, edge_counts = _nothing(2 * VECTOR, MANTISSA)
+    edge_peaks, edge_sums, edge_counts = _take(raw, edge_peaks, edge_sums, edge_counts, EXPONENT, MANTISSA, DETAIL)
 
     peak = tl.maximum(_largest(peaks), _largest(edge_peaks)).to(sums.dtype, bitcast=True)
     if (peak == 0) | ((peak >= SAFE_LOW) & (peak < SAFE_HIGH)):
-        n_zeros = tl.sum(zeros) + tl.sum(edge_zeros)
-        n_subnormals = tl.sum(small) + tl.sum(edge_small) - n_zeros
         if DETAIL:
+            both = tl.sum(counts.to(tl.int64)) + tl.sum(edge_counts.to(tl.int64))
+            n_zeros = both & 0xFFFF
+            n_subnormals = (both >> 16) - n_zeros
             n_zeros -= full + BLOCK + 2 * VECTOR - length  # lanes that the masks filled up
+        else:
+            n_zeros = 0
+            n_subnormals = 0
         sumsq = _tree_sum(sums.to(tl.float64)) + _tree_sum(edge_sums.to(tl.float64))
         absmax = peak.to(tl.float64) * SCALE
         _write(record, 0, 0, 0, n_zeros, n_subnormals, -1, absmax, sumsq * (SCALE * SCALE))
@@ -156,10 +158,10 @@ def combine_kernel(
 
 @triton.jit
 def _nothing(LANES: tl.constexpr, MANTISSA: tl.constexpr):
-    """Of each lane: no maximum, no squares, no zeros, none that is zero or subnormal."""
+    """Of each lane: no maximum, no squares, nothing counted."""
     number: tl.constexpr = tl.float64 if MANTISSA == 52 else tl.float32
     peaks = tl.zeros([LANES], tl.int64 if MANTISSA == 52 else tl.float32)
-    return peaks, tl.zeros([LANES], number), tl.zeros([LANES], tl.int32), tl.zeros([LANES], tl.int32)
+    return peaks, tl.zeros([LANES], number), tl.zeros([LANES], tl.int32)
 
 
 @triton.jit
@@ -167,13 +169,16 @@ def _take(
     raw,
     peaks,
     sums,
-    zeros,
-    small,
+    counts,
     EXPONENT: tl.constexpr,
     MANTISSA: tl.constexpr,
     DETAIL: tl.constexpr,
 ):
-    """Adds raw elements to the running maximum, squares and counts of each lane."""
+    """Adds raw elements to the running maximum, squares and counts of each lane.
+
+    A count has zeros in its lower half, and zeros and subnormals in its upper one: one register in place of two, and a
+    chunk has fewer than 2^16 elements.
+    """
     magnitude = _magnitude(raw, EXPONENT, MANTISSA)
     value = _widened(magnitude, MANTISSA)
     if MANTISSA == 52:  # no instruction finds the maximum of two doubles and keeps NaN; as integers they order alike
@@ -185,9 +190,8 @@ def _take(
     else:
         sums += value * value
     if DETAIL:
-        zeros += (magnitude == 0).to(tl.int32)
-        small += (magnitude < (1 << MANTISSA)).to(tl.int32)
-    return peaks, sums, zeros, small
+        counts += (magnitude == 0).to(tl.int32) + ((magnitude < (1 << MANTISSA)).to(tl.int32) << 16)
+    return peaks, sums, counts
 
 
 @triton.jit
