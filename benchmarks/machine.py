@@ -36,25 +36,54 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD))
 
 
-def describe() -> dict[str, str]:
+def describe_cpu() -> dict[str, str]:
     """Returns what is known of this machine and of the software, ready to be printed."""
-    known = {
-        "cpu": _cpu_model(),
-        "cores": str(os.cpu_count()),
-        "caches": _caches(),
-        "instruction set": native.isas()[native.isa()],
-        "python": platform.python_version(),
-        "torch": _version("torch"),
-        "deepspeed": _version("deepspeed"),
-        "hallo-numguard": _version("hallo-numguard"),
-        "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-        "load average": _load(),
-    }
-    return {name: value for name, value in known.items() if value}
+    return _known(
+        {
+            "cpu": cpu_model(),
+            "cores": str(os.cpu_count()),
+            "caches": _caches(),
+            "instruction set": native.isas()[native.isa()],
+            **_software("torch", "deepspeed"),
+            "OMP_WAIT_POLICY": os.environ.get("OMP_WAIT_POLICY", "not set"),
+            **_moment(),
+        }
+    )
 
 
-def _cpu_model() -> str:
+def describe_gpu(gpu: dict[str, str], backend: str) -> dict[str, str]:
+    """Returns what is known of a GPU, of what launches on it, and of the software, ready to be printed.
+
+    Args:
+        gpu: What the GPU says of itself.
+        backend: The one that the public calls go to.
+    """
+    return _known(
+        {
+            **gpu,
+            "host cpu": cpu_model(),
+            "backend of the public calls": backend,
+            **_software("torch", "triton", "deepspeed", "apex", "transformer-engine"),
+            **_moment(),
+        }
+    )
+
+
+def _known(facts: dict[str, str]) -> dict[str, str]:
+    return {name: value for name, value in facts.items() if value}
+
+
+def _software(*distributions: str) -> dict[str, str]:
+    names = (*distributions, "hallo-numguard")
+    return {"python": platform.python_version(), **{name: _version(name) for name in names}}
+
+
+def _moment() -> dict[str, str]:
+    return {"date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"), "load average": _load()}
+
+
+def cpu_model() -> str:
+    """Returns the name of the CPU, or the architecture where the system does not say."""
     if _CPU_INFO.exists():
         for line in _CPU_INFO.read_text().splitlines():
             name, _, value = line.partition(":")

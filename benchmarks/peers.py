@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+import importlib
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
 import torch
-from candidates import Candidate, Claims
+from candidates import Candidate, Claims, Made
 from problem import Problem
 from timing import Call
 
 ISFINITE = "isfinite_all"
 
-Made = Candidate | str  # a peer, or why there is none
+AMINMAX = "aminmax_norm"
+AMINMAX_PER_SEGMENT = "aminmax_foreach_norm"
+
+Maker = Callable[[Problem], Candidate]
 
 
-def peers(problem: Problem, with_compile: bool) -> tuple[list[Candidate], dict[str, str]]:
-    """Returns the peers that run here, and by key why the others do not."""
+def peers(problem: Problem, with_compile: bool, others: Mapping[str, Maker]) -> dict[str, Made]:
+    """Returns the peers on all devices and `others`, or by key why there is none.
+
+    Args:
+        problem: What they work on.
+        with_compile: Whether to compile, which takes a while.
+        others: What makes those of this device alone, by key.
+    """
     made: dict[str, Made] = {peer.key: peer for peer in _eager(problem)}
-    made["compile"] = _compiled(problem) if with_compile else "switched off with --no-compile"
-    made["deepspeed"] = _deepspeed(problem)
-    found = [peer for peer in made.values() if isinstance(peer, Candidate)]
-    return found, {key: reason for key, reason in made.items() if isinstance(reason, str)}
+    made["compile"] = _tried(_compiled, problem) if with_compile else "switched off with --no-compile"
+    for key, maker in {"deepspeed": _deepspeed, **others}.items():
+        made[key] = _tried(maker, problem)
+    return made
+
+
+def _tried(maker: Maker, problem: Problem) -> Made:
+    try:
+        peer = maker(problem)
+        peer.call()
+    except Exception as error:  # noqa: BLE001  (not installed, or not for this device or dtype: theirs to say)
+        return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    return peer
 
 
 def _peer(key: str, label: str, call: Call, claims: Callable[[Any], Claims]) -> Candidate:
@@ -47,13 +67,13 @@ def _eager(problem: Problem) -> list[Candidate]:
             lambda result: _idiom_claims([list(column) for column in zip(*result, strict=True)]),
         ),
         _peer(
-            "aminmax_norm",
+            AMINMAX,
             "aminmax + vector_norm",
             lambda: (torch.aminmax(flat), torch.linalg.vector_norm(flat)),
             lambda result: _extremes_claims([result[0]], [result[1]]),
         ),
         _peer(
-            "aminmax_foreach_norm",
+            AMINMAX_PER_SEGMENT,
             "aminmax + _foreach_norm, per segment",
             lambda: ([torch.aminmax(view) for view in views], torch._foreach_norm(views)),
             lambda result: _extremes_claims(*result),
@@ -93,8 +113,9 @@ def _extremes_claims(extremes: list[Any], norms: list[torch.Tensor]) -> Claims:
 
 def _amp(scratch: list[torch.Tensor]) -> torch.Tensor:
     """What torch.amp.GradScaler does to unscale, with a scale of 1. It also writes all elements."""
-    found = torch.zeros(1)
-    torch._amp_foreach_non_finite_check_and_unscale_(scratch, found, torch.ones(1))
+    device = scratch[0].device
+    found = torch.zeros(1, device=device)
+    torch._amp_foreach_non_finite_check_and_unscale_(scratch, found, torch.ones(1, device=device))
     return found
 
 
@@ -104,14 +125,10 @@ def _fused(values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tens
     return (~finite).sum(), numbers.abs().max(), (numbers * numbers).sum()
 
 
-def _compiled(problem: Problem) -> Made:
+def _compiled(problem: Problem) -> Candidate:
     """torch.compile of the flat expression, here and now, for this shape and number of threads."""
     torch.compiler.reset()  # else the limit of recompilations is soon met
     fused = torch.compile(_fused, dynamic=False)
-    try:
-        fused(problem.flat)
-    except RuntimeError as error:  # the base of what dynamo, inductor and its C++ builder raise
-        return f"does not compile: {str(error).strip().splitlines()[0]}"
     return _peer("compile", "torch.compile, fused", partial(fused, problem.flat), _compiled_claims)
 
 
@@ -126,22 +143,20 @@ def _compiled_claims(result: Any) -> Claims:
     )
 
 
-def _deepspeed(problem: Problem) -> Made:
+def _deepspeed(problem: Problem) -> Candidate:
     """What one rank does at a step of ZeRO stage 1 or 2, without the collectives.
 
     DeepSpeedZeroOptimizer.has_overflow_partitioned_grads_serial and get_grad_norm_direct
-    (deepspeed/runtime/zero/stage_1_and_2.py), on gradients that are the segments.
+    (deepspeed/runtime/zero/stage_1_and_2.py) of 0.19.8, on gradients that are the segments. That it
+    waits for the flag is part of it.
     """
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    try:
-        from deepspeed.runtime.utils import has_inf_or_nan, mask_nan_or_inf_with_val_inplace
-        from deepspeed.runtime.zero.utils import get_norm_dtype
-    except ImportError as error:
-        return f"needs a DeepSpeed that has what 0.19.8 has: {error}"
-    views = problem.views
+    views, device = problem.views, problem.flat.device
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    from deepspeed.runtime.utils import has_inf_or_nan, mask_nan_or_inf_with_val_inplace
+    from deepspeed.runtime.zero.utils import get_norm_dtype
 
     def overflow_and_norm() -> tuple[bool, torch.Tensor]:
-        invalid = torch.zeros([1], dtype=torch.float)
+        invalid = torch.zeros([1], dtype=torch.float, device=device)
         for gradient in views:
             invalid += has_inf_or_nan(gradient)
         overflow = bool(invalid.bool().byte()[0].item())
@@ -158,9 +173,40 @@ def _deepspeed(problem: Problem) -> Made:
     )
 
 
+def _apex(problem: Problem) -> Candidate:
+    applier = importlib.import_module("apex.multi_tensor_apply").multi_tensor_applier
+    kernel = importlib.import_module("amp_C").multi_tensor_l2norm
+    return _multi_tensor_norm("apex", "apex multi_tensor_l2norm (norms only)", applier, kernel, problem)
+
+
+def _transformer_engine(problem: Problem) -> Candidate:
+    module = importlib.import_module("transformer_engine.pytorch.optimizers")
+    applier, kernel = module.multi_tensor_applier, module.multi_tensor_l2norm
+    label = "TransformerEngine, the same"
+    return _multi_tensor_norm("transformer_engine", label, applier, kernel, problem)
+
+
+def _multi_tensor_norm(key: str, label: str, applier: Any, kernel: Any, problem: Problem) -> Candidate:
+    """The norm of every segment and of all. The flag stays up once it is, so only the norms are believed."""
+    flag = torch.zeros(1, dtype=torch.int32, device=problem.flat.device)
+    return _peer(
+        key,
+        label,
+        lambda: applier(kernel, flag, [problem.views], True),
+        lambda result: _norm_claims(_floats(result[1])),
+    )
+
+
+def _norm_claims(norms: list[float]) -> Claims:
+    return Claims(bad=[not math.isfinite(norm) for norm in norms], norm=norms)
+
+
 def _floats(values: list[torch.Tensor]) -> list[float]:
     return [float(value) for value in values]
 
 
 def _integers(values: list[torch.Tensor]) -> list[int]:
     return [int(value) for value in values]
+
+
+ON_GPU: dict[str, Maker] = {"apex": _apex, "transformer_engine": _transformer_engine}

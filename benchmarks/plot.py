@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from results import MANY, MANY_ONE, MIB, Run, Sample, size_label, threads_label
+from results import MANY, MANY_ONE, MIB, Run, Sample, join, size_label, threads_label
 
-CACHED = 4 * MIB
+CACHED = 4 * MIB  # or less: what a bucket that stays in a cache is shown by
 
 _OURS, _PEER, _INK = "#0b6e4f", "#b8bec6", "#30363d"
 _SHOWN = ("ours", "peer")
 _LEFT_OUT = {MANY, MANY_ONE}
+_NEAR_LIMIT = 0.2  # a label right of such a bar would lie on the line of the limit
+_FACTS = ("instruction set", "driver", "cuda", "torch", "triton", "deepspeed")
 
 
 class MissingPlotting(Exception):
@@ -27,12 +29,12 @@ def require_matplotlib() -> None:
 
 
 def draw(run: Run, path: Path) -> None:
-    """Writes the picture: a row of panels a size (4 MiB and the largest), a column a dtype."""
+    """Writes the picture: a row of panels a size (one in a cache and the largest), a column a dtype."""
     require_matplotlib()
     from matplotlib.figure import Figure
 
     samples = [sample for sample in run.samples if sample.kind in _SHOWN and sample.candidate not in _LEFT_OUT]
-    threads = min(sample.threads for sample in samples)
+    threads = min((sample.threads for sample in samples if sample.threads is not None), default=None)
     samples = [sample for sample in samples if sample.threads == threads]
     sizes = _sizes({sample.size for sample in samples})
     samples = [sample for sample in samples if sample.size in sizes]
@@ -47,12 +49,9 @@ def draw(run: Run, path: Path) -> None:
             shown = {sample.candidate: sample for sample in samples if sample.size == size and sample.dtype == dtype}
             _draw_panel(panels[row][column], labels, shown, leftmost)
             panels[row][column].set_title(f"{dtype}, {size_label(size)}", fontsize=10, color=_INK)
-    figure.suptitle(
-        f"Speed, as a fraction of reading the memory ({threads_label(threads)}; longer is faster)",
-        fontsize=12,
-        color=_INK,
-    )
-    figure.supxlabel(_caption(run.machine), fontsize=8, color=_INK)
+    conditions = join(run.device, threads_label(threads))
+    figure.suptitle(f"Speed, as a fraction of the read limit; longer is faster\n{conditions}", fontsize=12, color=_INK)
+    figure.supxlabel(_caption(run), fontsize=8, color=_INK)
     figure.savefig(path, dpi=150)
 
 
@@ -63,16 +62,17 @@ def _draw_panel(axes: Any, labels: dict[str, str], shown: dict[str, Sample], lef
         sample = shown[key]
         ours = sample.kind == "ours"
         axes.barh(row, sample.fraction, color=_OURS if ours else _PEER, height=0.72)
+        inside = sample.fraction > _NEAR_LIMIT
         axes.annotate(
             f"{sample.fraction:.2g}",
             (sample.fraction, row),
-            xytext=(3, 0),
+            xytext=(-3 if inside else 3, 0),
             textcoords="offset points",
+            ha="right" if inside else "left",
             va="center",
             fontsize=7.5,
             fontweight="bold" if ours else "normal",
-            color=_INK,
-            bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
+            color="white" if inside and ours else _INK,
         )
     axes.axvline(1.0, color="#c0392b", linewidth=1, linestyle="--", zorder=0.9)
     axes.set_xscale("log")
@@ -88,11 +88,11 @@ def _draw_panel(axes: Any, labels: dict[str, str], shown: dict[str, Sample], lef
 
 
 def _sizes(measured: set[int]) -> list[int]:
-    """The size in the cache, if it was measured, and the largest."""
-    return sorted({max(measured), *({CACHED} & measured)})
+    """The largest that stays in a cache, if any was measured, and the largest of all."""
+    cached = [size for size in measured if size <= CACHED]
+    return sorted({max(measured), *([max(cached)] if cached else [])})
 
 
-def _caption(machine: dict[str, str]) -> str:
-    names = ("cpu", "instruction set", "torch", "deepspeed")
-    facts = [f"{name} {machine[name]}" for name in names if name in machine]
-    return "dashed: the memory-read limit   |   " + ", ".join(facts)
+def _caption(run: Run) -> str:
+    facts = [f"{name} {run.machine[name]}" for name in _FACTS if name in run.machine]
+    return f"dashed, the read limit: {run.limit}\n{', '.join(facts)}"

@@ -23,6 +23,9 @@ _SCALE = 1e-3  # of the values: gradients are small
 _PATTERN = 1 << 22  # elements after which the values come again
 _LARGE = 96.0
 
+_BUFFERS = 6  # the buffer, its copy, and what the greediest peer has at a time
+_SEGMENT_BUFFERS = 10  # one segment as float64, squared
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -33,13 +36,15 @@ class Problem:
         flat: The buffer.
         layout: Its segments.
         views: A view a segment.
-        scratch: A copy of the buffer for candidates that write, as one view a segment.
+        spare: A copy of the buffer, for candidates that write.
+        scratch: A view a segment of it.
     """
 
     dtype: str
     flat: torch.Tensor
     layout: ng.Layout
     views: list[torch.Tensor]
+    spare: torch.Tensor
     scratch: list[torch.Tensor]
 
     @property
@@ -64,15 +69,23 @@ class Truth:
     norm: float
 
 
-def make_problem(size: int, dtype: str, segments: int) -> Problem:
-    """Returns a buffer of `size` bytes in nearly equal segments, which begin at any alignment."""
+def make_problem(size: int, dtype: str, segments: int, device: torch.device) -> Problem:
+    """Returns a buffer of `size` bytes in nearly equal segments, which begin at any alignment. All devices get the same."""
     count = max(1, size // DTYPES[dtype].itemsize)
     segments = min(segments, count)
     pattern = torch.randn(min(count, _PATTERN), generator=torch.Generator().manual_seed(0))
-    pattern = (pattern * _SCALE).to(DTYPES[dtype])
-    flat = pattern.repeat(-(-count // pattern.numel()))[:count].clone()
+    pattern = (pattern * _SCALE).to(device, DTYPES[dtype])
+    flat = torch.empty(count, dtype=DTYPES[dtype], device=device)
+    for part in flat.split(pattern.numel()):
+        part.copy_(pattern[: part.numel()])
     layout = ng.Layout([index * count // segments for index in range(segments + 1)])
-    return Problem(dtype, flat, layout, _views(flat, layout), _views(flat.clone(), layout))
+    spare = flat.clone()
+    return Problem(dtype, flat, layout, _views(flat, layout), spare, _views(spare, layout))
+
+
+def memory_needed(size: int, segments: int) -> int:
+    """Returns about how many bytes a problem of `size` takes, with the temporaries of the peers and of the truth."""
+    return _BUFFERS * size + _SEGMENT_BUFFERS * size // segments
 
 
 def truths(problem: Problem) -> list[Truth]:

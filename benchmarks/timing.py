@@ -1,4 +1,4 @@
-"""Paired timing: a sample stands between two reads of the same memory; noise hits both alike."""
+"""Paired timing: a sample stands between two of the same reference; noise hits both alike."""
 
 from __future__ import annotations
 
@@ -11,13 +11,136 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any
+from typing import Any, Protocol
 
 Call = Callable[[], Any]
 
-SAMPLE_NS = 200_000  # a sample repeats its call until it lasts about this long
-SLOW = 20  # times the read; beyond, a candidate gets fewer rounds
+SAMPLE_NS = 200_000  # a sample of the host's clock repeats its call until it lasts about this long
+SLOW = 20  # times a sample of the reference; beyond, a candidate gets fewer rounds
 SLOW_SHARE = 0.5  # of the time, or what its fewest rounds take
+
+WARM_UP_CALLS = 3  # of a device: kernels are compiled or loaded, memory is allocated
+FLUSHES = 10  # to learn how long one takes
+HEAD_START = 1.5  # of the time that the host needs for a call
+
+
+@dataclass(frozen=True)
+class Spent:
+    """What one call took.
+
+    Attributes:
+        work: Nanoseconds until its work was done.
+        host: Nanoseconds until it returned, where it does not wait for its work; else None.
+    """
+
+    work: float
+    host: float | None
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """Takes samples of one call.
+
+    Attributes:
+        take: Takes one.
+        repeats: Calls that it is the mean of.
+        cost: Nanoseconds that taking one costs, roughly.
+    """
+
+    take: Callable[[], Spent]
+    repeats: int
+    cost: float
+
+
+class Clock(Protocol):
+    """How long calls take on a device."""
+
+    def sampler(self, call: Call) -> Sampler:
+        """Returns what times `call`, which has been called before."""
+
+
+class HostClock:
+    """Times calls that return when their work is done.
+
+    Args:
+        warm: Whether every sample follows as many untimed calls. Right where the data stays in a cache, which the
+            candidate before may have emptied; pointless where it does not.
+    """
+
+    def __init__(self, warm: bool) -> None:
+        self._warm = warm
+
+    def sampler(self, call: Call) -> Sampler:
+        """See `Clock`. What is too short to be timed alone is repeated."""
+        cost = _nanoseconds(call, 1)
+        if cost < SAMPLE_NS:
+            repeats = _repeats(cost)
+            _nanoseconds(call, repeats)
+            cost = _nanoseconds(call, repeats)
+        repeats = _repeats(cost)
+
+        def take() -> Spent:
+            if self._warm:
+                _nanoseconds(call, repeats)
+            return Spent(_nanoseconds(call, repeats), None)
+
+        return Sampler(take, repeats, cost * repeats * (2 if self._warm else 1))
+
+
+class Stream(Protocol):
+    """What a device does in order, behind the host's back."""
+
+    def record(self) -> Any:
+        """Returns an event that happens when all that was launched so far is done."""
+
+    def elapsed(self, begin: Any, end: Any) -> float:
+        """Returns the nanoseconds between two events that have happened."""
+
+    def synchronize(self) -> None:
+        """Waits until all that was launched is done."""
+
+    def flush(self) -> None:
+        """Launches what leaves nothing of any candidate in the caches."""
+
+
+class EventClock:
+    """Times calls that return before their work is done, by events of the device, on a cold cache.
+
+    Before the first event the device is kept busy with flushing its cache until the host has launched the call, so
+    that the time between the events is the device's alone. The host's own is taken apart, with the device idle.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+        stream.flush()
+        begin = stream.record()
+        for _ in repeat(None, FLUSHES):
+            stream.flush()
+        end = stream.record()
+        stream.synchronize()
+        self._flush_cost = stream.elapsed(begin, end) / FLUSHES
+
+    def sampler(self, call: Call) -> Sampler:
+        """See `Clock`. A second call in the same sample would find in the cache what the first has left there."""
+        for _ in repeat(None, WARM_UP_CALLS):
+            call()
+
+        def take() -> Spent:
+            return self._sample(call)
+
+        return Sampler(take, 1, _nanoseconds(take, 1))
+
+    def _sample(self, call: Call) -> Spent:
+        stream = self._stream
+        stream.synchronize()
+        host = _nanoseconds(call, 1)
+        for _ in repeat(None, 1 + math.ceil(HEAD_START * host / self._flush_cost)):
+            stream.flush()
+        begin = stream.record()
+        call()
+        end = stream.record()
+        stream.synchronize()
+        return Spent(stream.elapsed(begin, end), host)
 
 
 @dataclass
@@ -27,12 +150,21 @@ class Series:
     Attributes:
         repeats: Calls a sample.
         nanoseconds: Time of one call, a sample.
-        fractions: Time of the reads around it over its own time, a sample.
+        host: Time until it returned, a sample; empty if it waits for its work.
+        fractions: Time of the references around it over its own time, a sample.
     """
 
     repeats: int
     nanoseconds: list[float] = field(default_factory=list)
+    host: list[float] = field(default_factory=list)
     fractions: list[float] = field(default_factory=list)
+
+    def add(self, spent: Spent, reference: float) -> None:
+        """Adds a sample, and what the reference took around it."""
+        self.nanoseconds.append(spent.work)
+        self.fractions.append(reference / spent.work)
+        if spent.host is not None:
+            self.host.append(spent.host)
 
 
 @dataclass(frozen=True)
@@ -42,47 +174,35 @@ class Effort:
     Attributes:
         seconds: What all rounds together may take; the fewest rounds are done in any case.
         fewest, fewest_slow, most: Rounds.
-        warm: Whether every sample follows as many untimed calls. Right where the data stays in a
-            cache, which the candidate before may have emptied; pointless where it does not.
     """
 
     seconds: float
     fewest: int
     fewest_slow: int
     most: int
-    warm: bool
 
 
-def time_once(call: Call) -> tuple[Any, float]:
-    """Returns the result of one call, and its nanoseconds."""
-    begin = time.perf_counter_ns()
-    result = call()
-    return result, float(time.perf_counter_ns() - begin)
-
-
-def measure(read: Call, calls: Mapping[str, Call], effort: Effort, costs: Mapping[str, float]) -> dict[str, Series]:
-    """Times `calls` in rounds, each in a new order, every sample between two of `read`.
+def measure(clock: Clock, reference: Call, calls: Mapping[str, Call], effort: Effort) -> dict[str, Series]:
+    """Times `calls` in rounds, each in a new order, every sample between two of `reference`.
 
     Args:
-        read: Reads the memory that all calls work on.
+        clock: Of the device that they work on.
+        reference: Moves the memory that all calls work on.
         calls: By key; each has been called before.
         effort: How long.
-        costs: Nanoseconds of one call, roughly, by key.
     """
     with _no_collections():
-        read_cost = _refined_cost(read, time_once(read)[1])
-        costs = {key: _refined_cost(call, costs[key]) for key, call in calls.items()}
-        read_repeats = _repeats(read_cost)
-        series = {key: Series(_repeats(cost)) for key, cost in costs.items()}
+        paired = clock.sampler(reference)
+        samplers = {key: clock.sampler(call) for key, call in calls.items()}
+        series = {key: Series(sampler.repeats) for key, sampler in samplers.items()}
         order = random.Random(0)
-        for keys in _rounds(costs, read_cost, effort):
+        for keys in _rounds({key: sampler.cost for key, sampler in samplers.items()}, paired.cost, effort):
             order.shuffle(keys)
-            before = _sample(read, read_repeats, effort.warm)
+            before = paired.take().work
             for key in keys:
-                spent = _sample(calls[key], series[key].repeats, effort.warm)
-                after = _sample(read, read_repeats, effort.warm)
-                series[key].nanoseconds.append(spent)
-                series[key].fractions.append((before + after) / 2 / spent)
+                spent = samplers[key].take()
+                after = paired.take().work
+                series[key].add(spent, (before + after) / 2)
                 before = after
     return series
 
@@ -98,35 +218,24 @@ def percentiles(values: list[float]) -> tuple[float, float, float]:
     )
 
 
-def _sample(call: Call, repeats: int, warm: bool) -> float:
-    """Nanoseconds of one call."""
-    if warm:
-        for _ in repeat(None, repeats):
-            call()
+def _nanoseconds(call: Call, repeats: int) -> float:
+    """Of one call, by the host's clock."""
     begin = time.perf_counter_ns()
     for _ in repeat(None, repeats):
         call()
     return (time.perf_counter_ns() - begin) / repeats
 
 
-def _refined_cost(call: Call, cost: float) -> float:
-    """The cost of a call that is too short to be timed alone, from as many as last a sample."""
-    return cost if cost > SAMPLE_NS else _sample(call, _repeats(cost), warm=True)
-
-
 def _repeats(cost: float) -> int:
     return max(1, math.ceil(SAMPLE_NS / max(cost, 1.0)))
 
 
-def _rounds(costs: Mapping[str, float], read_cost: float, effort: Effort) -> Iterator[list[str]]:
+def _rounds(costs: Mapping[str, float], reference_cost: float, effort: Effort) -> Iterator[list[str]]:
     """The keys of every round; the slow ones are missing from most, evenly."""
-    slow = {key for key, cost in costs.items() if cost > SLOW * read_cost}
-    passes = 2 if effort.warm else 1
+    slow = {key for key, cost in costs.items() if cost > SLOW * reference_cost}
 
     def seconds(keys: set[str]) -> float:
-        samples = (costs[key] * _repeats(costs[key]) for key in keys)
-        reads = len(keys) * read_cost * _repeats(read_cost)
-        return passes * (sum(samples) + reads) / 1e9
+        return sum(costs[key] + reference_cost for key in keys) / 1e9
 
     def affordable(time_left: float, a_round: float, fewest: int) -> int:
         count = int(time_left / a_round) if a_round > 0 else effort.most

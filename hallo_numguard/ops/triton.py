@@ -18,9 +18,9 @@ from hallo_numguard.ops.tensor_list import TensorList, aligned
 
 INTERPRET_VARIABLE = "TRITON_INTERPRET"
 
-# Sizes are in elements. A block is two loads of 16 bytes for each of 128 threads (one, if elements are a byte), and adds at most 33 squares to a
-# float32 sum, which costs 1e-6 of the norm at worst. Lanes, and so results, depend on BLOCK, RESCAN_BLOCK and
-# COMBINE_BLOCK: csrc/cuda/kernels.cuh has the same numbers.
+# Sizes are in elements. A block is two loads of 16 bytes for each of 128 threads (one, if elements are a byte), and
+# adds at most 33 squares to a float32 sum, which costs 1e-6 of the norm at worst. Which elements meet in one sum, and
+# so the result, depends on the three block sizes: csrc/cuda/kernels.cuh has the same numbers.
 _BLOCK = {1: 2048, 2: 2048, 4: 1024, 8: 512}
 _RESCAN_BLOCK = 512
 _COMBINE_BLOCK = 128
