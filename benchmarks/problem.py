@@ -70,7 +70,7 @@ class Truth:
 
 
 def make_problem(size: int, dtype: str, segments: int, device: torch.device) -> Problem:
-    """Returns a buffer of `size` bytes in nearly equal segments, which begin at any alignment. All devices get the same."""
+    """Returns a buffer of `size` bytes in nearly equal segments, at any alignment; all devices get the same."""
     count = max(1, size // DTYPES[dtype].itemsize)
     segments = min(segments, count)
     pattern = torch.randn(min(count, _PATTERN), generator=torch.Generator().manual_seed(0))
