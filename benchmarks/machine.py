@@ -56,7 +56,7 @@ def describe_gpu(gpu: dict[str, str], backend: str) -> dict[str, str]:
 
     Args:
         gpu: What the GPU says of itself.
-        backend: The one that the public calls go to.
+        backend: The module that the public calls go to.
     """
     return _known(
         {
