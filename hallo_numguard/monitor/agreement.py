@@ -29,29 +29,27 @@ class Ranks:
         """Returns the lowest of the values that the ranks give. Synchronises."""
         return int(self._reduce(torch.tensor([value], device=device), dist.ReduceOp.MIN).item())
 
-    def sliced(self, local: Sums) -> Sums:
-        """Adds up tensors of which every rank holds another slice."""
-        return Sums(
-            self._reduce(local.counts, dist.ReduceOp.SUM),
-            self._reduce(local.first, dist.ReduceOp.MIN),
-            self._reduce(local.absmax, dist.ReduceOp.MAX),
-        )
+    def combine(self, local: Sums, sliced: torch.Tensor) -> tuple[Sums, torch.Tensor]:
+        """Puts together what the ranks see.
 
-    def replicated(self, local: Sums) -> tuple[Sums, torch.Tensor]:
-        """Compares tensors of which every rank holds a whole copy.
+        Args:
+            local: This rank's view, a row a tensor.
+            sliced: bool [n]: whether every rank holds another slice of the tensor, which are added up; else every rank
+                holds a copy, of which the lowest rank's counts on which it is not finite.
 
         Returns:
-            For every tensor what the lowest rank has seen on which it is not finite, and int64 [n] that rank (`NONE` if
-            it is finite everywhere).
+            The sums, and int64 [n] the lowest rank on which the tensor is not finite (`NONE` if it is everywhere).
         """
-        bad = local.first != NONE
-        rank = self._reduce(torch.where(bad, self.rank, NONE), dist.ReduceOp.MIN)
-        mine = rank == self.rank
-        words = torch.cat([local.counts, local.first[:, None], local.absmax.view(torch.int64)[:, None]], dim=1)
-        # Only one rank contributes, so the sum of the words is that rank's, bit for bit.
-        words = self._reduce(torch.where(mine[:, None], words, 0), dist.ReduceOp.SUM)
-        first = torch.where(rank == NONE, NONE, words[:, 3])
-        return Sums(words[:, :3], first, words[:, 4].contiguous().view(torch.float64)), rank
+        rank = self._reduce(torch.where(local.first != NONE, self.rank, NONE), dist.ReduceOp.MIN)
+        counts_here = sliced | (rank == self.rank)
+        return (
+            Sums(
+                self._reduce(torch.where(counts_here[:, None], local.counts, 0), dist.ReduceOp.SUM),
+                self._reduce(torch.where(counts_here, local.first, NONE), dist.ReduceOp.MIN),
+                self._reduce(torch.where(counts_here, local.absmax, 0.0), dist.ReduceOp.MAX),
+            ),
+            rank,
+        )
 
     def _reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
         tensor = tensor.contiguous()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,17 +16,28 @@ from hallo_numguard.records import Offender
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """A parameter or buffer of the model, with every name it goes by."""
+    """A parameter or buffer of the model, with every name it goes by.
+
+    Attributes:
+        kind: "parameter", "buffer" or "loss".
+        name: Fully qualified.
+        tensor: The tensor itself.
+        aliases: Other names of it.
+        shape: Of the whole tensor; its own if None.
+        slice: If ranks hold slices of it: gives this rank's, and where it begins in the whole tensor.
+    """
 
     kind: str
     name: str
     tensor: torch.Tensor
     aliases: tuple[str, ...] = ()
+    shape: tuple[int, ...] | None = None
+    slice: Callable[[], tuple[torch.Tensor, int]] | None = None
 
     def offender(self, sums: Sums, position: int, rank: int | None) -> Offender:
         """Returns this tensor (or its gradient, of the same shape) as an offender."""
         nan, pos_inf, neg_inf = sums.counts[position].tolist()
-        shape = tuple(self.tensor.shape)
+        shape = tuple(self.tensor.shape) if self.shape is None else self.shape
         return Offender(
             kind=self.kind,
             name=self.name,
@@ -36,7 +48,7 @@ class NamedTensor:
             pos_inf=pos_inf,
             neg_inf=neg_inf,
             absmax=float(sums.absmax[position]),
-            numel=self.tensor.numel(),
+            numel=math.prod(shape),
             shape=shape,
             dtype=str(self.tensor.dtype).removeprefix("torch."),
             aliases=self.aliases,
@@ -62,10 +74,11 @@ def _unique(kind: str, named: Iterable[tuple[str, torch.Tensor]]) -> list[NamedT
 
 
 def look(tensors: Sequence[NamedTensor]) -> Sums:
-    """Scans whole tensors: one pass, a row each."""
-    table = multi_tensor_stats([item.tensor.detach() for item in tensors])
-    whole = [Piece(position, 0) for position in range(len(tensors))]
-    return by_parameter(table.packed, whole, len(tensors))
+    """Scans what this rank holds of them: one pass, a row each."""
+    held = [(item.tensor, 0) if item.slice is None else item.slice() for item in tensors]
+    table = multi_tensor_stats([tensor.detach() for tensor, _ in held])
+    pieces = [Piece(position, start) for position, (_, start) in enumerate(held)]
+    return by_parameter(table.packed, pieces, len(tensors))
 
 
 class LegalNonfinites:

@@ -23,6 +23,10 @@ class Piece(NamedTuple):
     start: int
 
 
+NOTHING = Piece(-1, 0)
+"""What padding is a piece of."""
+
+
 class Sums(NamedTuple):
     """Statistics a tensor of a list, all [n].
 
@@ -42,20 +46,22 @@ def by_parameter(packed: torch.Tensor, pieces: Sequence[Piece], parameters: int)
 
     Args:
         packed: int64 [len(pieces), 8], a `StatsTable.packed`.
-        pieces: What each segment holds. A parameter may have several, or none.
+        pieces: What each segment holds. A parameter may have several, or none; `NOTHING` is left out.
         parameters: Number of parameters.
     """
     device = packed.device
-    counts = torch.zeros((parameters, 3), dtype=torch.int64, device=device)
-    first = torch.full((parameters,), NONE, dtype=torch.int64, device=device)
-    absmax = torch.zeros(parameters, dtype=torch.float64, device=device)
+    rows = parameters + 1  # the last one takes what is of nothing
+    counts = torch.zeros((rows, 3), dtype=torch.int64, device=device)
+    first = torch.full((rows,), NONE, dtype=torch.int64, device=device)
+    absmax = torch.zeros(rows, dtype=torch.float64, device=device)
     if pieces:
         owner, start = torch.tensor(pieces, dtype=torch.int64, device=device).unbind(dim=1)
+        owner = owner % rows
         index = packed[:, 5]
         counts.index_add_(0, owner, packed[:, :3])
         first.scatter_reduce_(0, owner, torch.where(index >= 0, index + start, NONE), "amin")
         absmax.scatter_reduce_(0, owner, packed.view(torch.float64)[:, 6], "amax")
-    return Sums(counts, first, absmax)
+    return Sums(counts[:-1], first[:-1], absmax[:-1])
 
 
 def unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:

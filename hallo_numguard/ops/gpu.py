@@ -12,7 +12,7 @@ import functools
 import torch
 
 from hallo_numguard.ops import cuda, triton
-from hallo_numguard.ops.dispatch import Backend
+from hallo_numguard.ops.dispatch import Backend, backend
 from hallo_numguard.ops.formats import FORMATS
 from hallo_numguard.ops.layout import Layout
 from hallo_numguard.ops.tensor_list import TensorList
@@ -39,7 +39,7 @@ def multi_tensor_stats(tensors: TensorList, detail: bool) -> torch.Tensor:
 
 def choice(nbytes: int) -> Backend:
     """Returns the backend for a call that reads so many bytes."""
-    return cuda if nbytes < LAUNCH_BOUND else triton
+    return backend("native", "cuda") if nbytes < LAUNCH_BOUND else backend("triton", "cuda")
 
 
 @functools.lru_cache(maxsize=16)

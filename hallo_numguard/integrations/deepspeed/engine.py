@@ -1,0 +1,179 @@
+"""What the guard needs to know of an engine, by the class of its optimizer: a row a class, and no `if` elsewhere."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from hallo_numguard.errors import UnsupportedDeepSpeed
+from hallo_numguard.integrations.deepspeed import gradients
+from hallo_numguard.integrations.deepspeed.gradients import GradientSource, Positions
+from hallo_numguard.integrations.deepspeed.version import kind_of, require
+from hallo_numguard.monitor import attribution
+from hallo_numguard.monitor.attribution import NamedTensor
+from hallo_numguard.monitor.verdict import Scaling
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A class of DeepSpeed's optimizers.
+
+    Attributes:
+        classes: Names of the class, or of one that it is derived from.
+        needs: Attributes without which the guard cannot work.
+        source: Makes the source of its gradients.
+        scaling: Reads its loss scaler.
+    """
+
+    classes: tuple[str, ...]
+    needs: tuple[str, ...]
+    source: Callable[[Any, Positions], GradientSource]
+    scaling: Callable[[Any], Scaling]
+
+
+def _zero_scaling(optimizer: Any) -> Scaling:
+    scaler = optimizer.loss_scaler
+    return Scaling(
+        scale=float(scaler.cur_scale),
+        dynamic=bool(scaler.dynamic),
+        minimum=float(getattr(scaler, "min_scale", 1.0)),
+        patience=max(0, int(getattr(scaler, "cur_hysteresis", 1)) - 1),
+    )
+
+
+def _fp16_scaling(optimizer: Any) -> Scaling:
+    config = getattr(optimizer, "loss_scale_config", optimizer)  # a part of the optimizer itself before 0.18.6
+    return Scaling(
+        scale=float(config.cur_scale),
+        dynamic=bool(config.dynamic_loss_scale),
+        minimum=float(getattr(config, "min_loss_scale", None) or 1.0),
+    )
+
+
+def _no_scaling(_: Any) -> Scaling:
+    return Scaling(1.0, dynamic=False)
+
+
+def _zero12_source(optimizer: Any, positions: Positions) -> GradientSource:
+    if optimizer.cpu_offload:
+        return gradients.offloaded_partitions(optimizer, positions)
+    return gradients.PartitionLists(optimizer, positions)
+
+
+KINDS = (
+    Kind(
+        ("DeepSpeedZeroOptimizer_Stage3",),
+        ("_update_scale", "dp_process_group", "fp16_groups", "grad_partitions_flat_buffer", "loss_scaler", "overflow"),
+        gradients.partition_buffer,
+        _zero_scaling,
+    ),
+    Kind(
+        ("DeepSpeedZeroOptimizer",),
+        (
+            "_update_scale",
+            "averaged_gradients",
+            "bit16_groups",
+            "cpu_offload",
+            "dp_process_group",
+            "first_offset",
+            "loss_scaler",
+            "overflow",
+            "params_in_partition",
+        ),
+        _zero12_source,
+        _zero_scaling,
+    ),
+    Kind(
+        ("BF16_Optimizer",),
+        ("bf16_groups", "dp_process_group", "fp32_groups_gradients_flat"),
+        gradients.whole_flat_groups,
+        _no_scaling,
+    ),
+    Kind(
+        ("FP16_Optimizer", "FP16_UnfusedOptimizer"),
+        ("_update_scale", "fp16_groups", "overflow"),
+        lambda optimizer, positions: gradients.ParameterGradients(optimizer.fp16_groups, positions),
+        _fp16_scaling,
+    ),
+    Kind(
+        ("Optimizer",),  # torch's own: stage 0 in float32
+        ("param_groups",),
+        lambda optimizer, positions: gradients.ParameterGradients(
+            [group["params"] for group in optimizer.param_groups], positions
+        ),
+        _no_scaling,
+    ),
+)
+
+_NOT_YET = {
+    "has_moe_layers": "mixture-of-experts layers",
+    "swap_optimizer": "offload to NVMe",
+    "zenflow": "ZenFlow",
+}
+
+
+def kind_for(engine: Any) -> Kind:
+    """Returns what is known of the engine's optimizer.
+
+    Raises:
+        UnsupportedDeepSpeed: If nothing is, or what is known does not hold.
+    """
+    optimizer = engine.optimizer
+    found = next((kind for kind in KINDS if kind_of(optimizer, *kind.classes)), None)
+    if found is None:
+        raise UnsupportedDeepSpeed(
+            f"the guard does not know {type(optimizer).__name__}; it works with ZeRO stages 0 to 3 "
+            f"({', '.join(itertools.chain.from_iterable(kind.classes for kind in KINDS))})"
+        )
+    require(optimizer, "step", *found.needs)
+    for name, what in _NOT_YET.items():
+        if getattr(optimizer, name, False):
+            raise UnsupportedDeepSpeed(f"the guard does not work with {what} yet")
+    if kind_of(engine, "PipelineEngine"):
+        raise UnsupportedDeepSpeed("the guard does not work with pipeline parallelism yet")
+    if getattr(optimizer, "model_parallel_world_size", 1) > 1:
+        raise UnsupportedDeepSpeed("the guard does not work with model parallelism yet")
+    return found
+
+
+def parameters_of(module: torch.nn.Module) -> list[NamedTensor]:
+    """Returns the parameters in registration order; under ZeRO stage 3 as the slices that ranks hold of them."""
+    return [_partitioned(item) for item in attribution.named_parameters(module)]
+
+
+def _partitioned(item: NamedTensor) -> NamedTensor:
+    parameter: Any = item.tensor
+    if not hasattr(parameter, "ds_tensor"):
+        return item
+    # Small ones stay whole on every rank ("persistent"), and only that copy is what the forward pass reads.
+    if getattr(parameter, "ds_persist", False):
+        return NamedTensor(item.kind, item.name, item.tensor, item.aliases, tuple(parameter.ds_shape))
+
+    def local_slice() -> tuple[torch.Tensor, int]:
+        size = parameter.partition_numel()
+        start = size * torch.distributed.get_rank(getattr(parameter, "ds_process_group", None))
+        real = max(0, min(size, parameter.ds_numel - start))
+        return parameter.ds_tensor.detach().view(-1)[:real], start
+
+    return NamedTensor(item.kind, item.name, item.tensor, item.aliases, tuple(parameter.ds_shape), local_slice)
+
+
+def known_bad(engine: Any, version: str) -> Iterable[str]:
+    """Says what this release of DeepSpeed is known to get wrong for such an engine."""
+    try:
+        release = tuple(int(part) for part in version.split(".")[:3])
+    except ValueError:
+        return
+    stage0_fp16 = kind_of(engine.optimizer, "FP16_Optimizer", "FP16_UnfusedOptimizer")
+    if stage0_fp16 and (0, 18, 3) <= release <= (0, 19, 8) and _fp16_scaling(engine.optimizer).scale != 1.0:
+        yield (
+            f"DeepSpeed {version} at stage 0 in fp16 does not scale the loss in engine.backward, but divides the "
+            "gradients by the scale: updates are far too small. Use ZeRO stage 1, or bf16."
+        )
+    gathers = getattr(engine, "gradient_accumulation_steps", lambda: 1)() > 1
+    if kind_of(engine.optimizer, "DeepSpeedZeroOptimizer") and gathers and (0, 17, 6) <= release <= (0, 18, 2):
+        yield f"DeepSpeed {version} drops micro-batches under ZeRO stage 2 with gradient accumulation: upgrade it."

@@ -1,0 +1,157 @@
+"""The guard of a DeepSpeed engine: when to look, and how a step is skipped.
+
+Two methods of the optimizer instance are wrapped, and nothing else decides anything:
+
+- `step`: before it, this rank's gradients are scanned in one pass; the result stays on the device.
+- `_update_scale`: where it exists, DeepSpeed calls it once a step, on every rank, with the overflow flag that all ranks
+  have agreed on. If the flag is up, the guard finds the origin and decides; a clean step costs nothing here, not even a
+  synchronisation. Optimizers that skip without a word to it (bf16) are asked for `overflow` after the step.
+
+`backward` and `scale` of the engine are wrapped to keep a reference to the loss, `load_checkpoint` to look at what it
+loaded. The loss scaler is left alone: it is pickled into checkpoints.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakSet
+
+import torch
+
+from hallo_numguard.config import GuardConfig, OverflowCallback
+from hallo_numguard.errors import InvalidInput, NumericsError
+from hallo_numguard.integrations.deepspeed.engine import kind_for, known_bad, parameters_of
+from hallo_numguard.integrations.deepspeed.seams import Seams
+from hallo_numguard.integrations.deepspeed.version import version
+from hallo_numguard.monitor import attribution
+from hallo_numguard.monitor.agreement import Ranks
+from hallo_numguard.monitor.session import Model, Session
+from hallo_numguard.records import Finding, OverflowReport, StepRecord
+
+_log = logging.getLogger("hallo_numguard")
+
+_guarded_engines: WeakSet[Any] = WeakSet()
+
+
+class DeepSpeedGuard:
+    """What `attach` returns; see there."""
+
+    def __init__(self, engine: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> None:
+        if engine in _guarded_engines:
+            raise InvalidInput("this engine is guarded already; call detach() on its guard first")
+        self._engine = engine
+        self._optimizer = engine.optimizer
+        self._kind = kind_for(engine)
+        self._ranks = Ranks(getattr(self._optimizer, "dp_process_group", None))
+        parameters = parameters_of(engine.module)
+        positions = {item.tensor: position for position, item in enumerate(parameters)}
+        self._gradients = self._kind.source(self._optimizer, positions)
+        buffers = attribution.named_buffers(engine.module)
+        model = Model(parameters, buffers, self._gradients.sliced, torch.device(engine.device))
+        self._session = Session(model, self._ranks, config, on_overflow)
+        self._explained = False  # whether this step's overflow was
+        self._to_raise: BaseException | None = None
+        self._seams = Seams()
+        for fault in known_bad(engine, version()):
+            _log.warning("%s", fault)
+        self._session.inspect_weights("attached")
+        self._wrap()
+        _guarded_engines.add(engine)
+
+    def _wrap(self) -> None:
+        self._seams.wrap(self._optimizer, "step", self._step)
+        if hasattr(self._optimizer, "_update_scale"):
+            self._seams.wrap(self._optimizer, "_update_scale", self._update_scale)
+        self._seams.wrap(self._engine, "backward", self._backward)
+        if hasattr(self._engine, "scale"):  # DeepSpeed >= 0.18.3, for loss.backward() by hand
+            self._seams.wrap(self._engine, "scale", self._backward)
+        self._seams.wrap(self._engine, "load_checkpoint", self._load_checkpoint)
+
+    @property
+    def last_report(self) -> OverflowReport | None:
+        """The report on the last step whose gradients were not finite, or None.
+
+        Replaced by one that is no longer provisional when a later step was finite.
+        """
+        return self._session.last_report
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Parameters and buffers that were not finite when the guard was attached, or after `load_checkpoint`."""
+        return self._session.findings
+
+    @property
+    def history(self) -> list[StepRecord]:
+        """The flight recorder: the last steps of what this rank owns, oldest first. Waits for the last row's copy."""
+        return self._session.history()
+
+    def detach(self) -> None:
+        """Takes the guard off. The engine is as it was before `attach`; reports and history stay readable."""
+        self._seams.restore()
+        self._session.stop()
+        _guarded_engines.discard(self._engine)
+
+    # -- the seams: what runs in place of DeepSpeed's methods --------------------------------------------------------
+
+    def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._explained = False
+        self._guarded(self._before_step)
+        result = original(*args, **kwargs)
+        if self._overflowed and not self._explained:
+            self._explain()
+        self._guarded(lambda: self._session.after_step(applied=not self._overflowed))
+        if self._to_raise is not None:
+            error, self._to_raise = self._to_raise, None
+            raise error
+        return result
+
+    def _update_scale(self, original: Callable[..., Any], has_overflow: bool = False) -> Any:
+        if not has_overflow:
+            return original(has_overflow)
+        self._explain()
+        if self._to_raise is not None:
+            return None  # DeepSpeed now drops the gradients; the scale stays as it is
+        try:
+            return original(has_overflow)
+        except Exception as error:
+            report = self._session.last_report
+            if report is None or self._session.failed:
+                raise
+            raise NumericsError(report) from error
+
+    def _backward(self, original: Callable[..., Any], loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+            self._session.saw_loss(loss)
+        return original(loss, *args, **kwargs)
+
+    def _load_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        self._guarded(lambda: self._session.inspect_weights("loaded from a checkpoint"))
+        return result
+
+    # -- what they do ------------------------------------------------------------------------------------------------
+
+    def _before_step(self) -> None:
+        scaling = self._kind.scaling(self._optimizer)
+        step = int(self._engine.global_steps) + 1  # DeepSpeed counts a step when it is over
+        self._session.before_step(step, scaling, self._gradients.scan())
+
+    @property
+    def _overflowed(self) -> bool:
+        return bool(getattr(self._optimizer, "overflow", False))
+
+    def _explain(self) -> None:
+        self._explained = True
+        self._to_raise = self._session.overflow()
+        self._take_off_if_failed(everywhere=True)
+
+    def _guarded(self, work: Callable[[], None]) -> None:
+        self._session.guarded(work)
+        self._take_off_if_failed(everywhere=self._ranks.size == 1)
+
+    def _take_off_if_failed(self, everywhere: bool) -> None:
+        """After a failure of our own; only where all ranks do so."""
+        if self._session.failed and everywhere:
+            self.detach()

@@ -1,0 +1,32 @@
+"""Which DeepSpeed is installed, and how to say that it is one that the guard does not know."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from hallo_numguard.errors import UnsupportedDeepSpeed
+
+
+def version() -> str:
+    """Returns the version of the DeepSpeed that is loaded."""
+    return str(getattr(sys.modules.get("deepspeed"), "__version__", "of unknown version"))
+
+
+def kind_of(optimizer: Any, *names: str) -> bool:
+    """Returns whether the class of `optimizer`, or one that it is derived from, has one of these names."""
+    return any(base.__name__ in names for base in type(optimizer).__mro__)
+
+
+def require(optimizer: Any, *attributes: str) -> None:
+    """Raises UnsupportedDeepSpeed unless `optimizer` has all these attributes."""
+    for name in attributes:
+        if not hasattr(optimizer, name):
+            raise UnsupportedDeepSpeed(f"DeepSpeed {version()}: {type(optimizer).__name__} has no attribute {name}")
+
+
+def unknown_layout(optimizer: Any, attribute: str, what: str) -> UnsupportedDeepSpeed:
+    """Returns the error that says that an attribute does not hold what it should."""
+    return UnsupportedDeepSpeed(
+        f"DeepSpeed {version()}: {type(optimizer).__name__}.{attribute} holds {what}: an unknown layout"
+    )

@@ -1,0 +1,259 @@
+"""The guard of one model, of no framework: what was seen in a step, what it means, and what is to be done about it.
+
+An integration says when (`before_step`, `overflow`, `after_step`), gives the gradients and the loss scaling, and
+carries out what comes back. Nothing here knows where gradients come from or how a step is skipped.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import torch
+
+from hallo_numguard.config import GuardConfig, OverflowCallback
+from hallo_numguard.monitor import attribution, policy
+from hallo_numguard.monitor.agreement import Ranks
+from hallo_numguard.monitor.attribution import (
+    LegalNonfinites,
+    NamedTensor,
+    ReadyOrder,
+    bad_positions,
+    only_negative_infinity,
+)
+from hallo_numguard.monitor.layout import Piece, Sums, by_parameter
+from hallo_numguard.monitor.recorder import Recorder
+from hallo_numguard.monitor.verdict import Evidence, Scaling, judge, settled
+from hallo_numguard.records import Finding, Offender, OverflowReport, StepRecord
+
+_log = logging.getLogger("hallo_numguard")
+
+T = TypeVar("T")
+
+_OUTLOOK = {
+    "parameter": "If the model reads it, the first loss will be NaN, and no loss scale can mend that.",
+    "buffer": "If the forward pass reads it, the loss will be NaN.",
+}
+
+
+@dataclass(frozen=True)
+class Scanned:
+    """One pass over this rank's gradients.
+
+    Attributes:
+        packed: int64 [pieces, 8], a `StatsTable.packed`.
+        pieces: What each row is of: parameters by their position in the session's list.
+    """
+
+    packed: torch.Tensor
+    pieces: Sequence[Piece]
+
+
+@dataclass(frozen=True)
+class Model:
+    """What there is to be named.
+
+    Attributes:
+        parameters: In registration order.
+        buffers: Likewise.
+        sliced_gradients: Whether every rank holds another slice of the gradients; else each holds all of them.
+        device: Where small reductions between ranks are made.
+    """
+
+    parameters: list[NamedTensor]
+    buffers: list[NamedTensor]
+    sliced_gradients: bool
+    device: torch.device
+
+
+class Session:
+    """Watches the steps of one model on this rank.
+
+    Attributes:
+        last_report: On the last step whose gradients were not finite, or None. Replaced by one that is no longer
+            provisional when a later step was finite.
+        findings: Parameters and buffers that were not finite when somebody looked outside of a step.
+        failed: Whether our own code failed: the integration takes itself off.
+    """
+
+    def __init__(self, model: Model, ranks: Ranks, config: GuardConfig, on_overflow: OverflowCallback | None) -> None:
+        self.last_report: OverflowReport | None = None
+        self.findings: list[Finding] = []
+        self.failed = False
+        self._model = model
+        self._weights = [*model.parameters, *model.buffers]
+        self._ranks = ranks
+        self._config = config
+        self._on_overflow = on_overflow
+        self._legal = LegalNonfinites()
+        self._known_buffers: set[int] = set()  # not finite before any forward pass of ours
+        self._recorder = Recorder(config.history)
+        self._order = ReadyOrder()
+        self._order.learn(model.parameters)
+        self._losses: list[torch.Tensor] = []  # of this step's micro-batches, detached
+        self._step = 0
+        self._scaling = Scaling(1.0, dynamic=False)
+        self._scanned = Scanned(torch.empty((0, 8), dtype=torch.int64), ())
+        self._skipped = 0  # steps in a row
+
+    def history(self) -> list[StepRecord]:
+        """Returns the flight recorder's steps, oldest first. Waits for rows that are still on their way."""
+        return self._recorder.read()
+
+    def stop(self) -> None:
+        """Lets go of the model; reports and history stay readable."""
+        self._order.stop()
+        self._losses.clear()
+
+    # -- a step ------------------------------------------------------------------------------------------------------
+
+    def saw_loss(self, loss: torch.Tensor) -> None:
+        """Takes note of a micro-batch's loss, before its backward."""
+        self._losses.append(loss.detach())
+
+    def before_step(self, step: int, scaling: Scaling, scanned: Scanned) -> None:
+        """Takes note of the gradients. No synchronisation."""
+        self._step, self._scaling, self._scanned = step, scaling, scanned
+        loss = self._losses[-1] if self._losses else None
+        self._recorder.begin(step, scaling.scale, scanned.packed, loss)
+
+    def after_step(self, applied: bool) -> None:
+        """Completes the step."""
+        self._recorder.end(applied)
+        self._losses.clear()
+        self._order.stop()
+        if not applied:
+            return
+        self._legal.clean_step()
+        if self._skipped and self.last_report is not None:
+            self.last_report = settled(self.last_report, self._scaling.scale, self._skipped)
+            if self._ranks.rank == 0:
+                _log.info("step %d is finite again: %s", self._step, self.last_report.advice)
+        self._skipped = 0
+
+    # -- an overflow: every rank comes here, and takes part in every reduction -------------------------------------
+
+    def overflow(self) -> BaseException | None:
+        """Finds the origin and sets `last_report`. All ranks must call it in the same step.
+
+        Returns:
+            What every rank has to raise once the step is dropped, or None to go on. If the guard fails on any rank,
+            `failed` is set on all of them.
+        """
+        self._skipped += 1
+        local = self.guarded(self._look)
+        if self._anyone_failed():
+            return None
+        weights, weight_ranks = self._ranks.combine(local[0], self._sliced_weights())
+        everywhere = torch.full_like(local[1].first, int(self._model.sliced_gradients), dtype=torch.bool)
+        gradients, gradient_ranks = self._ranks.combine(local[1], everywhere)
+        loss_known = self._ranks.lowest(int(bool(self._losses)), self._model.device) == 1
+        report = self.guarded(lambda: self._judge(weights, weight_ranks, gradients, gradient_ranks, loss_known))
+        if self._anyone_failed():
+            return None
+        self.last_report = report
+        return policy.agree(report, self._config.policy, self._on_overflow, self._ranks, self._model.device)
+
+    def _look(self) -> tuple[Sums, Sums]:
+        """This rank's view of the weights (and, as the last row, of the loss), and of the gradients."""
+        parameters = len(self._model.parameters)
+        gradients = by_parameter(self._scanned.packed, self._scanned.pieces, parameters)
+        return attribution.look([*self._weights, self._loss_tensor()]), gradients
+
+    def _sliced_weights(self) -> torch.Tensor:
+        sliced = [item.slice is not None for item in self._weights]
+        return torch.tensor([*sliced, False], device=self._model.device)
+
+    def _judge(
+        self,
+        weights: Sums,
+        weight_ranks: torch.Tensor,
+        gradients: Sums,
+        gradient_ranks: torch.Tensor,
+        loss_known: bool,
+    ) -> OverflowReport:
+        ranks = weight_ranks.tolist()
+        suspects: list[Offender] = []
+        bystanders: list[Offender] = []
+        loss = None
+        for position in bad_positions(weights):
+            if position == len(self._weights):
+                loss = self._loss_tensor().offender(weights, position, ranks[position])
+                continue
+            offender = self._weights[position].offender(weights, position, ranks[position])
+            (suspects if self._may_be_origin(weights, position) else bystanders).append(offender)
+        self._legal.note(weights)
+        ready = self._order.sort(bad_positions(gradients))
+        return judge(
+            Evidence(
+                step=self._step,
+                skipped=self._skipped,
+                scaling=self._scaling,
+                suspects=suspects,
+                bystanders=bystanders,
+                tensors=len(self._weights),
+                loss=loss,
+                loss_known=loss_known,
+                gradients=[self._gradient(gradients, position) for position in ready],
+                world_size=self._ranks.size,
+            )
+        )
+
+    def _may_be_origin(self, weights: Sums, position: int) -> bool:
+        if self._legal.is_legal(weights, position):
+            return False
+        if self._weights[position].kind == "parameter":
+            return True
+        # A forward pass on a bad batch poisons running statistics: that is damage, unless it was there before. And
+        # -Inf alone is how additive masks are written.
+        return position in self._known_buffers and not only_negative_infinity(weights, position)
+
+    def _gradient(self, gradients: Sums, position: int) -> Offender:
+        rank = 0 if self._ranks.size == 1 else None  # after the reduction it is every rank's
+        return replace(self._model.parameters[position].offender(gradients, position, rank), kind="gradient")
+
+    def _loss_tensor(self) -> NamedTensor:
+        """The micro-batches' losses as one tensor, so that the index of an offender is the micro-batch."""
+        losses = [loss.reshape(()).to(torch.float32) for loss in self._losses]
+        if not losses:
+            return NamedTensor("loss", "loss", torch.zeros((), device=self._model.device))
+        return NamedTensor("loss", "loss", losses[0] if len(losses) == 1 else torch.stack(losses))
+
+    # -- weights outside of a step -----------------------------------------------------------------------------------
+
+    def inspect_weights(self, when: str) -> None:
+        """Looks at what this rank has of every parameter and buffer, and tells of those that are not finite."""
+        sums = attribution.look(self._weights)
+        self._legal.note(sums)
+        self._known_buffers.clear()
+        for position in bad_positions(sums):
+            weight = self._weights[position]
+            if weight.kind == "buffer":
+                self._known_buffers.add(position)
+                if only_negative_infinity(sums, position):
+                    continue
+            offender = weight.offender(sums, position, self._ranks.rank)
+            finding = Finding(offender, f"{offender}, seen when {when}. {_OUTLOOK[weight.kind]}")
+            self.findings.append(finding)
+            mine = self._ranks.rank == 0 or weight.slice is not None
+            _log.log(logging.WARNING if mine else logging.INFO, "%s", finding)
+
+    # -- the guard's own failures --------------------------------------------------------------------------------------
+
+    def guarded(self, work: Callable[[], T]) -> T | Any:
+        """Runs `work`; a failure of ours is logged once and never stops training."""
+        if self.failed:
+            return None
+        try:
+            return work()
+        except Exception:  # noqa: BLE001 - whatever it is, training goes on
+            self.failed = True
+            _log.exception("hallo_numguard failed and will take itself off; training goes on")
+            return None
+
+    def _anyone_failed(self) -> bool:
+        """Agrees whether all ranks are still well."""
+        self.failed = self._ranks.highest(int(self.failed), self._model.device) > 0
+        return self.failed
