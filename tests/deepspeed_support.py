@@ -65,8 +65,17 @@ def allow_fp16() -> None:
         set_accelerator(Fp16CpuAccelerator())
 
 
-def make_engine(setup: str = "fp16", scale_power: int = 8, stage: int = 2, **config: Any) -> Any:
-    """Returns an engine: `setup` is fp16 (DeepSpeed's block), half (its block off, half parameters) or bf16."""
+def make_engine(setup: str = "fp16", scale_power: int = 8, stage: int = 2, offload: bool = False, **config: Any) -> Any:
+    """Returns an engine.
+
+    Args:
+        setup: fp16 (DeepSpeed's block), half (its block off, half parameters), bf16, bf16_fp32 (gradients in float32)
+            or fp32.
+        scale_power: Where a dynamic loss scale begins.
+        stage: Of ZeRO.
+        offload: Whether the optimizer's state lies on the CPU.
+        config: More of DeepSpeed's configuration.
+    """
     single_process_environment()
     allow_fp16()
     import deepspeed
@@ -78,6 +87,7 @@ def make_engine(setup: str = "fp16", scale_power: int = 8, stage: int = 2, **con
         "train_micro_batch_size_per_gpu": 4,
         "zero_optimization": {"stage": stage, "reduce_bucket_size": 500, "allgather_bucket_size": 1000},
         "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
         **config,
     }
     if setup == "half":
@@ -85,8 +95,14 @@ def make_engine(setup: str = "fp16", scale_power: int = 8, stage: int = 2, **con
         settings["fp16"] = {"enabled": False, **scaler}
     elif setup == "fp16":
         settings["fp16"] = {"enabled": True, "loss_scale": 0, **scaler}
-    elif setup == "bf16":
+    elif setup.startswith("bf16"):
         settings["bf16"] = {"enabled": True}
+    if setup == "bf16_fp32":
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    if offload:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if stage == 3:  # so that small parameters stay whole, and others do not
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 30
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
@@ -105,9 +121,18 @@ def train_step(engine: Any, step: int = 0, poison: float = 1.0) -> float:
 
 def plant(engine: Any, name: str, index: tuple[int, ...], value: float = float("nan")) -> None:
     """Writes a value into a parameter or buffer, as a corrupted file would have."""
-    tensors = {**dict(engine.module.named_parameters()), **dict(engine.module.named_buffers())}
+    tensor = {**dict(engine.module.named_parameters()), **dict(engine.module.named_buffers())}[name]
     with torch.no_grad():
-        tensors[name][index] = value
+        if tensor.numel() > 0:  # not so of one that stage 3 has partitioned
+            tensor[index] = value
+        if not hasattr(tensor, "ds_tensor"):
+            return
+        flat = 0
+        for size, at in zip(tensor.ds_shape, index, strict=True):
+            flat = flat * size + at
+        rank, place = divmod(flat, tensor.partition_numel())
+        if rank == int(os.environ["RANK"]):
+            tensor.ds_tensor.view(-1)[place] = value
 
 
 def run_ranks(script: str, folder: Path, ranks: int = 2, timeout: float = 200) -> list[str]:

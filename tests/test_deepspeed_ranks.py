@@ -85,3 +85,46 @@ print("OFF", "step" not in vars(engine.optimizer), guard.last_report, engine.ski
 """
     for output in run(body, tmp_path, "half", 30):
         assert "OFF True None True" in output
+
+
+EVERY_KIND = """
+import deepspeed_support as support, hallo_numguard as ng, torch, os, logging
+import deepspeed
+from test_deepspeed_kinds import KINDS, name_of, plant_in_gradient
+logging.disable(logging.CRITICAL)
+RANK = int(os.environ["RANK"])
+for kind in KINDS:
+    setup, stage, offload, _ = kind
+    engine = support.make_engine(setup, stage=stage, offload=offload)
+    guard = ng.attach(engine)
+    support.train_step(engine, 0)
+    parameter = dict(engine.module.named_parameters())["hidden.weight"]
+    if RANK == 1:
+        handle = parameter.register_hook(plant_in_gradient((20, 5)))
+    support.train_step(engine, 1)
+    if RANK == 1:
+        handle.remove()
+    report = guard.last_report
+    gradient = [(one.name, one.index, one.nonfinite, one.rank) for one in report.offenders]
+    support.train_step(engine, 2)
+    support.plant(engine, "hidden.weight", (23, 1))
+    try:
+        support.train_step(engine, 3)
+    except ng.NumericsError as error:
+        first = error.report.first
+        print("KIND", name_of(kind), gradient, first.name, first.index, first.rank, [r.applied for r in guard.history])
+    guard.detach()
+"""
+
+
+def test_every_kind_of_optimizer_on_two_ranks(tmp_path):
+    """A NaN in one element of one rank's local gradient, then one in a weight; slices of two ranks make one report."""
+    from test_deepspeed_kinds import KINDS, name_of
+
+    gradient = [("hidden.weight", (20, 5), 1, None)]
+    for output in support.run_ranks(EVERY_KIND + TAIL, tmp_path):
+        found = {line.split()[1]: line for line in output.splitlines() if line.startswith("KIND")}
+        for kind in KINDS:
+            owner = 1 if kind[1] == 3 else 0  # a slice is one rank's, a copy is the lowest rank's
+            expected = f"{gradient} hidden.weight (23, 1) {owner} [True, False, True, False]"
+            assert found.get(name_of(kind)) == f"KIND {name_of(kind)} {expected}", output

@@ -149,9 +149,6 @@ def _partitioned(item: NamedTensor) -> NamedTensor:
     parameter: Any = item.tensor
     if not hasattr(parameter, "ds_tensor"):
         return item
-    # Small ones stay whole on every rank ("persistent"), and only that copy is what the forward pass reads.
-    if getattr(parameter, "ds_persist", False):
-        return NamedTensor(item.kind, item.name, item.tensor, item.aliases, tuple(parameter.ds_shape))
 
     def local_slice() -> tuple[torch.Tensor, int]:
         size = parameter.partition_numel()

@@ -1,0 +1,196 @@
+"""Every optimizer class of DeepSpeed: its gradients are found, its training is not touched, its faults are named."""
+
+from __future__ import annotations
+
+import os
+
+import deepspeed_support as support
+import pytest
+import torch
+
+import hallo_numguard as ng
+
+# setup, stage, offload, class of the optimizer
+KINDS = [
+    ("fp16", 0, False, "FP16_UnfusedOptimizer"),
+    ("bf16", 0, False, "FP16_UnfusedOptimizer"),
+    ("bf16_fp32", 1, False, "BF16_Optimizer"),
+    ("fp16", 1, False, "DeepSpeedZeroOptimizer"),
+    ("fp16", 2, False, "DeepSpeedZeroOptimizer"),
+    ("half", 2, False, "DeepSpeedZeroOptimizer"),
+    ("bf16", 2, False, "DeepSpeedZeroOptimizer"),
+    ("bf16_fp32", 2, False, "DeepSpeedZeroOptimizer"),
+    ("fp32", 2, False, "DeepSpeedZeroOptimizer"),
+    ("fp16", 1, True, "DeepSpeedZeroOptimizer"),
+    ("fp16", 2, True, "DeepSpeedZeroOptimizer"),
+    ("bf16", 2, True, "DeepSpeedZeroOptimizer"),
+    ("fp16", 3, False, "DeepSpeedZeroOptimizer_Stage3"),
+    ("bf16", 3, False, "DeepSpeedZeroOptimizer_Stage3"),
+    ("fp32", 3, False, "DeepSpeedZeroOptimizer_Stage3"),
+    ("fp16", 3, True, "DeepSpeedZeroOptimizer_Stage3"),
+    ("bf16", 3, True, "DeepSpeedZeroOptimizer_Stage3"),
+]
+
+
+def name_of(kind):
+    setup, stage, offload, _ = kind
+    return f"{setup}-stage{stage}{'-offload' if offload else ''}"
+
+
+each_kind = pytest.mark.parametrize("kind", KINDS, ids=name_of)
+
+
+@pytest.fixture
+def make():
+    guards = []
+
+    def build(kind, guarded=True, config=None, on_overflow=None, **options):
+        setup, stage, offload, expected = kind
+        engine = support.make_engine(setup, stage=stage, offload=offload, **options)
+        assert type(engine.optimizer).__name__ == expected
+        if not guarded:
+            return engine
+        guards.append(ng.attach(engine, config, on_overflow))
+        return engine, guards[-1]
+
+    yield build
+    for guard in guards:
+        guard.detach()
+
+
+def weights(engine):
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        whole = safe_get_full_fp32_param(parameter)
+        found[name] = (parameter.detach() if whole is None else whole).clone()
+    return found
+
+
+@each_kind
+def test_finite_training_is_bit_identical_and_raises_no_alarm(make, kind):
+    plain = make(kind, guarded=False)
+    losses = [support.train_step(plain, step) for step in range(4)]
+    engine, guard = make(kind)
+    assert [support.train_step(engine, step) for step in range(4)] == losses
+    expected = weights(plain)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(engine).items())
+    assert guard.last_report is None
+    assert guard.findings == []
+    assert [record.step for record in guard.history] == [1, 2, 3, 4]
+    assert all(record.applied and record.nonfinite == 0 and record.norm > 0 for record in guard.history)
+
+
+@each_kind
+def test_the_norm_is_deepspeeds_but_exact(make, kind):
+    engine, guard = make(kind, gradient_clipping=0.0)
+    for step in range(2):
+        support.train_step(engine, step)
+        record = guard.history[-1]
+        theirs = float(engine.get_global_grad_norm())
+        ours = record.norm / (1.0 if kind[:2] == ("fp16", 0) else record.loss_scale)  # stage 0 gives the scaled norm
+        assert ours == pytest.approx(theirs, rel=2e-2)
+
+
+@each_kind
+@pytest.mark.parametrize(
+    ("name", "index"),
+    [("hidden.weight", (7, 3)), ("norm.bias", (5,)), ("frozen.weight", (2, 7))],
+    ids=["sliced", "small", "frozen"],
+)
+def test_a_nan_weight_is_named(make, kind, name, index):
+    engine, guard = make(kind)
+    support.train_step(engine, 0)
+    support.plant(engine, name, index)
+    with pytest.raises(ng.NumericsError) as caught:
+        support.train_step(engine, 1)
+    report = caught.value.report
+    assert report is guard.last_report
+    assert report.verdict is ng.Verdict.WEIGHTS_NONFINITE
+    assert (report.first.kind, report.first.name, report.first.index) == ("parameter", name, index)
+    assert (report.first.nan, report.first.nonfinite) == (1, 1)
+    assert report.first.rank == 0
+
+
+@each_kind
+def test_a_nan_born_in_backward_is_named_with_its_element(make, kind):
+    engine, guard = make(kind)
+    support.train_step(engine, 0)
+    parameter = dict(engine.module.named_parameters())["hidden.weight"]
+    plant = plant_in_gradient((9, 4))
+    handle = parameter.register_hook(plant)
+    support.train_step(engine, 1)
+    handle.remove()
+    report = guard.last_report
+    assert [offender.name for offender in report.offenders] == ["hidden.weight"]
+    assert (report.offenders[0].index, report.offenders[0].nan, report.offenders[0].nonfinite) == ((9, 4), 1, 1)
+    assert not guard.history[-1].applied
+    assert all(torch.isfinite(value).all() for value in weights(engine).values())
+    support.train_step(engine, 2)
+    assert guard.history[-1].applied
+
+
+def plant_in_gradient(index, value=float("nan")):
+    def hook(gradient):
+        planted = gradient.clone()
+        planted[index] = value
+        return planted
+
+    return hook
+
+
+@each_kind
+def test_a_loss_that_is_not_finite_is_what_comes_first(make, kind):
+    engine, guard = make(kind)
+    support.train_step(engine, 0)
+    support.train_step(engine, 1, poison=float("inf"))
+    assert guard.last_report.first.kind == "loss"
+    assert guard.last_report.verdict is ng.Verdict.UNDETERMINED
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[0] in ("fp16", "half") and kind[1] > 0], ids=name_of)
+def test_a_scale_that_is_too_high_settles(make, kind):
+    engine, guard = make(kind, scale_power=30)
+    for step in range(25):
+        support.train_step(engine, step)
+    assert guard.last_report.verdict is ng.Verdict.SCALE_TOO_HIGH
+    assert not guard.last_report.provisional
+    assert f"({engine.optimizer.loss_scale:g})" in " ".join(guard.last_report.evidence)
+
+
+@each_kind
+def test_detach_leaves_nothing_behind(make, kind):
+    engine = make(kind, guarded=False)
+    support.train_step(engine)
+    before = set(vars(engine.optimizer)), set(vars(engine))
+    guard = ng.attach(engine)
+    guard.detach()
+    assert (set(vars(engine.optimizer)), set(vars(engine))) == before
+    support.train_step(engine, 1)
+
+
+@pytest.mark.parametrize("setup", ["fp16", "bf16_fp32"])
+@pytest.mark.parametrize("options", [{"gradient_accumulation_steps": 2}, {"gradient_clipping": 0.01}])
+def test_accumulation_and_clipping(make, setup, options):
+    kind = (setup, 2, False, "DeepSpeedZeroOptimizer")
+    plain = make(kind, guarded=False, **options)
+    losses = [support.train_step(plain, step) for step in range(6)]
+    engine, guard = make(kind, **options)
+    assert [support.train_step(engine, step) for step in range(6)] == losses
+    assert len(guard.history) == 6 // options.get("gradient_accumulation_steps", 1)
+
+
+@pytest.mark.parametrize("name", ["contiguous_gradients", "overlap_comm", "round_robin_gradients"])
+@pytest.mark.parametrize("value", [False, True])
+def test_options_of_zero_2_move_gradients_but_not_their_names(make, name, value):
+    options = {"zero_optimization": {"stage": 2, "reduce_bucket_size": 500, name: value}}
+    engine, guard = make(("fp16", 2, False, "DeepSpeedZeroOptimizer"), **options)
+    handle = dict(engine.module.named_parameters())["output.weight"].register_hook(plant_in_gradient((1, 2)))
+    support.train_step(engine)
+    handle.remove()
+    assert [(one.name, one.index) for one in guard.last_report.offenders] == [("output.weight", (1, 2))]
+
+
+def test_this_is_one_process():
+    assert os.environ["WORLD_SIZE"] == "1"
