@@ -11,6 +11,8 @@ from hallo_numguard.records import OverflowReport, Verdict
 ACTIONS = ("continue", "warn", "skip", "raise")
 """What can be done about an overflow, mildest first. The step itself is skipped in any case."""
 
+MODES = ("replace", "observe")
+
 OverflowCallback = Callable[[OverflowReport], str | None]
 Action = str | OverflowCallback
 
@@ -69,14 +71,19 @@ class GuardConfig:
     """How a guard works.
 
     Attributes:
+        mode: "replace" (default): the guard's pass over the gradients stands in for the framework's own check and norm,
+            where it has such that can be replaced; "observe": the framework makes its own passes as well.
         history: Number of steps that the flight recorder keeps.
         policy: What to do about an overflow.
     """
 
+    mode: str = "replace"
     history: int = 64
     policy: Policy = field(default_factory=Policy)
 
     def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise InvalidInput(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
         if not isinstance(self.history, int) or self.history < 1:
             raise InvalidInput(f"history must be a positive number of steps, got {self.history!r}")
         if not isinstance(self.policy, Policy):

@@ -7,6 +7,7 @@ import os
 import deepspeed_support as support
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hallo_numguard as ng
 
@@ -69,10 +70,11 @@ def weights(engine):
 
 
 @each_kind
-def test_finite_training_is_bit_identical_and_raises_no_alarm(make, kind):
-    plain = make(kind, guarded=False)
+@pytest.mark.parametrize("mode", ["replace", "observe"])
+def test_finite_training_is_bit_identical_and_raises_no_alarm(make, kind, mode):
+    plain = make(kind, guarded=False, gradient_clipping=0.0)
     losses = [support.train_step(plain, step) for step in range(4)]
-    engine, guard = make(kind)
+    engine, guard = make(kind, config=ng.GuardConfig(mode=mode), gradient_clipping=0.0)
     assert [support.train_step(engine, step) for step in range(4)] == losses
     expected = weights(plain)
     assert all(torch.equal(value, expected[name]) for name, value in weights(engine).items())
@@ -80,6 +82,61 @@ def test_finite_training_is_bit_identical_and_raises_no_alarm(make, kind):
     assert guard.findings == []
     assert [record.step for record in guard.history] == [1, 2, 3, 4]
     assert all(record.applied and record.nonfinite == 0 and record.norm > 0 for record in guard.history)
+
+
+@each_kind
+@pytest.mark.parametrize("mode", ["replace", "observe"])
+def test_clipping_is_that_of_deepspeed_to_the_rounding_of_the_norm(make, kind, mode):
+    plain = make(kind, guarded=False, gradient_clipping=0.1)
+    theirs = [(support.train_step(plain, step), float(plain.get_global_grad_norm())) for step in range(4)]
+    engine, _ = make(kind, config=ng.GuardConfig(mode=mode), gradient_clipping=0.1)
+    ours = [(support.train_step(engine, step), float(engine.get_global_grad_norm())) for step in range(4)]
+    assert ours == [pytest.approx(pair, rel=1e-2 if kind[0].startswith("bf16") else 2e-3) for pair in theirs]
+    expected = weights(plain)
+    for name, value in weights(engine).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-2, atol=1e-3 if mode == "replace" else 0)
+
+
+class Reductions(TorchDispatchMode):
+    """Notes how many elements are read to find out what is not finite, or a norm."""
+
+    OPERATIONS = ("amax", "amin", "isfinite", "isinf", "isnan", "linalg_vector_norm", "norm", "sum", "abs", "ne")
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        first = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if name in self.OPERATIONS and first is not None and first.is_floating_point():
+            self.elements += first.numel()
+        return func(*args, **(kwargs or {}))
+
+
+REPLACED = [kind for kind in KINDS if kind[3].startswith("DeepSpeedZero")]
+
+
+@pytest.mark.parametrize("kind", REPLACED, ids=name_of)
+def test_in_replace_mode_deepspeed_makes_no_pass_of_its_own(make, kind):
+    """Counted in elements that check and norm read, in the backward (offload) and in the step."""
+    read = {}
+    for mode in (None, "observe", "replace"):
+        if mode is None:
+            engine = make(kind, guarded=False, gradient_clipping=0.0)
+        else:
+            engine, _ = make(kind, config=ng.GuardConfig(mode=mode), gradient_clipping=0.0)
+        support.train_step(engine, 0)
+        tokens = torch.randint(0, 7, (4, 6))
+        loss = torch.nn.functional.cross_entropy(engine(tokens).float().flatten(0, 1), tokens.flatten())
+        with Reductions() as backward:
+            engine.backward(loss)
+        with Reductions() as step:
+            engine.step()
+        read[mode] = backward.elements + step.elements
+    gradients = 900  # the model has 984 elements that take a gradient; the table costs a few
+    assert read["observe"] - read[None] < gradients / 2, "the table is read, no gradient twice"
+    assert read[None] - read["replace"] > gradients
 
 
 @each_kind

@@ -45,10 +45,12 @@ class Scanned:
     Attributes:
         packed: int64 [pieces, 8], a `StatsTable.packed`.
         pieces: What each row is of: parameters by their position in the session's list.
+        groups: The rows of each of the optimizer's parameter groups.
     """
 
     packed: torch.Tensor
     pieces: Sequence[Piece]
+    groups: Sequence[slice] = ()
 
 
 @dataclass(frozen=True)

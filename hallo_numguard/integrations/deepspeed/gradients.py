@@ -7,7 +7,7 @@ buffers nothing a parameter, for the lists of ZeRO stages 1 and 2 one step of a 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -18,6 +18,11 @@ from hallo_numguard.monitor.layout import NOTHING, Piece
 from hallo_numguard.monitor.session import Scanned
 from hallo_numguard.ops.layout import Layout
 from hallo_numguard.ops.stats import multi_tensor_stats, tensor_stats
+
+Segment = tuple[int, int, Piece]
+"""Begin and end inside a flat tensor, and what it is of."""
+
+_NOTHING_SEEN = [0, 0, 0, 0, 0, -1, 0, 0]
 
 Positions = dict[torch.Tensor, int]
 """Of each parameter, its position in the guard's list."""
@@ -71,20 +76,20 @@ class PartitionLists:
         """See `GradientSource.scan`."""
         tensors: list[torch.Tensor] = []
         owners: list[tuple[int, int]] = []
+        groups = []
         for group in range(len(self._optimizer.bit16_groups)):
-            gradients = self._optimizer.averaged_gradients.get(group)
-            if gradients is None:
-                continue
+            gradients = self._optimizer.averaged_gradients.get(group) or ()
             real = [item for item in gradients if not getattr(item, "_zero_padding", False)]
             # Older releases append the padding without a mark: it is what has no parameter.
             held = min(len(real), len(self._optimizer.params_in_partition[group]))
+            groups.append(slice(len(tensors), len(tensors) + held))
             tensors += real[:held]
             owners += [(group, index) for index in range(held)]
         sizes = [tensor.numel() for tensor in tensors]
         if sizes != self._sizes:
             self._pieces = [self._piece(*owner, size) for owner, size in zip(owners, sizes, strict=True)]
             self._sizes = sizes
-        return Scanned(multi_tensor_stats(tensors).packed, self._pieces)
+        return Scanned(multi_tensor_stats(tensors).packed, self._pieces, groups)
 
     def _piece(self, group: int, index: int, size: int) -> Piece:
         parameter = self._optimizer.params_in_partition[group][index]
@@ -106,26 +111,39 @@ class FlatBuffers:
         buffers: Of each: a way to get it (it may be None in a step), and its segments as (begin, end, piece), in order;
             what lies between them is padding.
         sliced: See `GradientSource`.
+        groups: How many segments each of the optimizer's groups has, in order; a group a buffer if left out.
     """
 
-    def __init__(self, buffers: Sequence[tuple[Any, Sequence[tuple[int, int, Piece]]]], sliced: bool) -> None:
+    def __init__(
+        self,
+        buffers: Sequence[tuple[Callable[[], torch.Tensor | None], Sequence[Segment]]],
+        sliced: bool,
+        groups: Sequence[int] | None = None,
+    ) -> None:
         self.sliced = sliced
         self._buffers = []
+        self._pieces: list[Piece] = []
+        ends = [0]
         for get, segments in buffers:
-            offsets, pieces = _without_gaps(segments)
-            self._buffers.append((get, Layout(offsets), pieces))
+            offsets, pieces, rows = _without_gaps(segments)
+            self._buffers.append((get, Layout(offsets)))
+            counts = [len(segments)] if groups is None else groups
+            at = itertools.accumulate(counts, initial=0)
+            ends += [len(self._pieces) + rows[end] for end in itertools.islice(at, 1, None)]
+            self._pieces += pieces
+        self._groups = [slice(begin, end) for begin, end in itertools.pairwise(ends)]
 
     def scan(self) -> Scanned:
         """See `GradientSource.scan`."""
-        tables, pieces = [], []
-        for get, layout, own in self._buffers:
+        tables = []
+        for get, layout in self._buffers:
             flat = get()
-            if flat is not None:
+            if flat is None:  # nothing arrived for this group
+                tables.append(torch.tensor(_NOTHING_SEEN).repeat(layout.segments, 1))
+            else:
                 tables.append(tensor_stats(flat.view(-1), layout).packed)
-                pieces += own
-        if len(tables) == 1:
-            return Scanned(tables[0], pieces)
-        return Scanned(torch.cat(tables) if tables else torch.empty((0, 8), dtype=torch.int64), pieces)
+        packed = tables[0] if len(tables) == 1 else torch.cat(tables)
+        return Scanned(packed, self._pieces, self._groups)
 
 
 def offloaded_partitions(optimizer: Any, positions: Positions) -> FlatBuffers:
@@ -159,7 +177,8 @@ def partition_buffer(optimizer: Any, positions: Positions) -> FlatBuffers:
             "grad_partitions_flat_buffer",
             f"{optimizer.grad_partitions_flat_buffer.numel()} elements where the parameters account for {begin}",
         )
-    return FlatBuffers([(lambda: optimizer.grad_partitions_flat_buffer, segments)], sliced=True)
+    sizes = [len(group) for group in optimizer.fp16_groups]
+    return FlatBuffers([(lambda: optimizer.grad_partitions_flat_buffer, segments)], sliced=True, groups=sizes)
 
 
 def whole_flat_groups(optimizer: Any, positions: Positions) -> FlatBuffers:
@@ -177,15 +196,15 @@ def whole_flat_groups(optimizer: Any, positions: Positions) -> FlatBuffers:
     return FlatBuffers(buffers, sliced=False)
 
 
-def _check_end(optimizer: Any, attribute: str, segments: Sequence[tuple[int, int, Piece]], numel: int) -> None:
+def _check_end(optimizer: Any, attribute: str, segments: Sequence[Segment], numel: int) -> None:
     end = segments[-1][1] if segments else 0
     if end > numel:
         raise unknown_layout(optimizer, attribute, f"{numel} elements where the parameters account for {end}")
 
 
-def _without_gaps(segments: Sequence[tuple[int, int, Piece]]) -> tuple[list[int], list[Piece]]:
-    """Offsets of segments that touch, and what each is of: padding is of nothing."""
-    offsets, pieces = [0], []
+def _without_gaps(segments: Sequence[Segment]) -> tuple[list[int], list[Piece], list[int]]:
+    """Offsets of segments that touch, what each is of (padding is of nothing), and how many the first n have become."""
+    offsets, pieces, rows = [0], [], [0]
     for begin, end, piece in segments:
         if begin < offsets[-1]:
             raise UnsupportedDeepSpeed(f"gradients that overlap: one begins at {begin}, before {offsets[-1]}")
@@ -194,4 +213,5 @@ def _without_gaps(segments: Sequence[tuple[int, int, Piece]]) -> tuple[list[int]
             pieces.append(NOTHING)
         offsets.append(end)
         pieces.append(piece)
-    return offsets, pieces
+        rows.append(len(pieces))
+    return offsets, pieces, rows

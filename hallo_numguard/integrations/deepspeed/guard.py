@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -23,14 +23,17 @@ import torch
 from hallo_numguard.config import GuardConfig, OverflowCallback
 from hallo_numguard.errors import InvalidInput, NumericsError
 from hallo_numguard.integrations.deepspeed.engine import kind_for, known_bad, parameters_of
+from hallo_numguard.integrations.deepspeed.replace import Replacement
 from hallo_numguard.integrations.deepspeed.seams import Seams
 from hallo_numguard.integrations.deepspeed.version import version
 from hallo_numguard.monitor import attribution
 from hallo_numguard.monitor.agreement import Ranks
-from hallo_numguard.monitor.session import Model, Session
+from hallo_numguard.monitor.session import Model, Scanned, Session
 from hallo_numguard.records import Finding, OverflowReport, StepRecord
 
 _log = logging.getLogger("hallo_numguard")
+
+T = TypeVar("T")
 
 _guarded_engines: WeakSet[Any] = WeakSet()
 
@@ -58,6 +61,7 @@ class DeepSpeedGuard:
             _log.warning("%s", fault)
         self._session.inspect_weights("attached")
         self._wrap()
+        self._replacement = Replacement(self._optimizer, self._seams) if config.mode == "replace" else None
         _guarded_engines.add(engine)
 
     def _wrap(self) -> None:
@@ -97,8 +101,13 @@ class DeepSpeedGuard:
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._explained = False
-        self._guarded(self._before_step)
+        scanned = self._session.guarded(self._before_step)
+        if self._replacement is not None:
+            self._replacement.begin(scanned)
         result = original(*args, **kwargs)
+        if self._replacement is not None:
+            self._replacement.end()
+        self._take_off_if_failed(everywhere=self._ranks.size == 1)
         if self._overflowed and not self._explained:
             self._explain()
         self._guarded(lambda: self._session.after_step(applied=not self._overflowed))
@@ -133,10 +142,12 @@ class DeepSpeedGuard:
 
     # -- what they do ------------------------------------------------------------------------------------------------
 
-    def _before_step(self) -> None:
+    def _before_step(self) -> Scanned:
         scaling = self._kind.scaling(self._optimizer)
         step = int(self._engine.global_steps) + 1  # DeepSpeed counts a step when it is over
-        self._session.before_step(step, scaling, self._gradients.scan())
+        scanned = self._gradients.scan()
+        self._session.before_step(step, scaling, scanned)
+        return scanned
 
     @property
     def _overflowed(self) -> bool:
@@ -147,9 +158,10 @@ class DeepSpeedGuard:
         self._to_raise = self._session.overflow()
         self._take_off_if_failed(everywhere=True)
 
-    def _guarded(self, work: Callable[[], None]) -> None:
-        self._session.guarded(work)
+    def _guarded(self, work: Callable[[], T]) -> T | None:
+        result = self._session.guarded(work)
         self._take_off_if_failed(everywhere=self._ranks.size == 1)
+        return result
 
     def _take_off_if_failed(self, everywhere: bool) -> None:
         """After a failure of our own; only where all ranks do so."""
