@@ -323,3 +323,17 @@ def test_quick_run_on_a_gpu(tmp_path):
     done = run_python("overhead.py", "--quick", *ON_GPU, "--json", str(found), TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
     assert {"copy", "ours_public"} <= {sample["candidate"] for sample in json.loads(found.read_text())["samples"]}
+
+
+@needs_native
+@pytest.mark.parametrize("case", ["fp16-2", "bf16-3-offload"])
+def test_steps_of_deepspeed(tmp_path, case):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    found = tmp_path / "found.json"
+    done = run_python("deepspeed_step.py", "--quick", "--rounds", "1", "--case", case, "--json", str(found))
+    assert done.returncode == 0, done.stderr
+    (result,) = json.loads(found.read_text())["results"]
+    assert result["case"] == case
+    assert result["theirs_ms"] > 0
+    assert result["ours_ms"] > 0
+    assert "Guarded steps" in done.stdout
