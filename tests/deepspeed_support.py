@@ -65,7 +65,14 @@ def allow_fp16() -> None:
         set_accelerator(Fp16CpuAccelerator())
 
 
-def make_engine(setup: str = "fp16", scale_power: int = 8, stage: int = 2, offload: bool = False, **config: Any) -> Any:
+def make_engine(
+    setup: str = "fp16",
+    scale_power: int = 8,
+    stage: int = 2,
+    offload: bool = False,
+    model: nn.Module | None = None,
+    **config: Any,
+) -> Any:
     """Returns an engine.
 
     Args:
@@ -74,6 +81,7 @@ def make_engine(setup: str = "fp16", scale_power: int = 8, stage: int = 2, offlo
         scale_power: Where a dynamic loss scale begins.
         stage: Of ZeRO.
         offload: Whether the optimizer's state lies on the CPU.
+        model: A `Model` if left out.
         config: More of DeepSpeed's configuration.
     """
     single_process_environment()
@@ -81,7 +89,7 @@ def make_engine(setup: str = "fp16", scale_power: int = 8, stage: int = 2, offlo
     import deepspeed
 
     torch.manual_seed(0)
-    model = Model()
+    model = Model() if model is None else model
     scaler = {"initial_scale_power": scale_power, "hysteresis": 1, "min_loss_scale": 1, "loss_scale_window": 100}
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 4,

@@ -40,6 +40,14 @@ class GradientSource(Protocol):
     def scan(self) -> Scanned:
         """Reads them once. Between the last backward of a step and the optimizer's step."""
 
+    def drop(self) -> None:
+        """Forgets the gradients of a step that was skipped.
+
+        Buffers that stay would keep those of a parameter that takes no part in the next step, and apply them there: a
+        NaN of the skipped step reaches the weights with a finite loss (ZeRO 1 to 3 with offload), or every later step
+        is skipped as well (ZeRO 3).
+        """
+
 
 class ParameterGradients:
     """`parameter.grad`, averaged over the ranks: stage 0."""
@@ -59,6 +67,9 @@ class ParameterGradients:
         ]
         table = multi_tensor_stats([gradient for gradient, _ in held])
         return Scanned(table.packed, [Piece(position, 0) for _, position in held])
+
+    def drop(self) -> None:
+        """See `GradientSource.drop`: the optimizer has set them to None."""
 
 
 class PartitionLists:
@@ -91,6 +102,9 @@ class PartitionLists:
             self._sizes = sizes
         return Scanned(multi_tensor_stats(tensors).packed, self._pieces, groups)
 
+    def drop(self) -> None:
+        """See `GradientSource.drop`: the optimizer has let go of them."""
+
     def _piece(self, group: int, index: int, size: int) -> Piece:
         parameter = self._optimizer.params_in_partition[group][index]
         # Only a partition's first parameter can begin in its middle. A float before DeepSpeed 0.19.7.
@@ -112,6 +126,7 @@ class FlatBuffers:
             what lies between them is padding.
         sliced: See `GradientSource`.
         groups: How many segments each of the optimizer's groups has, in order; a group a buffer if left out.
+        copies: Gives other places that hold the same gradients.
     """
 
     def __init__(
@@ -119,8 +134,10 @@ class FlatBuffers:
         buffers: Sequence[tuple[Callable[[], torch.Tensor | None], Sequence[Segment]]],
         sliced: bool,
         groups: Sequence[int] | None = None,
+        copies: Callable[[], Iterable[torch.Tensor | None]] = tuple,
     ) -> None:
         self.sliced = sliced
+        self._copies = copies
         self._buffers = []
         self._pieces: list[Piece] = []
         ends = [0]
@@ -144,6 +161,12 @@ class FlatBuffers:
                 tables.append(tensor_stats(flat.view(-1), layout).packed)
         packed = tables[0] if len(tables) == 1 else torch.cat(tables)
         return Scanned(packed, self._pieces, self._groups)
+
+    def drop(self) -> None:
+        """See `GradientSource.drop`."""
+        for flat in [*(get() for get, _ in self._buffers), *self._copies()]:
+            if flat is not None:
+                flat.zero_()
 
 
 def offloaded_partitions(optimizer: Any, positions: Positions) -> FlatBuffers:
@@ -177,8 +200,12 @@ def partition_buffer(optimizer: Any, positions: Positions) -> FlatBuffers:
             "grad_partitions_flat_buffer",
             f"{optimizer.grad_partitions_flat_buffer.numel()} elements where the parameters account for {begin}",
         )
-    sizes = [len(group) for group in optimizer.fp16_groups]
-    return FlatBuffers([(lambda: optimizer.grad_partitions_flat_buffer, segments)], sliced=True, groups=sizes)
+    return FlatBuffers(
+        [(lambda: optimizer.grad_partitions_flat_buffer, segments)],
+        sliced=True,
+        groups=[len(group) for group in optimizer.fp16_groups],
+        copies=lambda: [flat.grad for flat in optimizer.fp32_partitioned_groups_flat if flat is not None],
+    )
 
 
 def whole_flat_groups(optimizer: Any, positions: Positions) -> FlatBuffers:

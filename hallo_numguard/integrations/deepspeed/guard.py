@@ -108,8 +108,10 @@ class DeepSpeedGuard:
         if self._replacement is not None:
             self._replacement.end()
         self._take_off_if_failed(everywhere=self._ranks.size == 1)
-        if self._overflowed and not self._explained:
-            self._explain()
+        if self._overflowed:
+            if not self._explained:
+                self._explain()
+            self._guarded(self._gradients.drop)
         self._guarded(lambda: self._session.after_step(applied=not self._overflowed))
         if self._to_raise is not None:
             error, self._to_raise = self._to_raise, None

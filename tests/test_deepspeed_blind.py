@@ -1,0 +1,88 @@
+"""Where DeepSpeed itself is blind: each case first without the guard, to see the damage, then with it."""
+
+from __future__ import annotations
+
+import deepspeed_support as support
+import pytest
+import torch
+from test_deepspeed_kinds import name_of, plant_in_gradient, weights
+from torch import nn
+
+import hallo_numguard as ng
+
+
+class Branches(nn.Module):
+    """Takes one branch or the other: the parameters of the other one take no part in the step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, 8)
+        self.left = nn.Linear(8, 8)
+        self.right = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, left: bool) -> torch.Tensor:
+        return (self.left if left else self.right)(self.stem(x))
+
+
+def train(engine, step, left):
+    dtype = next(engine.module.parameters()).dtype
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step)).to(dtype)
+    loss = engine(x, left).float().square().mean()
+    engine.backward(loss)
+    engine.step()
+    return loss.item()
+
+
+def a_bad_step_then_steps_without_that_branch(engine):
+    for step in range(2):
+        train(engine, step, left=step == 0)
+    handle = engine.module.left.weight.register_hook(plant_in_gradient((3, 2)))
+    train(engine, 2, left=True)
+    handle.remove()
+    for step in range(3, 8):
+        train(engine, step, left=False)
+
+
+STALE_NAN_IS_APPLIED = [
+    ("fp16", 2, True, None),
+    ("bf16", 2, True, None),
+    ("bf16", 3, True, None),
+]
+STALE_NAN_SKIPS_FOR_EVER = [("fp16", 3, False, None), ("bf16", 3, False, None)]
+
+
+def make(kind, **options):
+    setup, stage, offload, _ = kind
+    return support.make_engine(setup, stage=stage, offload=offload, model=Branches(), **options)
+
+
+def is_finite(engine):
+    return all(torch.isfinite(value).all() for value in weights(engine).values())
+
+
+@pytest.mark.parametrize("kind", STALE_NAN_IS_APPLIED, ids=name_of)
+def test_a_nan_of_a_skipped_step_does_not_come_back(kind):
+    engine = make(kind)
+    a_bad_step_then_steps_without_that_branch(engine)
+    assert not is_finite(engine), "DeepSpeed no longer applies it: the guard need not look after it any more"
+
+    engine = make(kind)
+    guard = ng.attach(engine)
+    a_bad_step_then_steps_without_that_branch(engine)
+    assert is_finite(engine)
+    assert [record.applied for record in guard.history] == [True, True, False, True, True, True, True, True]
+    guard.detach()
+
+
+@pytest.mark.parametrize("kind", STALE_NAN_SKIPS_FOR_EVER, ids=name_of)
+def test_one_bad_step_is_not_skipped_twice(kind):
+    engine = make(kind, scale_power=16)
+    a_bad_step_then_steps_without_that_branch(engine)
+    assert engine.skipped_steps == 6, "DeepSpeed no longer skips them: the guard need not look after it any more"
+
+    engine = make(kind, scale_power=16)
+    guard = ng.attach(engine)
+    a_bad_step_then_steps_without_that_branch(engine)
+    assert engine.skipped_steps == 1
+    assert is_finite(engine)
+    guard.detach()
