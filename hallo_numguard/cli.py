@@ -12,7 +12,7 @@ import click
 
 from hallo_numguard import __version__
 
-_SHOWN = {"cuda": "native", "gpu": "native for small buckets, triton for large"}  # modules that are not called so
+_SHOWN = {"cuda": "native"}  # a module that is not called so
 
 
 @click.group()
@@ -79,7 +79,7 @@ def _backends(device: str) -> dict[str, Any]:
         chosen = f"none: {error}"
     reasons = dispatch.explain(device)
     not_used = {
-        name: why or "a faster one runs, or another is forced" for name, why in reasons.items() if name not in chosen
+        name: why or "a faster one runs, or another is forced" for name, why in reasons.items() if name != chosen
     }
     return {"chosen": chosen, "not_used": not_used}
 

@@ -116,7 +116,7 @@ __device__ __forceinline__ void write_exact(Record* record, const BitsOf<kDtype>
     for (int group = 0; group < kRescanGroups; ++group) {
       const int index = step + group * kThreads + thread_id();
       if (index >= length) continue;
-      const Bits bits = data[index];
+      const Bits bits = __ldg(data + index);
       const Bits magnitude = magnitude_of<kDtype>(bits);
       if (magnitude >= F::kInfinity) {
         const bool infinite = F::kHasInfinity && magnitude == F::kInfinity;
@@ -240,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   const int at = thread_id() < kVector ? thread_id() : head + interior + thread_id() - kVector;
   const bool in_head = thread_id() < head;
   const bool in_tail = thread_id() >= kVector && thread_id() < kVector + tail;
-  if (in_head || in_tail) lanes.take_one(data[at], edge);
+  if (in_head || in_tail) lanes.take_one(__ldg(data + at), edge);
 
   NUMGUARD_SHARED(PeakBits, warp_peaks, kWarps);
   NUMGUARD_SHARED(double, warp_sums, (kTrees + 1) * kWarps);
