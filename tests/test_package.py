@@ -93,7 +93,8 @@ def test_env_names_the_backend_and_why_the_others_were_not_chosen():
     facts = json.loads(done.stdout)
     assert facts["backends"]["cpu"]["chosen"] == "native"
     assert facts["instruction set"] in native.isas()
-    assert set(facts["backends"]["cuda"]["not_used"]) >= {"native"}
+    assert set(facts["backends"]["cpu"]["not_used"]) == {"triton", "reference"}
+    assert ("cuda" in facts["backends"]) == (facts["gpu"] != "none")
 
 
 def test_the_extension_links_no_torch_symbol():
@@ -120,7 +121,12 @@ def source(tmp_path_factory):
 
 def test_sdist_and_wheel_build_and_the_wheel_works_elsewhere(source, tmp_path):
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), str(source)]
-    subprocess.run(build, check=True, capture_output=True, env={**os.environ, "HALLO_NUMGUARD_BUILD_NATIVE": "1"})
+    subprocess.run(
+        build,
+        check=True,
+        capture_output=True,
+        env={**os.environ, "HALLO_NUMGUARD_BUILD_NATIVE": "1", "HALLO_NUMGUARD_CUDA": "0"},
+    )
     (wheel,) = tmp_path.glob("*.whl")
     assert list(tmp_path.glob("*.tar.gz"))
     target = tmp_path / "site"
@@ -136,6 +142,58 @@ def test_sdist_and_wheel_build_and_the_wheel_works_elsewhere(source, tmp_path):
     lines = python(code, PYTHONPATH=str(target)).splitlines()
     assert lines[0].count(str(target)) == 2
     assert lines[1] == "2.0"
+
+
+def build_only(source, folder, **settings):
+    """Runs setup.py's build_ext; settings with an empty value are those that are not set."""
+    setup = [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(folder / "lib")]
+    environment = {**os.environ, **settings}
+    return subprocess.run(setup, cwd=source, capture_output=True, text=True, check=False, env=environment)
+
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed")
+
+
+@needs_nvcc
+def test_the_cuda_extension_needs_no_gpu_to_build_nor_cuda_to_load(source, tmp_path):
+    done = build_only(
+        source, tmp_path, HALLO_NUMGUARD_CUDA="1", HALLO_NUMGUARD_BUILD_NATIVE="0", TORCH_CUDA_ARCH_LIST="7.5;9.0"
+    )
+    assert done.returncode == 0, done.stderr
+    (library,) = tmp_path.rglob("_native_cuda*.so")
+    needed = subprocess.run(["readelf", "-d", str(library)], capture_output=True, text=True, check=True).stdout
+    assert not any(name in needed for name in ("libcuda", "libtorch", "libc10"))
+    loaded = subprocess.run(
+        [sys.executable, "-c", "import _native_cuda; print(_native_cuda.unavailable(0))"],
+        cwd=library.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert loaded.stdout.startswith("CUDA: ") or loaded.stdout == "\n"
+    code = library.read_bytes()
+    assert b"sm_90" in code
+    assert b"sm_80" not in code, "TORCH_CUDA_ARCH_LIST was not followed"
+
+
+@needs_nvcc
+def test_gpus_that_are_too_old_are_refused_by_name(source, tmp_path):
+    refused = build_only(
+        source, tmp_path, HALLO_NUMGUARD_CUDA="1", HALLO_NUMGUARD_BUILD_NATIVE="0", TORCH_CUDA_ARCH_LIST="7.0"
+    )
+    assert refused.returncode != 0
+    assert "TORCH_CUDA_ARCH_LIST='7.0'" in refused.stderr
+    assert "older than 8.0" in refused.stderr
+
+
+def test_without_nvcc_the_cuda_extension_is_left_out_unless_that_is_refused(source, tmp_path):
+    bare = {"PATH": str(tmp_path), "CXX": "", "CUDACXX": "", "CUDA_HOME": "", "CUDA_PATH": ""}
+    bare["HALLO_NUMGUARD_BUILD_NATIVE"] = "0"
+    assert build_only(source, tmp_path, **bare).returncode == 0
+    assert not list(tmp_path.rglob("_native*"))
+    refused = build_only(source, tmp_path, **bare, HALLO_NUMGUARD_CUDA="1")
+    assert refused.returncode != 0
+    assert "HALLO_NUMGUARD_CUDA=1 asks for it" in refused.stderr
 
 
 def test_without_a_compiler_it_installs_without_the_extension_unless_that_is_refused(source, tmp_path):
