@@ -38,12 +38,24 @@ class Policy:
         actions: Action by verdict, in place of the default: a name, or a callable that gets the report and returns a
             name or None. "continue" logs one line, "warn" and "skip" log the report (the step
             is skipped in any case), "raise" raises `NumericsError` once DeepSpeed has dropped the step's gradients.
+        max_consecutive_skips: Raise after so many skipped steps in a row, unless a lower loss scale is still to be
+            tried or `actions` says otherwise. Frameworks skip in silence where they do not scale the loss.
+        keep_scale: Do not lower the loss scale for what it is not to blame for: a loss that is not finite already.
+        enforce: Skip a step with non-finite gradients also where the framework's own configuration says that they
+            must not be looked for (DeepSpeed's `bf16.check_grad_overflow: false`); else it is reported only.
     """
 
     on_unrecoverable: str = "raise"
     actions: Mapping[Verdict, Action] = field(default_factory=dict)
+    max_consecutive_skips: int = 10
+    keep_scale: bool = False
+    enforce: bool = False
 
     def __post_init__(self) -> None:
+        if not isinstance(self.max_consecutive_skips, int) or self.max_consecutive_skips < 1:
+            raise InvalidInput(
+                f"policy.max_consecutive_skips must be a positive number of steps, got {self.max_consecutive_skips!r}"
+            )
         check_action(self.on_unrecoverable, "policy.on_unrecoverable")
         for verdict, action in self.actions.items():
             if verdict not in set(Verdict):
@@ -63,6 +75,8 @@ class Policy:
             return chosen
         if report.recoverable is False:
             return self.on_unrecoverable
+        if report.consecutive_skips >= self.max_consecutive_skips and not report.recoverable:
+            return "raise"
         return "continue" if report.recoverable else "warn"
 
 

@@ -169,6 +169,7 @@ class OverflowReport:
         not_checked: What a complete answer would have needed.
         advice: What to do.
         world_size: Number of ranks that took part.
+        consecutive_skips: Steps skipped in a row, this one included; 0 if this one was applied all the same.
     """
 
     step: int
@@ -182,6 +183,7 @@ class OverflowReport:
     not_checked: tuple[str, ...]
     advice: str
     world_size: int = 1
+    consecutive_skips: int = 1
 
     def to_json(self) -> str:
         """Returns the report as a JSON document. Non-finite numbers are written as strings."""

@@ -104,7 +104,7 @@ def make_engine(
     elif setup == "fp16":
         settings["fp16"] = {"enabled": True, "loss_scale": 0, **scaler}
     elif setup.startswith("bf16"):
-        settings["bf16"] = {"enabled": True}
+        settings.setdefault("bf16", {"enabled": True})
     if setup == "bf16_fp32":
         settings["data_types"] = {"grad_accum_dtype": "fp32"}
     if offload:

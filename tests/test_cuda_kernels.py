@@ -152,6 +152,17 @@ def of_random_bits(dtype: torch.dtype) -> Call:
     return in_list(tensors)
 
 
+def at_the_limits(dtype: torch.dtype) -> Call:
+    """Segments whose largest magnitude is the first, or last, whose squares single precision holds, or one beside."""
+    tensors = []
+    for seed, limit in enumerate((2.0**-50, 2.0**60)):
+        at_limit = torch.tensor([limit], dtype=dtype).view(FORMATS[dtype].bits)
+        for peak in (from_bits(at_limit - 1, dtype), from_bits(at_limit, dtype)):
+            fractions = torch.rand(10_000, generator=torch.Generator().manual_seed(seed))
+            tensors.append(torch.cat([(fractions.double() * peak.double()).to(dtype), peak]))
+    return in_list(tensors)
+
+
 def of_case(case: Case) -> Call:
     return in_bucket(flat_of(case), case.offsets, expected_of(case))
 
@@ -185,6 +196,8 @@ BY_DTYPE = {
     for dtype in FORMATS
 }
 OTHERS = {
+    "at_the_limits-float32": functools.partial(at_the_limits, torch.float32),
+    "at_the_limits-bfloat16": functools.partial(at_the_limits, torch.bfloat16),
     "of_mixed_dtypes": functools.partial(of_mixed_dtypes, 120),
     "of_more_chunks_than_threads": of_more_chunks_than_threads,
 }

@@ -86,3 +86,72 @@ def test_one_bad_step_is_not_skipped_twice(kind):
     assert engine.skipped_steps == 1
     assert is_finite(engine)
     guard.detach()
+
+
+def a_bad_gradient(engine, steps=1):
+    support.train_step(engine, 0)
+    handle = dict(engine.module.named_parameters())["hidden.weight"].register_hook(plant_in_gradient((2, 3)))
+    for step in range(steps):
+        support.train_step(engine, step + 1)
+    handle.remove()
+
+
+def test_stage_0_in_float32_has_no_check_so_the_guards_decision_stands():
+    engine = support.make_engine("fp32", stage=0)
+    a_bad_gradient(engine)
+    assert not is_finite(engine)
+
+    engine = support.make_engine("fp32", stage=0)
+    guard = ng.attach(engine)
+    a_bad_gradient(engine)
+    assert is_finite(engine)
+    assert [record.applied for record in guard.history] == [True, False]
+    assert (guard.last_report.first.name, guard.last_report.first.index) == ("hidden.weight", (2, 3))
+    support.train_step(engine, 2)
+    assert guard.history[-1].applied
+    guard.detach()
+
+
+NOT_TO_LOOK = {"bf16": {"enabled": True, "check_grad_overflow": False}}
+
+
+def test_a_check_that_the_user_switched_off_is_not_overruled_but_reported():
+    engine = support.make_engine("bf16", **NOT_TO_LOOK)
+    guard = ng.attach(engine)
+    a_bad_gradient(engine)
+    assert not is_finite(engine), "as the user said"
+    assert guard.history[-1].applied
+    assert guard.last_report.consecutive_skips == 0
+    assert any("applied all the same" in line for line in guard.last_report.evidence)
+    guard.detach()
+
+
+def test_it_is_overruled_if_the_policy_says_so():
+    engine = support.make_engine("bf16", **NOT_TO_LOOK)
+    guard = ng.attach(engine, ng.GuardConfig(policy=ng.Policy(enforce=True)))
+    a_bad_gradient(engine)
+    assert is_finite(engine)
+    assert not guard.history[-1].applied
+    guard.detach()
+
+
+@pytest.mark.parametrize(("setup", "stage"), [("bf16", 2), ("bf16_fp32", 1), ("bf16", 0), ("bf16", 3), ("fp32", 0)])
+def test_skips_in_silence_end_with_an_error(setup, stage):
+    engine = support.make_engine(setup, stage=stage)
+    guard = ng.attach(engine, ng.GuardConfig(policy=ng.Policy(max_consecutive_skips=4)))
+    with pytest.raises(ng.NumericsError) as caught:
+        a_bad_gradient(engine, steps=20)
+    assert caught.value.report.consecutive_skips == 4
+    assert [record.applied for record in guard.history] == [True, *[False] * 4]
+    guard.detach()
+
+
+def test_the_scale_is_kept_where_it_is_not_to_blame():
+    engine = support.make_engine("fp16")
+    guard = ng.attach(engine, ng.GuardConfig(policy=ng.Policy(keep_scale=True)))
+    before = engine.optimizer.loss_scale
+    for step in range(3):
+        support.train_step(engine, step, poison=float("inf"))
+    assert engine.optimizer.loss_scale == before
+    assert engine.skipped_steps == 3
+    guard.detach()

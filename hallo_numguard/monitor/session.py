@@ -32,6 +32,8 @@ _log = logging.getLogger("hallo_numguard")
 
 T = TypeVar("T")
 
+_FAILED = 2  # graver than any answer
+
 _OUTLOOK = {
     "parameter": "If the model reads it, the first loss will be NaN, and no loss scale can mend that.",
     "buffer": "If the forward pass reads it, the loss will be NaN.",
@@ -137,14 +139,29 @@ class Session:
 
     # -- an overflow: every rank comes here, and takes part in every reduction -------------------------------------
 
-    def overflow(self) -> BaseException | None:
+    def found_inf(self) -> bool:
+        """Returns whether any rank's gradients are not finite, the same on all ranks, which must all call it.
+
+        For where the framework does not look itself. Synchronises. A rank whose guard has failed takes part, and then
+        `failed` is set on all of them.
+        """
+        bad = self.guarded(lambda: bool((self._scanned.packed[:, 5] >= 0).any()))
+        status = _FAILED if self.failed else int(bad)
+        agreed = self._ranks.highest(status, self._model.device)
+        self.failed = agreed == _FAILED
+        return agreed == 1
+
+    def overflow(self, skipped: bool = True) -> BaseException | None:
         """Finds the origin and sets `last_report`. All ranks must call it in the same step.
+
+        Args:
+            skipped: Whether the step is skipped, which it should be.
 
         Returns:
             What every rank has to raise once the step is dropped, or None to go on. If the guard fails on any rank,
             `failed` is set on all of them.
         """
-        self._skipped += 1
+        self._skipped = self._skipped + 1 if skipped else 0
         local = self.guarded(self._look)
         if self._anyone_failed():
             return None

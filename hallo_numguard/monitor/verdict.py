@@ -45,7 +45,7 @@ class Evidence:
 
     Attributes:
         step: Number of the step, from 1.
-        skipped: Number of steps skipped in a row, this one included.
+        skipped: Number of steps skipped in a row, this one included; 0 if it is applied all the same.
         scaling: The loss scaler.
         suspects: Non-finite parameters and buffers that may be the cause, in dataflow order.
         bystanders: Non-finite ones that are not: a clean step was seen with them in place, they hold nothing but -Inf
@@ -120,6 +120,7 @@ def _report(
         not_checked=tuple(not_checked),
         advice=advice,
         world_size=seen.world_size,
+        consecutive_skips=seen.skipped,
     )
 
 
@@ -131,6 +132,8 @@ def _common(seen: Evidence) -> list[str]:
         lines.append(f"also not finite, but not shown to be the cause: {names}{more}")
     if seen.skipped > 1:
         lines.append(f"{seen.skipped} steps skipped in a row")
+    if seen.skipped == 0:
+        lines.append("the step is applied all the same: the configuration says not to look (policy.enforce skips it)")
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -27,12 +28,14 @@ class Kind:
         needs: Attributes without which the guard cannot work.
         source: Makes the source of its gradients.
         scaling: Reads its loss scaler.
+        looks: Whether it looks at all for what is not finite, as it is configured.
     """
 
     classes: tuple[str, ...]
     needs: tuple[str, ...]
     source: Callable[[Any, Positions], GradientSource]
     scaling: Callable[[Any], Scaling]
+    looks: Callable[[Any], bool] = lambda _: True
 
 
 def _zero_scaling(optimizer: Any) -> Scaling:
@@ -58,6 +61,21 @@ def _no_scaling(_: Any) -> Scaling:
     return Scaling(1.0, dynamic=False)
 
 
+def _checks_norm() -> bool:
+    """Whether this DeepSpeed takes a norm that is not finite for an overflow (>= 0.19.8)."""
+    return hasattr(sys.modules.get("deepspeed.runtime.utils"), "is_invalid_grad_norm")
+
+
+def _zero12_looks(optimizer: Any) -> bool:
+    if getattr(optimizer, "check_grad_overflow", True):
+        return True
+    return _checks_norm() and optimizer.dtype != torch.bfloat16 and getattr(optimizer, "compute_grad_norm", True)
+
+
+def _zero3_looks(optimizer: Any) -> bool:
+    return optimizer.dtype == torch.float16 or _checks_norm()
+
+
 def _zero12_source(optimizer: Any, positions: Positions) -> GradientSource:
     if optimizer.cpu_offload:
         return gradients.offloaded_partitions(optimizer, positions)
@@ -70,6 +88,7 @@ KINDS = (
         ("_update_scale", "dp_process_group", "fp16_groups", "grad_partitions_flat_buffer", "loss_scaler", "overflow"),
         gradients.partition_buffer,
         _zero_scaling,
+        _zero3_looks,
     ),
     Kind(
         ("DeepSpeedZeroOptimizer",),
@@ -86,6 +105,7 @@ KINDS = (
         ),
         _zero12_source,
         _zero_scaling,
+        _zero12_looks,
     ),
     Kind(
         ("BF16_Optimizer",),
@@ -106,6 +126,7 @@ KINDS = (
             [group["params"] for group in optimizer.param_groups], positions
         ),
         _no_scaling,
+        lambda _: False,
     ),
 )
 
@@ -138,6 +159,13 @@ def kind_for(engine: Any) -> Kind:
     if getattr(optimizer, "model_parallel_world_size", 1) > 1:
         raise UnsupportedDeepSpeed("the guard does not work with model parallelism yet")
     return found
+
+
+def told_not_to_look(engine: Any) -> bool:
+    """Returns whether the user's configuration says in so many words that bf16 gradients must not be looked at."""
+    config: Any = getattr(getattr(engine, "_config", None), "bfloat16_config", None)
+    said: Any = getattr(config, "model_fields_set", set())
+    return "check_grad_overflow" in said and not config.check_grad_overflow
 
 
 def parameters_of(module: torch.nn.Module) -> list[NamedTensor]:

@@ -22,7 +22,7 @@ import torch
 
 from hallo_numguard.config import GuardConfig, OverflowCallback
 from hallo_numguard.errors import InvalidInput, NumericsError
-from hallo_numguard.integrations.deepspeed.engine import kind_for, known_bad, parameters_of
+from hallo_numguard.integrations.deepspeed.engine import kind_for, known_bad, parameters_of, told_not_to_look
 from hallo_numguard.integrations.deepspeed.replace import Replacement
 from hallo_numguard.integrations.deepspeed.seams import Seams
 from hallo_numguard.integrations.deepspeed.version import version
@@ -54,7 +54,12 @@ class DeepSpeedGuard:
         buffers = attribution.named_buffers(engine.module)
         model = Model(parameters, buffers, self._gradients.sliced, torch.device(engine.device))
         self._session = Session(model, self._ranks, config, on_overflow)
+        self._policy = config.policy
+        self._looks = self._kind.looks(self._optimizer)  # else nobody does but the guard
+        self._enforces = config.policy.enforce or not told_not_to_look(engine)
         self._explained = False  # whether this step's overflow was
+        self._skipped_here = False  # by the guard itself, of an optimizer that knows of no overflow
+        self._scanned_early: Scanned | None = None
         self._to_raise: BaseException | None = None
         self._seams = Seams()
         for fault in known_bad(engine, version()):
@@ -72,6 +77,8 @@ class DeepSpeedGuard:
         if hasattr(self._engine, "scale"):  # DeepSpeed >= 0.18.3, for loss.backward() by hand
             self._seams.wrap(self._engine, "scale", self._backward)
         self._seams.wrap(self._engine, "load_checkpoint", self._load_checkpoint)
+        if hasattr(self._engine, "clip_fp32_gradients"):  # stage 0 in float32: a NaN norm makes every gradient NaN
+            self._seams.wrap(self._engine, "clip_fp32_gradients", self._clip)
 
     @property
     def last_report(self) -> OverflowReport | None:
@@ -100,11 +107,14 @@ class DeepSpeedGuard:
     # -- the seams: what runs in place of DeepSpeed's methods --------------------------------------------------------
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._explained = False
-        scanned = self._session.guarded(self._before_step)
+        self._explained = self._skipped_here = False
+        scanned = self._scanned_early or self._session.guarded(self._before_step)
+        self._scanned_early = None
         if self._replacement is not None:
             self._replacement.begin(scanned)
-        result = original(*args, **kwargs)
+        if not self._looks and not hasattr(self._optimizer, "_update_scale"):
+            self._skipped_here = self._found_by_us()
+        result = None if self._skipped_here else original(*args, **kwargs)
         if self._replacement is not None:
             self._replacement.end()
         self._take_off_if_failed(everywhere=self._ranks.size == 1)
@@ -119,10 +129,14 @@ class DeepSpeedGuard:
         return result
 
     def _update_scale(self, original: Callable[..., Any], has_overflow: bool = False) -> Any:
+        if not has_overflow and not self._looks and self._found_by_us():
+            # DeepSpeed reads the flag again after this call, and then drops the gradients.
+            has_overflow = self._optimizer.overflow = self._enforces
         if not has_overflow:
             return original(has_overflow)
-        self._explain()
-        if self._to_raise is not None:
+        if not self._explained:
+            self._explain()
+        if self._to_raise is not None or self._keeps_scale():
             return None  # DeepSpeed now drops the gradients; the scale stays as it is
         try:
             return original(has_overflow)
@@ -136,6 +150,10 @@ class DeepSpeedGuard:
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
             self._session.saw_loss(loss)
         return original(loss, *args, **kwargs)
+
+    def _clip(self, original: Callable[..., Any]) -> Any:
+        self._scanned_early = self._session.guarded(self._before_step)
+        return original()
 
     def _load_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
@@ -153,12 +171,30 @@ class DeepSpeedGuard:
 
     @property
     def _overflowed(self) -> bool:
-        return bool(getattr(self._optimizer, "overflow", False))
+        return self._skipped_here or bool(getattr(self._optimizer, "overflow", False))
 
-    def _explain(self) -> None:
-        self._explained = True
-        self._to_raise = self._session.overflow()
+    def _found_by_us(self) -> bool:
+        """Looks in DeepSpeed's place, and explains what is found. Returns whether the step is to be skipped."""
+        found = self._session.found_inf()
+        if found:
+            self._explain(skipped=self._enforces)
         self._take_off_if_failed(everywhere=True)
+        return found and self._enforces and not self._session.failed
+
+    def _explain(self, skipped: bool = True) -> None:
+        self._explained = True
+        self._to_raise = self._session.overflow(skipped)
+        self._take_off_if_failed(everywhere=True)
+
+    def _keeps_scale(self) -> bool:
+        """Whether lowering the scale would be a loss without a gain: what is not finite stands before the scaling."""
+        report = self._session.last_report
+        return (
+            self._policy.keep_scale
+            and report is not None
+            and report.first is not None
+            and report.first.kind != "gradient"
+        )
 
     def _guarded(self, work: Callable[[], T]) -> T | None:
         result = self._session.guarded(work)
