@@ -36,6 +36,7 @@ from rich.table import Table
 from torch import nn
 
 import hallo_numguard as ng
+from hallo_numguard.integrations.deepspeed import DeepSpeedGuard
 from hallo_numguard.ops import native
 
 MODES = ("off", "observe", "replace")
@@ -172,7 +173,7 @@ def contestant(case: Case, mode: str, layers: int, width: int, batch: int) -> Co
         if hasattr(engine.optimizer, name):
             watch.watch(engine.optimizer, name)
     if mode != "off":
-        guard = ng.attach(engine, ng.GuardConfig(mode=mode))
+        guard = DeepSpeedGuard(engine, ng.GuardConfig(mode=mode), None)
         watch.watch(guard, "_before_step")
         if guard._replacement is not None:
             watch.watch(guard._replacement, "begin")

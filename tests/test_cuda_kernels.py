@@ -178,14 +178,15 @@ def of_mixed_dtypes(count: int) -> Call:
 
 def of_more_chunks_than_threads() -> Call:
     """A segment with more chunks than a block has threads. Not of a size that it would take: they are all its begin."""
-    flat = spread(torch.float32, 200, seed=3)
-    flat[190:] = torch.tensor([math.nan, -math.inf] * 5)
+    count = 140
+    flat = spread(torch.float32, count, seed=3)
+    flat[-10:] = torch.tensor([math.nan, -math.inf] * 5)
     flat[:7] = 0.0
-    table = torch.tensor([[0, 0, length, 1 + length] for length in range(200)], dtype=torch.int32)
-    splits = torch.tensor([[0, 1, 201]], dtype=torch.int32)
-    parts = [definition(flat[:length]) for length in range(200)]
+    table = torch.tensor([[0, 0, length, 1 + length] for length in range(count)], dtype=torch.int32)
+    splits = torch.tensor([[0, 1, 1 + count]], dtype=torch.int32)
+    parts = [definition(flat[:length]) for length in range(count)]
     sums = {name: sum(getattr(part, name) for part in parts) for name in ("nan", "neg_inf", "sumsq", "zeros")}
-    chunks = Chunks(table, splits, ((torch.float32, 0, 200),), segments=1, rows=201)
+    chunks = Chunks(table, splits, ((torch.float32, 0, count),), segments=1, rows=1 + count)
     return Call([flat], [(0, 0)], chunks, [replace(parts[-1], **sums)])
 
 
@@ -273,10 +274,12 @@ def run(program: Path, order: str, batch: Batch) -> dict[Job, bytes]:
 
 
 # In which order fibers meet, and what they read, does not depend on the values. So most of the cases, which differ in
-# their values only, run once with each way to load, and without the sanitizers, which take three times as long.
+# their values only, run once with each way to load, and without the sanitizers, which take three times as long. What
+# is not counted without detail depends on neither order nor loads.
 FEW = [name for name in CALLS if name in BY_DTYPE or name in OTHERS or name.endswith("ragged-normal-mixed")]
 JOBS = {
     "few": [Job(name) for name in FEW],
+    "with_detail": [Job(name) for name in CALLS],
     "all": [Job(name, detail) for name in CALLS for detail in (True, False)],
 }
 NARROW, WIDE = "-DNUMGUARD_WIDE_LOADS=0", "-DNUMGUARD_WIDE_LOADS=1"
@@ -288,7 +291,7 @@ BUILDS = {
 }
 REFERENCE = ("narrow", "forward")
 RUNS = {key: "few" for key in itertools.product(BUILDS, shim.ORDERS)}
-RUNS |= {REFERENCE: "all", ("wide", "reverse"): "all"}
+RUNS |= {REFERENCE: "all", ("wide", "reverse"): "with_detail"}
 
 Runs = Mapping[tuple[str, str], Future[dict[Job, bytes]]]
 
@@ -370,12 +373,13 @@ def interpreter() -> Iterator[None]:
             scope.restore()
 
 
-# Less without detail, because the test above says what the CUDA kernels give then; the interpreter is slow.
+# The interpreter is slow. Without detail the test above says what the CUDA kernels give, and among the smallest
+# segments those with planted values are as many again.
 COMPARED = [
     Job(name, detail)
     for name in CALLS
     for detail in (True, False)
-    if (detail and name not in AROUND_CAPACITY)
+    if (detail and name not in AROUND_CAPACITY and "tiny-normal-mixed" not in name)
     or "one_segment" in name
     or "unaligned-subnormal" in name
     or "of_random_bits" in name
@@ -428,11 +432,7 @@ FAULTS = {
         "narrow-sanitized",
         ("thread_id() < kVector + tail", "thread_id() <= kVector + tail"),
     ),
-    "exact_pass_that_is_too_long": (
-        OUT_OF_BOUNDS,
-        "wide-sanitized",
-        ("if (index >= length)", "if (index > length)"),
-    ),
+    "exact_pass_that_is_too_long": (OTHER_BITS, "narrow", ("if (index >= length)", "if (index > length)")),
     "vectors_that_are_not_aligned": (
         "misaligned address",
         "narrow-sanitized",
