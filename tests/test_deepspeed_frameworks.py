@@ -20,6 +20,7 @@ def alone(monkeypatch, tmp_path):
     support.single_process_environment()
     support.allow_fp16()
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")  # they set it to true, for the whole process
     AcceleratorState._reset_state(reset_partial_state=True)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
