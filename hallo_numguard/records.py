@@ -63,6 +63,8 @@ class Verdict(str, Enum):
 
     SCALE_TOO_HIGH = "scale_too_high"
     WEIGHTS_NONFINITE = "weights_nonfinite"
+    OPTIMIZER_STATE_NONFINITE = "optimizer_state_nonfinite"
+    BACKWARD_NONFINITE = "backward_nonfinite"
     UNDETERMINED = "undetermined"
 
     def __str__(self) -> str:
@@ -74,7 +76,7 @@ class Offender:
     """A tensor that holds a non-finite value.
 
     Attributes:
-        kind: "parameter", "buffer", "loss" or "gradient".
+        kind: "parameter", "buffer", "optimizer_state", "loss" or "gradient".
         name: Fully qualified name; "loss" for the loss.
         module: Fully qualified name of the module that owns it, "" for the root.
         rank: Global rank on which it was seen, the lowest if on several; None for a gradient of several ranks, because

@@ -251,3 +251,63 @@ def test_options_of_zero_2_move_gradients_but_not_their_names(make, name, value)
 
 def test_this_is_one_process():
     assert os.environ["WORLD_SIZE"] == "1"
+
+
+def plant_in_state(engine, name, index, key="exp_avg"):
+    """Writes NaN into the optimizer's state, as a damaged checkpoint or memory would."""
+    from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+
+    parameter = dict(engine.module.named_parameters())[name]
+    optimizer = engine.optimizer
+    if type(optimizer).__name__ == "FP16_UnfusedOptimizer":
+        masters = dict(zip(optimizer.fp16_groups[0], optimizer.fp32_groups[0], strict=True))
+        optimizer.optimizer.state[masters[parameter]][key][index] = float("nan")
+        return
+    whole = safe_get_full_optimizer_state(parameter, key)
+    whole[index] = float("nan")
+    safe_set_full_optimizer_state(parameter, whole, key)
+
+
+@each_kind
+def test_a_nan_in_the_optimizers_state_is_what_came_first(make, kind):
+    engine, _ = make(kind)
+    support.train_step(engine, 0)
+    plant_in_state(engine, "output.weight", (5, 11))
+    with pytest.raises(ng.NumericsError) as caught:
+        for step in range(1, 4):
+            support.train_step(engine, step)
+    first = caught.value.report.first
+    assert caught.value.report.verdict is ng.Verdict.OPTIMIZER_STATE_NONFINITE
+    assert (first.kind, first.name, first.index) == ("optimizer_state", "output.weight", (5, 11))
+    assert caught.value.report.recoverable is False
+
+
+def test_damaged_state_is_told_of_when_a_checkpoint_is_loaded(make, tmp_path):
+    kind = ("bf16", 2, False, "DeepSpeedZeroOptimizer")
+    engine, guard = make(kind)
+    support.train_step(engine, 0)
+    guard.detach()
+    plant_in_state(engine, "output.weight", (5, 11), "exp_avg_sq")
+    engine.save_checkpoint(str(tmp_path), tag="t")
+    other, guard = make(kind)
+    support.train_step(other, 0)
+    other.load_checkpoint(str(tmp_path), tag="t")
+    (finding,) = guard.findings
+    assert (finding.offender.kind, finding.offender.name, finding.offender.index) == (
+        "optimizer_state",
+        "output.weight",
+        (5, 11),
+    )
+    assert "writes it into the weights" in str(finding)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind[0] != "fp16" and kind[0] != "half"], ids=name_of)
+def test_without_scaling_a_bad_gradient_is_born_in_the_backward_pass(make, kind):
+    engine, guard = make(kind)
+    support.train_step(engine, 0)
+    handle = dict(engine.module.named_parameters())["hidden.weight"].register_hook(plant_in_gradient((9, 4)))
+    support.train_step(engine, 1)
+    handle.remove()
+    assert guard.last_report.verdict is ng.Verdict.BACKWARD_NONFINITE
+    assert (guard.last_report.first.name, guard.last_report.first.module) == ("hidden.weight", "hidden")
+    assert "module hidden" in guard.last_report.advice

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -37,6 +37,7 @@ _FAILED = 2  # graver than any answer
 _OUTLOOK = {
     "parameter": "If the model reads it, the first loss will be NaN, and no loss scale can mend that.",
     "buffer": "If the forward pass reads it, the loss will be NaN.",
+    "optimizer_state": "The next step that is applied writes it into the weights.",
 }
 
 
@@ -63,13 +64,29 @@ class Model:
         parameters: In registration order.
         buffers: Likewise.
         sliced_gradients: Whether every rank holds another slice of the gradients; else each holds all of them.
+        scan_state: Reads the optimizer's own tensors once: moments, master copies.
+        sliced_state: Whether every rank holds another slice of those.
         device: Where small reductions between ranks are made.
     """
 
     parameters: list[NamedTensor]
     buffers: list[NamedTensor]
     sliced_gradients: bool
+    scan_state: Callable[[], Scanned]
+    sliced_state: bool
     device: torch.device
+
+
+class _Local(NamedTuple):
+    """What one rank sees: the weights (and, as the last row, the loss), the gradients, the optimizer's state."""
+
+    weights: Sums
+    gradients: Sums
+    state: Sums
+
+
+def _all(sums: Sums, value: bool) -> torch.Tensor:
+    return torch.full_like(sums.first, int(value), dtype=torch.bool)
 
 
 class Session:
@@ -93,6 +110,7 @@ class Session:
         self._on_overflow = on_overflow
         self._legal = LegalNonfinites()
         self._known_buffers: set[int] = set()  # not finite before any forward pass of ours
+        self._known_parameters: set[int] = set()  # likewise: master copies of them are bad because they are
         self._recorder = Recorder(config.history)
         self._order = ReadyOrder()
         self._order.learn(model.parameters)
@@ -165,46 +183,45 @@ class Session:
         local = self.guarded(self._look)
         if self._anyone_failed():
             return None
-        weights, weight_ranks = self._ranks.combine(local[0], self._sliced_weights())
-        everywhere = torch.full_like(local[1].first, int(self._model.sliced_gradients), dtype=torch.bool)
-        gradients, gradient_ranks = self._ranks.combine(local[1], everywhere)
+        weights = self._ranks.combine(local.weights, self._sliced_weights())
+        gradients, _ = self._ranks.combine(local.gradients, _all(local.gradients, self._model.sliced_gradients))
+        state = self._ranks.combine(local.state, _all(local.state, self._model.sliced_state))
         loss_known = self._ranks.lowest(int(bool(self._losses)), self._model.device) == 1
-        report = self.guarded(lambda: self._judge(weights, weight_ranks, gradients, gradient_ranks, loss_known))
+        report = self.guarded(lambda: self._judge(weights, gradients, state, loss_known))
         if self._anyone_failed():
             return None
         self.last_report = report
         return policy.agree(report, self._config.policy, self._on_overflow, self._ranks, self._model.device)
 
-    def _look(self) -> tuple[Sums, Sums]:
-        """This rank's view of the weights (and, as the last row, of the loss), and of the gradients."""
-        parameters = len(self._model.parameters)
-        gradients = by_parameter(self._scanned.packed, self._scanned.pieces, parameters)
-        return attribution.look([*self._weights, self._loss_tensor()]), gradients
+    def _look(self) -> _Local:
+        gradients = by_parameter(self._scanned.packed, self._scanned.pieces, len(self._model.parameters))
+        return _Local(attribution.look([*self._weights, self._loss_tensor()]), gradients, self._look_at_state())
+
+    def _look_at_state(self) -> Sums:
+        state = self._model.scan_state()
+        sums = by_parameter(state.packed, state.pieces, len(self._model.parameters))
+        return Sums(*[column.to(self._model.device) for column in sums])
 
     def _sliced_weights(self) -> torch.Tensor:
         sliced = [item.slice is not None for item in self._weights]
         return torch.tensor([*sliced, False], device=self._model.device)
 
     def _judge(
-        self,
-        weights: Sums,
-        weight_ranks: torch.Tensor,
-        gradients: Sums,
-        gradient_ranks: torch.Tensor,
-        loss_known: bool,
+        self, weights: tuple[Sums, torch.Tensor], gradients: Sums, state: tuple[Sums, torch.Tensor], loss_known: bool
     ) -> OverflowReport:
-        ranks = weight_ranks.tolist()
+        sums, ranks = weights[0], weights[1].tolist()
         suspects: list[Offender] = []
         bystanders: list[Offender] = []
         loss = None
-        for position in bad_positions(weights):
+        for position in bad_positions(sums):
             if position == len(self._weights):
-                loss = self._loss_tensor().offender(weights, position, ranks[position])
+                loss = self._loss_tensor().offender(sums, position, ranks[position])
                 continue
-            offender = self._weights[position].offender(weights, position, ranks[position])
-            (suspects if self._may_be_origin(weights, position) else bystanders).append(offender)
-        self._legal.note(weights)
+            offender = self._weights[position].offender(sums, position, ranks[position])
+            (suspects if self._may_be_origin(sums, position) else bystanders).append(offender)
+        self._legal.note(sums)
         ready = self._order.sort(bad_positions(gradients))
+        state_ranks = state[1].tolist()
         return judge(
             Evidence(
                 step=self._step,
@@ -212,6 +229,7 @@ class Session:
                 scaling=self._scaling,
                 suspects=suspects,
                 bystanders=bystanders,
+                state=[self._state(state[0], at, state_ranks[at]) for at in self._bad_state(state[0])],
                 tensors=len(self._weights),
                 loss=loss,
                 loss_known=loss_known,
@@ -233,6 +251,12 @@ class Session:
         rank = 0 if self._ranks.size == 1 else None  # after the reduction it is every rank's
         return replace(self._model.parameters[position].offender(gradients, position, rank), kind="gradient")
 
+    def _bad_state(self, state: Sums) -> list[int]:
+        return [position for position in bad_positions(state) if position not in self._known_parameters]
+
+    def _state(self, state: Sums, position: int, rank: int) -> Offender:
+        return replace(self._model.parameters[position].offender(state, position, rank), kind="optimizer_state")
+
     def _loss_tensor(self) -> NamedTensor:
         """The micro-batches' losses as one tensor, so that the index of an offender is the micro-batch."""
         losses = [loss.reshape(()).to(torch.float32) for loss in self._losses]
@@ -243,10 +267,13 @@ class Session:
     # -- weights outside of a step -----------------------------------------------------------------------------------
 
     def inspect_weights(self, when: str) -> None:
-        """Looks at what this rank has of every parameter and buffer, and tells of those that are not finite."""
+        """Looks at what this rank has of parameters, buffers and optimizer state, and tells what is not finite."""
         sums = attribution.look(self._weights)
         self._legal.note(sums)
         self._known_buffers.clear()
+        self._known_parameters = {
+            position for position in bad_positions(sums) if position < len(self._model.parameters)
+        }
         for position in bad_positions(sums):
             weight = self._weights[position]
             if weight.kind == "buffer":
@@ -254,10 +281,16 @@ class Session:
                 if only_negative_infinity(sums, position):
                     continue
             offender = weight.offender(sums, position, self._ranks.rank)
-            finding = Finding(offender, f"{offender}, seen when {when}. {_OUTLOOK[weight.kind]}")
-            self.findings.append(finding)
-            mine = self._ranks.rank == 0 or weight.slice is not None
-            _log.log(logging.WARNING if mine else logging.INFO, "%s", finding)
+            self._tell(offender, when, mine=self._ranks.rank == 0 or weight.slice is not None)
+        state = self._look_at_state()
+        for position in self._bad_state(state):
+            offender = self._state(state, position, self._ranks.rank)
+            self._tell(offender, when, mine=self._ranks.rank == 0 or self._model.sliced_state)
+
+    def _tell(self, offender: Offender, when: str, mine: bool) -> None:
+        finding = Finding(offender, f"{offender}, seen when {when}. {_OUTLOOK[offender.kind]}")
+        self.findings.append(finding)
+        _log.log(logging.WARNING if mine else logging.INFO, "%s", finding)
 
     # -- the guard's own failures --------------------------------------------------------------------------------------
 

@@ -50,6 +50,7 @@ class Evidence:
         suspects: Non-finite parameters and buffers that may be the cause, in dataflow order.
         bystanders: Non-finite ones that are not: a clean step was seen with them in place, they hold nothing but -Inf
             on purpose, or they may have been poisoned by this very step.
+        state: Parameters whose optimizer state (moments, master copy) is not finite.
         tensors: Number of parameters and buffers that were looked at.
         loss: The loss as an offender; None if it is finite.
         loss_known: False if the guard could not see the loss.
@@ -62,6 +63,7 @@ class Evidence:
     scaling: Scaling
     suspects: Sequence[Offender]
     bystanders: Sequence[Offender]
+    state: Sequence[Offender]
     tensors: int
     loss: Offender | None
     loss_known: bool
@@ -72,13 +74,16 @@ class Evidence:
 def judge(seen: Evidence) -> OverflowReport:
     """Returns the report on an overflow."""
     if seen.loss is not None and seen.suspects:
-        return _weights_nonfinite(seen)
+        written = _written_by_the_optimizer(seen)
+        return _weights_nonfinite(seen) if written is None else _optimizer_state_nonfinite(seen, written)
     if not seen.gradients:
         return _false_alarm(seen)
     if seen.loss is not None:
         return _loss_nonfinite(seen, seen.loss)
     if seen.loss_known and seen.scaling.can_fall:
         return _scale_too_high(seen)
+    if _born_in_backward(seen):
+        return _backward_nonfinite(seen)
     return _gradients_nonfinite(seen)
 
 
@@ -130,6 +135,9 @@ def _common(seen: Evidence) -> list[str]:
         names = ", ".join(f"{item.name} ({item.counts})" for item in seen.bystanders[:3])
         more = f" and {len(seen.bystanders) - 3} more" if len(seen.bystanders) > 3 else ""
         lines.append(f"also not finite, but not shown to be the cause: {names}{more}")
+    if seen.state:
+        names = ", ".join(item.name for item in seen.state[:3])
+        lines.append(f"not finite in the optimizer's state: {names}")
     if seen.skipped > 1:
         lines.append(f"{seen.skipped} steps skipped in a row")
     if seen.skipped == 0:
@@ -176,6 +184,54 @@ def _weights_nonfinite(seen: Evidence) -> OverflowReport:
     return _report(seen, Verdict.WEIGHTS_NONFINITE, False, first, evidence, (), advice)
 
 
+def _written_by_the_optimizer(seen: Evidence) -> Offender | None:
+    """The optimizer state behind the first bad weight that has some.
+
+    Steps with bad gradients are skipped, so a bad weight does not reach the state: it is the other way round.
+    """
+    by_name = {item.name: item for item in seen.state}
+    return next((by_name[item.name] for item in seen.suspects if item.name in by_name), None)
+
+
+def _optimizer_state_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
+    return _report(
+        seen,
+        Verdict.OPTIMIZER_STATE_NONFINITE,
+        False,
+        first,
+        [
+            f"the loss is not finite ({_loss_text(seen)}), nor is {seen.suspects[0]}",
+            f"nor is the optimizer's state of {first.name} (a moment or the float32 master copy): {first.counts}",
+            "steps with such gradients are skipped, so the state was bad before the weight",
+        ],
+        (),
+        f"Go back to a healthy checkpoint, or reset the optimizer's state of {first.name} and load its weights anew: "
+        "the next step that is applied would write it into the weights again.",
+    )
+
+
+def _born_in_backward(seen: Evidence) -> bool:
+    """Whether nothing but the backward pass is left: no scaling, and no reduction that could have overflowed."""
+    if not seen.loss_known or seen.suspects or seen.scaling.scale != 1.0:
+        return False
+    return seen.world_size == 1 or seen.gradients[0].nan > 0  # a sum of finite numbers may be infinite, never NaN
+
+
+def _backward_nonfinite(seen: Evidence) -> OverflowReport:
+    first = seen.gradients[0]
+    where = f"module {first.module}" if first.module else "the root module"
+    return _report(
+        seen,
+        Verdict.BACKWARD_NONFINITE,
+        None,
+        first,
+        ["the loss is finite", _finite_weights(seen), "the loss is not scaled: a scale cannot be too high"],
+        ("the batch", "the operation behind it"),
+        f"The backward pass made it in {where}, or right behind it: look there for a division, a square root, a "
+        "logarithm or a norm at 0, and for a sum that is too large for the dtype.",
+    )
+
+
 def _loss_nonfinite(seen: Evidence, loss: Offender) -> OverflowReport:
     return _report(
         seen,
@@ -183,7 +239,7 @@ def _loss_nonfinite(seen: Evidence, loss: Offender) -> OverflowReport:
         None,
         loss,
         [f"the loss is not finite ({_loss_text(seen)})", _finite_weights(seen)],
-        ("the batch", "the outputs of the modules", "the optimizer state"),
+        ("the batch", "the outputs of the modules"),
         "A non-finite value came in with the batch or arose in the forward pass; the loss scale acts later, so "
         "lowering it will hardly help. Check the inputs and labels of this batch, or run the forward pass in "
         "float32 or bfloat16.",
@@ -198,7 +254,7 @@ def _scale_too_high(seen: Evidence) -> OverflowReport:
         True,
         seen.gradients[0],
         ["the loss is finite", _finite_weights(seen), f"the loss scale is {seen.scaling}"],
-        ("the batch", "the optimizer state", "whether this batch is finite at a lower scale"),
+        ("the batch", "whether this batch is finite at a lower scale"),
         f"Let it go on: the loss scale will be lowered, {_plural(left, 'halving')} left. The verdict is provisional "
         f"until a step is finite.",
     )
@@ -221,7 +277,7 @@ def _gradients_nonfinite(seen: Evidence) -> OverflowReport:
         None,
         seen.gradients[0],
         evidence,
-        (*unseen, "the batch", "the optimizer state", "the backward pass, module by module"),
+        (*unseen, "the batch", "the backward pass, module by module", "the gradients before the reduction"),
         f"The gradient of {seen.gradients[0].name} is the first that is not finite: look at the operations behind it "
         f"(a division, a square root or a logarithm at 0), and at the batch.",
     )

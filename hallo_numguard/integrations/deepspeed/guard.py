@@ -25,6 +25,7 @@ from hallo_numguard.errors import InvalidInput, NumericsError
 from hallo_numguard.integrations.deepspeed.engine import kind_for, known_bad, parameters_of, told_not_to_look
 from hallo_numguard.integrations.deepspeed.replace import Replacement
 from hallo_numguard.integrations.deepspeed.seams import Seams
+from hallo_numguard.integrations.deepspeed.state import is_sliced, scan_state
 from hallo_numguard.integrations.deepspeed.version import version
 from hallo_numguard.monitor import attribution
 from hallo_numguard.monitor.agreement import Ranks
@@ -52,7 +53,14 @@ class DeepSpeedGuard:
         positions = {item.tensor: position for position, item in enumerate(parameters)}
         self._gradients = self._kind.source(self._optimizer, positions)
         buffers = attribution.named_buffers(engine.module)
-        model = Model(parameters, buffers, self._gradients.sliced, torch.device(engine.device))
+        model = Model(
+            parameters,
+            buffers,
+            sliced_gradients=self._gradients.sliced,
+            scan_state=lambda: scan_state(self._optimizer, positions),
+            sliced_state=is_sliced(self._optimizer),
+            device=torch.device(engine.device),
+        )
         self._session = Session(model, self._ranks, config, on_overflow)
         self._policy = config.policy
         self._looks = self._kind.looks(self._optimizer)  # else nobody does but the guard
