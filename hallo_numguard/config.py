@@ -12,6 +12,7 @@ ACTIONS = ("continue", "warn", "skip", "raise")
 """What can be done about an overflow, mildest first. The step itself is skipped in any case."""
 
 MODES = ("replace", "observe")
+LOCAL_GRADIENTS = ("never", "on_alarm", "always")
 
 OverflowCallback = Callable[[OverflowReport], str | None]
 Action = str | OverflowCallback
@@ -88,16 +89,24 @@ class GuardConfig:
         mode: "replace" (default): the guard's pass over the gradients stands in for the framework's own check and norm,
             where it has such that can be replaced; "observe": the framework makes its own passes as well.
         history: Number of steps that the flight recorder keeps.
+        local_gradients: When to look at gradients before the reduction as well, which tells whose they are: "never",
+            "on_alarm" (default: from the step after an overflow on, until 20 steps were clean) or "always". While it
+            looks it costs a small pass and a Python call a parameter.
         policy: What to do about an overflow.
     """
 
     mode: str = "replace"
     history: int = 64
+    local_gradients: str = "on_alarm"
     policy: Policy = field(default_factory=Policy)
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise InvalidInput(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.local_gradients not in LOCAL_GRADIENTS:
+            raise InvalidInput(
+                f"local_gradients must be one of {', '.join(LOCAL_GRADIENTS)}, got {self.local_gradients!r}"
+            )
         if not isinstance(self.history, int) or self.history < 1:
             raise InvalidInput(f"history must be a positive number of steps, got {self.history!r}")
         if not isinstance(self.policy, Policy):

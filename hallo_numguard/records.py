@@ -65,6 +65,7 @@ class Verdict(str, Enum):
     WEIGHTS_NONFINITE = "weights_nonfinite"
     OPTIMIZER_STATE_NONFINITE = "optimizer_state_nonfinite"
     BACKWARD_NONFINITE = "backward_nonfinite"
+    REDUCTION_OVERFLOW = "reduction_overflow"
     UNDETERMINED = "undetermined"
 
     def __str__(self) -> str:
@@ -76,7 +77,7 @@ class Offender:
     """A tensor that holds a non-finite value.
 
     Attributes:
-        kind: "parameter", "buffer", "optimizer_state", "loss" or "gradient".
+        kind: "parameter", "buffer", "optimizer_state", "loss", "gradient" or "reduction".
         name: Fully qualified name; "loss" for the loss.
         module: Fully qualified name of the module that owns it, "" for the root.
         rank: Global rank on which it was seen, the lowest if on several; None for a gradient of several ranks, because

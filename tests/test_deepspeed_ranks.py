@@ -128,3 +128,51 @@ def test_every_kind_of_optimizer_on_two_ranks(tmp_path):
             owner = 1 if kind[1] == 3 else 0  # a slice is one rank's, a copy is the lowest rank's
             expected = f"{gradient} hidden.weight (23, 1) {owner} [True, False, True, False]"
             assert found.get(name_of(kind)) == f"KIND {name_of(kind)} {expected}", output
+
+
+LOCAL = """
+import deepspeed_support as support, hallo_numguard as ng, torch, os, logging
+import deepspeed
+from test_deepspeed_kinds import plant_in_gradient
+logging.disable(logging.CRITICAL)
+RANK = int(os.environ["RANK"])
+engine = support.make_engine({setup!r}, stage={stage}, scale_power=0)
+guard = ng.attach(engine, ng.GuardConfig(local_gradients={when!r}))
+parameter = dict(engine.module.named_parameters())["hidden.weight"]
+"""
+
+
+@pytest.mark.parametrize(("setup", "stage"), [("bf16", 2), ("bf16", 3), ("bf16_fp32", 1), ("bf16", 0)])
+def test_the_rank_whose_gradient_was_bad_before_the_reduction_is_named(tmp_path, setup, stage):
+    body = """
+support.train_step(engine, 0)
+if RANK == 1:
+    parameter.register_hook(plant_in_gradient((20, 5)))
+for step in (1, 2):
+    support.train_step(engine, step)
+    first = guard.last_report.first
+    print("SAID", step, first.name, first.index, first.rank, guard.last_report.verdict)
+print("EVIDENCE", [line for line in guard.last_report.evidence if "before the reduction" in line])
+"""
+    for output in support.run_ranks(LOCAL.format(setup=setup, stage=stage, when="on_alarm") + body + TAIL, tmp_path):
+        assert "SAID 1 hidden.weight (20, 5) None backward_nonfinite" in output, "nobody looked yet"
+        assert "SAID 2 hidden.weight (20, 5) 1 backward_nonfinite" in output
+        assert "of 1 of 2 ranks were not finite (rank 1)" in output
+
+
+def test_a_sum_that_overflows_is_told_from_gradients_that_do(tmp_path):
+    """Every rank's gradient is finite in float16, their sum is not. (ZeRO 1 to 3 divide before they add up.)"""
+    body = """
+support.train_step(engine, 0)
+handle = parameter.register_hook(plant_in_gradient((20, 5), 40000.0))
+support.train_step(engine, 1)
+handle.remove()
+report = guard.last_report
+print("SAID", report.verdict, report.recoverable, report.first.kind, report.first.name, report.first.index)
+support.train_step(engine, 2)
+print("APPLIED", [record.applied for record in guard.history])
+"""
+    head = LOCAL.format(setup="fp16", stage=0, when="always")
+    for output in support.run_ranks(head + body + TAIL, tmp_path):
+        assert "SAID reduction_overflow True reduction hidden.weight (20, 5)" in output
+        assert "APPLIED [True, False, True]" in output

@@ -29,6 +29,10 @@ class Ranks:
         """Returns the lowest of the values that the ranks give. Synchronises."""
         return int(self._reduce(torch.tensor([value], device=device), dist.ReduceOp.MIN).item())
 
+    def total(self, value: int, device: torch.device) -> int:
+        """Returns the sum of the values that the ranks give. Synchronises."""
+        return int(self._reduce(torch.tensor([value], device=device), dist.ReduceOp.SUM).item())
+
     def combine(self, local: Sums, sliced: torch.Tensor) -> tuple[Sums, torch.Tensor]:
         """Puts together what the ranks see.
 

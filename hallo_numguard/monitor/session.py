@@ -23,7 +23,8 @@ from hallo_numguard.monitor.attribution import (
     bad_positions,
     only_negative_infinity,
 )
-from hallo_numguard.monitor.layout import Piece, Sums, by_parameter
+from hallo_numguard.monitor.layout import NONE, Piece, Sums, by_parameter
+from hallo_numguard.monitor.local import LocalGradients
 from hallo_numguard.monitor.recorder import Recorder
 from hallo_numguard.monitor.verdict import Evidence, Scaling, judge, settled
 from hallo_numguard.records import Finding, Offender, OverflowReport, StepRecord
@@ -78,11 +79,19 @@ class Model:
 
 
 class _Local(NamedTuple):
-    """What one rank sees: the weights (and, as the last row, the loss), the gradients, the optimizer's state."""
+    """What one rank sees: weights (and, as the last row, the loss), gradients, optimizer state, local gradients."""
 
     weights: Sums
     gradients: Sums
     state: Sums
+    before_reduction: Sums
+
+
+class BeforeReduction(NamedTuple):
+    """Of the gradients before the reduction: how many ranks had bad ones, and the lowest such rank of a parameter."""
+
+    ranks: int
+    rank_of: dict[int, int]
 
 
 def _all(sums: Sums, value: bool) -> torch.Tensor:
@@ -114,6 +123,7 @@ class Session:
         self._recorder = Recorder(config.history)
         self._order = ReadyOrder()
         self._order.learn(model.parameters)
+        self._local = LocalGradients(model.parameters, config.local_gradients)
         self._losses: list[torch.Tensor] = []  # of this step's micro-batches, detached
         self._step = 0
         self._scaling = Scaling(1.0, dynamic=False)
@@ -127,6 +137,7 @@ class Session:
     def stop(self) -> None:
         """Lets go of the model; reports and history stay readable."""
         self._order.stop()
+        self._local.stop()
         self._losses.clear()
 
     # -- a step ------------------------------------------------------------------------------------------------------
@@ -146,6 +157,7 @@ class Session:
         self._recorder.end(applied)
         self._losses.clear()
         self._order.stop()
+        self._local.step_is_over(clean=applied)
         if not applied:
             return
         self._legal.clean_step()
@@ -186,8 +198,9 @@ class Session:
         weights = self._ranks.combine(local.weights, self._sliced_weights())
         gradients, _ = self._ranks.combine(local.gradients, _all(local.gradients, self._model.sliced_gradients))
         state = self._ranks.combine(local.state, _all(local.state, self._model.sliced_state))
+        before = self._before_the_reduction(local.before_reduction)
         loss_known = self._ranks.lowest(int(bool(self._losses)), self._model.device) == 1
-        report = self.guarded(lambda: self._judge(weights, gradients, state, loss_known))
+        report = self.guarded(lambda: self._judge(weights, gradients, state, before, loss_known))
         if self._anyone_failed():
             return None
         self.last_report = report
@@ -195,19 +208,34 @@ class Session:
 
     def _look(self) -> _Local:
         gradients = by_parameter(self._scanned.packed, self._scanned.pieces, len(self._model.parameters))
-        return _Local(attribution.look([*self._weights, self._loss_tensor()]), gradients, self._look_at_state())
+        weights = attribution.look([*self._weights, self._loss_tensor()])
+        return _Local(weights, gradients, self._look_at_state(), self._local.sums(self._model.device))
 
     def _look_at_state(self) -> Sums:
         state = self._model.scan_state()
         sums = by_parameter(state.packed, state.pieces, len(self._model.parameters))
         return Sums(*[column.to(self._model.device) for column in sums])
 
+    def _before_the_reduction(self, local: Sums) -> BeforeReduction | None:
+        """What the ranks' own gradients were, if all of them looked. A fixed number of reductions in any case."""
+        looked = self._ranks.lowest(int(self._local.watching), self._model.device) == 1
+        sums, ranks = self._ranks.combine(local, _all(local, False))
+        bad = self._ranks.total(int(bool((local.first != NONE).any())), self._model.device)
+        if not looked:
+            return None
+        return BeforeReduction(bad, {position: int(ranks[position]) for position in bad_positions(sums)})
+
     def _sliced_weights(self) -> torch.Tensor:
         sliced = [item.slice is not None for item in self._weights]
         return torch.tensor([*sliced, False], device=self._model.device)
 
     def _judge(
-        self, weights: tuple[Sums, torch.Tensor], gradients: Sums, state: tuple[Sums, torch.Tensor], loss_known: bool
+        self,
+        weights: tuple[Sums, torch.Tensor],
+        gradients: Sums,
+        state: tuple[Sums, torch.Tensor],
+        before: BeforeReduction | None,
+        loss_known: bool,
     ) -> OverflowReport:
         sums, ranks = weights[0], weights[1].tolist()
         suspects: list[Offender] = []
@@ -233,7 +261,8 @@ class Session:
                 tensors=len(self._weights),
                 loss=loss,
                 loss_known=loss_known,
-                gradients=[self._gradient(gradients, position) for position in ready],
+                gradients=[self._gradient(gradients, position, before) for position in ready],
+                bad_ranks=None if before is None else before.ranks,
                 world_size=self._ranks.size,
             )
         )
@@ -247,8 +276,10 @@ class Session:
         # -Inf alone is how additive masks are written.
         return position in self._known_buffers and not only_negative_infinity(weights, position)
 
-    def _gradient(self, gradients: Sums, position: int) -> Offender:
+    def _gradient(self, gradients: Sums, position: int, before: BeforeReduction | None) -> Offender:
         rank = 0 if self._ranks.size == 1 else None  # after the reduction it is every rank's
+        if before is not None:
+            rank = before.rank_of.get(position, rank)
         return replace(self._model.parameters[position].offender(gradients, position, rank), kind="gradient")
 
     def _bad_state(self, state: Sums) -> list[int]:

@@ -55,6 +55,7 @@ class Evidence:
         loss: The loss as an offender; None if it is finite.
         loss_known: False if the guard could not see the loss.
         gradients: Offending gradients in ready order.
+        bad_ranks: Number of ranks whose gradients were not finite before the reduction; None if nobody looked.
         world_size: Number of ranks.
     """
 
@@ -68,6 +69,7 @@ class Evidence:
     loss: Offender | None
     loss_known: bool
     gradients: Sequence[Offender]
+    bad_ranks: int | None
     world_size: int
 
 
@@ -80,6 +82,8 @@ def judge(seen: Evidence) -> OverflowReport:
         return _false_alarm(seen)
     if seen.loss is not None:
         return _loss_nonfinite(seen, seen.loss)
+    if seen.bad_ranks == 0 and seen.world_size > 1:
+        return _reduction_overflow(seen)
     if seen.loss_known and seen.scaling.can_fall:
         return _scale_too_high(seen)
     if _born_in_backward(seen):
@@ -135,6 +139,8 @@ def _common(seen: Evidence) -> list[str]:
         names = ", ".join(f"{item.name} ({item.counts})" for item in seen.bystanders[:3])
         more = f" and {len(seen.bystanders) - 3} more" if len(seen.bystanders) > 3 else ""
         lines.append(f"also not finite, but not shown to be the cause: {names}{more}")
+    if seen.bad_ranks and seen.world_size > 1:
+        lines.append(_rank_line(seen, seen.bad_ranks))
     if seen.state:
         names = ", ".join(item.name for item in seen.state[:3])
         lines.append(f"not finite in the optimizer's state: {names}")
@@ -143,6 +149,17 @@ def _common(seen: Evidence) -> list[str]:
     if seen.skipped == 0:
         lines.append("the step is applied all the same: the configuration says not to look (policy.enforce skips it)")
     return lines
+
+
+def _rank_line(seen: Evidence, bad_ranks: int) -> str:
+    if bad_ranks == seen.world_size:
+        return "before the reduction the gradients of every rank were not finite: the cause is one they share"
+    ranks = sorted({item.rank for item in seen.gradients if item.rank is not None})
+    whose = f" (rank {ranks[0]})" if len(ranks) == 1 else ""
+    return (
+        f"before the reduction the gradients of {bad_ranks} of {seen.world_size} ranks were not finite{whose}: look at "
+        "that rank's batch first, then at its hardware"
+    )
 
 
 def _gradient_line(seen: Evidence) -> str:
@@ -210,11 +227,26 @@ def _optimizer_state_nonfinite(seen: Evidence, first: Offender) -> OverflowRepor
     )
 
 
+def _reduction_overflow(seen: Evidence) -> OverflowReport:
+    return _report(
+        seen,
+        Verdict.REDUCTION_OVERFLOW,
+        True,
+        replace(seen.gradients[0], kind="reduction"),
+        ["every rank's own gradients were finite, their sum is not"],
+        (),
+        "The sum over the ranks is too large for the dtype that it is made in: divide before it (prescale_gradients, "
+        "gradient_predivide_factor), or reduce in a wider dtype (communication_data_type: bf16 or fp32). A lower loss "
+        "scale helps as well, and costs small gradients.",
+    )
+
+
 def _born_in_backward(seen: Evidence) -> bool:
     """Whether nothing but the backward pass is left: no scaling, and no reduction that could have overflowed."""
     if not seen.loss_known or seen.suspects or seen.scaling.scale != 1.0:
         return False
-    return seen.world_size == 1 or seen.gradients[0].nan > 0  # a sum of finite numbers may be infinite, never NaN
+    # A sum of finite numbers may be infinite, never NaN.
+    return seen.world_size == 1 or seen.gradients[0].nan > 0 or bool(seen.bad_ranks)
 
 
 def _backward_nonfinite(seen: Evidence) -> OverflowReport:

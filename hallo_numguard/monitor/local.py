@@ -1,0 +1,74 @@
+"""This rank's gradients before the reduction: after the sum every rank is NaN, and who began is lost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from hallo_numguard.monitor.attribution import NamedTensor
+from hallo_numguard.monitor.layout import Piece, Sums, by_parameter
+from hallo_numguard.ops.stats import tensor_stats
+
+CALM = 20  # clean steps after an alarm, until nobody looks any more
+
+
+class LocalGradients:
+    """Looks at every gradient as the backward pass makes it. Costs a pass and a launch a parameter while it looks.
+
+    Args:
+        parameters: In the session's order.
+        when: "never", "on_alarm" (from the step after an overflow on, until `CALM` steps were clean) or "always".
+    """
+
+    def __init__(self, parameters: Sequence[NamedTensor], when: str) -> None:
+        self._parameters = parameters
+        self._when = when
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._rows: list[torch.Tensor] = []
+        self._pieces: list[Piece] = []
+        self._calm = 0
+        if when == "always":
+            self._watch()
+
+    @property
+    def watching(self) -> bool:
+        """Whether this step's gradients were looked at, from its first backward on."""
+        return bool(self._handles)
+
+    def sums(self, device: torch.device) -> Sums:
+        """What this rank's backward passes of the step made, a row a parameter."""
+        packed = torch.cat(self._rows) if self._rows else torch.empty((0, 8), dtype=torch.int64)
+        return by_parameter(packed.to(device), self._pieces, len(self._parameters))
+
+    def step_is_over(self, clean: bool) -> None:
+        """Forgets the step, and looks in the next one, or no longer."""
+        self._rows.clear()
+        self._pieces.clear()
+        self._calm = self._calm + 1 if clean else 0
+        if self._when != "on_alarm":
+            return
+        if not clean:
+            self._watch()
+        elif self._calm >= CALM:
+            self.stop()
+
+    def stop(self) -> None:
+        """Looks no longer."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def _watch(self) -> None:
+        if self._handles:
+            return
+        for position, item in enumerate(self._parameters):
+            if item.tensor.requires_grad:
+                self._handles.append(item.tensor.register_hook(self._look(position)))
+
+    def _look(self, position: int) -> Callable[[torch.Tensor], None]:
+        def look(gradient: torch.Tensor) -> None:
+            self._rows.append(tensor_stats(gradient.detach()).packed)
+            self._pieces.append(Piece(position, 0))
+
+        return look
