@@ -241,3 +241,21 @@ def test_a_report_survives_json(make):
     assert ng.OverflowReport.from_json(guard.last_report.to_json()) == guard.last_report
     with pytest.raises(ValueError, match="schema version"):
         ng.OverflowReport.from_json("{}")
+
+
+def test_figures_go_to_the_trackers_of_the_engine(make, tmp_path):
+    """Five series, on DeepSpeed's own axis, samples; in files that a person can read."""
+    monitor = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "run"}}
+    engine, guard = make("fp16", scale_power=30, **monitor)
+    for step in range(20):
+        support.train_step(engine, step)
+    written = {path.stem: path.read_text().split() for path in (tmp_path / "run").glob("Numguard*.csv")}
+    assert len(written) == 5
+    skips = sum(not record.applied for record in guard.history)
+    norms = [line.split(",") for line in written["Numguard_gradient_norm"][1:]]
+    assert [int(samples) for samples, _ in norms] == [4 * step for step in range(1, 21)]
+    assert float(norms[-1][1]) == pytest.approx(guard.history[-1].norm / guard.history[-1].loss_scale, rel=1e-6)
+    counts = [int(float(line.split(",")[1])) for line in written["Numguard_skipped_in_a_row"][1:]]
+    assert counts == [*range(1, skips + 1), *[0] * (20 - skips)]
+    theirs = next(tmp_path.rglob("Train_Samples_lr.csv")).read_text().split()
+    assert theirs[-1].split(",")[0] == "80", "their axis"

@@ -56,18 +56,20 @@ class Recorder:
         """Completes the step that was begun last."""
         self._stamps[-1].applied = applied
 
-    def read(self, wait: bool = True) -> list[StepRecord]:
+    def read(self, wait: bool = True, last: int | None = None) -> list[StepRecord]:
         """Returns the steps that are kept, oldest first.
 
         Args:
+            last: Only so many, the latest.
             wait: Whether to wait for rows that are still on their way from the device; else they are left out, which
                 of steps that are over is at most the last. Nothing else on the device is waited for.
         """
         if self._rows is None:
             return []
-        begin = self._written - len(self._stamps)
-        rows = [self._rows.read(begin + position, wait) for position in range(len(self._stamps))]
-        return [_step_record(stamp, row) for stamp, row in zip(self._stamps, rows, strict=True) if row is not None]
+        stamps = self._stamps if last is None else self._stamps[-last:]
+        begin = self._written - len(stamps)
+        rows = [self._rows.read(begin + position, wait) for position in range(len(stamps))]
+        return [_step_record(stamp, row) for stamp, row in zip(stamps, rows, strict=True) if row is not None]
 
 
 def _step_record(stamp: _Stamp, row: list[float]) -> StepRecord:

@@ -134,6 +134,15 @@ class Session:
         """Returns the flight recorder's steps, oldest first. Waits for rows that are still on their way."""
         return self._recorder.read()
 
+    def arrived(self, last: int) -> list[StepRecord]:
+        """Returns the latest steps whose figures are on the host by now, oldest first. Waits for nothing."""
+        return self._recorder.read(wait=False, last=last)
+
+    @property
+    def skipped_in_a_row(self) -> int:
+        """Number of steps skipped since the last one that was applied."""
+        return self._skipped
+
     def stop(self) -> None:
         """Lets go of the model; reports and history stay readable."""
         self._order.stop()
