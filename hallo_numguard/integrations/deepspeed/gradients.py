@@ -127,6 +127,7 @@ class FlatBuffers:
         sliced: See `GradientSource`.
         groups: How many segments each of the optimizer's groups has, in order; a group a buffer if left out.
         copies: Gives other places that hold the same gradients.
+        wait: Waits until what is still on its way to the buffers has arrived.
     """
 
     def __init__(
@@ -135,8 +136,10 @@ class FlatBuffers:
         sliced: bool,
         groups: Sequence[int] | None = None,
         copies: Callable[[], Iterable[torch.Tensor | None]] = tuple,
+        wait: Callable[[], object] = tuple,
     ) -> None:
         self.sliced = sliced
+        self._wait = wait
         self._copies = copies
         self._buffers = []
         self._pieces: list[Piece] = []
@@ -152,6 +155,7 @@ class FlatBuffers:
 
     def scan(self) -> Scanned:
         """See `GradientSource.scan`."""
+        self._wait()
         tables = []
         for get, layout in self._buffers:
             flat = get()
@@ -181,7 +185,15 @@ def offloaded_partitions(optimizer: Any, positions: Positions) -> FlatBuffers:
         segments.sort()
         _check_end(optimizer, "single_partition_of_fp32_groups", segments, flat.numel())
         buffers.append((lambda flat=flat: flat.grad, segments))
-    return FlatBuffers(buffers, sliced=True)
+    return FlatBuffers(buffers, sliced=True, wait=lambda: _wait_for_copies(optimizer))
+
+
+def _wait_for_copies(optimizer: Any) -> None:
+    """DeepSpeed copies gradients from the GPU while the backward pass goes on, and waits itself in its step."""
+    if hasattr(optimizer, "_wait_for_offload_copies"):
+        optimizer._wait_for_offload_copies()
+    elif torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
 
 
 def partition_buffer(optimizer: Any, positions: Positions) -> FlatBuffers:
