@@ -259,3 +259,18 @@ def test_figures_go_to_the_trackers_of_the_engine(make, tmp_path):
     assert counts == [*range(1, skips + 1), *[0] * (20 - skips)]
     theirs = next(tmp_path.rglob("Train_Samples_lr.csv")).read_text().split()
     assert theirs[-1].split(",")[0] == "80", "their axis"
+
+
+def test_whoever_catches_the_error_can_go_on(make):
+    """At the minimal scale DeepSpeed raises from inside of its step; the next one must not see what that one left."""
+    engine, guard = make("fp16", scale_power=0)
+    support.train_step(engine, 0)
+    with pytest.raises(ng.NumericsError):
+        support.train_step(engine, 1, poison=float("inf"))
+    for parameter in engine.module.parameters():
+        parameter.grad = None
+    engine.optimizer.zero_grad()
+    support.train_step(engine, 2)
+    assert [record.applied for record in guard.history] == [True, False, True]
+    assert guard.last_report.first.name == "loss"
+    assert guard.last_report.first.shape == ()

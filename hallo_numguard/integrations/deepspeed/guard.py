@@ -124,9 +124,14 @@ class DeepSpeedGuard:
             self._replacement.begin(scanned)
         if not self._looks and not hasattr(self._optimizer, "_update_scale"):
             self._skipped_here = self._found_by_us()
-        result = None if self._skipped_here else original(*args, **kwargs)
-        if self._replacement is not None:
-            self._replacement.end()
+        try:
+            result = None if self._skipped_here else original(*args, **kwargs)
+        except BaseException:
+            self._guarded(lambda: self._session.after_step(applied=False))
+            raise
+        finally:
+            if self._replacement is not None:
+                self._replacement.end()
         self._take_off_if_failed(everywhere=self._ranks.size == 1)
         if self._overflowed:
             if not self._explained:
