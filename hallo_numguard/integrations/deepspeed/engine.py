@@ -112,6 +112,7 @@ KINDS = (
         ("bf16_groups", "dp_process_group", "fp32_groups_gradients_flat"),
         gradients.whole_flat_groups,
         _no_scaling,
+        lambda _: _checks_norm(),  # before, it stops with an assertion that says nothing
     ),
     Kind(
         ("FP16_Optimizer", "FP16_UnfusedOptimizer"),

@@ -118,6 +118,8 @@ class DeepSpeedGuard:
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._explained = self._skipped_here = False
+        if not self._looks and hasattr(self._optimizer, "overflow"):
+            self._optimizer.overflow = False  # DeepSpeed would leave what the guard has set
         scanned = self._scanned_early or self._session.guarded(self._before_step)
         self._scanned_early = None
         if self._replacement is not None:
