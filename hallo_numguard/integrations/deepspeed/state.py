@@ -72,8 +72,14 @@ def _stage3_parts(optimizer: Any, positions: Positions) -> Iterator[Part]:
             start = size * torch.distributed.get_rank(getattr(parameter, "ds_process_group", None))
             real = max(0, min(size, parameter.ds_numel - start))
             for tensor in tensors:
-                yield tensor.view(-1)[begin : begin + real], Piece(positions[parameter], start)
+                if not _share_memory(tensor, parameter.ds_tensor):
+                    yield tensor.view(-1)[begin : begin + real], Piece(positions[parameter], start)
             begin += size
+
+
+def _share_memory(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether a master copy is none: in float32, stage 3 of older releases lets the optimizer work on the weights."""
+    return left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
 
 
 def _whole(optimizer: Any, key: torch.Tensor, position: int, is_master: bool) -> Iterator[Part]:
