@@ -23,6 +23,7 @@ from test_stats import assert_records, normal
 import hallo_numguard as ng
 from hallo_numguard.monitor.recorder import Recorder
 from hallo_numguard.ops import cuda, device, dispatch, reference, triton
+from hallo_numguard.ops.chunks import CHUNK, Chunks
 from hallo_numguard.ops.formats import FORMATS
 
 pytestmark = pytest.mark.skipif(not fake_gpu.has_compiler(), reason=fake_gpu.COMPILER_MISSING)
@@ -315,3 +316,36 @@ def test_the_one_that_launches_faster_is_taken_if_it_runs(gpus: FakeGpus, monkey
             monkeypatch.setattr(module, "unavailable", lambda _, here=module in runs: None if here else "not here")
         dispatch.backend_for.cache_clear()
         assert dispatch.backend_for("cuda") is chosen
+
+
+# Beyond what an int32 counts
+
+
+@pytest.fixture(scope="module")
+def memory_beyond_int32() -> torch.Tensor:
+    """Elements of a byte, of which only the last are ever touched: the rest is address space."""
+    memory = torch.empty((1 << 31) + 2000, dtype=torch.uint8)
+    memory[-2000:] = 0x38  # 0.5 in e5m2
+    memory[-1500] = 0x7F  # NaN
+    return memory.view(torch.float8_e5m2)
+
+
+def test_a_segment_that_begins_beyond_int32(gpus: FakeGpus, memory_beyond_int32: torch.Tensor) -> None:
+    flat, layout = on_gpu(memory_beyond_int32), ng.Layout([(1 << 31) + 3, (1 << 31) + 2000])
+    table = table_on_host(warm(lambda: ng.tensor_stats(flat, layout, detail=True)))
+    assert_records(table, [definition(memory_beyond_int32[(1 << 31) + 3 :])], "cuda")
+
+
+def test_a_chunk_that_begins_beyond_int32(gpus: FakeGpus, memory_beyond_int32: torch.Tensor) -> None:
+    """The last chunk of a segment of 65,537, alone."""
+    number = (1 << 31) // CHUNK
+    with fake_gpu.setting_up():
+        home = torch.device("cuda:0")
+        row = torch.tensor([[0, number, 2000, 0]], dtype=torch.int32).to(home)
+        none = torch.empty((0, 3), dtype=torch.int32).to(home)
+        chunks = Chunks(row, none, ((torch.float8_e5m2, 0, 1),), segments=1, rows=1)
+        starts = torch.zeros(1, dtype=torch.int64, device=home)
+    packed = cuda._scan_table(memory_beyond_int32.data_ptr(), starts, chunks, True)
+    (record,) = ng.StatsTable(reveal(packed), detail=True).to_host()
+    assert (record.nan, record.first_nonfinite) == (1, (1 << 31) + 500)
+    assert record.sumsq == 1999 * 0.25
