@@ -4,7 +4,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint bench clean
+OLDER_DEEPSPEED ?= 0.18.2 0.19.3
+
+.PHONY: demo test lint bench older-deepspeed clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -23,6 +25,13 @@ bench: $(READY)
 	mkdir -p bench
 	$(BIN)/python benchmarks/overhead.py --json bench/overhead.json --plot bench/overhead.png
 
+# The guard on other releases; docs/deepspeed.md says what holds with which.
+older-deepspeed: $(READY)
+	for version in $(OLDER_DEEPSPEED); do \
+	  DS_BUILD_OPS=0 $(BIN)/pip install -q --no-deps --no-build-isolation --target .older/$$version deepspeed==$$version; \
+	  PYTHONPATH=.older/$$version $(BIN)/python -m pytest -q -n 2 --timeout 60 tests/test_deepspeed_kinds.py; \
+	done
+
 # DeepSpeed's own set-up needs torch at hand, and must not compile its operators.
 $(VENV)/installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -36,4 +45,4 @@ $(READY): $(VENV)/installed setup.py $(wildcard csrc/*.* csrc/*/*.*)
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist bench *.egg-info hallo_numguard/_native*.so
+	rm -rf $(VENV) .older build dist bench *.egg-info hallo_numguard/_native*.so
