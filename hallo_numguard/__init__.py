@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         NumGuardError,
         UnsupportedDeepSpeed,
     )
+    from hallo_numguard.inject import inject
     from hallo_numguard.integrations import attach
     from hallo_numguard.ops.layout import Layout
     from hallo_numguard.ops.stats import multi_tensor_stats, tensor_stats
@@ -47,6 +48,7 @@ _HOMES = {
     "UnsupportedDeepSpeed": "errors",
     "Verdict": "records",
     "attach": "integrations",
+    "inject": "inject",
     "multi_tensor_stats": "ops.stats",
     "tensor_stats": "ops.stats",
 }
@@ -69,6 +71,7 @@ __all__ = [
     "UnsupportedDeepSpeed",
     "Verdict",
     "attach",
+    "inject",
     "multi_tensor_stats",
     "tensor_stats",
 ]

@@ -28,6 +28,21 @@ def scan_state(optimizer: Any, positions: Positions) -> Scanned:
     return Scanned(table.packed, [piece for _, piece in parts])
 
 
+def moments_of(optimizer: Any, parameter: torch.Tensor) -> list[tuple[torch.Tensor, int]]:
+    """Returns what this rank has of a parameter's moments and master copy: slices, and where they begin in it."""
+    return [(tensor, piece.start) for tensor, piece in _parts(optimizer, _Only(parameter)) if piece.parameter == 0]
+
+
+class _Only(dict[torch.Tensor, int]):
+    """Positions in which one parameter is the first, and all others are none."""
+
+    def __init__(self, parameter: torch.Tensor) -> None:
+        super().__init__({parameter: 0})
+
+    def __missing__(self, _: torch.Tensor) -> int:
+        return -1
+
+
 def is_sliced(optimizer: Any) -> bool:
     """Returns whether every rank holds another slice of it; else each holds all of it."""
     return kind_of(optimizer, "DeepSpeedZeroOptimizer_Stage3", "DeepSpeedZeroOptimizer", "BF16_Optimizer")
