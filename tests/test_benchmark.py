@@ -27,7 +27,9 @@ PEERS = {
 OURS = {"ours_native", "ours_public", "ours_public_detail", "ours_public_one_segment", "ours_list"}
 ON_GPU = ["--device", "cuda", *TINY]
 
-needs_native = pytest.mark.skipif(native.extension() is None, reason="measures the extension")
+needs_native = pytest.mark.skipif(
+    native.extension() is None, reason="the extension was not built, and it is what is measured"
+)
 
 
 def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -79,7 +81,7 @@ def test_no_more_segments_than_elements(tmp_path):
 @needs_native
 def test_picture(tmp_path):
     if importlib.util.find_spec("matplotlib") is None:
-        pytest.skip("matplotlib draws it")
+        pytest.skip("matplotlib is not installed, which draws the picture")
     picture = tmp_path / "picture.png"
     done = run_python("overhead.py", "--quick", *TINY, "--plot", str(picture))
     assert done.returncode == 0, done.stderr
@@ -112,7 +114,7 @@ def test_missing_extension_is_said():
 
 def test_missing_matplotlib_is_said():
     if native.extension() is None:
-        pytest.skip("the extension is asked for first")
+        pytest.skip("the extension was not built, and it is asked for before matplotlib is")
     hidden = "import sys; sys.modules['matplotlib'] = None; import overhead; overhead.main()"
     done = run_python("-c", hidden, "--quick", *TINY, "--plot", "never.png")
     assert done.returncode == 2
@@ -176,7 +178,7 @@ def run_on_fake(monkeypatch, runtime: FakeRuntime, *arguments: str):
 
 @needs_native
 def test_gpu_run_from_option_to_picture(benchmarks, monkeypatch, tmp_path):
-    pytest.importorskip("matplotlib")
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed, which draws the picture")
     found, picture = tmp_path / "found.json", tmp_path / "picture.png"
     runtime = FakeRuntime()
     done = run_on_fake(monkeypatch, runtime, "--json", str(found), "--plot", str(picture))
@@ -269,7 +271,7 @@ def test_gpu_clock_queues_ahead_of_the_call(benchmarks):
 
 @needs_native
 def test_gpu_backends_are_checked_apart(benchmarks, monkeypatch):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="triton is not installed")
     from candidates import gpu_backends, sort_out
     from problem import make_problem
     from verify import check
@@ -308,7 +310,7 @@ def test_multi_tensor_norm_peers_are_called_and_believed(benchmarks, monkeypatch
     assert set(check(problem, made)) == set(GPU_PEERS)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so nothing is missing to be told of")
 def test_missing_gpu_is_said():
     done = run_python("overhead.py", "--device", "cuda")
     assert done.returncode == 2

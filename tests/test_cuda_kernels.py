@@ -354,7 +354,7 @@ def interpreter() -> Iterator[None]:
     It replaces the functions of Triton's language by its own at every call of a device function. Once for each module
     that uses them is enough, as long as nobody else wants them.
     """
-    implementation = pytest.importorskip("triton.runtime.interpreter")
+    implementation = pytest.importorskip("triton.runtime.interpreter", reason="triton is not installed")
     patch_language = implementation._patch_lang
     patched = {}
 

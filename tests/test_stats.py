@@ -392,7 +392,7 @@ def test_a_backend_that_cannot_be_had_is_an_error(
 
 
 def test_triton_says_why_it_cannot_run(environment: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", reason="triton is not installed")
     triton = dispatch.backend("triton")
     assert triton.unavailable("cpu") is None
     assert "interpreter" in triton.unavailable("cuda")
