@@ -119,9 +119,11 @@ def _write_parameter(parameter: Any, index: Sequence[int] | None, value: float) 
         return
     if parameter.numel() > 0:  # whole at the moment
         _write(parameter, index, value)
-    size = parameter.partition_numel()  # ZeRO stage 3: every rank has a slice
-    owner, place = divmod(_flat(tuple(parameter.ds_shape), index), size)
-    if owner == torch.distributed.get_rank(getattr(parameter, "ds_process_group", None)):
+    from hallo_numguard.integrations.deepspeed.partition import slice_of
+
+    mine = slice_of(parameter)  # ZeRO stage 3: every rank has a slice
+    place = _flat(tuple(parameter.ds_shape), index) - mine.start
+    if 0 <= place < mine.real:
         parameter.ds_tensor.data.view(-1)[place] = value
 
 

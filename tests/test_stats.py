@@ -15,6 +15,7 @@ import pytest
 import torch
 from cases import CASES, Case, definition, expected_of, flat_of
 from conftest import BACKENDS, NATIVE, clear_choices, forced_backend
+from torch import library
 
 import hallo_numguard as ng
 from hallo_numguard.ops import dispatch, native
@@ -582,13 +583,13 @@ def test_a_worker_of_a_data_loader_works(each_native: str) -> None:
 def test_tensor_stats_is_a_well_formed_operator(each_backend: str, offsets: list[int] | None, grad: bool) -> None:
     flat = normal(10).requires_grad_(grad)
     where = None if offsets is None else torch.tensor(offsets)
-    torch.library.opcheck(tensor_stats_op, (flat, where, True))
+    library.opcheck(tensor_stats_op, (flat, where, True))
 
 
 @pytest.mark.parametrize("grad", [False, True], ids=["plain", "requires_grad"])
 def test_multi_tensor_stats_is_a_well_formed_operator(each_backend: str, grad: bool) -> None:
     tensors = [normal(10).requires_grad_(grad), normal(3, 4, dtype=torch.float16)]
-    torch.library.opcheck(multi_tensor_stats_op, (tensors, False))
+    library.opcheck(multi_tensor_stats_op, (tensors, False))
 
 
 @pytest.mark.parametrize("compiler", ["eager", "aot_eager", "inductor"])

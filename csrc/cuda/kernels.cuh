@@ -94,13 +94,31 @@ __device__ __forceinline__ T max_of_warps(const T* values) {
   return largest;
 }
 
+template <typename T>
+__device__ __forceinline__ T min_of_warps(const T* values) {
+  T smallest = values[0];
+  for (int warp = 1; warp < kWarps; ++warp) smallest = min(smallest, values[warp]);
+  return smallest;
+}
+
+enum { kNan, kPosInf, kNegInf, kZeros, kSubnormals, kCounts };  // of a record
+
+// Adds up what the warps have counted: kCounts rows of kWarps.
+template <typename T>
+__device__ __forceinline__ void write_counts(Record& record, const T* warp_counts) {
+  record.nan = sum_of_warps(warp_counts + kNan * kWarps);
+  record.pos_inf = sum_of_warps(warp_counts + kPosInf * kWarps);
+  record.neg_inf = sum_of_warps(warp_counts + kNegInf * kWarps);
+  record.zeros = sum_of_warps(warp_counts + kZeros * kWarps);
+  record.subnormals = sum_of_warps(warp_counts + kSubnormals * kWarps);
+}
+
 // Writes the record of a chunk with everything counted, and squares in double. All threads call it.
 template <Dtype kDtype, bool kDetail>
 __device__ __forceinline__ void write_exact(Record* record, const BitsOf<kDtype>* data, int length, int64_t begin) {
   using F = Format<kDtype>;
   using Bits = BitsOf<kDtype>;
   using Wide = decltype(Peak<kDtype>{}.bits());  // 32 bits are the least that a shuffle moves
-  enum { kNan, kPosInf, kNegInf, kZeros, kSubnormals, kCounts };
   NUMGUARD_SHARED(double, warp_sums, kRescanGroups* kWarps);
   NUMGUARD_SHARED(uint32_t, warp_counts, kCounts* kWarps);
   NUMGUARD_SHARED(Wide, warp_peaks, kWarps);
@@ -149,14 +167,9 @@ __device__ __forceinline__ void write_exact(Record* record, const BitsOf<kDtype>
   }
   __syncthreads();
   if (thread_id() != 0) return;
-  first = warp_first[0];
-  for (int warp = 1; warp < kWarps; ++warp) first = min(first, warp_first[warp]);
+  first = min_of_warps(warp_first);
   Record result;
-  result.nan = sum_of_warps(warp_counts + kNan * kWarps);
-  result.pos_inf = sum_of_warps(warp_counts + kPosInf * kWarps);
-  result.neg_inf = sum_of_warps(warp_counts + kNegInf * kWarps);
-  result.zeros = sum_of_warps(warp_counts + kZeros * kWarps);
-  result.subnormals = sum_of_warps(warp_counts + kSubnormals * kWarps);
+  write_counts(result, warp_counts);
   result.first_nonfinite = first == kNowhere ? -1 : begin + first;
   result.absmax = static_cast<double>(widened<kDtype>(static_cast<Bits>(max_of_warps(warp_peaks)))) * F::kScale;
   result.sumsq = tree_sum<kRescanGroups * kWarps>(warp_sums);
@@ -291,7 +304,6 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
 
 // Writes the record of one segment: its chunks', merged in an order fixed by their number. One block a segment.
 __global__ void __launch_bounds__(kThreads) combine_kernel(const Split* __restrict__ splits, Record* records) {
-  enum { kNan, kPosInf, kNegInf, kZeros, kSubnormals, kCounts };
   NUMGUARD_SHARED(double, warp_sums, kWarps);
   NUMGUARD_SHARED(long long, warp_peaks, kWarps);
   NUMGUARD_SHARED(long long, warp_counts, kCounts* kWarps);
@@ -328,14 +340,9 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(const Split* __restri
   }
   __syncthreads();
   if (thread_id() != 0) return;
-  first = warp_first[0];
-  for (int warp = 1; warp < kWarps; ++warp) first = min(first, warp_first[warp]);
+  first = min_of_warps(warp_first);
   Record result;
-  result.nan = sum_of_warps(warp_counts + kNan * kWarps);
-  result.pos_inf = sum_of_warps(warp_counts + kPosInf * kWarps);
-  result.neg_inf = sum_of_warps(warp_counts + kNegInf * kWarps);
-  result.zeros = sum_of_warps(warp_counts + kZeros * kWarps);
-  result.subnormals = sum_of_warps(warp_counts + kSubnormals * kWarps);
+  write_counts(result, warp_counts);
   result.first_nonfinite = first == kFar ? -1 : first;
   result.absmax = __longlong_as_double(max_of_warps(warp_peaks));
   result.sumsq = tree_sum<kWarps>(warp_sums);

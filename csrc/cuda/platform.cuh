@@ -61,6 +61,11 @@ __device__ __forceinline__ float max_or_nan(float left, float right) {
 #endif
 }
 
+// Of two halves each, as integers, which order as magnitudes do, NaN last.
+__device__ __forceinline__ uint32_t max_of_halves(uint32_t left, uint32_t right) {
+  return max(left & 0x7fff0000u, right & 0x7fff0000u) | max(left & 0x7fffu, right & 0x7fffu);
+}
+
 // Of two halves each: the larger magnitude, NaN if one is NaN.
 __device__ __forceinline__ uint32_t max_magnitudes_float16(uint32_t left, uint32_t right) {
 #ifdef __CUDA_ARCH__
@@ -68,7 +73,7 @@ __device__ __forceinline__ uint32_t max_magnitudes_float16(uint32_t left, uint32
   asm("{.reg .b32 m; abs.f16x2 m, %2; max.NaN.f16x2 %0, %1, m;}" : "=r"(larger) : "r"(left), "r"(right));
   return larger;
 #else
-  return max(left & 0x7fff0000u, right & 0x7fff0000u) | max(left & 0x7fffu, right & 0x7fffu);
+  return max_of_halves(left, right);
 #endif
 }
 
@@ -78,7 +83,7 @@ __device__ __forceinline__ uint32_t max_magnitudes_bfloat16(uint32_t left, uint3
   asm("{.reg .b32 m; abs.bf16x2 m, %2; max.NaN.bf16x2 %0, %1, m;}" : "=r"(larger) : "r"(left), "r"(right));
   return larger;
 #else
-  return max(left & 0x7fff0000u, right & 0x7fff0000u) | max(left & 0x7fffu, right & 0x7fffu);
+  return max_of_halves(left, right);
 #endif
 }
 

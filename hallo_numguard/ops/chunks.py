@@ -10,12 +10,13 @@ import torch
 
 from hallo_numguard.ops.formats import FORMATS
 from hallo_numguard.ops.layout import Layout
+from hallo_numguard.records import RECORD_FIELDS
 
 # Elements. Small enough for a few MiB to keep every multiprocessor busy, large enough for a record a chunk to cost a
 # thousandth of the traffic. csrc/cuda/kernels.cuh has the same number.
 CHUNK = 1 << 15
 
-_WORDS = 8  # int64, of a record
+_WORDS = len(RECORD_FIELDS)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from hallo_numguard.errors import UnsupportedDeepSpeed
 from hallo_numguard.integrations.deepspeed import gradients
 from hallo_numguard.integrations.deepspeed.gradients import GradientSource, Positions
+from hallo_numguard.integrations.deepspeed.partition import slice_of
 from hallo_numguard.integrations.deepspeed.version import kind_of, require
 from hallo_numguard.monitor import attribution
 from hallo_numguard.monitor.attribution import NamedTensor
@@ -180,10 +181,8 @@ def _partitioned(item: NamedTensor) -> NamedTensor:
         return item
 
     def local_slice() -> tuple[torch.Tensor, int]:
-        size = parameter.partition_numel()
-        start = size * torch.distributed.get_rank(getattr(parameter, "ds_process_group", None))
-        real = max(0, min(size, parameter.ds_numel - start))
-        return parameter.ds_tensor.detach().view(-1)[:real], start
+        mine = slice_of(parameter)
+        return parameter.ds_tensor.detach().view(-1)[: mine.real], mine.start
 
     return NamedTensor(item.kind, item.name, item.tensor, item.aliases, tuple(parameter.ds_shape), local_slice)
 

@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from hallo_numguard.errors import UnsupportedDeepSpeed
+from hallo_numguard.integrations.deepspeed.partition import slice_of
 from hallo_numguard.integrations.deepspeed.version import unknown_layout
 from hallo_numguard.monitor.layout import NOTHING, Piece
 from hallo_numguard.monitor.session import Scanned
@@ -201,11 +202,9 @@ def partition_buffer(optimizer: Any, positions: Positions) -> FlatBuffers:
     segments = []
     begin = 0
     for parameter in itertools.chain.from_iterable(optimizer.fp16_groups):
-        size = parameter.partition_numel()
-        start = size * torch.distributed.get_rank(getattr(parameter, "ds_process_group", None))
-        real = max(0, min(size, parameter.ds_numel - start))
-        segments.append((begin, begin + real, Piece(positions[parameter], start)))
-        begin += size
+        mine = slice_of(parameter)
+        segments.append((begin, begin + mine.real, Piece(positions[parameter], mine.start)))
+        begin += mine.size
     if begin != optimizer.grad_partitions_flat_buffer.numel():
         raise unknown_layout(
             optimizer,

@@ -148,7 +148,7 @@ class DeepSpeedGuard:
     def _update_scale(self, original: Callable[..., Any], has_overflow: bool = False) -> Any:
         if not has_overflow and not self._looks and self._found_by_us():
             # DeepSpeed reads the flag again after this call, and then drops the gradients.
-            has_overflow = self._optimizer.overflow = self._enforces
+            has_overflow = self._optimizer.overflow = True
         if not has_overflow:
             return original(has_overflow)
         if not self._explained:

@@ -48,6 +48,7 @@ class Replacement:
         self._optimizer = optimizer
         self._seams = seams
         self._scanned: Scanned | None = None
+        self._groups: Sequence[Any] = ()  # DeepSpeed's lists of parameters
         reason = _not_ours(optimizer)
         if reason is not None:
             _log.info("hallo_numguard observes and replaces nothing: %s", reason)
@@ -74,6 +75,7 @@ class Replacement:
 
     def _replace_stages_1_and_2(self) -> None:
         optimizer, wrap = self._optimizer, self._seams.wrap
+        self._groups = optimizer.params_in_partition
         if not optimizer.cpu_offload:
             wrap(optimizer, "has_overflow_partitioned_grads_serial", self._has_overflow_partitioned_grads_serial)
             wrap(optimizer, "get_grad_norm_direct", self._get_grad_norm_direct)
@@ -98,6 +100,7 @@ class Replacement:
 
     def _replace_stage3(self) -> None:
         optimizer, wrap = self._optimizer, self._seams.wrap
+        self._groups = optimizer.fp16_groups
         wrap(optimizer, "has_overflow", self._has_overflow_stage3)
         if not optimizer.offload_optimizer:
             wrap(optimizer, "get_grad_norm_direct", self._get_grad_norm_direct)
@@ -146,9 +149,7 @@ class Replacement:
 
     def _group_of(self, params: Sequence[Any]) -> int | None:
         """Which of DeepSpeed's groups these parameters are."""
-        stage3 = kind_of(self._optimizer, "DeepSpeedZeroOptimizer_Stage3")
-        groups = self._optimizer.fp16_groups if stage3 else self._optimizer.params_in_partition
-        return next((index for index, group in enumerate(groups) if group is params), None)
+        return next((index for index, group in enumerate(self._groups) if group is params), None)
 
     def _norm(self, group: int) -> torch.Tensor:
         """0-dim float64: norm of this rank's gradients of a group, NaN if one is not finite."""

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from hallo_numguard.integrations.deepspeed.gradients import Positions
+from hallo_numguard.integrations.deepspeed.partition import slice_of
 from hallo_numguard.integrations.deepspeed.version import kind_of
 from hallo_numguard.monitor.layout import Piece
 from hallo_numguard.monitor.session import Scanned
@@ -83,13 +84,11 @@ def _stage3_parts(optimizer: Any, positions: Positions) -> Iterator[Part]:
         tensors = [flat, *_moments(optimizer.optimizer, flat)]
         begin = 0
         for parameter in parameters:
-            size = parameter.partition_numel()
-            start = size * torch.distributed.get_rank(getattr(parameter, "ds_process_group", None))
-            real = max(0, min(size, parameter.ds_numel - start))
+            mine = slice_of(parameter)
             for tensor in tensors:
                 if not _share_memory(tensor, parameter.ds_tensor):
-                    yield tensor.view(-1)[begin : begin + real], Piece(positions[parameter], start)
-            begin += size
+                    yield tensor.view(-1)[begin : begin + mine.real], Piece(positions[parameter], mine.start)
+            begin += mine.size
 
 
 def _share_memory(left: torch.Tensor, right: torch.Tensor) -> bool:
