@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -93,12 +94,15 @@ class GuardConfig:
             "on_alarm" (default: from the step after an overflow on, until 20 steps were clean) or "always". While it
             looks it costs a small pass and a Python call a parameter.
         policy: What to do about an overflow.
+        dump_dir: Folder that every report is written to, with the flight recorder's steps of each parameter, as
+            `overflow-step<number>-rank<number>.json`: by rank 0, and by the rank that is named. None for nowhere.
     """
 
     mode: str = "replace"
     history: int = 64
     local_gradients: str = "on_alarm"
     policy: Policy = field(default_factory=Policy)
+    dump_dir: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -111,3 +115,5 @@ class GuardConfig:
             raise InvalidInput(f"history must be a positive number of steps, got {self.history!r}")
         if not isinstance(self.policy, Policy):
             raise InvalidInput(f"policy must be a Policy, got {type(self.policy).__name__}")
+        if self.dump_dir is not None and not isinstance(self.dump_dir, (str, os.PathLike)):
+            raise InvalidInput(f"dump_dir must be the path of a folder, got {self.dump_dir!r}")

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 RECORD_FIELDS = (
     "nan",
@@ -20,8 +18,6 @@ RECORD_FIELDS = (
     "sumsq",
 )
 """The eight 8-byte words of a packed record, in order (csrc/record.h). The last two are float64."""
-
-SCHEMA_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -64,6 +60,7 @@ class Verdict(str, Enum):
     SCALE_TOO_HIGH = "scale_too_high"
     WEIGHTS_NONFINITE = "weights_nonfinite"
     OPTIMIZER_STATE_NONFINITE = "optimizer_state_nonfinite"
+    INPUT_NONFINITE = "input_nonfinite"
     BACKWARD_NONFINITE = "backward_nonfinite"
     REDUCTION_OVERFLOW = "reduction_overflow"
     UNDETERMINED = "undetermined"
@@ -77,8 +74,8 @@ class Offender:
     """A tensor that holds a non-finite value.
 
     Attributes:
-        kind: "parameter", "buffer", "optimizer_state", "loss", "gradient" or "reduction".
-        name: Fully qualified name; "loss" for the loss.
+        kind: "parameter", "buffer", "optimizer_state", "input", "loss", "gradient" or "reduction".
+        name: Fully qualified name; of an input the argument of the model, as in `batch['pixels']`; "loss" for the loss.
         module: Fully qualified name of the module that owns it, "" for the root.
         rank: Global rank on which it was seen, the lowest if on several; None for a gradient of several ranks, because
             after the reduction all of them see it.
@@ -125,13 +122,39 @@ class Offender:
 
 @dataclass(frozen=True)
 class Finding:
-    """A tensor that was already non-finite when the guard looked outside of a step."""
+    """What the guard noticed that is no overflow, or not yet.
 
-    offender: Offender
+    Attributes:
+        kind: "nonfinite" (a weight, buffer or optimizer state, outside of a step), "loss_spike", "norm_spike",
+            "update_ratio" (learning rate too high), "dead_gradient", "exploding_gradient" or "input_range".
+        message: In a sentence.
+        step: Number of the step that it was seen in; None outside of one.
+        name: Of the tensor that it is about, "" if it is about none.
+        offender: With `kind` "nonfinite", what is not finite.
+    """
+
+    kind: str
     message: str
+    step: int | None = None
+    name: str = ""
+    offender: Offender | None = None
 
     def __str__(self) -> str:
         return self.message
+
+
+@dataclass(frozen=True)
+class GradientRecord:
+    """What this rank held of one parameter's gradient in a step, before unscaling and clipping.
+
+    Attributes:
+        absmax, norm: Of the finite elements.
+        nonfinite: Number of the others.
+    """
+
+    absmax: float
+    norm: float
+    nonfinite: int
 
 
 @dataclass(frozen=True)
@@ -145,6 +168,8 @@ class StepRecord:
         absmax, norm: Of the finite elements of this rank's gradients, before unscaling and clipping.
         nonfinite: Number of non-finite elements of this rank's gradients.
         applied: False if the step was skipped.
+        limit: Largest number that gradients of this model can hold, where that is near (float16); else None.
+        parameters: The same by name of the parameter; empty where only the sums were kept.
     """
 
     step: int
@@ -154,6 +179,13 @@ class StepRecord:
     norm: float
     nonfinite: int
     applied: bool
+    limit: float | None = None
+    parameters: Mapping[str, GradientRecord] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def headroom(self) -> float | None:
+        """How often the largest gradient element could be doubled before it overflows, in bits; None if far away."""
+        return math.log2(self.limit / self.absmax) if self.limit and self.absmax else None
 
 
 @dataclass(frozen=True)
@@ -173,6 +205,8 @@ class OverflowReport:
         advice: What to do.
         world_size: Number of ranks that took part.
         consecutive_skips: Steps skipped in a row, this one included; 0 if this one was applied all the same.
+        settles_at: The loss scale at which steps are expected to be finite again, where that could be told.
+        history: The flight recorder's steps on the rank that holds this report, this one last.
     """
 
     step: int
@@ -187,11 +221,14 @@ class OverflowReport:
     advice: str
     world_size: int = 1
     consecutive_skips: int = 1
+    settles_at: float | None = None
+    history: tuple[StepRecord, ...] = field(default=(), compare=False, repr=False)
 
     def to_json(self) -> str:
         """Returns the report as a JSON document. Non-finite numbers are written as strings."""
-        document = {"schema_version": SCHEMA_VERSION, **asdict(self), "verdict": self.verdict.value}
-        return json.dumps(_without_nonfinite(document), allow_nan=False)
+        from hallo_numguard.reports.document import write
+
+        return write(self)
 
     @classmethod
     def from_json(cls, text: str) -> OverflowReport:
@@ -200,41 +237,11 @@ class OverflowReport:
         Raises:
             ValueError: If `text` is not such a document, or of a version that this one cannot read.
         """
-        document = json.loads(text)
-        if not isinstance(document, Mapping) or document.get("schema_version") != SCHEMA_VERSION:
-            found = document.get("schema_version") if isinstance(document, Mapping) else None
-            raise ValueError(f"not an overflow report of schema version {SCHEMA_VERSION}: got {found!r}")
-        try:
-            values = {item.name: document[item.name] for item in fields(cls)}
-            values["verdict"] = Verdict(values["verdict"])
-            values["first"] = values["first"] and _offender(values["first"])
-            values["offenders"] = tuple(map(_offender, values["offenders"]))
-            values["evidence"] = tuple(values["evidence"])
-            values["not_checked"] = tuple(values["not_checked"])
-            values["loss_scale"] = float(values["loss_scale"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"not an overflow report: {error!r}") from error
-        return cls(**values)
+        from hallo_numguard.reports.document import read
+
+        return read(text)
 
     def __str__(self) -> str:
         from hallo_numguard.reports.text import render
 
         return render(self)
-
-
-def _offender(document: Mapping[str, Any]) -> Offender:
-    values = dict(document)
-    for name in ("index", "shape", "aliases"):
-        values[name] = tuple(values[name])
-    values["absmax"] = float(values["absmax"])
-    return Offender(**values)
-
-
-def _without_nonfinite(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    if isinstance(value, Mapping):
-        return {key: _without_nonfinite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nonfinite(item) for item in value]
-    return value

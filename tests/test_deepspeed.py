@@ -136,7 +136,7 @@ def test_a_nan_loss_with_finite_weights_is_not_guessed_at(make):
     report = guard.last_report
     assert report.verdict is ng.Verdict.UNDETERMINED
     assert report.recoverable is None
-    assert "the batch" in report.not_checked
+    assert "the outputs of the modules" in report.not_checked
     support.train_step(engine, 1)
     assert guard.history[-1].applied
 
@@ -241,6 +241,99 @@ def test_a_report_survives_json(make):
     assert ng.OverflowReport.from_json(guard.last_report.to_json()) == guard.last_report
     with pytest.raises(ValueError, match="schema version"):
         ng.OverflowReport.from_json("{}")
+
+
+def test_reports_are_dumped_with_the_history_of_every_parameter(make, tmp_path):
+    engine, guard = make("fp16", config=ng.GuardConfig(dump_dir=tmp_path / "reports"))
+    for step in range(3):
+        support.train_step(engine, step)
+    support.plant(engine, "hidden.weight", (1, 2))
+    with pytest.raises(ng.NumericsError) as caught:
+        support.train_step(engine, 3)
+    (path,) = (tmp_path / "reports").iterdir()
+    assert path.name == "overflow-step00000004-rank0.json"
+    read = ng.OverflowReport.from_json(path.read_text())
+    assert read == caught.value.report
+    assert [(step.step, step.applied) for step in read.history] == [(n, n < 4) for n in (1, 2, 3, 4)]
+    for theirs, ours in zip(read.history, guard.history, strict=True):
+        assert dict(theirs.parameters) == dict(ours.parameters)
+        assert set(ours.parameters) == {name for name, p in engine.module.named_parameters() if p.requires_grad}
+    clean, bad = read.history[2], read.history[3]
+    assert max(one.absmax for one in clean.parameters.values()) == clean.absmax
+    assert math.hypot(*(one.norm for one in clean.parameters.values())) == pytest.approx(clean.norm)
+    assert bad.parameters["embedding.weight"].nonfinite > 0
+    assert clean.headroom == pytest.approx(math.log2(65504 / clean.absmax))
+
+
+def test_a_report_that_cannot_be_written_stops_nothing(make, tmp_path, caplog):
+    (tmp_path / "file").touch()
+    engine, guard = make("fp16", scale_power=30, config=ng.GuardConfig(dump_dir=tmp_path / "file"))
+    support.train_step(engine)
+    assert "could not be written" in caplog.text
+    assert guard.last_report.verdict is ng.Verdict.SCALE_TOO_HIGH
+
+
+@pytest.mark.parametrize(("setup", "stage"), [("half", 2), ("fp16", 1), ("fp16", 3)])
+def test_the_scale_that_is_named_is_the_one_where_deepspeed_settles(make, setup, stage):
+    reports = []
+    engine, guard = make(setup, stage=stage, on_overflow=reports.append)
+    for step in range(4):
+        support.train_step(engine, 0)
+    engine.optimizer.loss_scaler.cur_scale = 2.0**40
+    steps = 4
+    while not guard.history[-1].applied or steps == 4:
+        support.train_step(engine, 0)
+        steps += 1
+    assert len(reports) > 10
+    assert {report.verdict for report in reports} == {ng.Verdict.SCALE_TOO_HIGH}
+    named = reports[0].settles_at
+    assert f"expected to settle at 2^{math.log2(named):g}" in reports[0].advice
+    assert guard.history[-1].loss_scale == named
+    assert "as was expected" in guard.last_report.evidence[-1]
+
+
+def test_without_a_finite_step_no_scale_is_named(make):
+    engine, guard = make("half", scale_power=40)
+    support.train_step(engine)
+    assert guard.last_report.settles_at is None
+    assert "until a step is finite" in guard.last_report.advice
+
+
+def test_a_bad_sample_is_named_and_the_run_goes_on(make):
+    class Regression(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(6, 3)
+
+        def forward(self, batch, mask):
+            return self.layer(batch["pixels"]) + mask
+
+    engine, guard = make("half", model=Regression(), config=ng.GuardConfig(policy=ng.Policy(keep_scale=True)))
+    mask = torch.tensor([0.0, 0.0, 0.0]).half()
+    for step in range(4):
+        pixels = torch.randn(4, 6).half()
+        if step == 2:
+            pixels[3, 5] = float("nan")
+        engine.backward(engine({"pixels": pixels}, mask=mask).float().square().mean())
+        engine.step()
+    report = guard.last_report
+    assert report.verdict is ng.Verdict.INPUT_NONFINITE
+    assert (report.first.kind, report.first.name, report.first.index) == ("input", "batch['pixels']", (3, 5))
+    assert "sample 3, micro-batch 0" in str(report)
+    assert [(record.applied, record.loss_scale) for record in guard.history] == [
+        (True, 256), (True, 256), (False, 256), (True, 256)
+    ]  # fmt: skip
+
+
+def test_a_batch_that_was_changed_after_the_forward_is_not_judged(make):
+    engine, guard = make("fp16", model=torch.nn.Linear(6, 3))
+    x = torch.randn(4, 6).half()
+    loss = engine(x).float().square().mean() * float("nan")
+    engine.backward(loss)
+    x[0, 0] = float("nan")
+    engine.step()
+    assert guard.last_report.verdict is ng.Verdict.UNDETERMINED
+    assert any("changed since" in item for item in guard.last_report.not_checked)
 
 
 def test_figures_go_to_the_trackers_of_the_engine(make, tmp_path):

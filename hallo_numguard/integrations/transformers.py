@@ -39,7 +39,7 @@ class TrainerGuard(TrainerCallback):
 
     @property
     def findings(self) -> list[Finding]:
-        """Parameters and buffers that were not finite when training began, or after a checkpoint was loaded."""
+        """What was noticed that is no overflow, or not yet; see `Finding`."""
         return [] if self._guard is None else self._guard.findings
 
     @property

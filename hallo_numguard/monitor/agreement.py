@@ -7,6 +7,9 @@ import torch.distributed as dist
 
 from hallo_numguard.monitor.layout import NONE, Sums
 
+_TEXT_BYTES = 4096
+_NOBODY = 1 << 31  # greater than any rank
+
 
 class Ranks:
     """The ranks among which gradients are reduced. With one process, everything here is the identity.
@@ -54,6 +57,21 @@ class Ranks:
             ),
             rank,
         )
+
+    def lowest_told(self, text: str | None, device: torch.device) -> str | None:
+        """Returns the text of the lowest rank that has one, the same on all ranks; None if none has. Synchronises.
+
+        Raises:
+            ValueError: If it is longer than 4096 bytes: every rank sends as much, whatever it has to say.
+        """
+        words = b"" if text is None else text.encode()
+        if len(words) > _TEXT_BYTES:
+            raise ValueError(f"text of {len(words)} bytes, of at most {_TEXT_BYTES}")
+        teller = self.lowest(self.rank if words else _NOBODY, device)
+        mine = words if teller == self.rank else b""
+        payload = torch.frombuffer(bytearray(mine.ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8).to(device)
+        said = bytes(self._reduce(payload, dist.ReduceOp.SUM).tolist()).rstrip(b"\0")
+        return said.decode() if said else None
 
     def _reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
         tensor = tensor.contiguous()

@@ -19,7 +19,7 @@ class NamedTensor:
     """A parameter or buffer of the model, with every name it goes by.
 
     Attributes:
-        kind: "parameter", "buffer" or "loss".
+        kind: "parameter", "buffer", "input" or "loss".
         name: Fully qualified.
         tensor: The tensor itself.
         aliases: Other names of it.
@@ -41,7 +41,7 @@ class NamedTensor:
         return Offender(
             kind=self.kind,
             name=self.name,
-            module=self.name.rpartition(".")[0],
+            module=self.name.rpartition(".")[0] if self.kind in ("parameter", "buffer") else "",
             rank=rank,
             index=unravel(int(sums.first[position]), shape),
             nan=nan,

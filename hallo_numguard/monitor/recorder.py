@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
+from hallo_numguard.monitor.layout import Piece
 from hallo_numguard.ops.device import Readback
-from hallo_numguard.records import StepRecord
+from hallo_numguard.records import GradientRecord, StepRecord
 
+_MOST_BYTES = 64 << 20  # of the parameters' own figures; beyond them only the steps' sums are kept
 _NONFINITE, _ABSMAX, _SUMSQ, _LOSS = range(4)
 
 
@@ -26,18 +30,27 @@ class _Stamp:
 class Recorder:
     """Keeps the last steps. Writing does not synchronise and allocates nothing that stays.
 
+    Of each parameter it keeps the very table that the scan has made: no copy, no launch.
+
     Args:
         length: Number of steps.
+        names: Of the parameters.
+        limit: See `StepRecord.limit`.
     """
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int, names: Sequence[str], limit: float | None) -> None:
         self._length = length
+        self._names = names
+        self._limit = limit
         self._rows: Readback | None = None
         self._stamps: list[_Stamp] = []
+        self._tables: deque[tuple[torch.Tensor, Sequence[Piece]]] = deque()  # of the last steps
         self._written = 0
 
-    def begin(self, step: int, loss_scale: float, packed: torch.Tensor, loss: torch.Tensor | None) -> None:
-        """Writes what is known before the optimizer's step: `packed` is a `StatsTable.packed`."""
+    def begin(
+        self, step: int, loss_scale: float, packed: torch.Tensor, pieces: Sequence[Piece], loss: torch.Tensor | None
+    ) -> None:
+        """Writes what is known before the optimizer's step: `packed` is a `StatsTable.packed` of those pieces."""
         if self._rows is None:
             self._rows = Readback(self._length, 4, packed.device)
         row = self._rows.row(self._written)
@@ -51,6 +64,10 @@ class Recorder:
         self._stamps.append(_Stamp(step, loss_scale, loss is not None))
         del self._stamps[: -self._length]
         self._written += 1
+        self._tables.append((packed, pieces))
+        most = max(1, _MOST_BYTES // max(1, packed.nbytes))
+        while len(self._tables) > min(most, self._length):
+            self._tables.popleft()
 
     def end(self, applied: bool) -> None:
         """Completes the step that was begun last."""
@@ -68,17 +85,68 @@ class Recorder:
             return []
         stamps = self._stamps if last is None else self._stamps[-last:]
         begin = self._written - len(stamps)
+        tables = [None] * (len(stamps) - len(self._tables)) + list(self._tables)[-len(stamps) :]
         rows = [self._rows.read(begin + position, wait) for position in range(len(stamps))]
-        return [_step_record(stamp, row) for stamp, row in zip(stamps, rows, strict=True) if row is not None]
+        return [
+            self._step_record(stamp, row, table)
+            for stamp, row, table in zip(stamps, rows, tables, strict=True)
+            if row is not None
+        ]
+
+    def _step_record(
+        self, stamp: _Stamp, row: list[float], table: tuple[torch.Tensor, Sequence[Piece]] | None
+    ) -> StepRecord:
+        return StepRecord(
+            step=stamp.step,
+            loss=row[_LOSS] if stamp.has_loss else None,
+            loss_scale=stamp.loss_scale,
+            absmax=row[_ABSMAX],
+            norm=math.sqrt(row[_SUMSQ]),
+            nonfinite=int(row[_NONFINITE]),
+            applied=stamp.applied,
+            limit=self._limit,
+            parameters={} if table is None else _Parameters(self._names, *table),
+        )
 
 
-def _step_record(stamp: _Stamp, row: list[float]) -> StepRecord:
-    return StepRecord(
-        step=stamp.step,
-        loss=row[_LOSS] if stamp.has_loss else None,
-        loss_scale=stamp.loss_scale,
-        absmax=row[_ABSMAX],
-        norm=math.sqrt(row[_SUMSQ]),
-        nonfinite=int(row[_NONFINITE]),
-        applied=stamp.applied,
+class _Parameters(Mapping[str, GradientRecord]):
+    """A table's rows by name. Copied to the host when somebody first looks."""
+
+    def __init__(self, names: Sequence[str], packed: torch.Tensor, pieces: Sequence[Piece]) -> None:
+        self._names = names
+        self._packed = packed
+        self._pieces = pieces
+        self._records: dict[str, GradientRecord] | None = None
+
+    def __getitem__(self, name: str) -> GradientRecord:
+        return self._read()[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
+
+    def __len__(self) -> int:
+        return len(self._read())
+
+    def __repr__(self) -> str:
+        return repr(self._read())
+
+    def _read(self) -> dict[str, GradientRecord]:
+        if self._records is None:
+            packed = self._packed.cpu()
+            nonfinite = packed[:, :3].sum(dim=1).tolist()
+            figures = packed.view(torch.float64)[:, 6:].tolist()
+            self._records = {}
+            for piece, bad, (absmax, sumsq) in zip(self._pieces, nonfinite, figures, strict=True):
+                if piece.parameter >= 0:
+                    name = self._names[piece.parameter]
+                    record = GradientRecord(absmax, math.sqrt(sumsq), bad)
+                    before = self._records.get(name)
+                    self._records[name] = record if before is None else _together(before, record)
+        return self._records
+
+
+def _together(left: GradientRecord, right: GradientRecord) -> GradientRecord:
+    """What two pieces of one parameter are together."""
+    return GradientRecord(
+        max(left.absmax, right.absmax), math.hypot(left.norm, right.norm), left.nonfinite + right.nonfinite
     )

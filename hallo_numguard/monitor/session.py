@@ -6,14 +6,19 @@ carries out what comes back. Nothing here knows where gradients come from or how
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch import nn
 
 from hallo_numguard.config import GuardConfig, OverflowCallback
+from hallo_numguard.files import write_whole
 from hallo_numguard.monitor import attribution, policy
 from hallo_numguard.monitor.agreement import Ranks
 from hallo_numguard.monitor.attribution import (
@@ -23,10 +28,12 @@ from hallo_numguard.monitor.attribution import (
     bad_positions,
     only_negative_infinity,
 )
+from hallo_numguard.monitor.batch import Batch
 from hallo_numguard.monitor.layout import NONE, Piece, Sums, by_parameter
 from hallo_numguard.monitor.local import LocalGradients
 from hallo_numguard.monitor.recorder import Recorder
 from hallo_numguard.monitor.verdict import Evidence, Scaling, judge, settled
+from hallo_numguard.monitor.watch import Watch
 from hallo_numguard.records import Finding, Offender, OverflowReport, StepRecord
 
 _log = logging.getLogger("hallo_numguard")
@@ -34,6 +41,9 @@ _log = logging.getLogger("hallo_numguard")
 T = TypeVar("T")
 
 _FAILED = 2  # graver than any answer
+_MOST_FINDINGS = 1000
+_LOOK_BACK = 4  # steps; a row has usually arrived by the next step
+_UNKNOWN = -(1 << 20)  # lower than any power of two
 
 _OUTLOOK = {
     "parameter": "If the model reads it, the first loss will be NaN, and no loss scale can mend that.",
@@ -68,6 +78,7 @@ class Model:
         scan_state: Reads the optimizer's own tensors once: moments, master copies.
         sliced_state: Whether every rank holds another slice of those.
         device: Where small reductions between ranks are made.
+        module: Whose forward is called in training: names its arguments. None if nobody shows the calls.
     """
 
     parameters: list[NamedTensor]
@@ -76,15 +87,22 @@ class Model:
     scan_state: Callable[[], Scanned]
     sliced_state: bool
     device: torch.device
+    module: nn.Module | None = None
 
 
 class _Local(NamedTuple):
-    """What one rank sees: weights (and, as the last row, the loss), gradients, optimizer state, local gradients."""
+    """What one rank sees: weights (and, as the last row, the loss), gradients, optimizer state, local gradients.
+
+    `input` is the first bad tensor of the batch and its micro-batch, as JSON, and `power` the loss scale at which the
+    last finite steps would have fitted, as a power of two.
+    """
 
     weights: Sums
     gradients: Sums
     state: Sums
     before_reduction: Sums
+    input: str | None
+    power: int
 
 
 class BeforeReduction(NamedTuple):
@@ -92,6 +110,21 @@ class BeforeReduction(NamedTuple):
 
     ranks: int
     rank_of: dict[int, int]
+
+
+class _Agreed(NamedTuple):
+    """What all ranks see together, the same on each; with tensors of which there may be copies, the lowest bad rank."""
+
+    weights: Sums
+    weight_ranks: torch.Tensor
+    gradients: Sums
+    state: Sums
+    state_ranks: torch.Tensor
+    before_reduction: BeforeReduction | None
+    loss_known: bool
+    batch_known: bool
+    input: str | None
+    power: int
 
 
 def _all(sums: Sums, value: bool) -> torch.Tensor:
@@ -104,7 +137,7 @@ class Session:
     Attributes:
         last_report: On the last step whose gradients were not finite, or None. Replaced by one that is no longer
             provisional when a later step was finite.
-        findings: Parameters and buffers that were not finite when somebody looked outside of a step.
+        findings: What was noticed that is no overflow, or not yet: see `Finding`. The last 1000.
         failed: Whether our own code failed: the integration takes itself off.
     """
 
@@ -120,7 +153,10 @@ class Session:
         self._legal = LegalNonfinites()
         self._known_buffers: set[int] = set()  # not finite before any forward pass of ours
         self._known_parameters: set[int] = set()  # likewise: master copies of them are bad because they are
-        self._recorder = Recorder(config.history)
+        limit = _near_limit(model.parameters)
+        self._recorder = Recorder(config.history, [item.name for item in model.parameters], limit)
+        self._batch = Batch(model.module)
+        self._watch = Watch(model.parameters, self._batch, self._note)
         self._order = ReadyOrder()
         self._order.learn(model.parameters)
         self._local = LocalGradients(model.parameters, config.local_gradients)
@@ -148,8 +184,13 @@ class Session:
         self._order.stop()
         self._local.stop()
         self._losses.clear()
+        self._batch.clear()
 
     # -- a step ------------------------------------------------------------------------------------------------------
+
+    def saw_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Takes note of what the model is called with, before it is. Keeps references until the step is over."""
+        self._batch.add(args, kwargs)
 
     def saw_loss(self, loss: torch.Tensor) -> None:
         """Takes note of a micro-batch's loss, before its backward."""
@@ -159,12 +200,15 @@ class Session:
         """Takes note of the gradients. No synchronisation."""
         self._step, self._scaling, self._scanned = step, scaling, scanned
         loss = self._losses[-1] if self._losses else None
-        self._recorder.begin(step, scaling.scale, scanned.packed, loss)
+        self._recorder.begin(step, scaling.scale, scanned.packed, scanned.pieces, loss)
+        self._watch.before_step(step, scaling.scale, scanned.packed, scanned.pieces)
 
     def after_step(self, applied: bool) -> None:
         """Completes the step."""
         self._recorder.end(applied)
+        self._watch.after_step(applied, self.arrived(_LOOK_BACK))
         self._losses.clear()
+        self._batch.clear()
         self._order.stop()
         self._local.step_is_over(clean=applied)
         if not applied:
@@ -204,21 +248,65 @@ class Session:
         local = self.guarded(self._look)
         if self._anyone_failed():
             return None
-        weights = self._ranks.combine(local.weights, self._sliced_weights())
-        gradients, _ = self._ranks.combine(local.gradients, _all(local.gradients, self._model.sliced_gradients))
-        state = self._ranks.combine(local.state, _all(local.state, self._model.sliced_state))
-        before = self._before_the_reduction(local.before_reduction)
-        loss_known = self._ranks.lowest(int(bool(self._losses)), self._model.device) == 1
-        report = self.guarded(lambda: self._judge(weights, gradients, state, before, loss_known))
+        agreed = self._agree(local)
+        report = self.guarded(lambda: self._judge(agreed))
         if self._anyone_failed():
             return None
         self.last_report = report
-        return policy.agree(report, self._config.policy, self._on_overflow, self._ranks, self._model.device)
+        error = policy.agree(report, self._config.policy, self._on_overflow, self._ranks, self._model.device)
+        self._dump(report)
+        return error
+
+    def _dump(self, report: OverflowReport) -> None:
+        """Writes the report where the user wants it. A full disk is no reason to stop training."""
+        rank, first = self._ranks.rank, report.first
+        if self._config.dump_dir is None or (rank != 0 and (first is None or first.rank != rank)):
+            return
+        path = Path(self._config.dump_dir) / f"overflow-step{report.step:08d}-rank{rank}.json"
+        try:
+            write_whole(path, report.to_json().encode())
+        except OSError as error:
+            _log.error("the report could not be written: %s", error)
+
+    def _agree(self, local: _Local) -> _Agreed:
+        """A fixed number of reductions of fixed sizes: every rank takes part in each, whatever it has seen."""
+        ranks, device = self._ranks, self._model.device
+        weights, weight_ranks = ranks.combine(local.weights, self._sliced_weights())
+        gradients, _ = ranks.combine(local.gradients, _all(local.gradients, self._model.sliced_gradients))
+        state, state_ranks = ranks.combine(local.state, _all(local.state, self._model.sliced_state))
+        return _Agreed(
+            weights,
+            weight_ranks,
+            gradients,
+            state,
+            state_ranks,
+            self._before_the_reduction(local.before_reduction),
+            loss_known=ranks.lowest(int(bool(self._losses)), device) == 1,
+            batch_known=ranks.lowest(int(self._batch.seen), device) == 1,
+            input=ranks.lowest_told(local.input, device),
+            power=ranks.lowest(local.power, device),
+        )
 
     def _look(self) -> _Local:
         gradients = by_parameter(self._scanned.packed, self._scanned.pieces, len(self._model.parameters))
         weights = attribution.look([*self._weights, self._loss_tensor()])
-        return _Local(weights, gradients, self._look_at_state(), self._local.sums(self._model.device))
+        before = self._local.sums(self._model.device)
+        return _Local(weights, gradients, self._look_at_state(), before, self._look_at_batch(), self._settling_power())
+
+    def _look_at_batch(self) -> str | None:
+        if not self._batch.seen:
+            return None
+        losses = [bool(torch.isfinite(loss)) for loss in self._losses]
+        found = self._batch.first_nonfinite(self._ranks.rank, losses)
+        return None if found is None else json.dumps([asdict(found[0]), found[1]], ensure_ascii=False)
+
+    def _settling_power(self) -> int:
+        """The loss scale at which the last finite steps would have fitted, as a power of two."""
+        unscaled = [
+            (row.absmax / row.loss_scale, row.limit) for row in self._recorder.read() if row.applied and row.absmax
+        ]
+        rooms = [math.floor(math.log2(limit / absmax)) for absmax, limit in unscaled if limit is not None]
+        return min(rooms, default=_UNKNOWN)
 
     def _look_at_state(self) -> Sums:
         state = self._model.scan_state()
@@ -238,43 +326,42 @@ class Session:
         sliced = [item.slice is not None for item in self._weights]
         return torch.tensor([*sliced, False], device=self._model.device)
 
-    def _judge(
-        self,
-        weights: tuple[Sums, torch.Tensor],
-        gradients: Sums,
-        state: tuple[Sums, torch.Tensor],
-        before: BeforeReduction | None,
-        loss_known: bool,
-    ) -> OverflowReport:
-        sums, ranks = weights[0], weights[1].tolist()
+    def _judge(self, agreed: _Agreed) -> OverflowReport:
         suspects: list[Offender] = []
         bystanders: list[Offender] = []
         loss = None
-        for position in bad_positions(sums):
+        weight_ranks, state_ranks = agreed.weight_ranks.tolist(), agreed.state_ranks.tolist()
+        for position in bad_positions(agreed.weights):
             if position == len(self._weights):
-                loss = self._loss_tensor().offender(sums, position, ranks[position])
+                loss = self._loss_tensor().offender(agreed.weights, position, weight_ranks[position])
                 continue
-            offender = self._weights[position].offender(sums, position, ranks[position])
-            (suspects if self._may_be_origin(sums, position) else bystanders).append(offender)
-        self._legal.note(sums)
-        ready = self._order.sort(bad_positions(gradients))
-        state_ranks = state[1].tolist()
-        return judge(
+            offender = self._weights[position].offender(agreed.weights, position, weight_ranks[position])
+            (suspects if self._may_be_origin(agreed.weights, position) else bystanders).append(offender)
+        self._legal.note(agreed.weights)
+        ready = self._order.sort(bad_positions(agreed.gradients))
+        before = agreed.before_reduction
+        bad_input, micro_batch = (None, 0) if agreed.input is None else _read_input(agreed.input)
+        report = judge(
             Evidence(
                 step=self._step,
                 skipped=self._skipped,
                 scaling=self._scaling,
                 suspects=suspects,
                 bystanders=bystanders,
-                state=[self._state(state[0], at, state_ranks[at]) for at in self._bad_state(state[0])],
+                state=[self._state(agreed.state, at, state_ranks[at]) for at in self._bad_state(agreed.state)],
+                input=bad_input,
+                micro_batch=micro_batch,
+                batch_known=agreed.batch_known,
                 tensors=len(self._weights),
                 loss=loss,
-                loss_known=loss_known,
-                gradients=[self._gradient(gradients, position, before) for position in ready],
+                loss_known=agreed.loss_known,
+                gradients=[self._gradient(agreed.gradients, position, before) for position in ready],
                 bad_ranks=None if before is None else before.ranks,
                 world_size=self._ranks.size,
+                settles_at=None if agreed.power == _UNKNOWN else min(2.0**agreed.power, self._scaling.scale / 2),
             )
         )
+        return replace(report, history=tuple(self._recorder.read()))
 
     def _may_be_origin(self, weights: Sums, position: int) -> bool:
         if self._legal.is_legal(weights, position):
@@ -328,9 +415,14 @@ class Session:
             self._tell(offender, when, mine=self._ranks.rank == 0 or self._model.sliced_state)
 
     def _tell(self, offender: Offender, when: str, mine: bool) -> None:
-        finding = Finding(offender, f"{offender}, seen when {when}. {_OUTLOOK[offender.kind]}")
+        message = f"{offender}, seen when {when}. {_OUTLOOK[offender.kind]}"
+        self._note(Finding("nonfinite", message, name=offender.name, offender=offender), mine)
+
+    def _note(self, finding: Finding, mine: bool | None = None) -> None:
         self.findings.append(finding)
-        _log.log(logging.WARNING if mine else logging.INFO, "%s", finding)
+        del self.findings[:-_MOST_FINDINGS]
+        loud = self._ranks.rank == 0 if mine is None else mine
+        _log.log(logging.WARNING if loud else logging.INFO, "%s", finding)
 
     # -- the guard's own failures --------------------------------------------------------------------------------------
 
@@ -349,3 +441,16 @@ class Session:
         """Agrees whether all ranks are still well."""
         self.failed = self._ranks.highest(int(self.failed), self._model.device) > 0
         return self.failed
+
+
+def _near_limit(parameters: Sequence[NamedTensor]) -> float | None:
+    """The largest number that gradients can hold, where training comes near it."""
+    halves = (item.tensor.dtype is torch.float16 and item.tensor.requires_grad for item in parameters)
+    return float(torch.finfo(torch.float16).max) if any(halves) else None
+
+
+def _read_input(told: str) -> tuple[Offender, int]:
+    values, micro_batch = json.loads(told)
+    return Offender(**{**values, "index": tuple(values["index"]), "shape": tuple(values["shape"]), "aliases": ()}), (
+        micro_batch
+    )

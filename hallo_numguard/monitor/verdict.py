@@ -51,12 +51,17 @@ class Evidence:
         bystanders: Non-finite ones that are not: a clean step was seen with them in place, they hold nothing but -Inf
             on purpose, or they may have been poisoned by this very step.
         state: Parameters whose optimizer state (moments, master copy) is not finite.
+        input: The first non-finite tensor of the batch that may be the cause.
+        micro_batch: Of the step, in which it was, from 0.
+        batch_known: False if the guard could not see what the model was called with.
         tensors: Number of parameters and buffers that were looked at.
         loss: The loss as an offender; None if it is finite.
         loss_known: False if the guard could not see the loss.
         gradients: Offending gradients in ready order.
         bad_ranks: Number of ranks whose gradients were not finite before the reduction; None if nobody looked.
         world_size: Number of ranks.
+        settles_at: The loss scale up to which the gradients of the last finite steps would have fitted, or half of the
+            present one if that is lower; None if no step was finite yet.
     """
 
     step: int
@@ -65,12 +70,16 @@ class Evidence:
     suspects: Sequence[Offender]
     bystanders: Sequence[Offender]
     state: Sequence[Offender]
+    input: Offender | None
+    micro_batch: int
+    batch_known: bool
     tensors: int
     loss: Offender | None
     loss_known: bool
     gradients: Sequence[Offender]
     bad_ranks: int | None
     world_size: int
+    settles_at: float | None
 
 
 def judge(seen: Evidence) -> OverflowReport:
@@ -80,6 +89,8 @@ def judge(seen: Evidence) -> OverflowReport:
         return _weights_nonfinite(seen) if written is None else _optimizer_state_nonfinite(seen, written)
     if not seen.gradients:
         return _false_alarm(seen)
+    if seen.loss is not None and seen.input is not None:
+        return _input_nonfinite(seen, seen.input)
     if seen.loss is not None:
         return _loss_nonfinite(seen, seen.loss)
     if seen.bad_ranks == 0 and seen.world_size > 1:
@@ -96,10 +107,11 @@ def settled(report: OverflowReport, scale: float, skipped: int) -> OverflowRepor
     if report.verdict is not Verdict.SCALE_TOO_HIGH:
         return replace(report, provisional=False)
     power = math.log2(scale)
+    told = ", as was expected" if scale == report.settles_at else ""
     return replace(
         report,
         provisional=False,
-        evidence=(*report.evidence, f"a step at loss scale 2^{power:g} ({scale:g}) was finite"),
+        evidence=(*report.evidence, f"a step at loss scale 2^{power:g} ({scale:g}) was finite{told}"),
         not_checked=(),
         advice=(
             f"Nothing to mend: the loss scale settled at 2^{power:g} after {_plural(skipped, 'skipped step')}. "
@@ -116,6 +128,7 @@ def _report(
     evidence: Sequence[str],
     not_checked: Sequence[str],
     advice: str,
+    settles_at: float | None = None,
 ) -> OverflowReport:
     return OverflowReport(
         step=seen.step,
@@ -130,6 +143,7 @@ def _report(
         advice=advice,
         world_size=seen.world_size,
         consecutive_skips=seen.skipped,
+        settles_at=settles_at,
     )
 
 
@@ -258,37 +272,73 @@ def _backward_nonfinite(seen: Evidence) -> OverflowReport:
         None,
         first,
         ["the loss is finite", _finite_weights(seen), "the loss is not scaled: a scale cannot be too high"],
-        ("the batch", "the operation behind it"),
+        ("the operation behind it",),
         f"The backward pass made it in {where}, or right behind it: look there for a division, a square root, a "
         "logarithm or a norm at 0, and for a sum that is too large for the dtype.",
     )
 
 
+def _input_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
+    sample = f", sample {first.index[0]}" if len(first.index) > 1 else ""
+    return _report(
+        seen,
+        Verdict.INPUT_NONFINITE,
+        True,
+        first,
+        [
+            f"the loss is not finite ({_loss_text(seen)})",
+            _finite_weights(seen),
+            f"what the model was called with is not: {first.name}{sample}, micro-batch {seen.micro_batch} of the step",
+        ],
+        (),
+        f"This step is lost, the next batch is not. Find the sample in the data{_on_rank(seen, first.rank)} and look "
+        "at how it was read and normalised. The loss scale has no part in it: policy.keep_scale leaves it alone.",
+    )
+
+
 def _loss_nonfinite(seen: Evidence, loss: Offender) -> OverflowReport:
+    evidence = [f"the loss is not finite ({_loss_text(seen)})", _finite_weights(seen)]
+    if seen.batch_known:
+        evidence.append("what the model was called with is finite")
     return _report(
         seen,
         Verdict.UNDETERMINED,
         None,
         loss,
-        [f"the loss is not finite ({_loss_text(seen)})", _finite_weights(seen)],
-        ("the batch", "the outputs of the modules"),
-        "A non-finite value came in with the batch or arose in the forward pass; the loss scale acts later, so "
-        "lowering it will hardly help. Check the inputs and labels of this batch, or run the forward pass in "
-        "float32 or bfloat16.",
+        evidence,
+        (*_unseen_batch(seen), "labels that the model was not called with", "the outputs of the modules"),
+        ("A" if seen.batch_known else "A non-finite value came in with the batch, or a")
+        + " non-finite value arose in the forward pass or in the loss; the loss scale acts later, so lowering it will "
+        "hardly help. Check the labels of this batch, or run the forward pass in float32 or bfloat16.",
     )
 
 
+def _unseen_batch(seen: Evidence) -> tuple[str, ...]:
+    return () if seen.batch_known else ("the batch: what the model was called with was not seen, or changed since",)
+
+
+def _on_rank(seen: Evidence, rank: int | None) -> str:
+    return "" if rank is None or seen.world_size == 1 else f" of rank {rank}"
+
+
 def _scale_too_high(seen: Evidence) -> OverflowReport:
-    left = seen.scaling.halvings_left
+    left = _plural(seen.scaling.halvings_left, "halving")
+    evidence = ["the loss is finite", _finite_weights(seen), f"the loss scale is {seen.scaling}"]
+    if seen.settles_at is None:
+        outlook = f"it will be lowered until a step is finite, {left} left"
+    else:
+        power = f"2^{math.log2(seen.settles_at):g}"
+        evidence.append(f"the gradients of the last finite steps fit at {power}, and at no more than that")
+        outlook = f"it is expected to settle at {power}, {left} left"
     return _report(
         seen,
         Verdict.SCALE_TOO_HIGH,
         True,
         seen.gradients[0],
-        ["the loss is finite", _finite_weights(seen), f"the loss scale is {seen.scaling}"],
-        ("the batch", "whether this batch is finite at a lower scale"),
-        f"Let it go on: the loss scale will be lowered, {_plural(left, 'halving')} left. The verdict is provisional "
-        f"until a step is finite.",
+        evidence,
+        ("whether this batch is finite at a lower scale",),
+        f"Let the loss scale go on: {outlook}. The verdict is provisional until a step is finite.",
+        settles_at=seen.settles_at,
     )
 
 
@@ -309,7 +359,7 @@ def _gradients_nonfinite(seen: Evidence) -> OverflowReport:
         None,
         seen.gradients[0],
         evidence,
-        (*unseen, "the batch", "the backward pass, module by module", "the gradients before the reduction"),
+        (*unseen, "the backward pass, module by module", "the gradients before the reduction"),
         f"The gradient of {seen.gradients[0].name} is the first that is not finite: look at the operations behind it "
         f"(a division, a square root or a logarithm at 0), and at the batch.",
     )
@@ -330,7 +380,8 @@ def _false_alarm(seen: Evidence) -> OverflowReport:
 def _loss_text(seen: Evidence) -> str:
     if seen.loss is None:
         return "finite"
-    where = "" if seen.loss.rank is None or seen.world_size == 1 else f" on rank {seen.loss.rank}"
+    rank = seen.loss.rank
+    where = "" if rank is None or seen.world_size == 1 else f" on rank {rank}"
     return seen.loss.counts.partition(" ")[2] + where
 
 

@@ -97,6 +97,34 @@ class Readback:
         return values
 
 
+class Sent:
+    """A tensor on its way to the host, which nobody waits for. For what is sent now and then: it allocates.
+
+    Args:
+        tensor: Made on the current stream. On the CPU it is where it is read, and must stay as it is.
+    """
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._host = tensor
+        self._arrived: torch.cuda.Event | None = None
+        if tensor.device.type == "cuda":
+            self._host = torch.empty_like(tensor, device="cpu", pin_memory=True)
+            self._host.copy_(tensor, non_blocking=True)
+            self._arrived = torch.cuda.Event()
+            self._arrived.record(torch.cuda.current_stream(tensor.device))
+
+    @property
+    def arrived(self) -> bool:
+        """Whether it is there."""
+        return self._arrived is None or self._arrived.query()
+
+    def read(self) -> torch.Tensor:
+        """Returns it on the host; waits for it if need be."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._host
+
+
 @dataclass
 class _Slot:
     """Pinned memory, and the event after the last copy out of it."""

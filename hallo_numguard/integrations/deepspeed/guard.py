@@ -61,6 +61,7 @@ class DeepSpeedGuard:
             scan_state=lambda: scan_state(self._optimizer, positions),
             sliced_state=is_sliced(self._optimizer),
             device=torch.device(engine.device),
+            module=engine.module,
         )
         self._session = Session(model, self._ranks, config, on_overflow)
         self._policy = config.policy
@@ -83,6 +84,7 @@ class DeepSpeedGuard:
         self._seams.wrap(self._optimizer, "step", self._step)
         if hasattr(self._optimizer, "_update_scale"):
             self._seams.wrap(self._optimizer, "_update_scale", self._update_scale)
+        self._seams.wrap(self._engine, "forward", self._forward)
         self._seams.wrap(self._engine, "backward", self._backward)
         if hasattr(self._engine, "scale"):  # DeepSpeed >= 0.18.3, for loss.backward() by hand
             self._seams.wrap(self._engine, "scale", self._backward)
@@ -100,7 +102,7 @@ class DeepSpeedGuard:
 
     @property
     def findings(self) -> list[Finding]:
-        """Parameters and buffers that were not finite when the guard was attached, or after `load_checkpoint`."""
+        """What was noticed that is no overflow, or not yet; see `Finding`. The last 1000."""
         return self._session.findings
 
     @property
@@ -163,6 +165,10 @@ class DeepSpeedGuard:
                 raise
             raise NumericsError(report) from error
 
+    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._guarded(lambda: self._session.saw_call(args, kwargs))
+        return original(*args, **kwargs)
+
     def _backward(self, original: Callable[..., Any], loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
             self._session.saw_loss(loss)
@@ -214,7 +220,7 @@ class DeepSpeedGuard:
             self._policy.keep_scale
             and report is not None
             and report.first is not None
-            and report.first.kind != "gradient"
+            and report.first.kind not in ("gradient", "reduction")
         )
 
     def _guarded(self, work: Callable[[], T]) -> T | None:
