@@ -78,7 +78,9 @@ def inject(
             injection.remove()
         return None
 
-    injection._handles.append(model.register_forward_pre_hook(before_forward, with_kwargs=True))
+    # An engine is called before its model is; by then ZeRO stage 3 has begun to gather what would be damaged.
+    called = target if isinstance(target, nn.Module) else model
+    injection._handles.append(called.register_forward_pre_hook(before_forward, with_kwargs=True))
     return injection
 
 
@@ -105,7 +107,11 @@ def _planter(
     if kind == "gradient":
 
         def plant_gradient(injection: Injection, *_: Any) -> None:
+            hooks = dict(parameter._backward_hooks or {})
             injection._handles.append(parameter.register_hook(lambda gradient: _changed(gradient, index, value)))
+            for key, hook in hooks.items():  # behind ours, so that every one of them sees it
+                del parameter._backward_hooks[key]
+                parameter._backward_hooks[key] = hook
 
         return plant_gradient
     if kind == "optimizer_state":

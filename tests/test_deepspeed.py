@@ -277,7 +277,7 @@ def test_a_report_that_cannot_be_written_stops_nothing(make, tmp_path, caplog):
 def test_the_scale_that_is_named_is_the_one_where_deepspeed_settles(make, setup, stage):
     reports = []
     engine, guard = make(setup, stage=stage, on_overflow=reports.append)
-    for step in range(4):
+    for _ in range(4):
         support.train_step(engine, 0)
     engine.optimizer.loss_scaler.cur_scale = 2.0**40
     steps = 4

@@ -21,6 +21,7 @@ from fake_gpu import FakeGpus, HostSync, on_gpu, reveal
 from test_stats import assert_records, normal
 
 import hallo_numguard as ng
+from hallo_numguard.monitor.layout import Piece
 from hallo_numguard.monitor.recorder import Recorder
 from hallo_numguard.ops import cuda, device, dispatch, reference, triton
 from hallo_numguard.ops.chunks import CHUNK, Chunks
@@ -249,13 +250,14 @@ def test_the_native_backend_of_a_gpu_is_the_cuda_extension(gpus: FakeGpus) -> No
 
 
 def test_the_recorder_never_waits_for_a_step_to_be_recorded(gpus: FakeGpus) -> None:
-    recorder = Recorder(length=3)
+    recorder = Recorder(length=3, names=["a", "b"], limit=None)
+    pieces = [Piece(0, 0), Piece(1, 0)]
     flat, layout = on_gpu(normal(100)), ng.Layout([0, 40, 100])
     with fake_gpu.setting_up():
         ng.tensor_stats(flat, layout)
     for step in range(5):
         table = ng.tensor_stats(flat * (step + 1), layout)
-        recorder.begin(step, 8.0, table.packed, loss=on_gpu(torch.tensor(float(step))))
+        recorder.begin(step, 8.0, table.packed, pieces, loss=on_gpu(torch.tensor(float(step))))
         recorder.end(applied=True)
     rows = recorder.read(wait=False)
     assert [(row.step, row.loss) for row in rows] == [(2, 2.0), (3, 3.0), (4, 4.0)]

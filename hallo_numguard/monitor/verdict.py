@@ -93,7 +93,7 @@ def judge(seen: Evidence) -> OverflowReport:
         return _input_nonfinite(seen, seen.input)
     if seen.loss is not None:
         return _loss_nonfinite(seen, seen.loss)
-    if seen.bad_ranks == 0 and seen.world_size > 1:
+    if _overflowed_in_the_reduction(seen):
         return _reduction_overflow(seen)
     if seen.loss_known and seen.scaling.can_fall:
         return _scale_too_high(seen)
@@ -239,6 +239,12 @@ def _optimizer_state_nonfinite(seen: Evidence, first: Offender) -> OverflowRepor
         f"Go back to a healthy checkpoint, or reset the optimizer's state of {first.name} and load its weights anew: "
         "the next step that is applied would write it into the weights again.",
     )
+
+
+def _overflowed_in_the_reduction(seen: Evidence) -> bool:
+    """A sum of finite numbers may be infinite; NaN alone must have come from elsewhere (a hook that ran after ours)."""
+    first = seen.gradients[0]
+    return seen.bad_ranks == 0 and seen.world_size > 1 and first.pos_inf + first.neg_inf > 0
 
 
 def _reduction_overflow(seen: Evidence) -> OverflowReport:

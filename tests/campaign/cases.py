@@ -1,0 +1,232 @@
+"""The cases, and what is right in each of them. Knows no torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+FAULTS = {
+    "none": "no fault: 15 clean steps",
+    "weight": "NaN in a trained weight",
+    "frozen_weight": "NaN in a frozen weight",
+    "buffer": "NaN in a buffer, since before the run",
+    "optimizer_state": "NaN in the optimizer's state",
+    "input": "NaN in one sample of one rank's batch",
+    "loss": "Inf in one rank's loss",
+    "forward": "a forward pass that overflows (float16: a finite weight of 60000; else an Inf put in)",
+    "backward": "NaN born in the backward pass (square root at 0)",
+    "gradient": "NaN in one element of one rank's gradient",
+    "scale": "a loss scale of 2^34",
+    "reduction": "gradients that are finite on each rank, whose sum is not",
+}
+
+# setup, stage, offload: one of each optimizer class and way of keeping gradients
+KINDS = (
+    ("fp32", 0, False),
+    ("fp16", 0, False),
+    ("bf16", 0, False),
+    ("bf16_fp32", 1, False),
+    ("fp16", 1, False),
+    ("fp16", 2, False),
+    ("half", 2, False),
+    ("bf16", 2, False),
+    ("bf16_fp32", 2, False),
+    ("fp32", 2, False),
+    ("fp16", 1, True),
+    ("fp16", 2, True),
+    ("bf16", 2, True),
+    ("fp16", 3, False),
+    ("bf16", 3, False),
+    ("fp32", 3, False),
+    ("fp16", 3, True),
+    ("bf16", 3, True),
+)
+MODELS = ("transformer", "unet")
+WORLDS = (1, 2)
+CLEAN_STEPS, FAULTY_STEP, STEPS = 15, 3, 6
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run.
+
+    Attributes:
+        fault: A key of `FAULTS`.
+        model: transformer or unet.
+        setup, stage, offload: See `deepspeed_support.make_engine`.
+        world: Number of processes.
+    """
+
+    fault: str
+    model: str
+    setup: str
+    stage: int
+    offload: bool
+    world: int
+
+    def __str__(self) -> str:
+        return f"{self.fault}-{self.model}-{self.kind}-{self.world}"
+
+    @property
+    def kind(self) -> str:
+        """The engine, in a word."""
+        return f"{self.setup}-stage{self.stage}{'-offload' if self.offload else ''}"
+
+    @property
+    def is_half(self) -> bool:
+        """Whether the loss scale is dynamic: DeepSpeed does so for float16 only."""
+        return self.setup in ("fp16", "half")
+
+    @property
+    def culprit(self) -> int:
+        """The rank on which the fault is planted, where it is one rank's."""
+        return self.world - 1
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the worker."""
+        return asdict(self)
+
+
+def all_cases() -> list[Case]:
+    """Every case that can be."""
+    product = itertools.product(FAULTS, MODELS, KINDS, WORLDS)
+    return [Case(fault, model, *kind, world) for fault, model, kind, world in product if _exists(fault, kind, world)]
+
+
+def _exists(fault: str, kind: tuple[str, int, bool], world: int) -> bool:
+    setup, stage, _ = kind
+    if fault == "scale":  # DeepSpeed 0.19.8 does not scale the loss at stage 0
+        return setup in ("fp16", "half") and stage > 0
+    if fault == "reduction":  # later stages divide before they add up
+        return setup == "fp16" and stage == 0 and world > 1
+    return True
+
+
+def representative(cases: Sequence[Case]) -> list[Case]:
+    """A subset with every pair of values of any two axes that occurs in `cases`, chosen greedily."""
+    missing = {pair for case in cases for pair in _pairs(case)}
+    chosen = []
+    while missing:
+        best = max(cases, key=lambda case: len(missing.intersection(_pairs(case))))
+        chosen.append(best)
+        missing -= _pairs(best)
+    return sorted(chosen, key=cases.index)
+
+
+def _pairs(case: Case) -> set[tuple[tuple[str, object], ...]]:
+    axes = (("fault", case.fault), ("model", case.model), ("kind", case.kind), ("world", case.world))
+    return set(itertools.combinations(axes, 2))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a rank has seen.
+
+    Attributes:
+        verdict, provisional, recoverable: Of the report on the faulty step; None, False, None if there is none.
+        first: kind, name, index and rank of its first offender.
+        applied: Of every step, whether it was.
+        raised: Whether `NumericsError` was.
+        findings: kind and name of each.
+        last: verdict and provisional of the last report.
+        finite: Whether the weights were at the end.
+        planted: Name and index of what must be named.
+    """
+
+    verdict: str | None
+    provisional: bool
+    recoverable: bool | None
+    first: tuple[str, str, tuple[int, ...], int | None] | None
+    applied: tuple[bool, ...]
+    raised: bool
+    findings: tuple[tuple[str, str], ...]
+    last: tuple[str | None, bool]
+    finite: bool
+    planted: tuple[str, tuple[int, ...]]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Seen:
+        """Reads what a worker has written."""
+        first = values["first"]
+        return cls(
+            **{
+                **values,
+                "first": first and (first[0], first[1], tuple(first[2]), first[3]),
+                "applied": tuple(values["applied"]),
+                "findings": tuple(map(tuple, values["findings"])),
+                "last": tuple(values["last"]),
+                "planted": (values["planted"][0], tuple(values["planted"][1])),
+            }
+        )
+
+
+def problems(case: Case, seen: Sequence[Seen]) -> list[str]:
+    """Returns what is wrong with what the ranks have seen, in words; nothing if all is as it must be."""
+    found = [f"ranks disagree: {one.verdict} {one.first}" for one in seen[1:] if _shared(one) != _shared(seen[0])]
+    return found + list(_differences(case, seen[0]))
+
+
+def _shared(seen: Seen) -> tuple[object, ...]:
+    return seen.verdict, seen.provisional, seen.recoverable, seen.first, seen.applied, seen.raised, seen.last
+
+
+def _differences(case: Case, seen: Seen) -> Iterable[str]:
+    name, index = seen.planted
+    for what, got, expected in (
+        *_expected(case, seen, name, index),
+        ("findings", seen.findings, (("nonfinite", name),) if case.fault == "buffer" else ()),
+        ("weights finite at the end", seen.finite, case.fault not in ("weight", "frozen_weight", "optimizer_state")),
+    ):
+        if got != expected:
+            yield f"{what}: expected {expected}, got {got}"
+
+
+def _expected(case: Case, seen: Seen, name: str, index: tuple[int, ...]) -> Iterable[tuple[str, object, object]]:
+    """What was seen, and what should have been, in the words of the design's table of verdicts."""
+    yes, no = True, False
+    before, after = (yes,) * (FAULTY_STEP - 1), (yes,) * (STEPS - FAULTY_STEP)
+    first_but_rank = seen.first and seen.first[:3]
+    one_bad_step = (*before, no, *after)
+    if case.fault == "none":
+        yield "verdict", seen.verdict, None
+        yield "applied", seen.applied, (yes,) * CLEAN_STEPS
+    elif case.fault in ("weight", "frozen_weight"):
+        yield "verdict", (seen.verdict, seen.raised), ("weights_nonfinite", yes)
+        yield "first", seen.first, ("parameter", name, index, case.culprit)
+        yield "applied", seen.applied, (*before, no)
+    elif case.fault == "buffer":
+        yield "verdict", (seen.verdict, seen.raised), ("weights_nonfinite", yes)
+        yield "first", seen.first, ("buffer", name, index, 0)
+        yield "applied", seen.applied, (no,)
+    elif case.fault == "optimizer_state":  # the step after it writes it into the weight
+        yield "verdict", (seen.verdict, seen.raised), ("optimizer_state_nonfinite", yes)
+        yield "first", first_but_rank, ("optimizer_state", name, index)
+        yield "applied", seen.applied, (*before, yes, no)
+    elif case.fault == "input":
+        yield "verdict", (seen.verdict, seen.recoverable), ("input_nonfinite", yes)
+        yield "first", seen.first, ("input", name, index, case.culprit)
+        yield "applied", seen.applied, one_bad_step
+    elif case.fault in ("loss", "forward"):  # only a replay can tell the one from the other
+        yield "verdict", (seen.verdict, seen.recoverable), ("undetermined", None)
+        yield "first", seen.first, ("loss", "loss", (), case.culprit)
+        stays = case.fault == "forward" and case.is_half
+        yield "applied", seen.applied, (*before, no, no, no, no) if stays else one_bad_step
+    elif case.fault in ("backward", "gradient"):
+        yield "first", seen.first and seen.first[:2], ("gradient", name)
+        if case.fault == "gradient":
+            yield "index and rank", seen.first and seen.first[2:], (index, case.culprit)
+        # Until the next step is finite, a scale that is too high cannot be told from it where there is one.
+        verdict = ("scale_too_high", yes) if case.is_half else ("backward_nonfinite", None)
+        yield "verdict", (seen.verdict, seen.recoverable), verdict
+        yield "provisional", seen.provisional, case.is_half
+        yield "applied", seen.applied, one_bad_step
+    elif case.fault == "scale":
+        yield "verdict", (seen.verdict, seen.recoverable, seen.provisional), ("scale_too_high", yes, yes)
+        yield "settled", seen.last, ("scale_too_high", no)
+        yield "applied", (seen.applied[0], seen.applied[-1]), (no, yes)
+    elif case.fault == "reduction":
+        yield "verdict", (seen.verdict, seen.recoverable), ("reduction_overflow", yes)
+        yield "first", first_but_rank, ("reduction", name, index)
+        yield "applied", seen.applied, one_bad_step

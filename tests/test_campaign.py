@@ -1,0 +1,30 @@
+"""The fault campaign, a representative part of it: `make campaign` runs all (docs/campaign.md)."""
+
+from __future__ import annotations
+
+import pytest
+from campaign.cases import FAULTS, KINDS, all_cases, problems, representative
+from campaign.ranks import Ranks
+
+CASES = representative(all_cases())
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    groups = {world: Ranks(world) for world in (1, 2)}
+    yield groups
+    for group in groups.values():
+        group.stop()
+
+
+def test_the_part_represents_the_whole():
+    assert len(CASES) >= 60
+    assert {case.fault for case in CASES} == set(FAULTS)
+    assert {(case.setup, case.stage, case.offload) for case in CASES} == set(KINDS)
+    pairs = {(case.fault, case.kind) for case in CASES}
+    assert pairs == {(case.fault, case.kind) for case in all_cases()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_fault_is_named(ranks, case):
+    assert problems(case, ranks[case.world].run(case)) == []
