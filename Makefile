@@ -6,7 +6,7 @@ READY := $(VENV)/ready
 
 OLDER_DEEPSPEED ?= 0.18.2 0.19.3
 
-.PHONY: demo test lint bench older-deepspeed clean
+.PHONY: demo test lint bench campaign older-deepspeed clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,10 @@ lint: $(READY)
 bench: $(READY)
 	mkdir -p bench
 	$(BIN)/python benchmarks/overhead.py --json bench/overhead.json --plot bench/overhead.png
+
+# Every fault in every engine; the tests run a quarter of it.
+campaign: $(READY)
+	cd tests && $(abspath $(BIN))/python -m campaign --markdown ../docs/campaign.md
 
 # The guard on other releases; docs/deepspeed.md says what holds with which.
 older-deepspeed: $(READY)

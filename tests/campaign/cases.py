@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 FAULTS = {
-    "none": "no fault: 15 clean steps",
+    "none": "no fault: 30 clean steps",
     "weight": "NaN in a trained weight",
     "frozen_weight": "NaN in a frozen weight",
     "buffer": "NaN in a buffer, since before the run",
@@ -20,6 +20,22 @@ FAULTS = {
     "gradient": "NaN in one element of one rank's gradient",
     "scale": "a loss scale of 2^34",
     "reduction": "gradients that are finite on each rank, whose sum is not",
+}
+
+EXPECTED = {
+    "none": "nothing",
+    "weight": "`weights_nonfinite`, tensor, index, rank; the run is stopped at that step",
+    "frozen_weight": "likewise",
+    "buffer": "likewise, and a finding at attach",
+    "optimizer_state": "`optimizer_state_nonfinite`, tensor, index; the run is stopped at the first bad loss",
+    "input": "`input_nonfinite`, argument, index, rank; one step is skipped",
+    "loss": "`undetermined`: the loss, its rank; one step is skipped",
+    "forward": "`undetermined`: the loss, its rank; every step is skipped while the weight is there",
+    "backward": "the gradient that was ready first; `backward_nonfinite`, with a dynamic scale `scale_too_high`, "
+    "provisional",
+    "gradient": "tensor, index, rank (local gradients are looked at); verdict as for `backward`",
+    "scale": "`scale_too_high`, provisional, and no longer so once the scale has settled",
+    "reduction": "`reduction_overflow`, tensor, index",
 }
 
 # setup, stage, offload: one of each optimizer class and way of keeping gradients
@@ -45,7 +61,7 @@ KINDS = (
 )
 MODELS = ("transformer", "unet")
 WORLDS = (1, 2)
-CLEAN_STEPS, FAULTY_STEP, STEPS = 15, 3, 6
+CLEAN_STEPS, FAULTY_STEP, STEPS = 30, 3, 6
 
 
 @dataclass(frozen=True)
@@ -210,8 +226,9 @@ def _expected(case: Case, seen: Seen, name: str, index: tuple[int, ...]) -> Iter
         yield "applied", seen.applied, one_bad_step
     elif case.fault in ("loss", "forward"):  # only a replay can tell the one from the other
         yield "verdict", (seen.verdict, seen.recoverable), ("undetermined", None)
-        yield "first", seen.first, ("loss", "loss", (), case.culprit)
         stays = case.fault == "forward" and case.is_half
+        everywhere = stays and case.stage == 3  # all ranks gather the weight from the one that has it
+        yield "first", seen.first, ("loss", "loss", (), 0 if everywhere else case.culprit)
         yield "applied", seen.applied, (*before, no, no, no, no) if stays else one_bad_step
     elif case.fault in ("backward", "gradient"):
         yield "first", seen.first and seen.first[:2], ("gradient", name)
