@@ -176,3 +176,29 @@ print("APPLIED", [record.applied for record in guard.history])
     for output in support.run_ranks(head + body + TAIL, tmp_path):
         assert "SAID reduction_overflow True reduction hidden.weight (20, 5)" in output
         assert "APPLIED [True, False, True]" in output
+
+
+def test_nobody_waits_long_for_a_slow_rank_and_none_hangs(tmp_path):
+    body = """
+import time
+def callback(report):
+    time.sleep(2.0 * RANK)
+guard = ng.attach(engine, on_overflow=callback)
+for step in range(3):
+    support.train_step(engine, step)
+print("SKIPPED", [r.applied for r in guard.history], guard.last_report.verdict)
+"""
+    for output in run(body, tmp_path, "half", 30):
+        assert "SKIPPED [False, False, False] scale_too_high" in output
+
+
+def test_ranks_that_answer_differently_do_the_gravest_of_it(tmp_path):
+    body = """
+guard = ng.attach(engine, on_overflow=lambda report: "raise" if RANK == 1 else "continue")
+try:
+    support.train_step(engine)
+except ng.NumericsError as error:
+    print("RAISED", error.report.verdict)
+"""
+    for output in run(body, tmp_path, "half", 30):
+        assert "RAISED scale_too_high" in output

@@ -21,9 +21,10 @@ from campaign.cases import CLEAN_STEPS, EXPECTED, FAULTS, WORLDS, Case, all_case
 from campaign.ranks import Ranks
 
 _INTRODUCTION = (
-    "Made by `make campaign`: every fault in every engine, on real DeepSpeed engines with 1 and 2 processes, each with a",
-    "small transformer and a small convolutional UNet. A case is good if tensor, rank, index and verdict are the planted",
-    "ones on every rank, the right steps were skipped, nothing else was found, and the weights are finite in the end.",
+    "Made by `make campaign`: every fault in every engine, on real DeepSpeed engines with 1 and 2 processes, each with",
+    "a small transformer and a small convolutional UNet. A case is good if tensor, rank, index and verdict are the",
+    "planted ones on every rank, the right steps were skipped, nothing else was found, and the weights are finite in",
+    "the end.",
 )
 _EMPTY_CELLS = (
     "An empty cell: the fault cannot be there (DeepSpeed 0.19.8 does not scale the loss at stage 0; ZeRO 1 to 3 divide",
@@ -69,14 +70,15 @@ def _run(cases: Sequence[Case], console: Console) -> Results:
 def _document(results: Results, minutes: float) -> str:
     engines = list(dict.fromkeys(case.kind for case in results))
     faults = [fault for fault in FAULTS if any(case.fault == fault for case in results)]
+    versions = f"DeepSpeed {version('deepspeed')}, torch {version('torch').partition('+')[0]}"
     good = sum(not found for found in results.values())
     clean = CLEAN_STEPS * sum(case.fault == "none" and not found for case, found in results.items())
     lines = [
         "# The fault campaign",
         *_INTRODUCTION,
         "",
-        f"**{good} of {len(results)} cases are good**, among them {clean:,} clean steps without an alarm. "
-        + f"DeepSpeed {version('deepspeed')}, torch {version('torch').partition('+')[0]}, CPU, {minutes:.0f} minutes.",
+        f"**{good} of {len(results)} cases are good**, among them {clean:,} clean steps without an alarm.",
+        f"{versions}, CPU, {minutes:.0f} minutes.",
         "",
         "| fault | what is planted | what the guard must say |",
         "|---|---|---|",
