@@ -17,7 +17,7 @@ if TYPE_CHECKING:
         NumGuardError,
         UnsupportedDeepSpeed,
     )
-    from hallo_numguard.inject import inject
+    from hallo_numguard.injection import inject
     from hallo_numguard.integrations import attach
     from hallo_numguard.ops.layout import Layout
     from hallo_numguard.ops.stats import multi_tensor_stats, tensor_stats
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         StepRecord,
         Verdict,
     )
+    from hallo_numguard.tracing.frames import load as load_trace
+    from hallo_numguard.tracing.tracer import trace
 
 _HOMES = {
     "BackendUnavailable": "errors",
@@ -48,9 +50,11 @@ _HOMES = {
     "UnsupportedDeepSpeed": "errors",
     "Verdict": "records",
     "attach": "integrations",
-    "inject": "inject",
+    "inject": "injection",
+    "load_trace": "tracing.frames:load",
     "multi_tensor_stats": "ops.stats",
     "tensor_stats": "ops.stats",
+    "trace": "tracing.tracer",
 }
 
 __version__ = "0.1.0"
@@ -72,15 +76,18 @@ __all__ = [
     "Verdict",
     "attach",
     "inject",
+    "load_trace",
     "multi_tensor_stats",
     "tensor_stats",
+    "trace",
 ]
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    home, _, original = _HOMES[name].partition(":")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), original or name)
     globals()[name] = value
     return value
 

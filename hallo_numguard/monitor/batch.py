@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,8 +13,8 @@ from torch import nn
 
 from hallo_numguard.monitor.attribution import NamedTensor, bad_positions, look, only_negative_infinity
 from hallo_numguard.monitor.layout import Sums
-from hallo_numguard.ops.formats import FORMATS
 from hallo_numguard.records import Offender
+from hallo_numguard.structure import floating_tensors_in, tensors_in
 
 _LONGEST_NAME = 512
 _MOST_CALLS = 64  # of a step; forward passes that no step follows must not pile up
@@ -80,7 +80,7 @@ class Batch:
         call = self._calls[micro_batch]
         named = [*zip(self._names, call.args, strict=False), *call.kwargs.items()]
         named += [(f"input {place}", value) for place, value in enumerate(call.args) if place >= len(self._names)]
-        found = (item for name, value in named for item in _named_tensors(name, value))
+        found = (item for name, value in named for item in floating_tensors_in(name, value))
         return [NamedTensor("input", name[:_LONGEST_NAME], tensor.detach()) for name, tensor in found]
 
     def allow(self, names: Sequence[str]) -> None:
@@ -121,25 +121,5 @@ def _argument_names(model: nn.Module | None) -> list[str]:
     return [item.name for item in parameters if item.kind in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD)]
 
 
-def _named_tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    for inner, tensor in _walk(name, value):
-        if type(tensor) is torch.Tensor and tensor.dtype in FORMATS and tensor.layout is torch.strided:
-            yield inner, tensor
-
-
-def _walk(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    if isinstance(value, torch.Tensor):
-        yield name, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _walk(f"{name}[{key!r}]", item)
-    elif isinstance(value, (list, tuple)):
-        for position, item in enumerate(value):
-            yield from _walk(f"{name}[{position}]", item)
-    elif is_dataclass(value):
-        for item in fields(value):
-            yield from _walk(f"{name}.{item.name}", getattr(value, item.name))
-
-
 def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
-    return tuple(tensor._version for _, tensor in _walk("", (args, kwargs)) if not tensor.is_inference())
+    return tuple(tensor._version for _, tensor in tensors_in("", (args, kwargs)) if not tensor.is_inference())

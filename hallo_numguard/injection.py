@@ -96,8 +96,10 @@ def _planter(
         module = _find(dict(model.named_modules()), "module", where)
 
         def plant_activation(injection: Injection, *_: Any) -> None:
-            handle = module.register_forward_hook(lambda *call: _first_changed(call[-1], index, value)[0])
-            injection._handles.append(handle)
+            def change(*call: Any) -> Any:
+                return _first_changed(call[-1], index, value)[0]
+
+            injection._handles.append(module.register_forward_hook(change, prepend=True))  # every other hook sees it
 
         return plant_activation
     if kind == "buffer":

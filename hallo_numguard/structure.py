@@ -1,0 +1,52 @@
+"""Tensors inside of whatever people pass around: tuples, dicts, dataclasses, and these in one another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+import torch
+
+from hallo_numguard.ops.formats import FORMATS
+
+
+def tensors_in(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields every tensor in `value`, named by the way to it, as `batch['pixels'][0]`."""
+    if isinstance(value, torch.Tensor):
+        yield name, value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from tensors_in(f"{name}[{key!r}]", item)
+    elif isinstance(value, (list, tuple)):
+        for position, item in enumerate(value):
+            yield from tensors_in(f"{name}[{position}]", item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for item in fields(value):
+            yield from tensors_in(f"{name}.{item.name}", getattr(value, item.name))
+
+
+def floating_tensors_in(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields those that the kernels can read: plain dense tensors of a floating-point dtype."""
+    for inner, tensor in tensors_in(name, value):
+        if type(tensor) in _PLAIN and tensor.dtype in FORMATS and tensor.layout is torch.strided and not tensor.is_meta:
+            yield inner, tensor
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """Returns `value` with every tensor in it changed. What is of no kind that we know stays as it is."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        changed = {key: map_tensors(change, item) for key, item in value.items()}
+        return changed if type(value) is dict else type(value)(**changed)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(map_tensors(change, item) for item in value))
+    if isinstance(value, (list, tuple)):
+        return type(value)(map_tensors(change, item) for item in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{item.name: map_tensors(change, getattr(value, item.name)) for item in fields(value)})
+    return value

@@ -1,0 +1,208 @@
+"""Where a trace first turned from finite to non-finite."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from hallo_numguard.records import Record
+from hallo_numguard.tracing.frames import Frame, Origin
+from hallo_numguard.tracing.tape import Held, Tape
+
+Named = tuple[str, Held]
+
+
+@dataclass(eq=False)
+class Call:
+    """A call of a module while it is being traced: what a `Frame` is made of.
+
+    Attributes:
+        name, cls, call, parent, inputs, weights, outputs: See `Frame`.
+        parameters: Names of those weights that are parameters.
+        position: See `Frame`; -1 until it is completed.
+        operations: Operations inside of it, not inside of modules in it, that were looked at.
+    """
+
+    name: str
+    cls: str
+    call: int
+    parent: Call | None
+    inputs: Sequence[Named] = ()
+    weights: Sequence[Named] = ()
+    parameters: frozenset[str] = frozenset()
+    outputs: Sequence[Named] = ()
+    position: int = -1
+    operations: list[Operation] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class Operation:
+    """One operator of torch, called inside of a module.
+
+    Attributes:
+        what: Its name and the line that called it.
+        inputs, outputs: What it got and gave.
+    """
+
+    what: str
+    inputs: Sequence[Held]
+    outputs: Sequence[Held]
+
+
+def frame_of(call: Call, tape: Tape) -> Frame:
+    """Returns the call as it is kept."""
+
+    def records(named: Sequence[Named]) -> tuple[object, ...]:
+        return tuple(tape.tensor_record(name, held) for name, held in named)
+
+    def gradients(named: Sequence[Named]) -> tuple[object, ...]:
+        return tuple(tape.tensor_record(name, held.gradient) for name, held in named if held.gradient is not None)
+
+    return Frame(
+        position=call.position,
+        name=call.name,
+        cls=call.cls,
+        call=call.call,
+        parent=None if call.parent is None else call.parent.position,
+        inputs=records(call.inputs),  # type: ignore[arg-type]
+        weights=records(call.weights),  # type: ignore[arg-type]
+        outputs=records(call.outputs),  # type: ignore[arg-type]
+        grad_outputs=gradients(call.outputs),  # type: ignore[arg-type]
+        grad_inputs=gradients(call.inputs),  # type: ignore[arg-type]
+        grad_weights=gradients(call.weights),  # type: ignore[arg-type]
+    )
+
+
+def first_nonfinite(calls: Sequence[Call], tape: Tape) -> Origin | None:
+    """Finds the first call that turned finite into non-finite: in the forward pass, else in the backward pass.
+
+    Calls are in the order in which they were completed, so the innermost of several comes first. -Inf alone is how
+    masks are written, and does not count, but where it made a NaN: then who made the -Inf is named.
+    """
+    return _in_forward(calls, tape) or _in_backward(calls, tape)
+
+
+# -- forward ----------------------------------------------------------------------------------------------------------
+
+
+def _in_forward(calls: Sequence[Call], tape: Tape) -> Origin | None:
+    bad_input: tuple[Call, Named] | None = None
+    for call in calls:
+        output = _first_bad(call.outputs, tape)
+        if output is None:
+            continue
+        weight = _first_bad(call.weights, tape)
+        if weight is not None:
+            kind = "parameter" if weight[0] in call.parameters else "buffer"
+            return _origin(call, tape, "forward", kind, weight, f"{call.name}.{weight[0]}".lstrip("."))
+        given = _first_bad(call.inputs, tape)
+        if given is None:
+            maker = _maker_of_negative_infinity(call, calls, tape)
+            if maker is not None:
+                return _origin(maker[0], tape, "forward", "activation", maker[1], maker[0].name)
+            return _origin(call, tape, "forward", "activation", output, call.name)
+        if bad_input is None and given[1].made_by is None:
+            bad_input = (call, given)
+    return None if bad_input is None else _came_in(*bad_input, tape)
+
+
+def _came_in(call: Call, given: Named, tape: Tape) -> Origin:
+    """Of an input that was bad already: the model was called with it, or a module's own code made it for this call."""
+    while call.parent is not None:
+        if not any(held is given[1] for _, held in call.parent.inputs):
+            return _origin(call.parent, tape, "forward", "activation", given, call.parent.name)
+        call = call.parent
+    given = next(item for item in call.inputs if item[1] is given[1])
+    return _origin(call, tape, "forward", "input", given, given[0])
+
+
+def _maker_of_negative_infinity(call: Call, calls: Sequence[Call], tape: Tape) -> tuple[Call, Named] | None:
+    """A call with weights whose overflow to -Inf is what this one turned into NaN."""
+    for _, held in call.inputs:
+        if held.made_by is None or tape.record(held).neg_inf == 0:
+            continue
+        maker = next((item for item in calls if item.position == held.made_by), None)
+        if maker is not None and maker.weights and not any(tape.record(item).neg_inf for _, item in maker.inputs):
+            return maker, next(named for named in maker.outputs if named[1] is held)
+    return None
+
+
+# -- backward ---------------------------------------------------------------------------------------------------------
+
+
+def _in_backward(calls: Sequence[Call], tape: Tape) -> Origin | None:
+    """The call whose outputs' gradients were finite, and the first of whose other gradients to be ready was not."""
+    best: tuple[int, int, Call, Named] | None = None
+    for call in calls:
+        if any(_is_bad_gradient(tape.record(held.gradient)) for _, held in call.outputs if held.gradient is not None):
+            continue
+        for name, held in (*call.weights, *call.inputs):
+            gradient = held.gradient
+            if gradient is None or not _is_bad_gradient(tape.record(gradient)):
+                continue
+            if best is None or (gradient.order, call.position) < best[:2]:
+                best = (gradient.order, call.position, call, (name, gradient))
+    between = _between_modules(calls, tape)
+    if between is not None and (best is None or between[0] < best[0]):
+        return _origin(between[1], tape, "backward", "gradient", between[2], between[1].name)
+    if best is None:
+        return None
+    _, _, call, (name, gradient) = best
+    return _origin(call, tape, "backward", "gradient", (name, gradient), call.name)
+
+
+def _between_modules(calls: Sequence[Call], tape: Tape) -> tuple[int, Call, Named] | None:
+    """The first bad gradient of an output, where no module made it: its caller did, in code of its own."""
+    first: tuple[int, Call, Named] | None = None
+    taken = {held for call in calls for _, held in call.inputs}
+    for call in calls:
+        for name, held in call.outputs:
+            gradient = held.gradient
+            if gradient is None or held in taken or call.parent is None:
+                continue
+            if _is_bad_gradient(tape.record(gradient)) and (first is None or gradient.order < first[0]):
+                first = (gradient.order, call.parent, (f"{name} of {call.name}", gradient))
+    return first
+
+
+# -- both -------------------------------------------------------------------------------------------------------------
+
+
+def _first_bad(named: Sequence[Named], tape: Tape) -> Named | None:
+    return next((item for item in named if _is_bad(tape.record(item[1]))), None)
+
+
+def _is_bad(record: Record) -> bool:
+    return record.nan > 0 or record.pos_inf > 0
+
+
+def _is_bad_gradient(record: Record) -> bool:
+    return record.nonfinite > 0
+
+
+def _origin(call: Call, tape: Tape, phase: str, kind: str, named: Named, name: str) -> Origin:
+    tensor = tape.tensor_record(*named)
+    return Origin(
+        name=name,
+        module=call.cls,
+        phase=phase,
+        call=call.call,
+        index=tensor.index,
+        kind=kind,
+        tensor=tensor,
+        position=call.position,
+        neighbours=tape.neighbours.get(named[1].row, ()),
+        operation=_operation(call, tape) if kind == "activation" else "",
+    )
+
+
+def _operation(call: Call, tape: Tape) -> str:
+    """The first operation inside of the call that turned finite into non-finite."""
+    return next(_bad_operations(call, tape), "")
+
+
+def _bad_operations(call: Call, tape: Tape) -> Iterator[str]:
+    for operation in call.operations:
+        made = any(_is_bad(tape.record(held)) for held in operation.outputs)
+        if made and not any(_is_bad(tape.record(held)) for held in operation.inputs):
+            yield operation.what

@@ -1,0 +1,254 @@
+"""Hooks on every module of a model, and what they see."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from hallo_numguard.errors import InvalidInput
+from hallo_numguard.structure import floating_tensors_in
+from hallo_numguard.tracing import frames
+from hallo_numguard.tracing.frames import Frame, Frames, Origin
+from hallo_numguard.tracing.origin import Call, Named, Operation, first_nonfinite, frame_of
+from hallo_numguard.tracing.tape import Held, Tape
+
+_MOST_CALLS = 200_000
+_KEPT = 32  # calls that are kept if only the first bad one is wanted
+
+
+class Trace:
+    """What `trace` gives: to be read when its block is left."""
+
+    def __init__(self, tape: Tape, most: int) -> None:
+        self._tape = tape
+        self._calls: deque[Call] = deque(maxlen=most)
+        self._completed = 0
+        self._origin: Origin | None = None
+        self._is_over = False
+
+    @property
+    def frames(self) -> list[Frame]:
+        """Every call of a module, in the order in which they were completed."""
+        return [frame_of(call, self._tape) for call in self._calls]
+
+    @property
+    def first_nonfinite(self) -> Origin | None:
+        """The first call that turned finite into non-finite; None if there was none."""
+        if not self._is_over:
+            return first_nonfinite(self._calls, self._tape)
+        return self._origin
+
+    def save(self, path: str | Path) -> None:
+        """Writes the trace as JSON lines, compressed if the name ends in .gz; `load_trace` reads it without torch."""
+        frames.save(Frames(self.frames, self.first_nonfinite, self._completed - len(self._calls)), path)
+
+    def add(self, call: Call) -> None:
+        """Takes a call that was completed."""
+        call.position = self._completed
+        self._completed += 1
+        self._calls.append(call)
+
+    def close(self) -> None:
+        """The block is left: what came first is looked for once."""
+        self._tape.flush()
+        self._origin = first_nonfinite(self._calls, self._tape)
+        self._is_over = True
+
+
+@contextlib.contextmanager
+def trace(
+    model: nn.Module,
+    gradients: bool = True,
+    inputs: bool = True,
+    weights: bool = True,
+    stop_at_first: bool = False,
+    operations: bool = False,
+) -> Iterator[Trace]:
+    """Records what every module of a model makes of what it is given, forward and backward.
+
+    Args:
+        model: Any module; not compiled, whose insides no hook can see.
+        gradients: Also look at gradients with respect to inputs, outputs and parameters, where a backward pass runs
+            inside of the block.
+        inputs: Also look at what modules are called with. Without it no call can be told to have been the first.
+        weights: Also look at parameters and buffers.
+        stop_at_first: Keep the last 32 calls only, and stop looking soon after the first that is not finite.
+        operations: Also look at every operation of torch inside of modules, to name the one that made the first
+            non-finite value, and the line that called it. Slow.
+
+    Yields:
+        The trace: `first_nonfinite`, `frames`, `save(path)`.
+
+    Raises:
+        InvalidInput: If `model` is no module, or one that hooks cannot look into.
+
+    Cost: a kernel launch and some 20 us a call of a module; every tensor is read once, however many modules it goes
+    through; one synchronisation in 64 launches; 64 bytes a tensor. Nothing that the model computes changes.
+    """
+    _check(model)
+    tape = Tape()
+    result = Trace(tape, _KEPT if stop_at_first else _MOST_CALLS)
+    looks = _Looks(gradients, inputs, weights, stop_at_first, operations)
+    tracer = _Tracer(model, result, tape, looks)
+    mode = _Operations(tracer) if operations else contextlib.nullcontext()
+    try:
+        with mode:
+            yield result
+    finally:
+        tracer.stop()
+        result.close()
+
+
+def _check(model: nn.Module) -> None:
+    if not isinstance(model, nn.Module):
+        raise InvalidInput(f"trace() takes a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InvalidInput(f"trace() cannot look into {name or 'the model'}: it is TorchScript; trace the original")
+        if hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None:
+            raise InvalidInput(
+                f"trace() cannot look into {name or 'the model'}: it is compiled. Trace the module that was given to "
+                "torch.compile, or set TORCH_COMPILE_DISABLE=1"
+            )
+
+
+class _Looks(NamedTuple):
+    """The arguments of `trace`."""
+
+    gradients: bool
+    inputs: bool
+    weights: bool
+    stop_at_first: bool
+    operations: bool
+
+
+class _Tracer:
+    """Hooks, and the calls that are under way."""
+
+    def __init__(self, model: nn.Module, result: Trace, tape: Tape, looks: _Looks) -> None:
+        self._result = result
+        self._tape = tape
+        self._looks = looks
+        self._unseen = _disable_current_modes if looks.operations else contextlib.nullcontext
+        self._open: list[Call] = []
+        self._times: Counter[str] = Counter()
+        self._gradients_seen = 0
+        self._on = True
+        self._handles: list[Any] = []
+        for name, module in model.named_modules():
+            self._handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
+            self._handles.append(module.register_forward_hook(self._after(), always_call=True))
+
+    @property
+    def current(self) -> Call | None:
+        """The innermost call that is under way, while anybody looks."""
+        return self._open[-1] if self._open and self._on else None
+
+    def stop(self) -> None:
+        """Takes every hook off."""
+        self._on = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._open.clear()
+
+    def look(self, tensors: Sequence[torch.Tensor]) -> list[Held]:
+        """See `Tape.look`; ends the trace where only the first bad call is wanted."""
+        with self._unseen():  # by ourselves, where operations are looked at
+            held = self._tape.look(tensors)
+        if self._looks.stop_at_first and self._tape.bad:
+            self._on = False
+        return held
+
+    def _before(self, name: str) -> Callable[..., None]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if not self._on:
+                return
+            call = Call(name, type(module).__name__, self._times[name], self._open[-1] if self._open else None)
+            self._times[name] += 1
+            if self._looks.inputs:
+                named = [*floating_tensors_in("input", args), *floating_tensors_in("input", kwargs)]
+                call.inputs = self._look(named)
+            if self._looks.weights:
+                named = [(key, p) for key, p in module.named_parameters(recurse=False) if p.numel() > 0]
+                call.parameters = frozenset(key for key, _ in named)
+                named += module.named_buffers(recurse=False)
+                call.weights = self._look([item for key, t in named for item in floating_tensors_in(key, t)])
+            self._open.append(call)
+
+        return before
+
+    def _after(self) -> Callable[..., None]:
+        def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            if not self._open:
+                return
+            call = self._open.pop()
+            if self._on:
+                named = list(floating_tensors_in("output", output))
+                call.outputs = self._look(named)
+                self._result.add(call)
+                for _, held in call.outputs:
+                    if held.made_by is None:
+                        held.made_by = call.position
+
+        return after
+
+    def _look(self, named: Sequence[tuple[str, torch.Tensor]]) -> Sequence[Named]:
+        held = self.look([tensor for _, tensor in named])
+        for (_, tensor), item in zip(named, held, strict=True):
+            if self._looks.gradients and tensor.requires_grad and not item.hooked and torch.is_grad_enabled():
+                item.hooked = True
+                self._handles.append(tensor.register_hook(self._gradient_of(item)))
+        return [(name, item) for (name, _), item in zip(named, held, strict=True)]
+
+    def _gradient_of(self, held: Held) -> Callable[[torch.Tensor], None]:
+        def arrived(gradient: torch.Tensor) -> None:
+            if not self._on or held.gradient is not None or not list(floating_tensors_in("", gradient)):
+                return
+            (held.gradient,) = self.look([gradient])
+            held.gradient.order = self._gradients_seen
+            self._gradients_seen += 1
+
+        return arrived
+
+
+class _Operations(TorchDispatchMode):
+    """Looks at every operation inside of a module."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        call = self._tracer.current
+        if call is None:
+            return func(*args, **(kwargs or {}))
+        inputs = self._look((args, kwargs))
+        result = func(*args, **(kwargs or {}))
+        call.operations.append(Operation(f"{func}{_line()}", inputs, self._look(result)))
+        return result
+
+    def _look(self, value: Any) -> list[Held]:
+        return self._tracer.look([tensor for _, tensor in floating_tensors_in("", value)])
+
+
+_TORCH = str(Path(torch.__file__).parent)
+_OURS = str(Path(__file__).parent)
+
+
+def _line() -> str:
+    """The nearest line outside of torch that led here."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code.co_filename.startswith((_TORCH, _OURS, "<")):
+        frame = frame.f_back  # type: ignore[assignment]
+    return "" if frame is None else f" at {frame.f_code.co_filename}:{frame.f_lineno}"
