@@ -202,3 +202,32 @@ except ng.NumericsError as error:
 """
     for output in run(body, tmp_path, "half", 30):
         assert "RAISED scale_too_high" in output
+
+
+SLICES = """
+import deepspeed_support as support, hallo_numguard as ng, torch, os, logging
+import deepspeed
+logging.disable(logging.CRITICAL)
+model = torch.nn.Sequential(torch.nn.Embedding(8, 16), torch.nn.Linear(16, 8))
+with torch.no_grad():
+    if {name!r} == "0.weight":  # rows that nobody reads, in the slices of both ranks
+        model[0].weight[7] = model[0].weight[0] = float("nan")
+    else:  # in the slice of rank 1 only
+        model[1].weight[7, 15] = float("nan")
+engine = support.make_engine("fp16", stage=3, model=model)
+guard = ng.attach(engine, ng.GuardConfig(policy=ng.Policy(on_unrecoverable="warn")))
+for poison in {poisons}:
+    engine.backward((engine(torch.randint(1, 7, (4, 6))).float() * poison).square().mean())
+    engine.step()
+print("SAID", guard.last_report.verdict, guard.last_report.first.name, [record.applied for record in guard.history])
+"""
+
+
+def test_what_was_bad_at_attach_in_one_ranks_slice_is_known_to_all(tmp_path):
+    for output in support.run_ranks(SLICES.format(name="1.weight", poisons=[1.0]) + TAIL, tmp_path):
+        assert "SAID weights_nonfinite 1.weight [False]" in output
+
+
+def test_what_clean_steps_were_seen_with_in_slices_of_both_ranks_is_not_blamed(tmp_path):
+    for output in support.run_ranks(SLICES.format(name="0.weight", poisons="(1.0, 1.0, torch.inf)") + TAIL, tmp_path):
+        assert "SAID undetermined loss [True, True, False]" in output

@@ -36,6 +36,10 @@ class Ranks:
         """Returns the sum of the values that the ranks give. Synchronises."""
         return int(self._reduce(torch.tensor([value], device=device), dist.ReduceOp.SUM).item())
 
+    def any(self, marks: torch.Tensor) -> torch.Tensor:
+        """Returns the highest that any rank gives, element by element."""
+        return self._reduce(marks, dist.ReduceOp.MAX)
+
     def combine(self, local: Sums, sliced: torch.Tensor) -> tuple[Sums, torch.Tensor]:
         """Puts together what the ranks see.
 

@@ -94,10 +94,13 @@ class _Local(NamedTuple):
     """What one rank sees: weights (and, as the last row, the loss), gradients, optimizer state, local gradients.
 
     `input` is the first bad tensor of the batch and its micro-batch, as JSON, and `power` the loss scale at which the
-    last finite steps would have fitted, as a power of two.
+    last finite steps would have fitted, as a power of two. `marks`, int64 [weights, 2]: whether the weight is not
+    finite here in a way that no clean step was seen with, and whether it was not finite here before any step. Ranks
+    that hold slices know each of their own only.
     """
 
     weights: Sums
+    marks: torch.Tensor
     gradients: Sums
     state: Sums
     before_reduction: Sums
@@ -117,6 +120,7 @@ class _Agreed(NamedTuple):
 
     weights: Sums
     weight_ranks: torch.Tensor
+    marks: list[list[int]]
     gradients: Sums
     state: Sums
     state_ranks: torch.Tensor
@@ -151,8 +155,9 @@ class Session:
         self._config = config
         self._on_overflow = on_overflow
         self._legal = LegalNonfinites()
-        self._known_buffers: set[int] = set()  # not finite before any forward pass of ours
-        self._known_parameters: set[int] = set()  # likewise: master copies of them are bad because they are
+        # Weights of this rank that were not finite before any forward pass of ours. Master copies of them are bad
+        # because they are.
+        self._known: set[int] = set()
         limit = _near_limit(model.parameters)
         self._recorder = Recorder(config.history, [item.name for item in model.parameters], limit)
         self._batch = Batch(model.module)
@@ -252,6 +257,7 @@ class Session:
         report = self.guarded(lambda: self._judge(agreed))
         if self._anyone_failed():
             return None
+        self._legal.note(local.weights)
         self.last_report = report
         error = policy.agree(report, self._config.policy, self._on_overflow, self._ranks, self._model.device)
         self._dump(report)
@@ -277,6 +283,7 @@ class Session:
         return _Agreed(
             weights,
             weight_ranks,
+            ranks.any(local.marks).tolist(),
             gradients,
             state,
             state_ranks,
@@ -291,7 +298,16 @@ class Session:
         gradients = by_parameter(self._scanned.packed, self._scanned.pieces, len(self._model.parameters))
         weights = attribution.look([*self._weights, self._loss_tensor()])
         before = self._local.sums(self._model.device)
-        return _Local(weights, gradients, self._look_at_state(), before, self._look_at_batch(), self._settling_power())
+        state, batch = self._look_at_state(), self._look_at_batch()
+        return _Local(weights, self._marks(weights), gradients, state, before, batch, self._settling_power())
+
+    def _marks(self, weights: Sums) -> torch.Tensor:
+        marks = torch.zeros((len(self._weights), 2), dtype=torch.int64)
+        for position in bad_positions(weights):
+            if position < len(self._weights):
+                marks[position, 0] = int(not self._legal.is_legal(weights, position))
+        marks[list(self._known), 1] = 1
+        return marks.to(self._model.device)
 
     def _look_at_batch(self) -> str | None:
         if not self._batch.seen:
@@ -336,8 +352,9 @@ class Session:
                 loss = self._loss_tensor().offender(agreed.weights, position, weight_ranks[position])
                 continue
             offender = self._weights[position].offender(agreed.weights, position, weight_ranks[position])
-            (suspects if self._may_be_origin(agreed.weights, position) else bystanders).append(offender)
-        self._legal.note(agreed.weights)
+            is_new, was_known = map(bool, agreed.marks[position])
+            suspect = is_new and self._may_be_origin(agreed.weights, position, was_known)
+            (suspects if suspect else bystanders).append(offender)
         ready = self._order.sort(bad_positions(agreed.gradients))
         before = agreed.before_reduction
         bad_input, micro_batch = (None, 0) if agreed.input is None else _read_input(agreed.input)
@@ -348,7 +365,11 @@ class Session:
                 scaling=self._scaling,
                 suspects=suspects,
                 bystanders=bystanders,
-                state=[self._state(agreed.state, at, state_ranks[at]) for at in self._bad_state(agreed.state)],
+                state=[
+                    self._state(agreed.state, at, state_ranks[at])
+                    for at in bad_positions(agreed.state)
+                    if not agreed.marks[at][1]
+                ],
                 input=bad_input,
                 micro_batch=micro_batch,
                 batch_known=agreed.batch_known,
@@ -363,23 +384,18 @@ class Session:
         )
         return replace(report, history=tuple(self._recorder.read()))
 
-    def _may_be_origin(self, weights: Sums, position: int) -> bool:
-        if self._legal.is_legal(weights, position):
-            return False
+    def _may_be_origin(self, weights: Sums, position: int, was_known: bool) -> bool:
         if self._weights[position].kind == "parameter":
             return True
         # A forward pass on a bad batch poisons running statistics: that is damage, unless it was there before. And
         # -Inf alone is how additive masks are written.
-        return position in self._known_buffers and not only_negative_infinity(weights, position)
+        return was_known and not only_negative_infinity(weights, position)
 
     def _gradient(self, gradients: Sums, position: int, before: BeforeReduction | None) -> Offender:
         rank = 0 if self._ranks.size == 1 else None  # after the reduction it is every rank's
         if before is not None:
             rank = before.rank_of.get(position, rank)
         return replace(self._model.parameters[position].offender(gradients, position, rank), kind="gradient")
-
-    def _bad_state(self, state: Sums) -> list[int]:
-        return [position for position in bad_positions(state) if position not in self._known_parameters]
 
     def _state(self, state: Sums, position: int, rank: int) -> Offender:
         return replace(self._model.parameters[position].offender(state, position, rank), kind="optimizer_state")
@@ -397,20 +413,17 @@ class Session:
         """Looks at what this rank has of parameters, buffers and optimizer state, and tells what is not finite."""
         sums = attribution.look(self._weights)
         self._legal.note(sums)
-        self._known_buffers.clear()
-        self._known_parameters = {
-            position for position in bad_positions(sums) if position < len(self._model.parameters)
-        }
+        self._known = set(bad_positions(sums))
         for position in bad_positions(sums):
             weight = self._weights[position]
-            if weight.kind == "buffer":
-                self._known_buffers.add(position)
-                if only_negative_infinity(sums, position):
-                    continue
+            if weight.kind == "buffer" and only_negative_infinity(sums, position):
+                continue
             offender = weight.offender(sums, position, self._ranks.rank)
             self._tell(offender, when, mine=self._ranks.rank == 0 or weight.slice is not None)
         state = self._look_at_state()
-        for position in self._bad_state(state):
+        for position in bad_positions(state):
+            if position in self._known:
+                continue
             offender = self._state(state, position, self._ranks.rank)
             self._tell(offender, when, mine=self._ranks.rank == 0 or self._model.sliced_state)
 

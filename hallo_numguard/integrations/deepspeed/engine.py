@@ -146,6 +146,8 @@ def kind_for(engine: Any) -> Kind:
         UnsupportedDeepSpeed: If nothing is, or what is known does not hold.
     """
     optimizer = engine.optimizer
+    if optimizer is None or kind_of(optimizer, "DeepSpeedZeRoOffload"):
+        raise UnsupportedDeepSpeed("this engine has no optimizer: there is no step to guard")
     found = next((kind for kind in KINDS if kind_of(optimizer, *kind.classes)), None)
     if found is None:
         raise UnsupportedDeepSpeed(
