@@ -45,8 +45,9 @@ def inject(
     Args:
         target: A model, or what holds one as `.module` or `.model`: a DeepSpeedEngine, a Trainer.
         kind: What is damaged. "parameter", "buffer" and "optimizer_state" (moments) stay damaged, as by a corrupted
-            file; "input" (the first floating-point tensor of the batch), "activation" (the output of the module
-            `where`) and "gradient" (of the parameter `where`, before the reduction) are bad in one step only.
+            file; "input" (the first floating-point tensor of the batch) and "activation" (the output of the module
+            `where`) are bad in one step only, and "gradient" (of the parameter `where`, before the reduction) in one
+            backward pass, as by a fault of the hardware: not when the batch is run again.
         where: Fully qualified name of the parameter, buffer or module; not for "input".
         index: Of the element, in the whole tensor's shape; the first one if left out.
         value: What is written there.
@@ -109,8 +110,13 @@ def _planter(
     if kind == "gradient":
 
         def plant_gradient(injection: Injection, *_: Any) -> None:
+            def once(gradient: torch.Tensor) -> torch.Tensor | None:
+                handle.remove()
+                return _changed(gradient, index, value)
+
             hooks = dict(parameter._backward_hooks or {})
-            injection._handles.append(parameter.register_hook(lambda gradient: _changed(gradient, index, value)))
+            handle = parameter.register_hook(once)
+            injection._handles.append(handle)
             for key, hook in hooks.items():  # behind ours, so that every one of them sees it
                 del parameter._backward_hooks[key]
                 parameter._backward_hooks[key] = hook

@@ -61,8 +61,10 @@ class Verdict(str, Enum):
     WEIGHTS_NONFINITE = "weights_nonfinite"
     OPTIMIZER_STATE_NONFINITE = "optimizer_state_nonfinite"
     INPUT_NONFINITE = "input_nonfinite"
+    FORWARD_NONFINITE = "forward_nonfinite"
     BACKWARD_NONFINITE = "backward_nonfinite"
     REDUCTION_OVERFLOW = "reduction_overflow"
+    RANK_FAULT = "rank_fault"
     UNDETERMINED = "undetermined"
 
     def __str__(self) -> str:
@@ -74,8 +76,10 @@ class Offender:
     """A tensor that holds a non-finite value.
 
     Attributes:
-        kind: "parameter", "buffer", "optimizer_state", "input", "loss", "gradient" or "reduction".
-        name: Fully qualified name; of an input the argument of the model, as in `batch['pixels']`; "loss" for the loss.
+        kind: "parameter", "buffer", "optimizer_state", "input", "activation", "loss", "gradient" or "reduction".
+        name: Fully qualified name; of an input the argument of the model, as in `batch['pixels']`; of an activation the
+            module that returned it; of a gradient the parameter, or the module if it is that of an activation; "loss"
+            for the loss.
         module: Fully qualified name of the module that owns it, "" for the root.
         rank: Global rank on which it was seen, the lowest if on several; None for a gradient of several ranks, because
             after the reduction all of them see it.

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 import torch.distributed as dist
 
 from hallo_numguard.monitor.layout import NONE, Sums
+
+_log = logging.getLogger("hallo_numguard")
 
 _TEXT_BYTES = 4096
 _NOBODY = 1 << 31  # greater than any rank
@@ -65,12 +69,12 @@ class Ranks:
     def lowest_told(self, text: str | None, device: torch.device) -> str | None:
         """Returns the text of the lowest rank that has one, the same on all ranks; None if none has. Synchronises.
 
-        Raises:
-            ValueError: If it is longer than 4096 bytes: every rank sends as much, whatever it has to say.
+        What is longer than 4096 bytes is not told: every rank sends as much, whatever it has to say. See `clip`.
         """
         words = b"" if text is None else text.encode()
         if len(words) > _TEXT_BYTES:
-            raise ValueError(f"text of {len(words)} bytes, of at most {_TEXT_BYTES}")
+            _log.error("too much to tell other ranks: %d bytes", len(words))
+            words = b""
         teller = self.lowest(self.rank if words else _NOBODY, device)
         mine = words if teller == self.rank else b""
         payload = torch.frombuffer(bytearray(mine.ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8).to(device)
@@ -82,3 +86,9 @@ class Ranks:
         if self.size > 1:
             dist.all_reduce(tensor, op=operation, group=self._group)
         return tensor
+
+
+def clip(text: str, size: int) -> str:
+    """Returns the beginning of `text`, of at most `size` bytes, without control characters."""
+    printable = "".join(character if character.isprintable() else "?" for character in text)
+    return printable.encode()[:size].decode(errors="ignore")

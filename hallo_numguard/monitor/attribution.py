@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from hallo_numguard.monitor.layout import NONE, Piece, Sums, by_parameter, unravel
+from hallo_numguard.monitor.layout import NONE, Piece, Sums, by_parameter
+from hallo_numguard.ops.layout import unravel
 from hallo_numguard.ops.stats import multi_tensor_stats
 from hallo_numguard.records import Offender
 

@@ -4,44 +4,97 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
 
+from hallo_numguard.monitor.agreement import clip
 from hallo_numguard.monitor.attribution import NamedTensor, bad_positions, look, only_negative_infinity
 from hallo_numguard.monitor.layout import Sums
 from hallo_numguard.records import Offender
-from hallo_numguard.structure import floating_tensors_in, tensors_in
+from hallo_numguard.structure import floating_tensors_in, map_tensors, tensors_in
 
-_LONGEST_NAME = 512
+_LONGEST_NAME = 1000  # bytes
+_MOST_OUTPUT_BYTES = 1 << 30  # of a step
 _MOST_CALLS = 64  # of a step; forward passes that no step follows must not pile up
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Call:
-    """One forward pass of a training step.
+    """One forward pass of a training step, with what it takes to make it again.
 
     Attributes:
-        args, kwargs: What the model was called with.
+        args, kwargs: What the model was called with, detached.
         versions: Of the tensors in it, to know one that was changed in place afterwards.
+        random: The state of the random number generators before it.
+        outputs: The floating-point tensors that the model returned, detached; None if they were too large to keep.
+        seeds: The gradients with respect to these, as far as the backward pass has given them.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
     versions: tuple[int, ...]
+    random: RandomState
+    outputs: list[torch.Tensor] | None = None
+    seeds: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """Takes note of a call. Costs a walk through its arguments, and touches no data."""
-        return cls(args, kwargs, _versions(args, kwargs))
+        args, kwargs = map_tensors(_detached, (args, kwargs))
+        return cls(args, kwargs, _versions(args, kwargs), RandomState.now())
 
     @property
     def changed(self) -> bool:
         """Whether a tensor was written to since."""
         return self.versions != _versions(self.args, self.kwargs)
+
+    def returned(self, output: Any) -> None:
+        """Takes note of what the model returned, and of the gradients that will arrive there."""
+        self.outputs = []
+        for position, (_, tensor) in enumerate(floating_tensors_in("output", output)):
+            self.outputs.append(tensor.detach())
+            if tensor.requires_grad:
+                tensor.register_hook(self._seed(position))
+
+    def forget_outputs(self) -> None:
+        """Lets go of what takes room: this call can no longer be made again and compared."""
+        self.outputs = None
+        self.seeds.clear()
+
+    @property
+    def output_bytes(self) -> int:
+        """What is kept of outputs; their gradients take as much."""
+        return sum(tensor.nbytes for tensor in self.outputs or ())
+
+    def _seed(self, position: int) -> Callable[[torch.Tensor], None]:
+        def arrived(gradient: torch.Tensor) -> None:
+            if self.outputs is not None:
+                self.seeds[position] = gradient.detach()
+
+        return arrived
+
+
+@dataclass(frozen=True, eq=False)
+class RandomState:
+    """Of torch's generators, on the CPU and on the current GPU."""
+
+    cpu: torch.Tensor
+    cuda: torch.Tensor | None
+
+    @classmethod
+    def now(cls) -> RandomState:
+        """Returns the present one. Does not wait for the GPU."""
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None)
+
+    def restore(self) -> None:
+        """Makes it the present one."""
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda)
 
 
 class Batch:
@@ -71,6 +124,17 @@ class Batch:
         if torch.is_grad_enabled():
             self._calls.append(Call.of(args, kwargs))
 
+    def returned(self, output: Any) -> None:
+        """Takes note of what the last of them returned; the oldest are let go of where that takes too much room."""
+        if not torch.is_grad_enabled() or not self._calls:
+            return
+        self._calls[-1].returned(output)
+        room = _MOST_OUTPUT_BYTES
+        for call in reversed(self._calls):
+            room -= call.output_bytes
+            if room < 0:
+                call.forget_outputs()
+
     def clear(self) -> None:
         """Lets go of them: the step is over."""
         self._calls.clear()
@@ -81,7 +145,7 @@ class Batch:
         named = [*zip(self._names, call.args, strict=False), *call.kwargs.items()]
         named += [(f"input {place}", value) for place, value in enumerate(call.args) if place >= len(self._names)]
         found = (item for name, value in named for item in floating_tensors_in(name, value))
-        return [NamedTensor("input", name[:_LONGEST_NAME], tensor.detach()) for name, tensor in found]
+        return [NamedTensor("input", clip(name, _LONGEST_NAME), tensor.detach()) for name, tensor in found]
 
     def allow(self, names: Sequence[str]) -> None:
         """Takes note of inputs that were not finite in a step that was: they are meant to be so."""
@@ -119,6 +183,10 @@ def _argument_names(model: nn.Module | None) -> list[str]:
     except (TypeError, ValueError):
         return []
     return [item.name for item in parameters if item.kind in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD)]
+
+
+def _detached(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:

@@ -62,12 +62,3 @@ def by_parameter(packed: torch.Tensor, pieces: Sequence[Piece], parameters: int)
         first.scatter_reduce_(0, owner, torch.where(index >= 0, index + start, NONE), "amin")
         absmax.scatter_reduce_(0, owner, packed.view(torch.float64)[:, 6], "amax")
     return Sums(counts[:-1], first[:-1], absmax[:-1])
-
-
-def unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:
-    """Returns the position in a tensor of that shape of a flat, row-major index."""
-    position = []
-    for size in reversed(shape):
-        index, rest = divmod(index, size)
-        position.append(rest)
-    return tuple(reversed(position))

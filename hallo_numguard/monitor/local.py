@@ -19,6 +19,9 @@ class LocalGradients:
     Args:
         parameters: In the session's order.
         when: "never", "on_alarm" (from the step after an overflow on, until `CALM` steps were clean) or "always".
+
+    Attributes:
+        muted: Whether gradients that come now are none of the step's.
     """
 
     def __init__(self, parameters: Sequence[NamedTensor], when: str) -> None:
@@ -28,6 +31,7 @@ class LocalGradients:
         self._rows: list[torch.Tensor] = []
         self._pieces: list[Piece] = []
         self._calm = 0
+        self.muted = False
         if when == "always":
             self._watch()
 
@@ -68,6 +72,8 @@ class LocalGradients:
 
     def _look(self, position: int) -> Callable[[torch.Tensor], None]:
         def look(gradient: torch.Tensor) -> None:
+            if self.muted:
+                return
             self._rows.append(tensor_stats(gradient.detach()).packed)
             self._pieces.append(Piece(position, 0))
 

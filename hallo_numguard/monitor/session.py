@@ -32,9 +32,10 @@ from hallo_numguard.monitor.batch import Batch
 from hallo_numguard.monitor.layout import NONE, Piece, Sums, by_parameter
 from hallo_numguard.monitor.local import LocalGradients
 from hallo_numguard.monitor.recorder import Recorder
-from hallo_numguard.monitor.verdict import Evidence, Scaling, judge, settled
+from hallo_numguard.monitor.replay import Forward, Replayed, Replayer
+from hallo_numguard.monitor.verdict import Evidence, Scaling, judge, needs_replay, settled
 from hallo_numguard.monitor.watch import Watch
-from hallo_numguard.records import Finding, Offender, OverflowReport, StepRecord
+from hallo_numguard.records import Finding, Offender, OverflowReport, StepRecord, Verdict
 
 _log = logging.getLogger("hallo_numguard")
 
@@ -79,6 +80,7 @@ class Model:
         sliced_state: Whether every rank holds another slice of those.
         device: Where small reductions between ranks are made.
         module: Whose forward is called in training: names its arguments. None if nobody shows the calls.
+        forward: Calls it once more, as the framework does; None if that cannot be.
     """
 
     parameters: list[NamedTensor]
@@ -88,6 +90,7 @@ class Model:
     sliced_state: bool
     device: torch.device
     module: nn.Module | None = None
+    forward: Forward | None = None
 
 
 class _Local(NamedTuple):
@@ -161,6 +164,11 @@ class Session:
         limit = _near_limit(model.parameters)
         self._recorder = Recorder(config.history, [item.name for item in model.parameters], limit)
         self._batch = Batch(model.module)
+        self._replayer = (
+            Replayer(model.module, model.forward, self._batch, ranks, model.device)
+            if model.module is not None and model.forward is not None
+            else None
+        )
         self._watch = Watch(model.parameters, self._batch, self._note)
         self._order = ReadyOrder()
         self._order.learn(model.parameters)
@@ -196,6 +204,10 @@ class Session:
     def saw_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Takes note of what the model is called with, before it is. Keeps references until the step is over."""
         self._batch.add(args, kwargs)
+
+    def saw_output(self, output: Any) -> None:
+        """Takes note of what it returned."""
+        self._batch.returned(output)
 
     def saw_loss(self, loss: torch.Tensor) -> None:
         """Takes note of a micro-batch's loss, before its backward."""
@@ -254,7 +266,11 @@ class Session:
         if self._anyone_failed():
             return None
         agreed = self._agree(local)
-        report = self.guarded(lambda: self._judge(agreed))
+        evidence = self.guarded(lambda: self._evidence(agreed))
+        if self._anyone_failed():
+            return None
+        evidence = replace(evidence, replay=self._replay(evidence))
+        report = self.guarded(lambda: replace(judge(evidence), history=tuple(self._recorder.read())))
         if self._anyone_failed():
             return None
         self._legal.note(local.weights)
@@ -342,7 +358,28 @@ class Session:
         sliced = [item.slice is not None for item in self._weights]
         return torch.tensor([*sliced, False], device=self._model.device)
 
-    def _judge(self, agreed: _Agreed) -> OverflowReport:
+    def _replay(self, evidence: Evidence) -> Replayed | None:
+        """Runs the batch again where that can tell more; the same on every rank, which all see the same evidence."""
+        if self._replayer is None or not evidence.loss_known or not needs_replay(evidence):
+            return None
+        self._local.muted = True
+        try:
+            if evidence.loss is not None:
+                found = self._replayer.of_a_bad_loss([bool(torch.isfinite(loss)) for loss in self._losses])
+            else:
+                found = self._replayer.of_bad_gradients(evidence.scaling.scale)
+        finally:
+            self._local.muted = False
+        return replace(found, origin=found.origin and self._by_its_first_name(found.origin))
+
+    def _by_its_first_name(self, offender: Offender) -> Offender:
+        """A tied weight has one name, whichever of the modules that use it was found."""
+        for weight in self._weights:
+            if offender.name in weight.aliases:
+                return replace(offender, name=weight.name, aliases=weight.aliases)
+        return offender
+
+    def _evidence(self, agreed: _Agreed) -> Evidence:
         suspects: list[Offender] = []
         bystanders: list[Offender] = []
         loss = None
@@ -358,31 +395,36 @@ class Session:
         ready = self._order.sort(bad_positions(agreed.gradients))
         before = agreed.before_reduction
         bad_input, micro_batch = (None, 0) if agreed.input is None else _read_input(agreed.input)
-        report = judge(
-            Evidence(
-                step=self._step,
-                skipped=self._skipped,
-                scaling=self._scaling,
-                suspects=suspects,
-                bystanders=bystanders,
-                state=[
-                    self._state(agreed.state, at, state_ranks[at])
-                    for at in bad_positions(agreed.state)
-                    if not agreed.marks[at][1]
-                ],
-                input=bad_input,
-                micro_batch=micro_batch,
-                batch_known=agreed.batch_known,
-                tensors=len(self._weights),
-                loss=loss,
-                loss_known=agreed.loss_known,
-                gradients=[self._gradient(agreed.gradients, position, before) for position in ready],
-                bad_ranks=None if before is None else before.ranks,
-                world_size=self._ranks.size,
-                settles_at=None if agreed.power == _UNKNOWN else min(2.0**agreed.power, self._scaling.scale / 2),
-            )
+        return Evidence(
+            step=self._step,
+            skipped=self._skipped,
+            scaling=self._scaling,
+            suspects=suspects,
+            bystanders=bystanders,
+            state=[
+                self._state(agreed.state, at, state_ranks[at])
+                for at in bad_positions(agreed.state)
+                if not agreed.marks[at][1]
+            ],
+            input=bad_input,
+            micro_batch=micro_batch,
+            batch_known=agreed.batch_known,
+            tensors=len(self._weights),
+            loss=loss,
+            loss_known=agreed.loss_known,
+            gradients=[self._gradient(agreed.gradients, position, before) for position in ready],
+            bad_ranks=None if before is None else before.ranks,
+            world_size=self._ranks.size,
+            settles_at=None if agreed.power == _UNKNOWN else min(2.0**agreed.power, self._scaling.scale / 2),
+            proved_before=self._proved_before(),
         )
-        return replace(report, history=tuple(self._recorder.read()))
+
+    def _proved_before(self) -> float | None:
+        """The loss scale that a replay has named since the last step that was applied."""
+        before = self.last_report
+        if before is None or self._skipped < 2 or before.verdict is not Verdict.SCALE_TOO_HIGH or before.provisional:
+            return None
+        return before.settles_at
 
     def _may_be_origin(self, weights: Sums, position: int, was_known: bool) -> bool:
         if self._weights[position].kind == "parameter":

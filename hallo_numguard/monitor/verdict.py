@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from hallo_numguard.monitor.replay import Replayed
 from hallo_numguard.records import Offender, OverflowReport, Verdict
 
 
@@ -62,6 +63,8 @@ class Evidence:
         world_size: Number of ranks.
         settles_at: The loss scale up to which the gradients of the last finite steps would have fitted, or half of the
             present one if that is lower; None if no step was finite yet.
+        proved_before: The loss scale at which a batch was finite that was skipped since the last step that was applied.
+        replay: What the batch has shown when it was run again; None if it was not.
     """
 
     step: int
@@ -80,10 +83,26 @@ class Evidence:
     bad_ranks: int | None
     world_size: int
     settles_at: float | None
+    proved_before: float | None = None
+    replay: Replayed | None = None
+
+    @property
+    def has_answer(self) -> bool:
+        """Whether the batch was run again, and was the same."""
+        return self.replay is not None and not self.replay.why_not
+
+
+def needs_replay(seen: Evidence) -> bool:
+    """Returns whether to run the batch again would tell more."""
+    if seen.loss is not None:
+        return not seen.suspects and seen.input is None
+    if not seen.gradients or _overflowed_in_the_reduction(seen):
+        return False
+    return seen.proved_before is None or seen.scaling.scale <= seen.proved_before
 
 
 def judge(seen: Evidence) -> OverflowReport:
-    """Returns the report on an overflow."""
+    """Returns the report on an overflow, in the order of suspicion: what stands earlier in the step goes first."""
     if seen.loss is not None and seen.suspects:
         written = _written_by_the_optimizer(seen)
         return _weights_nonfinite(seen) if written is None else _optimizer_state_nonfinite(seen, written)
@@ -91,14 +110,30 @@ def judge(seen: Evidence) -> OverflowReport:
         return _false_alarm(seen)
     if seen.loss is not None and seen.input is not None:
         return _input_nonfinite(seen, seen.input)
+    if _is_one_ranks_fault(seen):
+        return _rank_fault(seen)
     if seen.loss is not None:
         return _loss_nonfinite(seen, seen.loss)
     if _overflowed_in_the_reduction(seen):
         return _reduction_overflow(seen)
+    if seen.replay is not None and seen.has_answer and seen.replay.origin is not None:
+        return _judge_by_replay(seen, seen.replay, seen.replay.origin)
+    if seen.has_answer and seen.replay is not None and seen.replay.micro_batch == 0:
+        return _not_again(seen)
     if seen.loss_known and seen.scaling.can_fall:
         return _scale_too_high(seen)
     if _born_in_backward(seen):
-        return _backward_nonfinite(seen)
+        return _backward_nonfinite(seen, seen.gradients[0])
+    return _gradients_nonfinite(seen)
+
+
+def _judge_by_replay(seen: Evidence, replay: Replayed, origin: Offender) -> OverflowReport:
+    if origin.kind in ("parameter", "buffer"):
+        return _weight_in_backward(seen, origin)
+    if replay.finite_unscaled:
+        return _scale_too_high(seen)
+    if replay.finite_unscaled is False or seen.scaling.scale == 1.0:
+        return _backward_nonfinite(seen, origin)
     return _gradients_nonfinite(seen)
 
 
@@ -134,17 +169,34 @@ def _report(
         step=seen.step,
         loss_scale=seen.scaling.scale,
         verdict=verdict,
-        provisional=verdict is Verdict.SCALE_TOO_HIGH,
+        provisional=verdict is Verdict.SCALE_TOO_HIGH and not (seen.has_answer and settles_at is not None),
         recoverable=recoverable,
         first=first,
         offenders=tuple(seen.gradients),
-        evidence=(*evidence, *_common(seen)),
+        evidence=(*evidence, *_replay_lines(seen), *_common(seen)),
         not_checked=tuple(not_checked),
         advice=advice,
         world_size=seen.world_size,
         consecutive_skips=seen.skipped,
         settles_at=settles_at,
     )
+
+
+def _replay_lines(seen: Evidence) -> list[str]:
+    replay = seen.replay
+    if replay is None:
+        return []
+    if replay.why_not:
+        return [f"no answer from running the batch again: {replay.why_not}"]
+    if replay.origin is None:
+        return ["the same batch, run again on every rank, was finite in every module"]
+    where = f"on {replay.bad_ranks} of {seen.world_size} ranks" if seen.world_size > 1 else "likewise"
+    lines = [f"the batch (micro-batch {replay.micro_batch}), run again, was not finite {where}", *replay.details]
+    if replay.finite_unscaled:
+        lines.append("the same batch without loss scaling was finite")
+    elif replay.finite_unscaled is False:
+        lines.append("nor was it without loss scaling")
+    return lines
 
 
 def _common(seen: Evidence) -> list[str]:
@@ -215,6 +267,18 @@ def _weights_nonfinite(seen: Evidence) -> OverflowReport:
     return _report(seen, Verdict.WEIGHTS_NONFINITE, False, first, evidence, (), advice)
 
 
+def _weight_in_backward(seen: Evidence, origin: Offender) -> OverflowReport:
+    return _report(
+        seen,
+        Verdict.WEIGHTS_NONFINITE,
+        False,
+        origin,
+        ["the loss is finite, because it does not depend on what the bad weight makes; but 0 times NaN is NaN"],
+        (),
+        f"Repair {origin.name}: no loss scale can mend it.",
+    )
+
+
 def _written_by_the_optimizer(seen: Evidence) -> Offender | None:
     """The optimizer state behind the first bad weight that has some.
 
@@ -243,8 +307,41 @@ def _optimizer_state_nonfinite(seen: Evidence, first: Offender) -> OverflowRepor
 
 def _overflowed_in_the_reduction(seen: Evidence) -> bool:
     """A sum of finite numbers may be infinite; NaN alone must have come from elsewhere (a hook that ran after ours)."""
+    if seen.loss is not None or not seen.gradients or seen.world_size == 1:
+        return False
     first = seen.gradients[0]
-    return seen.bad_ranks == 0 and seen.world_size > 1 and first.pos_inf + first.neg_inf > 0
+    finite_again = seen.replay is not None and seen.has_answer and seen.replay.origin is None and seen.bad_ranks is None
+    return (seen.bad_ranks == 0 or finite_again) and first.pos_inf + first.neg_inf > 0 and first.nan == 0
+
+
+def _is_one_ranks_fault(seen: Evidence) -> bool:
+    """One rank only was bad, and the same batch on it is clean now."""
+    replay = seen.replay
+    if replay is None or replay.bad_ranks:
+        return False
+    if replay.differing_ranks:
+        return replay.differing_ranks == 1
+    if seen.loss is not None or replay.why_not or replay.micro_batch > 0:  # several may overflow when they are added up
+        return False
+    return seen.world_size == 1 or seen.bad_ranks == 1
+
+
+def _rank_fault(seen: Evidence) -> OverflowReport:
+    first = seen.loss or seen.gradients[0]
+    differing = seen.replay is not None and seen.replay.differing_ranks
+    rank = seen.replay.differing_rank if seen.replay is not None and differing else first.rank
+    first = replace(first, rank=rank)
+    what = "returned something else" if differing else "was finite"
+    return _report(
+        seen,
+        Verdict.RANK_FAULT,
+        None,
+        first,
+        [f"only rank {rank} was not finite, and the same batch, run again on it, {what}", _finite_weights(seen)],
+        ("kernels that do not give the same bits twice",),
+        f"Suspect the hardware of rank {rank}: look at its error counters and temperature, and run it without "
+        "that device. If it comes back with another batch on the same rank, it is the hardware.",
+    )
 
 
 def _reduction_overflow(seen: Evidence) -> OverflowReport:
@@ -253,7 +350,11 @@ def _reduction_overflow(seen: Evidence) -> OverflowReport:
         Verdict.REDUCTION_OVERFLOW,
         True,
         replace(seen.gradients[0], kind="reduction"),
-        ["every rank's own gradients were finite, their sum is not"],
+        [
+            "every rank's own gradients were finite"
+            + ("" if seen.bad_ranks == 0 else ", when the batch was run again")
+            + ", their sum is not"
+        ],
         (),
         "The sum over the ranks is too large for the dtype that it is made in: divide before it (prescale_gradients, "
         "gradient_predivide_factor), or reduce in a wider dtype (communication_data_type: bf16 or fp32). A lower loss "
@@ -269,18 +370,21 @@ def _born_in_backward(seen: Evidence) -> bool:
     return seen.world_size == 1 or seen.gradients[0].nan > 0 or bool(seen.bad_ranks)
 
 
-def _backward_nonfinite(seen: Evidence) -> OverflowReport:
-    first = seen.gradients[0]
+def _backward_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
     where = f"module {first.module}" if first.module else "the root module"
+    proved = seen.has_answer
+    evidence = ["the loss is finite", _finite_weights(seen)]
+    if seen.scaling.scale == 1.0:
+        evidence.append("the loss is not scaled: a scale cannot be too high")
     return _report(
         seen,
         Verdict.BACKWARD_NONFINITE,
         None,
         first,
-        ["the loss is finite", _finite_weights(seen), "the loss is not scaled: a scale cannot be too high"],
-        ("the operation behind it",),
-        f"The backward pass made it in {where}, or right behind it: look there for a division, a square root, a "
-        "logarithm or a norm at 0, and for a sum that is too large for the dtype.",
+        evidence,
+        () if proved else ("the operation behind it",),
+        f"The backward pass made it in {where}{'' if proved else ', or right behind it'}: look there for a division, a "
+        "square root, a logarithm or a norm at 0, and for a sum that is too large for the dtype.",
     )
 
 
@@ -303,6 +407,9 @@ def _input_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
 
 
 def _loss_nonfinite(seen: Evidence, loss: Offender) -> OverflowReport:
+    if seen.replay is not None and seen.has_answer:
+        origin = seen.replay.origin
+        return _loss_code(seen, loss) if origin is None else _forward_nonfinite(seen, origin)
     evidence = [f"the loss is not finite ({_loss_text(seen)})", _finite_weights(seen)]
     if seen.batch_known:
         evidence.append("what the model was called with is finite")
@@ -319,6 +426,48 @@ def _loss_nonfinite(seen: Evidence, loss: Offender) -> OverflowReport:
     )
 
 
+_FORWARD_KINDS = {
+    "parameter": (Verdict.WEIGHTS_NONFINITE, False),
+    "buffer": (Verdict.WEIGHTS_NONFINITE, False),
+    "input": (Verdict.INPUT_NONFINITE, True),
+}
+
+
+def _forward_nonfinite(seen: Evidence, origin: Offender) -> OverflowReport:
+    verdict, recoverable = _FORWARD_KINDS.get(origin.kind, (Verdict.FORWARD_NONFINITE, None))
+    where = f"module {origin.name}" if origin.name else "the root module's own code"
+    rank = _on_rank(seen, origin.rank)
+    if verdict is Verdict.WEIGHTS_NONFINITE:
+        advice = f"Repair {origin.name}, or find out why this batch reads what no batch before has."
+    elif verdict is Verdict.INPUT_NONFINITE:
+        advice = f"This step is lost, the next batch is not. Find the sample in the data{rank}."
+    else:
+        advice = (
+            f"The forward pass made it in {where}{rank}. If the numbers there are near the largest that {origin.dtype} "
+            "can hold, run it in bfloat16 or float32, or clamp them; else look for a division, a square root, a "
+            "logarithm or a row that is masked throughout. The loss scale acts later: lowering it does not help."
+        )
+    return _report(seen, verdict, recoverable, origin, _before_the_loss(seen), (), advice)
+
+
+def _loss_code(seen: Evidence, loss: Offender) -> OverflowReport:
+    return _report(
+        seen,
+        Verdict.UNDETERMINED,
+        None,
+        loss,
+        _before_the_loss(seen),
+        ("labels that the model was not called with",),
+        "It was made after the model, where the loss is computed from what it returns: look there for a logarithm or a "
+        f"division, at the labels{_on_rank(seen, loss.rank)}, and at the dtype. Lowering the loss scale does not help.",
+    )
+
+
+def _before_the_loss(seen: Evidence) -> list[str]:
+    finite_inputs = "what the model was called with is finite"
+    return [f"the loss is not finite ({_loss_text(seen)})", _finite_weights(seen), finite_inputs]
+
+
 def _unseen_batch(seen: Evidence) -> tuple[str, ...]:
     return () if seen.batch_known else ("the batch: what the model was called with was not seen, or changed since",)
 
@@ -330,21 +479,46 @@ def _on_rank(seen: Evidence, rank: int | None) -> str:
 def _scale_too_high(seen: Evidence) -> OverflowReport:
     left = _plural(seen.scaling.halvings_left, "halving")
     evidence = ["the loss is finite", _finite_weights(seen), f"the loss scale is {seen.scaling}"]
-    if seen.settles_at is None:
+    replayed = seen.replay.settles_at if seen.replay is not None else None
+    settles_at = replayed or seen.proved_before or seen.settles_at
+    if settles_at is None:
         outlook = f"it will be lowered until a step is finite, {left} left"
     else:
-        power = f"2^{math.log2(seen.settles_at):g}"
-        evidence.append(f"the gradients of the last finite steps fit at {power}, and at no more than that")
+        power = f"2^{math.log2(settles_at):g}"
         outlook = f"it is expected to settle at {power}, {left} left"
+        if replayed:
+            evidence.append(f"run again, this batch was finite at {power}, and at no more than that")
+        elif seen.proved_before:
+            evidence.append(f"a batch that was skipped before was finite at {power}, when it was run again")
+        else:
+            evidence.append(f"the gradients of the last finite steps fit at {power}, and at no more than that")
+    advice = f"Let the loss scale go on: {outlook}."
+    if not seen.scaling.can_fall:
+        advice = (
+            f"The loss scale is fixed at {seen.scaling}: {'set it lower' if settles_at is None else f'set {power}'}."
+        )
     return _report(
         seen,
         Verdict.SCALE_TOO_HIGH,
-        True,
-        seen.gradients[0],
+        True if seen.scaling.can_fall else None,
+        seen.gradients[0] if seen.replay is None or seen.replay.origin is None else seen.replay.origin,
         evidence,
-        ("whether this batch is finite at a lower scale",),
-        f"Let the loss scale go on: {outlook}. The verdict is provisional until a step is finite.",
-        settles_at=seen.settles_at,
+        () if replayed else ("whether this batch is finite at a lower scale",),
+        advice if replayed else f"{advice} The verdict is provisional until a step is finite.",
+        settles_at=settles_at,
+    )
+
+
+def _not_again(seen: Evidence) -> OverflowReport:
+    return _report(
+        seen,
+        Verdict.UNDETERMINED,
+        None,
+        seen.gradients[0],
+        ["the loss is finite", _finite_weights(seen)],
+        ("the gradients before the reduction",),
+        "One rank was wrong once, or the reduction, or code that changed gradients afterwards. If it comes back, "
+        'GuardConfig(local_gradients="always") tells which rank it is.',
     )
 
 

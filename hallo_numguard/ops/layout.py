@@ -83,3 +83,12 @@ def _as_list(offsets: object) -> list[int]:
         except AttributeError as error:
             raise InvalidInput(f"offsets must be integers: {error}") from error
     raise InvalidInput(f"offsets must be a Layout, a sequence of integers or a tensor, got {type(offsets).__name__}")
+
+
+def unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns the position in a tensor of that shape of a flat, row-major index."""
+    position = []
+    for size in reversed(shape):
+        index, rest = divmod(index, size)
+        position.append(rest)
+    return tuple(reversed(position))

@@ -79,13 +79,14 @@ def first_nonfinite(calls: Sequence[Call], tape: Tape) -> Origin | None:
     Calls are in the order in which they were completed, so the innermost of several comes first. -Inf alone is how
     masks are written, and does not count, but where it made a NaN: then who made the -Inf is named.
     """
-    return _in_forward(calls, tape) or _in_backward(calls, tape)
+    return first_in_forward(calls, tape) or first_in_backward(calls, tape)
 
 
 # -- forward ----------------------------------------------------------------------------------------------------------
 
 
-def _in_forward(calls: Sequence[Call], tape: Tape) -> Origin | None:
+def first_in_forward(calls: Sequence[Call], tape: Tape) -> Origin | None:
+    """Finds the first call whose outputs are not finite, while all that it was given is."""
     bad_input: tuple[Call, Named] | None = None
     for call in calls:
         output = _first_bad(call.outputs, tape)
@@ -130,8 +131,8 @@ def _maker_of_negative_infinity(call: Call, calls: Sequence[Call], tape: Tape) -
 # -- backward ---------------------------------------------------------------------------------------------------------
 
 
-def _in_backward(calls: Sequence[Call], tape: Tape) -> Origin | None:
-    """The call whose outputs' gradients were finite, and the first of whose other gradients to be ready was not."""
+def first_in_backward(calls: Sequence[Call], tape: Tape) -> Origin | None:
+    """Finds the call whose outputs' gradients were finite, and the earliest of whose other gradients was not."""
     best: tuple[int, int, Call, Named] | None = None
     for call in calls:
         if any(_is_bad_gradient(tape.record(held.gradient)) for _, held in call.outputs if held.gradient is not None):
@@ -148,6 +149,10 @@ def _in_backward(calls: Sequence[Call], tape: Tape) -> Origin | None:
     if best is None:
         return None
     _, _, call, (name, gradient) = best
+    weight = _first_bad(call.weights, tape)
+    if weight is not None:  # the loss did not depend on it, but 0 times NaN is NaN
+        kind = "parameter" if weight[0] in call.parameters else "buffer"
+        return _origin(call, tape, "backward", kind, weight, f"{call.name}.{weight[0]}".lstrip("."))
     return _origin(call, tape, "backward", "gradient", (name, gradient), call.name)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hallo_numguard.monitor.layout import unravel
+from hallo_numguard.ops.layout import unravel
 from hallo_numguard.ops.stats import multi_tensor_stats
 from hallo_numguard.records import Record
 from hallo_numguard.tracing.frames import TensorRecord

@@ -17,7 +17,7 @@ from hallo_numguard.errors import InvalidInput
 from hallo_numguard.structure import floating_tensors_in
 from hallo_numguard.tracing import frames
 from hallo_numguard.tracing.frames import Frame, Frames, Origin
-from hallo_numguard.tracing.origin import Call, Named, Operation, first_nonfinite, frame_of
+from hallo_numguard.tracing.origin import Call, Named, Operation, first_in_backward, first_nonfinite, frame_of
 from hallo_numguard.tracing.tape import Held, Tape
 
 _MOST_CALLS = 200_000
@@ -45,6 +45,10 @@ class Trace:
         if not self._is_over:
             return first_nonfinite(self._calls, self._tape)
         return self._origin
+
+    def first_in_backward(self) -> Origin | None:
+        """The first call that did so in the backward pass, whatever the forward pass was like."""
+        return first_in_backward(self._calls, self._tape)
 
     def save(self, path: str | Path) -> None:
         """Writes the trace as JSON lines, compressed if the name ends in .gz; `load_trace` reads it without torch."""

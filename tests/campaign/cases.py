@@ -29,12 +29,11 @@ EXPECTED = {
     "buffer": "likewise, and a finding at attach",
     "optimizer_state": "`optimizer_state_nonfinite`, tensor, index; the run is stopped at the first bad loss",
     "input": "`input_nonfinite`, argument, index, rank; one step is skipped",
-    "loss": "`undetermined`: the loss, its rank; one step is skipped",
-    "forward": "`undetermined`: the loss, its rank; every step is skipped while the weight is there",
-    "backward": "the gradient that was ready first; `backward_nonfinite`, with a dynamic scale `scale_too_high`, "
-    "provisional",
-    "gradient": "tensor, index, rank (local gradients are looked at); verdict as for `backward`",
-    "scale": "`scale_too_high`, provisional, and no longer so once the scale has settled",
+    "loss": "`undetermined`: the loss, its rank, and that every module was finite; one step is skipped",
+    "forward": "`forward_nonfinite`, module, rank; every step is skipped while the weight is there",
+    "backward": "`backward_nonfinite`, module, rank",
+    "gradient": "`rank_fault`, tensor, index, rank (local gradients are looked at)",
+    "scale": "`scale_too_high`, and the scale at which it settles",
     "reduction": "`reduction_overflow`, tensor, index",
 }
 
@@ -149,6 +148,7 @@ class Seen:
         last: verdict and provisional of the last report.
         finite: Whether the weights were at the end.
         planted: Name and index of what must be named.
+        named_scale, settled_at: The loss scale that the last report of a skipped step named, and that of the last step.
     """
 
     verdict: str | None
@@ -161,6 +161,8 @@ class Seen:
     last: tuple[str | None, bool]
     finite: bool
     planted: tuple[str, tuple[int, ...]]
+    named_scale: float | None
+    settled_at: float
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Seen:
@@ -204,6 +206,7 @@ def _expected(case: Case, seen: Seen, name: str, index: tuple[int, ...]) -> Iter
     yes, no = True, False
     before, after = (yes,) * (FAULTY_STEP - 1), (yes,) * (STEPS - FAULTY_STEP)
     first_but_rank = seen.first and seen.first[:3]
+    first_but_index = seen.first and (*seen.first[:2], seen.first[3])
     one_bad_step = (*before, no, *after)
     if case.fault == "none":
         yield "verdict", seen.verdict, None
@@ -224,24 +227,28 @@ def _expected(case: Case, seen: Seen, name: str, index: tuple[int, ...]) -> Iter
         yield "verdict", (seen.verdict, seen.recoverable), ("input_nonfinite", yes)
         yield "first", seen.first, ("input", name, index, case.culprit)
         yield "applied", seen.applied, one_bad_step
-    elif case.fault in ("loss", "forward"):  # only a replay can tell the one from the other
+    elif case.fault == "loss":
         yield "verdict", (seen.verdict, seen.recoverable), ("undetermined", None)
-        stays = case.fault == "forward" and case.is_half
+        yield "first", seen.first, ("loss", "loss", (), case.culprit)
+        yield "applied", seen.applied, one_bad_step
+    elif case.fault == "forward":
+        stays = case.is_half
         everywhere = stays and case.stage == 3  # all ranks gather the weight from the one that has it
-        yield "first", seen.first, ("loss", "loss", (), 0 if everywhere else case.culprit)
+        yield "verdict", (seen.verdict, seen.recoverable), ("forward_nonfinite", None)
+        yield "first", first_but_index, ("activation", name, 0 if everywhere else case.culprit)
         yield "applied", seen.applied, (*before, no, no, no, no) if stays else one_bad_step
-    elif case.fault in ("backward", "gradient"):
-        yield "first", seen.first and seen.first[:2], ("gradient", name)
-        if case.fault == "gradient":
-            yield "index and rank", seen.first and seen.first[2:], (index, case.culprit)
-        # Until the next step is finite, a scale that is too high cannot be told from it where there is one.
-        verdict = ("scale_too_high", yes) if case.is_half else ("backward_nonfinite", None)
-        yield "verdict", (seen.verdict, seen.recoverable), verdict
-        yield "provisional", seen.provisional, case.is_half
+    elif case.fault == "backward":
+        yield "verdict", (seen.verdict, seen.recoverable, seen.provisional), ("backward_nonfinite", None, no)
+        yield "first", first_but_index, ("gradient", name, 0)
+        yield "applied", seen.applied, one_bad_step
+    elif case.fault == "gradient":
+        yield "verdict", (seen.verdict, seen.recoverable), ("rank_fault", None)
+        yield "first", seen.first, ("gradient", name, index, case.culprit)
         yield "applied", seen.applied, one_bad_step
     elif case.fault == "scale":
-        yield "verdict", (seen.verdict, seen.recoverable, seen.provisional), ("scale_too_high", yes, yes)
+        yield "verdict", (seen.verdict, seen.recoverable), ("scale_too_high", yes)
         yield "settled", seen.last, ("scale_too_high", no)
+        yield "settles at", seen.settled_at, seen.named_scale
         yield "applied", (seen.applied[0], seen.applied[-1]), (no, yes)
     elif case.fault == "reduction":
         yield "verdict", (seen.verdict, seen.recoverable), ("reduction_overflow", yes)

@@ -56,7 +56,6 @@ class Transformer(nn.Module):
     frozen = "projection.weight"
     buffer = "positions"
     module = "blocks.1.mlp.0"
-    trapped = "blocks.0.mlp.2"
 
     def __init__(self) -> None:
         super().__init__()
@@ -103,7 +102,6 @@ class UNet(nn.Module):
     frozen = "sound.weight"
     buffer = "frequencies"
     module = "attention.query"
-    trapped = "down"
 
     def __init__(self) -> None:
         super().__init__()

@@ -42,7 +42,7 @@ def run(case: Case) -> Seen:
         dict(model.named_buffers())[model.buffer].view(-1)[1] = float("nan")
     power = 34 if case.fault == "scale" else 6
     engine = support.make_engine(case.setup, power, case.stage, case.offload, model)
-    local = "always" if case.fault in ("gradient", "reduction") else "on_alarm"
+    local = "always" if case.fault == "gradient" else "on_alarm"
     reports: list[ng.OverflowReport] = []
     guard = ng.attach(engine, ng.GuardConfig(local_gradients=local), on_overflow=reports.append)
     planted = plant(case, engine)
@@ -67,6 +67,8 @@ def run(case: Case) -> Seen:
         last=(guard.last_report.verdict.value, guard.last_report.provisional) if guard.last_report else (None, False),
         finite=is_finite(engine),
         planted=planted,
+        named_scale=reports[-1].settles_at if reports else None,
+        settled_at=guard.history[-1].loss_scale,
     )
     guard.detach()
     return seen
@@ -107,7 +109,7 @@ def plant(case: Case, engine: Any) -> tuple[str, tuple[int, ...]]:
         inject("activation", model.module, value=float("inf"), rank=case.culprit)
     if case.fault == "buffer":
         return model.buffer, ((0, 1) if case.model == "transformer" else (1,))
-    return (f"{model.trapped}.weight" if case.fault == "backward" else ""), ()
+    return {"forward": model.module, "backward": "trap"}.get(case.fault, ""), ()
 
 
 def train(case: Case, engine: Any, step: int) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -163,6 +164,21 @@ def kind_for(engine: Any) -> Kind:
     if getattr(optimizer, "model_parallel_world_size", 1) > 1:
         raise UnsupportedDeepSpeed("the guard does not work with model parallelism yet")
     return found
+
+
+def call_module(engine: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Calls the model as the engine's forward does, and not through it: that would change later weights (ZeRO 3)."""
+    if engine.fp16_auto_cast():
+        args = engine._cast_inputs_half(args)
+    with _autocast(engine):
+        return engine.module(*args, **kwargs)
+
+
+def _autocast(engine: Any) -> Any:
+    """What DeepSpeed runs the model under, where it has such a thing (>= 0.16.8)."""
+    module = sys.modules.get("deepspeed.runtime.torch_autocast")
+    enter = getattr(module, "autocast_if_enabled", None)
+    return enter(engine) if enter is not None else contextlib.nullcontext()
 
 
 def told_not_to_look(engine: Any) -> bool:

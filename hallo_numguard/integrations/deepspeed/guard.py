@@ -22,7 +22,13 @@ import torch
 
 from hallo_numguard.config import GuardConfig, OverflowCallback
 from hallo_numguard.errors import InvalidInput, NumericsError
-from hallo_numguard.integrations.deepspeed.engine import kind_for, known_bad, parameters_of, told_not_to_look
+from hallo_numguard.integrations.deepspeed.engine import (
+    call_module,
+    kind_for,
+    known_bad,
+    parameters_of,
+    told_not_to_look,
+)
 from hallo_numguard.integrations.deepspeed.replace import Replacement
 from hallo_numguard.integrations.deepspeed.seams import Seams
 from hallo_numguard.integrations.deepspeed.state import is_sliced, scan_state
@@ -62,6 +68,7 @@ class DeepSpeedGuard:
             sliced_state=is_sliced(self._optimizer),
             device=torch.device(engine.device),
             module=engine.module,
+            forward=lambda args, kwargs: call_module(engine, args, kwargs),
         )
         self._session = Session(model, self._ranks, config, on_overflow)
         self._policy = config.policy
@@ -167,7 +174,9 @@ class DeepSpeedGuard:
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._guarded(lambda: self._session.saw_call(args, kwargs))
-        return original(*args, **kwargs)
+        output = original(*args, **kwargs)
+        self._guarded(lambda: self._session.saw_output(output))
+        return output
 
     def _backward(self, original: Callable[..., Any], loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:

@@ -1,0 +1,241 @@
+"""The bad batch once more, by all ranks in step: which module it was, and whether a lower loss scale would do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from hallo_numguard.monitor.agreement import Ranks, clip
+from hallo_numguard.monitor.batch import Batch, Call
+from hallo_numguard.records import Offender
+from hallo_numguard.tracing.frames import Origin
+from hallo_numguard.tracing.replay import Attempt, make_again
+
+_log = logging.getLogger("hallo_numguard")
+
+_LIMIT = float(torch.finfo(torch.float16).max)
+_FURTHER = 3  # halvings that are tried below the scale that ought to do
+_LONGEST = 300  # bytes of a name that is told to other ranks
+_LONGEST_LINE = 400
+_NONE = 1 << 20
+
+Forward = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What all ranks found together, the same on each.
+
+    Attributes:
+        why_not: Why there is no answer; "" if there is one.
+        micro_batch: Which of the step's was made again, the last one of those that were.
+        origin: Where it turned non-finite on the lowest rank where it did; None if it did nowhere.
+        details: About the origin, in sentences.
+        bad_ranks: Number of ranks on which it was not finite.
+        differing_ranks: Number of ranks on which the model returned something else than before.
+        differing_rank: The lowest of them.
+        settles_at: The highest loss scale at which the batch was finite when it was tried; None if it was not tried.
+        finite_unscaled: Whether it was finite without any loss scaling; None if that was not tried.
+    """
+
+    why_not: str = ""
+    micro_batch: int = 0
+    origin: Offender | None = None
+    details: tuple[str, ...] = ()
+    bad_ranks: int = 0
+    differing_ranks: int = 0
+    differing_rank: int = 0
+    settles_at: float | None = None
+    finite_unscaled: bool | None = None
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Of one pass, agreed."""
+
+    done: bool
+    differing_ranks: int
+    differing_rank: int
+    bad_ranks: int
+    told: str | None
+    absmax_power: int  # the lowest of the ranks: gradients fit if multiplied by two to it
+
+    @property
+    def why_not(self) -> str:
+        if not self.done:
+            return "the batch could not be run again (its own error is in the log)"
+        return "run again, the model returned something else" if self.differing_ranks else ""
+
+
+class Replayer:
+    """Makes passes of the current step again.
+
+    All methods are to be called by all ranks in the same step: they reduce, and under ZeRO stage 3 the model's forward
+    gathers its weights.
+
+    Args:
+        module: To be traced.
+        forward: Calls it as the framework does.
+        batch: The calls of the step.
+        ranks: Among which gradients are reduced.
+        device: Where small reductions are made.
+    """
+
+    def __init__(self, module: nn.Module, forward: Forward, batch: Batch, ranks: Ranks, device: torch.device) -> None:
+        self._module = module
+        self._forward = forward
+        self._batch = batch
+        self._ranks = ranks
+        self._device = device
+
+    def of_a_bad_loss(self, losses: Sequence[bool]) -> Replayed:
+        """Runs the first micro-batch again whose loss was not finite.
+
+        Args:
+            losses: Of each micro-batch on this rank, whether its loss was finite.
+        """
+        first = next((position for position, finite in enumerate(losses) if not finite), _NONE)
+        micro_batch = self._ranks.lowest(first, self._device)
+        why_not = self._cannot(micro_batch + 1)
+        if why_not:
+            return Replayed(why_not)
+        answer = self._run(micro_batch, None)
+        return self._replayed(answer, micro_batch)
+
+    def of_bad_gradients(self, scale: float) -> Replayed:
+        """Runs the step's micro-batches again until one has gradients that are not finite, then looks for a scale.
+
+        Args:
+            scale: The loss scale.
+        """
+        count = self._ranks.lowest(len(self._batch.calls), self._device)
+        why_not = self._cannot(count)
+        if why_not:
+            return Replayed(why_not)
+        seeds = [seed for call in list(self._batch.calls)[:count] for seed in call.seeds.values()]
+        bad = not all(bool(torch.isfinite(seed).all()) for seed in seeds)
+        if self._ranks.highest(int(bad), self._device):
+            return Replayed(
+                "the gradient that reached the model's output was not finite, so it was made after the model"
+            )
+        for micro_batch in range(count):
+            answer = self._run(micro_batch, 1.0)
+            found = self._replayed(answer, micro_batch)
+            if answer.why_not:
+                return found
+            if answer.bad_ranks:
+                return self._at_lower_scales(found, scale) if scale > 1 else found
+        return Replayed(micro_batch=count - 1)
+
+    def _at_lower_scales(self, found: Replayed, scale: float) -> Replayed:
+        unscaled = self._run(found.micro_batch, 1.0 / scale)
+        if unscaled.why_not:
+            return found
+        if unscaled.bad_ranks:
+            return replace(self._replayed(unscaled, found.micro_batch), finite_unscaled=False)
+        ought_to_do = min(unscaled.absmax_power, round(math.log2(scale)) - 1)
+        for power in range(ought_to_do, max(ought_to_do - _FURTHER, 0), -1):
+            if not self._run(found.micro_batch, 2.0**power / scale).bad_ranks:
+                return replace(found, finite_unscaled=True, settles_at=2.0**power)
+        return replace(found, finite_unscaled=True, settles_at=1.0)
+
+    def _cannot(self, count: int) -> str:
+        """Why these passes cannot be made again, agreed; "" if they can."""
+        calls = list(self._batch.calls)[:count]
+        able = 0 < count <= len(self._batch.calls) and all(_is_whole(call) for call in calls)
+        if self._ranks.lowest(int(able), self._device) == 1:
+            return ""
+        return "the batch was not seen, was changed since, or its outputs were too large to keep"
+
+    def _run(self, micro_batch: int, factor: float | None) -> _Answer:
+        attempt: Attempt | None = None
+        try:
+            attempt = self._attempt(self._batch.calls[micro_batch], factor)
+        except Exception:  # noqa: BLE001 - the model's own code; training goes on
+            _log.exception("hallo_numguard could not run the batch again")
+        return self._agree(attempt)
+
+    def _attempt(self, call: Call, factor: float | None) -> Attempt:
+        def again() -> Any:
+            call.random.restore()
+            return self._forward(call.args, call.kwargs)
+
+        return make_again(self._module, again, call.outputs or (), call.seeds, factor)
+
+    def _agree(self, attempt: Attempt | None) -> _Answer:
+        ranks, device = self._ranks, self._device
+        done = ranks.lowest(int(attempt is not None), device) == 1
+        differs = attempt is not None and not attempt.same
+        bad = attempt is not None and attempt.origin is not None
+        absmax = attempt.gradient_absmax if attempt is not None else 0.0
+        room = math.floor(math.log2(_LIMIT / absmax)) if absmax > 0 else _NONE
+        return _Answer(
+            done,
+            ranks.total(int(differs), device),
+            ranks.lowest(ranks.rank if differs else _NONE, device),
+            ranks.total(int(bad), device),
+            ranks.lowest_told(_to_tell(attempt, ranks.rank) if bad else None, device),
+            ranks.lowest(room, device),
+        )
+
+    def _replayed(self, answer: _Answer, micro_batch: int) -> Replayed:
+        found = Replayed(
+            answer.why_not,
+            micro_batch,
+            bad_ranks=answer.bad_ranks,
+            differing_ranks=answer.differing_ranks,
+            differing_rank=answer.differing_rank,
+        )
+        if answer.told is None:
+            return found
+        origin, details = json.loads(answer.told)
+        shapes = {"index": tuple(origin["index"]), "shape": tuple(origin["shape"]), "aliases": ()}
+        return replace(found, origin=Offender(**{**origin, **shapes}), details=tuple(details))
+
+
+def _is_whole(call: Call) -> bool:
+    return call.outputs is not None and not call.changed
+
+
+def _to_tell(attempt: Attempt | None, rank: int) -> str | None:
+    if attempt is None or attempt.origin is None:
+        return None
+    origin = attempt.origin
+    return json.dumps([asdict(_offender(origin, rank)), _details(origin, attempt.input_absmax)], ensure_ascii=False)
+
+
+def _offender(origin: Origin, rank: int) -> Offender:
+    tensor = origin.tensor
+    is_weight = origin.kind == "gradient" and not tensor.name.startswith(("input", "output"))
+    name = f"{origin.name}.{tensor.name}".lstrip(".") if is_weight else origin.name
+    return Offender(
+        kind=origin.kind,
+        name=clip(name, _LONGEST),
+        module=clip(origin.name, _LONGEST),
+        rank=rank,
+        index=origin.index,
+        nan=tensor.record.nan,
+        pos_inf=tensor.record.pos_inf,
+        neg_inf=tensor.record.neg_inf,
+        absmax=tensor.record.absmax,
+        numel=math.prod(tensor.shape),
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+    )
+
+
+def _details(origin: Origin, input_absmax: float) -> list[str]:
+    details = [f"the first module that turned finite into non-finite is {origin}"]
+    if origin.kind == "activation" and input_absmax:
+        details.append(f"the largest number that it was given is {input_absmax:.4g}")
+    if origin.neighbours:
+        values = ", ".join(f"{value:.4g}" for value in origin.neighbours)
+        details.append(f"around that element: {values}")
+    return [clip(detail, _LONGEST_LINE) for detail in details]
