@@ -115,7 +115,7 @@ def test_a_scale_that_is_too_high_settles(make, setup):
 
 def test_a_nan_that_the_loss_does_not_depend_on_is_found_in_the_backward_pass(make):
     """No token 7 in any batch, and its logit is cut off: the loss is finite at every scale, and the gradient never."""
-    engine, guard = make("half", scale_power=8)
+    engine, _ = make("half", scale_power=8)
     support.plant(engine, "embedding.weight", (7, 0))
     with pytest.raises(ng.NumericsError) as caught:
         support.train_step(engine)

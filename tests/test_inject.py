@@ -66,7 +66,8 @@ def test_a_bad_activation_is_bad_once(guarded):
     ng.inject(engine, "activation", "norm", (1, 2, 3), step=2)
     train(engine, 3)
     assert [record.applied for record in guard.history] == [True, False, True]
-    assert guard.last_report.first.kind == "loss"
+    assert guard.last_report.verdict is ng.Verdict.FORWARD_NONFINITE
+    assert (guard.last_report.first.kind, guard.last_report.first.name) == ("activation", "norm")
 
 
 class Doubler(nn.Module):

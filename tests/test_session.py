@@ -12,9 +12,9 @@ from torch import nn
 import hallo_numguard as ng
 from hallo_numguard.monitor import attribution
 from hallo_numguard.monitor.agreement import Ranks
+from hallo_numguard.monitor.evidence import Scaling
 from hallo_numguard.monitor.layout import Piece
 from hallo_numguard.monitor.session import Model, Scanned, Session
-from hallo_numguard.monitor.verdict import Scaling
 from hallo_numguard.ops.stats import multi_tensor_stats
 
 

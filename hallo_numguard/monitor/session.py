@@ -29,11 +29,12 @@ from hallo_numguard.monitor.attribution import (
     only_negative_infinity,
 )
 from hallo_numguard.monitor.batch import Batch
+from hallo_numguard.monitor.evidence import Evidence, Scaling
 from hallo_numguard.monitor.layout import NONE, Piece, Sums, by_parameter
 from hallo_numguard.monitor.local import LocalGradients
 from hallo_numguard.monitor.recorder import Recorder
 from hallo_numguard.monitor.replay import Forward, Replayed, Replayer
-from hallo_numguard.monitor.verdict import Evidence, Scaling, judge, needs_replay, settled
+from hallo_numguard.monitor.verdict import judge, needs_replay, settled
 from hallo_numguard.monitor.watch import Watch
 from hallo_numguard.records import Finding, Offender, OverflowReport, StepRecord, Verdict
 

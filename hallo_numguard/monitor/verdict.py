@@ -3,93 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
+from hallo_numguard.monitor import explain
+from hallo_numguard.monitor.evidence import Evidence
 from hallo_numguard.monitor.replay import Replayed
 from hallo_numguard.records import Offender, OverflowReport, Verdict
-
-
-@dataclass(frozen=True)
-class Scaling:
-    """The loss scaler, before it was told about this overflow.
-
-    Attributes:
-        scale: In force during the backward pass.
-        dynamic: Whether it is lowered on an overflow.
-        minimum: The lowest it will go to.
-        patience: Number of overflows that it will let pass before it is lowered (hysteresis).
-    """
-
-    scale: float
-    dynamic: bool
-    minimum: float = 1.0
-    patience: int = 0
-
-    @property
-    def halvings_left(self) -> int:
-        """How often the scale can still be halved."""
-        return max(0, round(math.log2(self.scale / self.minimum))) if self.dynamic else 0
-
-    @property
-    def can_fall(self) -> bool:
-        """Whether a lower scale will be tried next."""
-        return self.dynamic and self.scale > self.minimum
-
-    def __str__(self) -> str:
-        return f"2^{math.log2(self.scale):g} ({self.scale:g})" if self.scale > 0 else f"{self.scale:g}"
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """What was seen in the step, the same on every rank.
-
-    Attributes:
-        step: Number of the step, from 1.
-        skipped: Number of steps skipped in a row, this one included; 0 if it is applied all the same.
-        scaling: The loss scaler.
-        suspects: Non-finite parameters and buffers that may be the cause, in dataflow order.
-        bystanders: Non-finite ones that are not: a clean step was seen with them in place, they hold nothing but -Inf
-            on purpose, or they may have been poisoned by this very step.
-        state: Parameters whose optimizer state (moments, master copy) is not finite.
-        input: The first non-finite tensor of the batch that may be the cause.
-        micro_batch: Of the step, in which it was, from 0.
-        batch_known: False if the guard could not see what the model was called with.
-        tensors: Number of parameters and buffers that were looked at.
-        loss: The loss as an offender; None if it is finite.
-        loss_known: False if the guard could not see the loss.
-        gradients: Offending gradients in ready order.
-        bad_ranks: Number of ranks whose gradients were not finite before the reduction; None if nobody looked.
-        world_size: Number of ranks.
-        settles_at: The loss scale up to which the gradients of the last finite steps would have fitted, or half of the
-            present one if that is lower; None if no step was finite yet.
-        proved_before: The loss scale at which a batch was finite that was skipped since the last step that was applied.
-        replay: What the batch has shown when it was run again; None if it was not.
-    """
-
-    step: int
-    skipped: int
-    scaling: Scaling
-    suspects: Sequence[Offender]
-    bystanders: Sequence[Offender]
-    state: Sequence[Offender]
-    input: Offender | None
-    micro_batch: int
-    batch_known: bool
-    tensors: int
-    loss: Offender | None
-    loss_known: bool
-    gradients: Sequence[Offender]
-    bad_ranks: int | None
-    world_size: int
-    settles_at: float | None
-    proved_before: float | None = None
-    replay: Replayed | None = None
-
-    @property
-    def has_answer(self) -> bool:
-        """Whether the batch was run again, and was the same."""
-        return self.replay is not None and not self.replay.why_not
 
 
 def needs_replay(seen: Evidence) -> bool:
@@ -105,36 +24,36 @@ def judge(seen: Evidence) -> OverflowReport:
     """Returns the report on an overflow, in the order of suspicion: what stands earlier in the step goes first."""
     if seen.loss is not None and seen.suspects:
         written = _written_by_the_optimizer(seen)
-        return _weights_nonfinite(seen) if written is None else _optimizer_state_nonfinite(seen, written)
+        return explain.weights_nonfinite(seen) if written is None else explain.optimizer_state_nonfinite(seen, written)
     if not seen.gradients:
-        return _false_alarm(seen)
+        return explain.false_alarm(seen)
     if seen.loss is not None and seen.input is not None:
-        return _input_nonfinite(seen, seen.input)
+        return explain.input_nonfinite(seen, seen.input)
     if _is_one_ranks_fault(seen):
-        return _rank_fault(seen)
+        return explain.rank_fault(seen)
     if seen.loss is not None:
-        return _loss_nonfinite(seen, seen.loss)
+        return explain.loss_nonfinite(seen, seen.loss)
     if _overflowed_in_the_reduction(seen):
-        return _reduction_overflow(seen)
+        return explain.reduction_overflow(seen)
     if seen.replay is not None and seen.has_answer and seen.replay.origin is not None:
         return _judge_by_replay(seen, seen.replay, seen.replay.origin)
     if seen.has_answer and seen.replay is not None and seen.replay.micro_batch == 0:
-        return _not_again(seen)
+        return explain.not_again(seen)
     if seen.loss_known and seen.scaling.can_fall:
-        return _scale_too_high(seen)
+        return explain.scale_too_high(seen)
     if _born_in_backward(seen):
-        return _backward_nonfinite(seen, seen.gradients[0])
-    return _gradients_nonfinite(seen)
+        return explain.backward_nonfinite(seen, seen.gradients[0])
+    return explain.gradients_nonfinite(seen)
 
 
 def _judge_by_replay(seen: Evidence, replay: Replayed, origin: Offender) -> OverflowReport:
     if origin.kind in ("parameter", "buffer"):
-        return _weight_in_backward(seen, origin)
+        return explain.weight_in_backward(seen, origin)
     if replay.finite_unscaled:
-        return _scale_too_high(seen)
+        return explain.scale_too_high(seen)
     if replay.finite_unscaled is False or seen.scaling.scale == 1.0:
-        return _backward_nonfinite(seen, origin)
-    return _gradients_nonfinite(seen)
+        return explain.backward_nonfinite(seen, origin)
+    return explain.gradients_nonfinite(seen)
 
 
 def settled(report: OverflowReport, scale: float, skipped: int) -> OverflowReport:
@@ -149,133 +68,9 @@ def settled(report: OverflowReport, scale: float, skipped: int) -> OverflowRepor
         evidence=(*report.evidence, f"a step at loss scale 2^{power:g} ({scale:g}) was finite{told}"),
         not_checked=(),
         advice=(
-            f"Nothing to mend: the loss scale settled at 2^{power:g} after {_plural(skipped, 'skipped step')}. "
+            f"Nothing to mend: the loss scale settled at 2^{power:g} after {explain.plural(skipped, 'skipped step')}. "
             f"If that happens at every start, begin there: initial_scale_power {power:g}."
         ),
-    )
-
-
-def _report(
-    seen: Evidence,
-    verdict: Verdict,
-    recoverable: bool | None,
-    first: Offender | None,
-    evidence: Sequence[str],
-    not_checked: Sequence[str],
-    advice: str,
-    settles_at: float | None = None,
-) -> OverflowReport:
-    return OverflowReport(
-        step=seen.step,
-        loss_scale=seen.scaling.scale,
-        verdict=verdict,
-        provisional=verdict is Verdict.SCALE_TOO_HIGH and not (seen.has_answer and settles_at is not None),
-        recoverable=recoverable,
-        first=first,
-        offenders=tuple(seen.gradients),
-        evidence=(*evidence, *_replay_lines(seen), *_common(seen)),
-        not_checked=tuple(not_checked),
-        advice=advice,
-        world_size=seen.world_size,
-        consecutive_skips=seen.skipped,
-        settles_at=settles_at,
-    )
-
-
-def _replay_lines(seen: Evidence) -> list[str]:
-    replay = seen.replay
-    if replay is None:
-        return []
-    if replay.why_not:
-        return [f"no answer from running the batch again: {replay.why_not}"]
-    if replay.origin is None:
-        return ["the same batch, run again on every rank, was finite in every module"]
-    where = f"on {replay.bad_ranks} of {seen.world_size} ranks" if seen.world_size > 1 else "likewise"
-    lines = [f"the batch (micro-batch {replay.micro_batch}), run again, was not finite {where}", *replay.details]
-    if replay.finite_unscaled:
-        lines.append("the same batch without loss scaling was finite")
-    elif replay.finite_unscaled is False:
-        lines.append("nor was it without loss scaling")
-    return lines
-
-
-def _common(seen: Evidence) -> list[str]:
-    lines = [_gradient_line(seen)]
-    if seen.bystanders:
-        names = ", ".join(f"{item.name} ({item.counts})" for item in seen.bystanders[:3])
-        more = f" and {len(seen.bystanders) - 3} more" if len(seen.bystanders) > 3 else ""
-        lines.append(f"also not finite, but not shown to be the cause: {names}{more}")
-    if seen.bad_ranks and seen.world_size > 1:
-        lines.append(_rank_line(seen, seen.bad_ranks))
-    if seen.state:
-        names = ", ".join(item.name for item in seen.state[:3])
-        lines.append(f"not finite in the optimizer's state: {names}")
-    if seen.skipped > 1:
-        lines.append(f"{seen.skipped} steps skipped in a row")
-    if seen.skipped == 0:
-        lines.append("the step is applied all the same: the configuration says not to look (policy.enforce skips it)")
-    return lines
-
-
-def _rank_line(seen: Evidence, bad_ranks: int) -> str:
-    if bad_ranks == seen.world_size:
-        return "before the reduction the gradients of every rank were not finite: the cause is one they share"
-    ranks = sorted({item.rank for item in seen.gradients if item.rank is not None})
-    whose = f" (rank {ranks[0]})" if len(ranks) == 1 else ""
-    return (
-        f"before the reduction the gradients of {bad_ranks} of {seen.world_size} ranks were not finite{whose}: look at "
-        "that rank's batch first, then at its hardware"
-    )
-
-
-def _gradient_line(seen: Evidence) -> str:
-    if not seen.gradients:
-        return "every gradient element is finite"
-    nan = sum(item.nan for item in seen.gradients)
-    inf = sum(item.pos_inf + item.neg_inf for item in seen.gradients)
-    tensors = _plural(len(seen.gradients), "gradient")
-    return f"{tensors} not finite: {nan} NaN and {inf} Inf in all"
-
-
-def _finite_weights(seen: Evidence) -> str:
-    return f"all {seen.tensors} parameters and buffers that count are finite"
-
-
-def _weights_nonfinite(seen: Evidence) -> OverflowReport:
-    first = seen.suspects[0]
-    bad = len(seen.suspects)
-    evidence = [
-        f"the loss is not finite ({_loss_text(seen)}), and {_plural(bad, 'weight tensor')} of {seen.tensors} "
-        f"{'is' if bad == 1 else 'are'} not: {', '.join(item.name for item in seen.suspects[:3])}"
-        + (f" and {bad - 3} more" if bad > 3 else ""),
-    ]
-    if seen.scaling.dynamic:
-        overflows = seen.scaling.halvings_left + seen.scaling.patience
-        evidence.append(
-            f"the loss scale cannot help: DeepSpeed would skip {_plural(overflows, 'step')} on the way from "
-            f"{seen.scaling.scale:g} down to {seen.scaling.minimum:g}, and then give up"
-        )
-    advice = (
-        f"Repair {first.name}: check the file it was loaded from (checksum, values, dtype), load an intact copy or go "
-        f"back to a healthy checkpoint."
-    )
-    if first.pos_inf + first.neg_inf and first.dtype in ("float16", "bfloat16", "float8_e5m2"):
-        advice += (
-            f" A number too large for {first.dtype} also becomes Inf when it is converted, so look at the values in "
-            f"the file's own dtype."
-        )
-    return _report(seen, Verdict.WEIGHTS_NONFINITE, False, first, evidence, (), advice)
-
-
-def _weight_in_backward(seen: Evidence, origin: Offender) -> OverflowReport:
-    return _report(
-        seen,
-        Verdict.WEIGHTS_NONFINITE,
-        False,
-        origin,
-        ["the loss is finite, because it does not depend on what the bad weight makes; but 0 times NaN is NaN"],
-        (),
-        f"Repair {origin.name}: no loss scale can mend it.",
     )
 
 
@@ -286,23 +81,6 @@ def _written_by_the_optimizer(seen: Evidence) -> Offender | None:
     """
     by_name = {item.name: item for item in seen.state}
     return next((by_name[item.name] for item in seen.suspects if item.name in by_name), None)
-
-
-def _optimizer_state_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
-    return _report(
-        seen,
-        Verdict.OPTIMIZER_STATE_NONFINITE,
-        False,
-        first,
-        [
-            f"the loss is not finite ({_loss_text(seen)}), nor is {seen.suspects[0]}",
-            f"nor is the optimizer's state of {first.name} (a moment or the float32 master copy): {first.counts}",
-            "steps with such gradients are skipped, so the state was bad before the weight",
-        ],
-        (),
-        f"Go back to a healthy checkpoint, or reset the optimizer's state of {first.name} and load its weights anew: "
-        "the next step that is applied would write it into the weights again.",
-    )
 
 
 def _overflowed_in_the_reduction(seen: Evidence) -> bool:
@@ -326,244 +104,9 @@ def _is_one_ranks_fault(seen: Evidence) -> bool:
     return seen.world_size == 1 or seen.bad_ranks == 1
 
 
-def _rank_fault(seen: Evidence) -> OverflowReport:
-    first = seen.loss or seen.gradients[0]
-    differing = seen.replay is not None and seen.replay.differing_ranks
-    rank = seen.replay.differing_rank if seen.replay is not None and differing else first.rank
-    first = replace(first, rank=rank)
-    what = "returned something else" if differing else "was finite"
-    return _report(
-        seen,
-        Verdict.RANK_FAULT,
-        None,
-        first,
-        [f"only rank {rank} was not finite, and the same batch, run again on it, {what}", _finite_weights(seen)],
-        ("kernels that do not give the same bits twice",),
-        f"Suspect the hardware of rank {rank}: look at its error counters and temperature, and run it without "
-        "that device. If it comes back with another batch on the same rank, it is the hardware.",
-    )
-
-
-def _reduction_overflow(seen: Evidence) -> OverflowReport:
-    return _report(
-        seen,
-        Verdict.REDUCTION_OVERFLOW,
-        True,
-        replace(seen.gradients[0], kind="reduction"),
-        [
-            "every rank's own gradients were finite"
-            + ("" if seen.bad_ranks == 0 else ", when the batch was run again")
-            + ", their sum is not"
-        ],
-        (),
-        "The sum over the ranks is too large for the dtype that it is made in: divide before it (prescale_gradients, "
-        "gradient_predivide_factor), or reduce in a wider dtype (communication_data_type: bf16 or fp32). A lower loss "
-        "scale helps as well, and costs small gradients.",
-    )
-
-
 def _born_in_backward(seen: Evidence) -> bool:
     """Whether nothing but the backward pass is left: no scaling, and no reduction that could have overflowed."""
     if not seen.loss_known or seen.suspects or seen.scaling.scale != 1.0:
         return False
     # A sum of finite numbers may be infinite, never NaN.
     return seen.world_size == 1 or seen.gradients[0].nan > 0 or bool(seen.bad_ranks)
-
-
-def _backward_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
-    where = f"module {first.module}" if first.module else "the root module"
-    proved = seen.has_answer
-    evidence = ["the loss is finite", _finite_weights(seen)]
-    if seen.scaling.scale == 1.0:
-        evidence.append("the loss is not scaled: a scale cannot be too high")
-    return _report(
-        seen,
-        Verdict.BACKWARD_NONFINITE,
-        None,
-        first,
-        evidence,
-        () if proved else ("the operation behind it",),
-        f"The backward pass made it in {where}{'' if proved else ', or right behind it'}: look there for a division, a "
-        "square root, a logarithm or a norm at 0, and for a sum that is too large for the dtype.",
-    )
-
-
-def _input_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
-    sample = f", sample {first.index[0]}" if len(first.index) > 1 else ""
-    return _report(
-        seen,
-        Verdict.INPUT_NONFINITE,
-        True,
-        first,
-        [
-            f"the loss is not finite ({_loss_text(seen)})",
-            _finite_weights(seen),
-            f"what the model was called with is not: {first.name}{sample}, micro-batch {seen.micro_batch} of the step",
-        ],
-        (),
-        f"This step is lost, the next batch is not. Find the sample in the data{_on_rank(seen, first.rank)} and look "
-        "at how it was read and normalised. The loss scale has no part in it: policy.keep_scale leaves it alone.",
-    )
-
-
-def _loss_nonfinite(seen: Evidence, loss: Offender) -> OverflowReport:
-    if seen.replay is not None and seen.has_answer:
-        origin = seen.replay.origin
-        return _loss_code(seen, loss) if origin is None else _forward_nonfinite(seen, origin)
-    evidence = [f"the loss is not finite ({_loss_text(seen)})", _finite_weights(seen)]
-    if seen.batch_known:
-        evidence.append("what the model was called with is finite")
-    return _report(
-        seen,
-        Verdict.UNDETERMINED,
-        None,
-        loss,
-        evidence,
-        (*_unseen_batch(seen), "labels that the model was not called with", "the outputs of the modules"),
-        ("A" if seen.batch_known else "A non-finite value came in with the batch, or a")
-        + " non-finite value arose in the forward pass or in the loss; the loss scale acts later, so lowering it will "
-        "hardly help. Check the labels of this batch, or run the forward pass in float32 or bfloat16.",
-    )
-
-
-_FORWARD_KINDS = {
-    "parameter": (Verdict.WEIGHTS_NONFINITE, False),
-    "buffer": (Verdict.WEIGHTS_NONFINITE, False),
-    "input": (Verdict.INPUT_NONFINITE, True),
-}
-
-
-def _forward_nonfinite(seen: Evidence, origin: Offender) -> OverflowReport:
-    verdict, recoverable = _FORWARD_KINDS.get(origin.kind, (Verdict.FORWARD_NONFINITE, None))
-    where = f"module {origin.name}" if origin.name else "the root module's own code"
-    rank = _on_rank(seen, origin.rank)
-    if verdict is Verdict.WEIGHTS_NONFINITE:
-        advice = f"Repair {origin.name}, or find out why this batch reads what no batch before has."
-    elif verdict is Verdict.INPUT_NONFINITE:
-        advice = f"This step is lost, the next batch is not. Find the sample in the data{rank}."
-    else:
-        advice = (
-            f"The forward pass made it in {where}{rank}. If the numbers there are near the largest that {origin.dtype} "
-            "can hold, run it in bfloat16 or float32, or clamp them; else look for a division, a square root, a "
-            "logarithm or a row that is masked throughout. The loss scale acts later: lowering it does not help."
-        )
-    return _report(seen, verdict, recoverable, origin, _before_the_loss(seen), (), advice)
-
-
-def _loss_code(seen: Evidence, loss: Offender) -> OverflowReport:
-    return _report(
-        seen,
-        Verdict.UNDETERMINED,
-        None,
-        loss,
-        _before_the_loss(seen),
-        ("labels that the model was not called with",),
-        "It was made after the model, where the loss is computed from what it returns: look there for a logarithm or a "
-        f"division, at the labels{_on_rank(seen, loss.rank)}, and at the dtype. Lowering the loss scale does not help.",
-    )
-
-
-def _before_the_loss(seen: Evidence) -> list[str]:
-    finite_inputs = "what the model was called with is finite"
-    return [f"the loss is not finite ({_loss_text(seen)})", _finite_weights(seen), finite_inputs]
-
-
-def _unseen_batch(seen: Evidence) -> tuple[str, ...]:
-    return () if seen.batch_known else ("the batch: what the model was called with was not seen, or changed since",)
-
-
-def _on_rank(seen: Evidence, rank: int | None) -> str:
-    return "" if rank is None or seen.world_size == 1 else f" of rank {rank}"
-
-
-def _scale_too_high(seen: Evidence) -> OverflowReport:
-    left = _plural(seen.scaling.halvings_left, "halving")
-    evidence = ["the loss is finite", _finite_weights(seen), f"the loss scale is {seen.scaling}"]
-    replayed = seen.replay.settles_at if seen.replay is not None else None
-    settles_at = replayed or seen.proved_before or seen.settles_at
-    if settles_at is None:
-        outlook = f"it will be lowered until a step is finite, {left} left"
-    else:
-        power = f"2^{math.log2(settles_at):g}"
-        outlook = f"it is expected to settle at {power}, {left} left"
-        if replayed:
-            evidence.append(f"run again, this batch was finite at {power}, and at no more than that")
-        elif seen.proved_before:
-            evidence.append(f"a batch that was skipped before was finite at {power}, when it was run again")
-        else:
-            evidence.append(f"the gradients of the last finite steps fit at {power}, and at no more than that")
-    advice = f"Let the loss scale go on: {outlook}."
-    if not seen.scaling.can_fall:
-        advice = (
-            f"The loss scale is fixed at {seen.scaling}: {'set it lower' if settles_at is None else f'set {power}'}."
-        )
-    return _report(
-        seen,
-        Verdict.SCALE_TOO_HIGH,
-        True if seen.scaling.can_fall else None,
-        seen.gradients[0] if seen.replay is None or seen.replay.origin is None else seen.replay.origin,
-        evidence,
-        () if replayed else ("whether this batch is finite at a lower scale",),
-        advice if replayed else f"{advice} The verdict is provisional until a step is finite.",
-        settles_at=settles_at,
-    )
-
-
-def _not_again(seen: Evidence) -> OverflowReport:
-    return _report(
-        seen,
-        Verdict.UNDETERMINED,
-        None,
-        seen.gradients[0],
-        ["the loss is finite", _finite_weights(seen)],
-        ("the gradients before the reduction",),
-        "One rank was wrong once, or the reduction, or code that changed gradients afterwards. If it comes back, "
-        'GuardConfig(local_gradients="always") tells which rank it is.',
-    )
-
-
-def _gradients_nonfinite(seen: Evidence) -> OverflowReport:
-    evidence = ["the loss is finite" if seen.loss_known else "the loss was not seen"]
-    if seen.suspects:
-        evidence.append(f"not finite: {', '.join(item.name for item in seen.suspects[:3])}")
-    else:
-        evidence.append(_finite_weights(seen))
-    if not seen.scaling.dynamic:
-        evidence.append(f"the loss scale is {seen.scaling.scale:g} and does not change")
-    elif not seen.scaling.can_fall:
-        evidence.append(f"the loss scale is at its minimum, {seen.scaling.minimum:g}: it cannot be too high")
-    unseen = () if seen.loss_known else ("the loss: call engine.backward(loss) or engine.scale(loss)",)
-    return _report(
-        seen,
-        Verdict.UNDETERMINED,
-        None,
-        seen.gradients[0],
-        evidence,
-        (*unseen, "the backward pass, module by module", "the gradients before the reduction"),
-        f"The gradient of {seen.gradients[0].name} is the first that is not finite: look at the operations behind it "
-        f"(a division, a square root or a logarithm at 0), and at the batch.",
-    )
-
-
-def _false_alarm(seen: Evidence) -> OverflowReport:
-    return _report(
-        seen,
-        Verdict.UNDETERMINED,
-        None,
-        seen.suspects[0] if seen.suspects else seen.loss,
-        ["DeepSpeed calls this step an overflow; the guard found no non-finite gradient to account for it"],
-        ("DeepSpeed's own check, which may have overflowed itself on large finite values",),
-        "Look at the largest gradients (guard.history), and upgrade DeepSpeed if it is older than 0.19.8.",
-    )
-
-
-def _loss_text(seen: Evidence) -> str:
-    if seen.loss is None:
-        return "finite"
-    rank = seen.loss.rank
-    where = "" if rank is None or seen.world_size == 1 else f" on rank {rank}"
-    return seen.loss.counts.partition(" ")[2] + where
-
-
-def _plural(count: int, noun: str) -> str:
-    return f"{count} {noun}{'' if count == 1 else 's'}"

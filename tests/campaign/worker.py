@@ -116,7 +116,8 @@ def train(case: Case, engine: Any, step: int) -> None:
     """One step on this rank's batch."""
     model = engine.module
     model.trap.armed = case.fault == "backward" and step == FAULTY_STEP
-    generator = torch.Generator().manual_seed(step + 1000 * RANK)
+    batch = 0 if case.fault == "scale" else step  # what one batch needs, another may not
+    generator = torch.Generator().manual_seed(batch + 1000 * RANK)
     arguments, target = model.batch(generator, next(model.parameters()).dtype)
     loss = model.loss(engine(*arguments), target)
     if case.fault == "loss" and step == FAULTY_STEP and case.culprit == RANK:

@@ -18,7 +18,7 @@ from hallo_numguard.integrations.deepspeed.partition import slice_of
 from hallo_numguard.integrations.deepspeed.version import kind_of, require
 from hallo_numguard.monitor import attribution
 from hallo_numguard.monitor.attribution import NamedTensor
-from hallo_numguard.monitor.verdict import Scaling
+from hallo_numguard.monitor.evidence import Scaling
 
 
 @dataclass(frozen=True)
