@@ -15,7 +15,8 @@ def shortened(text: str, width: int) -> str:
     if len(text) <= width:
         return text
     head = (width - 1) // 3
-    return f"{text[:head]}…{text[-(width - 1 - head) :]}"
+    tail = width - 1 - head
+    return f"{text[:head]}…{text[len(text) - tail :]}"
 
 
 def harmless(text: str, width: int = LONGEST_SENTENCE) -> str:

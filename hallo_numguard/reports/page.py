@@ -8,22 +8,15 @@ from typing import Any
 
 from hallo_numguard.records import Offender, StepRecord
 from hallo_numguard.reports import environment
+from hallo_numguard.reports.calls import PARTS, nonfinite_tensors
 from hallo_numguard.reports.files import Material, NamedTrace, Overflow
 from hallo_numguard.reports.grid import MOST_COLUMNS, MOST_ROWS, Cell, Grid, bins, with_fewer_rows
 from hallo_numguard.reports.history import RankHistory, by_rank, series
 from hallo_numguard.reports.names import harmless
 from hallo_numguard.reports.text import headline, rows
-from hallo_numguard.tracing.frames import Frame, TensorRecord
 
-_PARTS = {
-    "inputs": "inputs",
-    "weights": "weights",
-    "outputs": "outputs",
-    "grad_outputs": "gradients of outputs",
-    "grad_inputs": "gradients of inputs",
-    "grad_weights": "gradients of weights",
-}
-_MOST_RANKS = 32  # in tables and as lines
+_MOST_RANKS = 32  # in tables
+_MOST_LINES = 8  # ranks in the timeline
 _MOST_EARLIER = 200
 _OUTLOOK = {True: "recovers", False: "unrecoverable", None: "unknown"}
 
@@ -42,7 +35,9 @@ def content(material: Material) -> dict[str, Any]:
         "figures": {
             "timeline": _timeline(histories),
             "grids": list(_grids(material, histories)),
-            "offenders": [*_offenders(material.overflows), *_tensors(material.traces)],
+            "offenders": [
+                list(map(harmless, row)) for row in (*_offenders(material.overflows), *_tensors(material.traces))
+            ],
         },
     }
 
@@ -59,7 +54,8 @@ def _banner(overflows: Sequence[Overflow]) -> dict[str, Any] | None:
         return None
     report = overflows[-1].report
     ranks = f", {report.world_size} ranks" if report.world_size > 1 else ""
-    what = f"was skipped ({report.consecutive_skips} in a row)" if report.consecutive_skips else "was applied"
+    in_a_row = f" ({report.consecutive_skips} in a row)" if report.consecutive_skips > 1 else ""
+    what = f"was skipped{in_a_row}" if report.consecutive_skips else "was applied all the same"
     return {
         "outlook": _OUTLOOK[report.recoverable],
         "step": f"Step {report.step} {what} at loss scale {report.loss_scale:g}{ranks}",
@@ -143,7 +139,12 @@ def _timeline(histories: Sequence[RankHistory]) -> dict[str, Any] | None:
     return {
         "skipped": sorted(number for number, step in steps.items() if not step.applied),
         "limit": min(limits, default=None),
-        "lines": [line for history in histories[:_MOST_RANKS] for line in _lines(history)],
+        "lines": [
+            line
+            for position, history in enumerate(histories[:_MOST_LINES])
+            for line in _lines(history)
+            if position == 0 or line["name"] != "loss scale"  # which all ranks share
+        ],
     }
 
 
@@ -163,13 +164,16 @@ def _lines(history: RankHistory) -> Iterator[dict[str, Any]]:
 def _grids(material: Material, histories: Sequence[RankHistory]) -> Iterator[dict[str, Any]]:
     firsts = [report.first for report in (overflow.report for overflow in material.overflows) if report.first]
     if any(step.parameters for history in histories for step in history.steps):
-        yield _drawn("Gradients by parameter and step", "step", _by_parameter(histories, [one.name for one in firsts]))
+        names = [one.name for one in firsts]
+        yield _drawn("Gradients by parameter and step", "step", _by_parameter(histories, names), names)
     if len(histories) > 1:
         yield _drawn("Gradients by rank and step", "step", _by_rank(histories))
     for named in material.traces:
         if named.trace.frames:
             title = f"Calls of modules in {harmless(named.source, 60)}"
-            yield _drawn(title, "call of the module, and what of it", _by_module(named))
+            first = named.trace.first_nonfinite
+            names = [] if first is None else [first.name]
+            yield _drawn(title, "call", _by_module(named, names), names)
 
 
 def _steps_as_columns(histories: Sequence[RankHistory]) -> tuple[list[str], dict[int, int]]:
@@ -197,24 +201,23 @@ def _by_rank(histories: Sequence[RankHistory]) -> Grid:
     return grid
 
 
-def _by_module(named: NamedTrace) -> Grid:
+def _by_module(named: NamedTrace, first: Sequence[str]) -> Grid:
     frames = named.trace.frames
-    parts = [part for part in _PARTS if any(getattr(frame, part) for frame in frames)]
+    parts = [part for part in PARTS if any(getattr(frame, part) for frame in frames)]
     calls = sorted({frame.call for frame in frames})
     labels, column = bins([f"call {call}" for call in calls], max(1, MOST_COLUMNS // len(parts)) if parts else 1)
     place = dict(zip(calls, column, strict=True))
-    grid = Grid([f"{label}: {_PARTS[part]}" for label in labels for part in parts])
+    grid = Grid([f"{label}: {PARTS[part]}" for label in labels for part in parts])
     for frame in frames:
         for part, tensor in frame.tensors():
             at = place[frame.call] * len(parts) + parts.index(part)
             record = tensor.record
             infinite = record.pos_inf + record.neg_inf
             grid.add(frame.name or "(root)", at, Cell(record.absmax, record.nonfinite, infinite))
-    first = named.trace.first_nonfinite
-    return with_fewer_rows(grid, [] if first is None else [first.name])
+    return with_fewer_rows(grid, first)
 
 
-def _drawn(title: str, columns: str, grid: Grid) -> dict[str, Any]:
+def _drawn(title: str, columns: str, grid: Grid, first: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "title": title,
         "what": columns,
@@ -227,6 +230,7 @@ def _drawn(title: str, columns: str, grid: Grid) -> dict[str, Any]:
             for column, cell in enumerate(cells)
             if cell is not None and cell.nonfinite
         ],
+        "first": [row for row, name in enumerate(grid.rows) if name in first],
         "note": grid.note,
     }
 
@@ -250,16 +254,10 @@ def _offender(where: str, one: Offender) -> list[str]:
 
 def _tensors(traces: Sequence[NamedTrace]) -> Iterator[list[str]]:
     for named in traces:
-        for frame in named.trace.frames:
-            for part, tensor in frame.tensors():
-                if tensor.counts:
-                    yield _tensor(named.source, frame, part, tensor)
-
-
-def _tensor(source: str, frame: Frame, part: str, tensor: TensorRecord) -> list[str]:
-    found = _found(tensor.index, tensor.counts, tensor.record.absmax, tensor.shape, tensor.dtype)
-    name = f"{frame.name or '(root)'}: {tensor.name}"
-    return [f"{source}, call {frame.call}", _PARTS[part], name, *found, ""]
+        for frame, part, tensor in nonfinite_tensors(named.trace):
+            found = _found(tensor.index, tensor.counts, tensor.record.absmax, tensor.shape, tensor.dtype)
+            name = f"{frame.name or '(root)'}: {tensor.name}"
+            yield [f"{named.source}, call {frame.call}", PARTS[part], name, *found, ""]
 
 
 def _found(index: Sequence[int], counts: str, absmax: float, shape: Sequence[int], dtype: str) -> list[str]:

@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hallo_numguard.records import Offender
+from hallo_numguard.reports.calls import PARTS, NonfiniteTensor, nonfinite_tensors
 from hallo_numguard.reports.console import panel
 from hallo_numguard.reports.environment import hides_nan
 from hallo_numguard.reports.files import Material, NamedTrace, Overflow
@@ -17,7 +18,6 @@ from hallo_numguard.reports.history import RankHistory, by_rank, series
 from hallo_numguard.reports.names import harmless
 from hallo_numguard.reports.sparkline import sparkline
 from hallo_numguard.reports.text import headline
-from hallo_numguard.tracing.frames import Frame, TensorRecord
 
 _MOST_ROWS = 10
 _MOST_RANKS = 4
@@ -95,18 +95,17 @@ def _trace(named: NamedTrace) -> Iterator[RenderableType]:
         title_align="left",
         border_style="green" if origin is None else "red",
     )
-    bad = [(frame, part, tensor) for frame in trace.frames for part, tensor in frame.tensors() if tensor.counts]
+    bad = list(nonfinite_tensors(trace))
     if bad:
         yield _tensors(bad)
 
 
-def _tensors(bad: Sequence[tuple[Frame, str, TensorRecord]]) -> Table:
-    table = _table("tensors that are not finite, in the order of calls", len(bad))
-    for name in ("module", "call", "tensor", "first at", "non-finite", "shape", "dtype"):
+def _tensors(bad: Sequence[NonfiniteTensor]) -> Table:
+    table = _table("tensors that are not finite: forward in the order of calls, then gradients back", len(bad))
+    for name in ("module", "call", "what", "tensor", "first at", "non-finite", "shape", "dtype"):
         table.add_column(name, overflow="fold")
     for frame, part, tensor in bad[:_MOST_ROWS]:
-        name = f"gradient of {tensor.name}" if part.startswith("grad_") else tensor.name
-        where = (frame.name or "the root module", frame.call, name, _index(tensor.index))
+        where = (frame.name or "the root module", frame.call, PARTS[part], tensor.name, _index(tensor.index))
         table.add_row(*_cells(*where, tensor.counts, _shape(tensor.shape), tensor.dtype))
     return table
 

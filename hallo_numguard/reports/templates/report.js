@@ -11,11 +11,40 @@
   const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
   const narrow = () => window.innerWidth < 640;
 
-  // Plotly reads some HTML in its texts; names are to be shown as they are.
-  const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  // Plotly reads some HTML and formulas between dollars in its texts; names are to be shown as they are.
+  const ENTITIES = { "&": "&amp;", "<": "&lt;", ">": "&gt;", $: "&#36;" };
+  const plain = (text) => String(text).replace(/[&<>$]/g, (character) => ENTITIES[character]);
   const wrapped = (text) => text.match(new RegExp(`.{1,${HOVER_LINE}}`, "gu")).map(plain).join("<br>");
   const shortened = (text, width) =>
     text.length <= width ? text : `${text.slice(0, width / 3)}…${text.slice(1 - (2 * width) / 3)}`;
+
+  function written(value) {
+    const rounded = Number(value.toPrecision(3));
+    return rounded >= 1e5 || rounded < 1e-3 ? rounded.toExponential().replace("e+", "e") : String(rounded);
+  }
+
+  // At most about six round values between two numbers, for a logarithmic scale; never none.
+  function roundTicks(low, high) {
+    const [from, to] = [Math.floor(Math.log10(low)), Math.ceil(Math.log10(high))];
+    const every = Math.ceil((to - from + 1) / 6);
+    const digits = to - from <= 2 ? [1, 2, 5] : [1];
+    const ticks = [];
+    for (let power = from; power <= to; power += every) ticks.push(...digits.map((digit) => Number(`${digit}e${power}`)));
+    const inside = ticks.filter((tick) => tick >= low && tick <= high);
+    return inside.length > 1 ? inside : [low, high];
+  }
+
+  function powersOfTwo(low, high) {
+    const [from, to] = [Math.floor(Math.log2(low)), Math.ceil(Math.log2(high))];
+    const every = Math.ceil((to - from + 1) / 6);
+    const powers = [];
+    for (let power = from; power <= to; power += every) powers.push(power);
+    return { tickvals: powers.map((power) => 2 ** power), ticktext: powers.map((power) => `2<sup>${power}</sup>`) };
+  }
+
+  const positive = (values) => values.filter((value) => value > 0);
+  const lowest = (values) => values.reduce((least, value) => Math.min(least, value), Infinity);
+  const highest = (values) => values.reduce((most, value) => Math.max(most, value), -Infinity);
   const later = (work) => {
     let timer;
     return () => {
@@ -38,6 +67,15 @@
 
   // -- loss, loss scale and gradients ---------------------------------------------------------------------------------
 
+  const valuesOf = (...names) =>
+    positive(figures.timeline.lines.filter((line) => names.includes(line.name)).flatMap((line) => line.values));
+
+  function logarithmic(values, ticks) {
+    if (!values.length) return { type: "log" };
+    const marks = ticks(lowest(values), highest(values));
+    return { type: "log", ...(Array.isArray(marks) ? { tickvals: marks, ticktext: marks.map(written) } : marks) };
+  }
+
   const PANELS = { loss: "y", "loss scale": "y2", norm: "y3", absmax: "y3" };
   const DASHES = ["solid", "dash", "dot", "dashdot"];
 
@@ -46,6 +84,8 @@
     if (!timeline) return;
     const ranks = [...new Set(timeline.lines.map((line) => line.rank))];
     const names = Object.keys(PANELS);
+    const steps = timeline.lines.flatMap((line) => line.steps);
+    const few = highest(steps) - lowest(steps) < 12;
     const traces = timeline.lines.flatMap((line) => {
       const ink = colour(`series-${names.indexOf(line.name) + 1}`);
       const label = plain(ranks.length > 1 ? `${line.name}, ${line.rank}` : line.name);
@@ -59,13 +99,13 @@
       layout({
         height: 560,
         margin: { l: 66, r: 16, t: 8, b: 40 },
-        legend: { orientation: "h", y: -0.1 },
+        legend: { orientation: "h", yanchor: "bottom", y: 1.02 },
         hovermode: "closest",
         shapes: [...skippedRanges(timeline.skipped), ...limitLine(timeline.limit)],
-        xaxis: { title: { text: "step" }, anchor: "y3", tickformat: "d" },
+        xaxis: { title: { text: "step" }, anchor: "y3", tickformat: "d", dtick: few ? 1 : undefined },
         yaxis: { title: { text: "loss" }, domain: [0.7, 1] },
-        yaxis2: { title: { text: "loss scale" }, type: "log", dtick: "D2", exponentformat: "power", domain: [0.38, 0.66] },
-        yaxis3: { title: { text: "norm, absmax" }, type: "log", exponentformat: "power", domain: [0, 0.34] },
+        yaxis2: { title: { text: "loss scale" }, domain: [0.38, 0.66], ...logarithmic(valuesOf("loss scale"), powersOfTwo) },
+        yaxis3: { title: { text: "norm, absmax" }, domain: [0, 0.34], ...logarithmic(valuesOf("norm", "absmax"), roundTicks) },
       }),
       CONFIG,
     );
@@ -77,16 +117,16 @@
     const shown = line.values.map((value, i) => (bad.has(line.steps[i]) || (line.name !== "loss" && !value) ? null : value));
     return {
       x: line.steps, y: shown, yaxis: PANELS[line.name], name: label, legendgroup: label,
-      mode: "lines+markers", line: { color: ink, dash, width: 1.5 }, marker: { size: 4 },
+      mode: "lines+markers", line: { color: ink, dash, width: 1.5 }, marker: { size: 5 },
       hovertemplate: `step %{x}<br>${label} %{y:.5g}<extra></extra>`,
     };
   }
 
   // What is not finite stands at the top of its panel.
   function marksOf(line, label) {
-    const highest = line.values.reduce((most, value) => Math.max(most, value ?? most), line.name === "loss" ? 0 : 1e-30);
+    const top = line.values.some((value) => value > 0) ? highest(positive(line.values)) : 1;
     return {
-      x: line.bad, y: line.bad.map(() => highest), yaxis: PANELS[line.name], legendgroup: label, showlegend: false,
+      x: line.bad, y: line.bad.map(() => top), yaxis: PANELS[line.name], legendgroup: label, showlegend: false,
       mode: "markers", marker: { symbol: "x", size: 9, color: colour("bad") },
       hovertemplate: `step %{x}<br>${label} not finite<extra></extra>`,
     };
@@ -126,6 +166,7 @@
       this.back = section.querySelector(".back");
       this.on = section.querySelector(".on");
       this.start = 0;
+      this.first = new Set(this.grid.first);
       this.marks = new Map();
       for (const [row, column, mark, count] of this.grid.marks) {
         if (!this.marks.has(row)) this.marks.set(row, new Map());
@@ -152,11 +193,11 @@
       const chosen = [...rows.keys()].filter((row) => rows[row].toLowerCase().includes(wanted));
       const weight = {
         given: () => 0,
-        bad: (row) => this.marks.get(row)?.size ?? 0,
-        large: (row) => absmax[row].reduce((most, value) => Math.max(most, value ?? 0), 0),
+        bad: (row) => (this.first.has(row) ? Infinity : (this.marks.get(row)?.size ?? 0)),
+        large: (row) => highest(absmax[row]),
       }[this.order.value];
       const weights = new Map(chosen.map((row) => [row, weight(row)]));
-      return chosen.sort((one, other) => weights.get(other) - weights.get(one));
+      return chosen.sort((one, other) => (weights.get(other) > weights.get(one) ? 1 : weights.get(other) < weights.get(one) ? -1 : 0));
     }
 
     draw() {
@@ -170,7 +211,9 @@
     }
 
     traces(shown) {
-      const { columns } = this.grid;
+      const { columns, absmax } = this.grid;
+      const values = positive(shown.flatMap((row) => absmax[row]));
+      const ticks = values.length ? roundTicks(lowest(values), highest(values)) : [];
       const x = [...columns.keys()];
       const y = [...shown.keys()];
       const mark = (row, column) => this.marks.get(row)?.get(column);
@@ -183,18 +226,18 @@
           ...common,
           z: cells((row, column) => (mark(row, column) ? null : this.power(row, column))),
           colorscale: "Cividis",
-          colorbar: { title: { text: "10^", side: "top" }, thickness: 12, len: 1, tickformat: "d" },
+          colorbar: { thickness: 12, len: 1, tickvals: ticks.map(Math.log10), ticktext: ticks.map(written) },
           showscale: !narrow(),
         },
         {
           ...common,
           z: cells((row, column) => (mark(row, column) ? 1 : null)),
-          colorscale: [[0, colour("bad")], [1, colour("bad")]],
+          colorscale: [[0, colour("cell")], [1, colour("cell")]],
           showscale: false,
         },
         {
           x: bad.map(([column]) => column), y: bad.map(([, at]) => at), text: bad.map(([, , mark]) => mark),
-          mode: "text", textfont: { color: colour("bad-text"), size: 13 }, hoverinfo: "skip", showlegend: false,
+          mode: "text", textfont: { color: colour("cell-text"), size: 13 }, hoverinfo: "skip", showlegend: false,
         },
       ];
     }
@@ -209,8 +252,13 @@
       const value = this.grid.absmax[row][column];
       const largest = value === null ? "nothing finite" : `largest finite value ${value}`;
       const said = found ? `${found.mark} ${found.count} not finite, ${largest}` : largest;
-      const column_name = /^\d/.test(this.grid.columns[column]) ? `step ${this.grid.columns[column]}` : this.grid.columns[column];
-      return `${wrapped(this.grid.rows[row])}<br>${plain(column_name)}<br>${plain(said)}`;
+      const label = this.grid.columns[column];
+      const place = this.grid.what === "step" ? `step ${label}` : label;
+      return `${wrapped(this.grid.rows[row])}<br>${plain(place)}<br>${plain(said)}`;
+    }
+
+    label(name, row) {
+      return (this.first.has(row) ? "▶ " : "") + plain(shortened(name, narrow() ? 18 : LABEL));
     }
 
     layoutOf(shown) {
@@ -219,13 +267,13 @@
       const ticks = [...columns.keys()].filter((column) => column % every === 0);
       return layout({
         height: Math.max(6, shown.length) * ROW_HEIGHT + 110,
-        margin: { l: 10, r: 10, t: 8, b: 40 },
+        margin: { l: 10, r: 10, t: 32, b: 40 }, // Plotly's buttons stand above the cells
         xaxis: {
           title: { text: what }, tickvals: ticks, ticktext: ticks.map((at) => plain(columns[at])), showgrid: false,
           zeroline: false, range: [-0.5, columns.length - 0.5], automargin: true,
         },
         yaxis: {
-          tickvals: [...shown.keys()], ticktext: shown.map((row) => plain(shortened(rows[row], narrow() ? 18 : LABEL))),
+          tickvals: [...shown.keys()], ticktext: shown.map((row) => this.label(rows[row], row)),
           range: [Math.max(1, shown.length) - 0.5, -0.5], showgrid: false, zeroline: false, automargin: true,
         },
       });
