@@ -11,12 +11,14 @@ from pathlib import Path
 import jsonschema
 import pytest
 import report_support as support
+import torch
 from click.testing import CliRunner
 from rich.console import Console
 
+import hallo_numguard as ng
 from hallo_numguard.cli import main
 from hallo_numguard.records import OverflowReport
-from hallo_numguard.reports import environment, files, names, perfetto, terminal
+from hallo_numguard.reports import environment, files, names, page, perfetto, terminal
 from hallo_numguard.reports.sparkline import sparkline
 from hallo_numguard.tracing import frames
 
@@ -94,14 +96,14 @@ def test_it_works_where_torch_is_not_installed(tmp_path, trace_file):
         "from hallo_numguard.cli import main\n"
         "main()\n"
     )
-    page, timeline = tmp_path / "page.html", tmp_path / "timeline.json"
-    arguments = ["report", *support.REAL, trace_file, "--html", page, "--perfetto", timeline]
+    written, timeline = tmp_path / "page.html", tmp_path / "timeline.json"
+    arguments = ["report", *support.REAL, trace_file, "--html", written, "--perfetto", timeline]
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
     assert "weights_nonfinite" in done.stdout
-    assert "hidden.weight" in page.read_text(encoding="utf-8")
+    assert "hidden.weight" in written.read_text(encoding="utf-8")
     assert json.loads(timeline.read_text(encoding="utf-8"))["traceEvents"]
 
 
@@ -340,6 +342,24 @@ def test_traces_follow_the_schema(tmp_path):
     assert not check.is_valid({**frame, "position": "0"})
     assert not check.is_valid({**frame, "outputs": [{"name": "output[0]"}]})
     assert not check.is_valid({key: value for key, value in frame.items() if key != "cls"})
+
+
+def test_a_trace_of_a_real_model_follows_the_schema_and_is_shown(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+    with torch.no_grad():
+        model[1].weight[2] = float("nan")
+    with ng.trace(model) as tracer:
+        model(torch.ones(3, 4)).sum().backward()
+    path = tmp_path / "trace.jsonl"
+    tracer.save(path)
+    check = validator("trace.schema.json")
+    for line in path.read_text().splitlines():
+        check.validate(json.loads(line))
+    done = run(path, "--perfetto", tmp_path / "timeline.json")
+    assert done.exit_code == 0
+    assert "holds 1 NaN" in done.output
+    (drawn,) = page.content(files.read([path]))["figures"]["grids"]
+    assert [drawn["rows"][row] for row in drawn["first"]] == ["1"]
 
 
 # -- the environment ---------------------------------------------------------------------------------------------------

@@ -14,10 +14,12 @@ from hallo_numguard.reports.grid import MOST_COLUMNS, MOST_ROWS, Cell, Grid, bin
 from hallo_numguard.reports.history import RankHistory, by_rank, series
 from hallo_numguard.reports.names import harmless
 from hallo_numguard.reports.text import headline, rows
+from hallo_numguard.tracing.frames import Frames
 
 _MOST_RANKS = 32  # in tables
 _MOST_LINES = 8  # ranks in the timeline
 _MOST_EARLIER = 200
+_ROOT = "(root)"
 _OUTLOOK = {True: "recovers", False: "unrecoverable", None: "unknown"}
 
 
@@ -171,8 +173,7 @@ def _grids(material: Material, histories: Sequence[RankHistory]) -> Iterator[dic
     for named in material.traces:
         if named.trace.frames:
             title = f"Calls of modules in {harmless(named.source, 60)}"
-            first = named.trace.first_nonfinite
-            names = [] if first is None else [first.name]
+            names = _first_module(named.trace)
             yield _drawn(title, "call", _by_module(named, names), names)
 
 
@@ -201,6 +202,12 @@ def _by_rank(histories: Sequence[RankHistory]) -> Grid:
     return grid
 
 
+def _first_module(trace: Frames) -> list[str]:
+    """The row of the module that the first non-finite tensor belongs to; none if it was not kept."""
+    first = trace.first_nonfinite
+    return [frame.name or _ROOT for frame in trace.frames if first is not None and frame.position == first.position]
+
+
 def _by_module(named: NamedTrace, first: Sequence[str]) -> Grid:
     frames = named.trace.frames
     parts = [part for part in PARTS if any(getattr(frame, part) for frame in frames)]
@@ -213,7 +220,7 @@ def _by_module(named: NamedTrace, first: Sequence[str]) -> Grid:
             at = place[frame.call] * len(parts) + parts.index(part)
             record = tensor.record
             infinite = record.pos_inf + record.neg_inf
-            grid.add(frame.name or "(root)", at, Cell(record.absmax, record.nonfinite, infinite))
+            grid.add(frame.name or _ROOT, at, Cell(record.absmax, record.nonfinite, infinite))
     return with_fewer_rows(grid, first)
 
 
@@ -256,7 +263,7 @@ def _tensors(traces: Sequence[NamedTrace]) -> Iterator[list[str]]:
     for named in traces:
         for frame, part, tensor in nonfinite_tensors(named.trace):
             found = _found(tensor.index, tensor.counts, tensor.record.absmax, tensor.shape, tensor.dtype)
-            name = f"{frame.name or '(root)'}: {tensor.name}"
+            name = f"{frame.name or _ROOT}: {tensor.name}"
             yield [f"{named.source}, call {frame.call}", PARTS[part], name, *found, ""]
 
 
