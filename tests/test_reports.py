@@ -17,7 +17,7 @@ from rich.console import Console
 
 import hallo_numguard as ng
 from hallo_numguard.cli import main
-from hallo_numguard.records import OverflowReport
+from hallo_numguard.records import Offender, OverflowReport, StepRecord, Verdict
 from hallo_numguard.reports import environment, files, names, page, perfetto, terminal
 from hallo_numguard.reports.sparkline import sparkline
 from hallo_numguard.tracing import frames
@@ -306,9 +306,12 @@ def test_real_reports_follow_the_schema():
     check.validate(json.loads(support.hostile_report().to_json()))
 
 
-def test_the_schema_names_every_field_of_a_report():
+def test_the_schema_names_every_field_and_every_verdict():
     schema = json.loads((DOCS / "report.schema.json").read_text())
     assert set(schema["properties"]) == {"schema_version", *OverflowReport.__dataclass_fields__}
+    assert set(schema["$defs"]["offender"]["properties"]) == set(Offender.__dataclass_fields__)
+    assert set(schema["$defs"]["step"]["properties"]) == set(StepRecord.__dataclass_fields__)
+    assert schema["properties"]["verdict"]["enum"] == list(map(str, Verdict))
 
 
 @pytest.mark.parametrize(

@@ -271,7 +271,11 @@ class Session:
         if self._anyone_failed():
             return None
         evidence = replace(evidence, replay=self._replay(evidence))
-        report = self.guarded(lambda: replace(judge(evidence), history=tuple(self._recorder.read()), environment=collect(self._ranks.rank)))
+        report = self.guarded(
+            lambda: replace(
+                judge(evidence), history=tuple(self._recorder.read()), environment=collect(self._ranks.rank)
+            )
+        )
         if self._anyone_failed():
             return None
         self._legal.note(local.weights)
