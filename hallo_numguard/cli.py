@@ -6,11 +6,16 @@ import json
 import platform
 import sys
 from importlib import metadata
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from hallo_numguard import __version__
+from hallo_numguard.errors import NumGuardError
+
+if TYPE_CHECKING:
+    from hallo_numguard.reports.files import Material
 
 _SHOWN = {"cuda": "native"}  # a module that is not called so
 
@@ -41,6 +46,74 @@ def env(style: str) -> None:
         for backend, reason in report["not_used"].items():
             table.add_row("", f"not {backend}: {reason}")
     Console().print(table)
+
+
+@main.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--html", type=click.Path(path_type=Path), help="Also write a page that works offline.")
+@click.option("--perfetto", type=click.Path(path_type=Path), help="Also write a timeline for ui.perfetto.dev.")
+@click.option("--format", "style", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
+def report(files: tuple[Path, ...], html: Path | None, perfetto: Path | None, style: str) -> None:
+    """Show overflow reports and traces. Needs no torch.
+
+    FILES are reports that the guard has written into its dump_dir, one a rank, and traces that were saved.
+    """
+    from hallo_numguard.reports import files as reading
+
+    try:
+        material = reading.read(files)
+        if html is not None:
+            _write_page(material, html)
+        if perfetto is not None:
+            _write_timeline(material, perfetto)
+    except NumGuardError as error:
+        raise _CannotCheck(str(error)) from error
+    _print_report(material, style)
+
+
+class _CannotCheck(click.ClickException):
+    """Something could not be read, or could not be written."""
+
+    exit_code = 2
+
+    def format_message(self) -> str:
+        from hallo_numguard.reports.names import harmless
+
+        return harmless(self.message)
+
+
+def _write_page(material: Material, path: Path) -> None:
+    from hallo_numguard.reports import html
+
+    _write(path, html.render(material))
+
+
+def _write_timeline(material: Material, path: Path) -> None:
+    from hallo_numguard.reports import perfetto
+
+    _write(path, json.dumps(perfetto.timeline(material), allow_nan=False))
+
+
+def _write(path: Path, text: str) -> None:
+    from hallo_numguard.files import write_whole
+
+    try:
+        write_whole(path, text.encode())
+    except OSError as error:
+        raise _CannotCheck(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _print_report(material: Material, style: str) -> None:
+    if style == "json":
+        from hallo_numguard.reports.merged import merged
+
+        click.echo(json.dumps(merged(material), allow_nan=False))
+        return
+    from rich.console import Console
+
+    from hallo_numguard.reports import terminal
+
+    Console(highlight=False).print(terminal.render(material))
 
 
 def environment() -> dict[str, Any]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from typing import Any
 
 RECORD_FIELDS = (
     "nan",
@@ -211,6 +212,7 @@ class OverflowReport:
         consecutive_skips: Steps skipped in a row, this one included; 0 if this one was applied all the same.
         settles_at: The loss scale at which steps are expected to be finite again, where that could be told.
         history: The flight recorder's steps on the rank that holds this report, this one last.
+        environment: Versions, host and rank of the process that made this report, and what there hides NaN.
     """
 
     step: int
@@ -227,6 +229,7 @@ class OverflowReport:
     consecutive_skips: int = 1
     settles_at: float | None = None
     history: tuple[StepRecord, ...] = field(default=(), compare=False, repr=False)
+    environment: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def to_json(self) -> str:
         """Returns the report as a JSON document. Non-finite numbers are written as strings."""

@@ -272,6 +272,8 @@ def test_reports_are_dumped_with_the_history_of_every_parameter(make, tmp_path):
     assert math.hypot(*(one.norm for one in clean.parameters.values())) == pytest.approx(clean.norm)
     assert bad.parameters["embedding.weight"].nonfinite > 0
     assert clean.headroom == pytest.approx(math.log2(65504 / clean.absmax))
+    assert read.environment["rank"] == 0
+    assert read.environment["torch"] == torch.__version__
 
 
 def test_a_report_that_cannot_be_written_stops_nothing(make, tmp_path, caplog):

@@ -133,6 +133,9 @@ def test_sdist_and_wheel_build_and_the_wheel_works_elsewhere(source, tmp_path):
     subprocess.run(
         [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), str(wheel)], check=True
     )
+    templates = ROOT / "hallo_numguard" / "reports" / "templates"
+    shipped = {path.name for path in (target / "hallo_numguard" / "reports" / "templates").iterdir()}
+    assert shipped == {path.name for path in templates.iterdir()}
     code = (
         "import hallo_numguard, torch\n"
         "from hallo_numguard.ops import native\n"

@@ -37,6 +37,7 @@ from hallo_numguard.monitor.replay import Forward, Replayed, Replayer
 from hallo_numguard.monitor.verdict import judge, needs_replay, settled
 from hallo_numguard.monitor.watch import Watch
 from hallo_numguard.records import Finding, Offender, OverflowReport, StepRecord, Verdict
+from hallo_numguard.reports.environment import collect
 
 _log = logging.getLogger("hallo_numguard")
 
@@ -271,7 +272,11 @@ class Session:
         if self._anyone_failed():
             return None
         evidence = replace(evidence, replay=self._replay(evidence))
-        report = self.guarded(lambda: replace(judge(evidence), history=tuple(self._recorder.read())))
+        report = self.guarded(
+            lambda: replace(
+                judge(evidence), history=tuple(self._recorder.read()), environment=collect(self._ranks.rank)
+            )
+        )
         if self._anyone_failed():
             return None
         self._legal.note(local.weights)

@@ -20,11 +20,6 @@ def panel(report: OverflowReport) -> Panel:
     table.add_column(overflow="fold")
     for label, sentences in rows(report):
         style = colour if label == "verdict" else ""
-        table.add_row(label, Text("\n".join(map(printable, sentences)), style=style))
+        table.add_row(label, Text("\n".join(sentences), style=style))
     title = Text(f" step {report.step} skipped at loss scale {report.loss_scale:g} ")
     return Panel(table, title=title, title_align="left", border_style=colour)
-
-
-def printable(text: str) -> str:
-    """Returns `text` without control characters, which could rewrite a terminal."""
-    return "".join(character if character.isprintable() else "�" for character in text)

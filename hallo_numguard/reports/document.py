@@ -16,13 +16,18 @@ _BY_PARAMETER = ("absmax", "norm", "nonfinite")
 
 def write(report: OverflowReport) -> str:
     """Returns the document."""
+    return json.dumps(document_of(report), allow_nan=False)
+
+
+def document_of(report: OverflowReport) -> dict[str, Any]:
+    """Returns the document as values that JSON has."""
     document = {
         "schema_version": SCHEMA_VERSION,
         **asdict(replace(report, history=())),
         "verdict": report.verdict.value,
         "history": _history(report.history),
     }
-    return json.dumps(_without_nonfinite(document), allow_nan=False)
+    return without_nonfinite(document)
 
 
 def read(text: str) -> OverflowReport:
@@ -36,15 +41,20 @@ def read(text: str) -> OverflowReport:
         found = document.get("schema_version") if isinstance(document, Mapping) else None
         raise ValueError(f"not an overflow report of schema version {SCHEMA_VERSION}: got {found!r}")
     try:
-        values = {item.name: document[item.name] for item in fields(OverflowReport)}
+        values = {item.name: document[item.name] for item in fields(OverflowReport) if item.name != "environment"}
         values["verdict"] = Verdict(values["verdict"])
-        values["first"] = values["first"] and _offender(values["first"])
+        values["first"] = None if values["first"] is None else _offender(values["first"])
         values["offenders"] = tuple(map(_offender, values["offenders"]))
-        values["evidence"] = tuple(values["evidence"])
-        values["not_checked"] = tuple(values["not_checked"])
+        values["evidence"] = tuple(map(str, values["evidence"]))
+        values["not_checked"] = tuple(map(str, values["not_checked"]))
+        values["advice"] = str(values["advice"])
         values["loss_scale"] = float(values["loss_scale"])
+        values["settles_at"] = None if values["settles_at"] is None else float(values["settles_at"])
+        for name in ("step", "world_size", "consecutive_skips"):
+            values[name] = int(values[name])
         values["history"] = _read_history(values["history"])
-    except (AttributeError, IndexError, KeyError, TypeError) as error:
+        values["environment"] = _read_environment(document.get("environment", {}))
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError) as error:
         raise ValueError(f"not an overflow report: {error!r}") from error
     return OverflowReport(**values)
 
@@ -68,7 +78,7 @@ def _read_history(document: Mapping[str, Any]) -> tuple[StepRecord, ...]:
 def _step(document: Mapping[str, Any], position: int) -> StepRecord:
     parameters = {
         name: GradientRecord(
-            float(columns["absmax"][position]), float(columns["norm"][position]), columns["nonfinite"][position]
+            float(columns["absmax"][position]), float(columns["norm"][position]), int(columns["nonfinite"][position])
         )
         for name, columns in document["parameters"].items()
         if columns["nonfinite"][position] is not None
@@ -76,24 +86,37 @@ def _step(document: Mapping[str, Any], position: int) -> StepRecord:
     values = {**document["steps"][position], "parameters": parameters}
     for name in ("absmax", "norm", "loss_scale"):
         values[name] = float(values[name])
-    if values["loss"] is not None:
-        values["loss"] = float(values["loss"])
+    for name in ("step", "nonfinite"):
+        values[name] = int(values[name])
+    for name in ("loss", "limit"):
+        values[name] = None if values.get(name) is None else float(values[name])
     return StepRecord(**values)
+
+
+def _read_environment(document: Mapping[str, Any]) -> dict[str, Any]:
+    return {**document, "hides_nan": [str(sentence) for sentence in document.get("hides_nan", ())]} if document else {}
 
 
 def _offender(document: Mapping[str, Any]) -> Offender:
     values = dict(document)
-    for name in ("index", "shape", "aliases"):
-        values[name] = tuple(values[name])
+    for name in ("kind", "name", "module", "dtype"):
+        values[name] = str(values[name])
+    for name in ("nan", "pos_inf", "neg_inf", "numel"):
+        values[name] = int(values[name])
+    for name in ("index", "shape"):
+        values[name] = tuple(map(int, values[name]))
+    values["aliases"] = tuple(map(str, values["aliases"]))
+    values["rank"] = None if values["rank"] is None else int(values["rank"])
     values["absmax"] = float(values["absmax"])
     return Offender(**values)
 
 
-def _without_nonfinite(value: Any) -> Any:
+def without_nonfinite(value: Any) -> Any:
+    """Returns a value that JSON has: NaN and infinite numbers as strings, tuples as lists."""
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
     if isinstance(value, Mapping):
-        return {key: _without_nonfinite(item) for key, item in value.items()}
+        return {key: without_nonfinite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_nonfinite(item) for item in value]
+        return [without_nonfinite(item) for item in value]
     return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import textwrap
 
 from hallo_numguard.records import OverflowReport
+from hallo_numguard.reports.names import harmless
 
 _WIDTH = 110
 _MOST_OFFENDERS = 3
@@ -19,11 +20,15 @@ def headline(report: OverflowReport) -> str:
     """Returns one line: what happened, where, and what it means."""
     what = f"step {report.step} was skipped: {report.verdict}"
     where = "" if report.first is None else f", {report.first}"
-    return f"{what}{where} [loss scale {report.loss_scale:g}]"
+    return harmless(f"{what}{where} [loss scale {report.loss_scale:g}]")
 
 
 def rows(report: OverflowReport) -> list[tuple[str, list[str]]]:
-    """Returns the report as labelled rows of sentences, for any kind of display."""
+    """Returns the report as labelled rows of sentences, for any kind of display: names in them are harmless."""
+    return [(label, list(map(harmless, sentences))) for label, sentences in _rows(report)]
+
+
+def _rows(report: OverflowReport) -> list[tuple[str, list[str]]]:
     provisional = ", provisional" if report.provisional else ""
     verdict = f"{report.verdict} ({_MEANING[report.recoverable]}{provisional})"
     table = [("verdict", [verdict])]

@@ -1,0 +1,65 @@
+"""What a report was made with, and what on that machine hides NaN by default. Imports none of what it names."""
+
+from __future__ import annotations
+
+import functools
+import platform
+import sys
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+_DISTRIBUTIONS = ("hallo-numguard", "torch", "deepspeed", "accelerate", "transformers", "wandb")
+_HIDES_NAN = {
+    "transformers.trainer": (
+        "transformers.Trainer writes the mean of earlier losses into its log where a loss is NaN or infinite, unless "
+        "TrainingArguments(logging_nan_inf_filter=False): a loss that looks fine there proves nothing."
+    ),
+    "wandb": (
+        "wandb.watch leaves NaN and infinite values out of its histograms, and a tensor without a finite value out "
+        "altogether: a histogram that looks fine there proves nothing."
+    ),
+}
+
+
+def collect(rank: int | None = None) -> dict[str, Any]:
+    """Returns what is known about this process without importing anything.
+
+    Args:
+        rank: Global rank of the process that asks.
+
+    Returns:
+        Versions by distribution (None where it is not installed), "python", "cuda", "platform", "hostname", "rank",
+        and "hides_nan": sentences on loaded modules that keep NaN out of their logs unless told otherwise.
+    """
+    return {
+        "python": platform.python_version(),
+        **_versions(),
+        "cuda": getattr(getattr(sys.modules.get("torch"), "version", None), "cuda", None),
+        "platform": platform.platform(),
+        "hostname": platform.node(),
+        "rank": rank,
+        "hides_nan": [sentence for module, sentence in _HIDES_NAN.items() if module in sys.modules],
+    }
+
+
+def rows(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Returns what there is to be shown of an environment: names and values, without what is unknown."""
+    return [(name, str(value)) for name, value in environment.items() if name != "hides_nan" and value is not None]
+
+
+def hides_nan(environment: Mapping[str, Any]) -> list[str]:
+    """Returns the sentences of an environment on what hides NaN."""
+    return list(environment.get("hides_nan", ()))
+
+
+@functools.cache
+def _versions() -> dict[str, str | None]:
+    return {name: _version(name) for name in _DISTRIBUTIONS}
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,24 @@
+"""Names from files and models, made harmless. They are text that nobody has checked."""
+
+from __future__ import annotations
+
+LONGEST_SENTENCE = 1000
+
+
+def printable(text: str) -> str:
+    """Returns `text` without control characters, which could rewrite a terminal or turn the direction of reading."""
+    return "".join(character if character.isprintable() else "�" for character in text)
+
+
+def shortened(text: str, width: int) -> str:
+    """Returns `text` with its middle left out where it is longer than `width`: names differ at their ends."""
+    if len(text) <= width:
+        return text
+    head = (width - 1) // 3
+    tail = width - 1 - head
+    return f"{text[:head]}…{text[len(text) - tail :]}"
+
+
+def harmless(text: str, width: int = LONGEST_SENTENCE) -> str:
+    """Returns `text` on one line, without control characters, no longer than `width`."""
+    return printable(shortened(text, width))
