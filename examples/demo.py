@@ -10,6 +10,7 @@ import os
 import shutil
 import socket
 import struct
+import subprocess
 import sys
 import tempfile
 import time
@@ -33,6 +34,9 @@ from hallo_numguard.reports.names import printable
 
 TENSOR = "encoder.layer.2.attention.self.query.weight"
 INDEX = (131, 77)
+MODULE = "encoder.layer.3.output.dense"
+POLICY = ng.Policy(actions={ng.Verdict.FORWARD_NONFINITE: "raise"})
+PAGE = "demo-report.html"
 STEPS = 5
 PAIRS = [
     ("How do I reset my password?", "Steps to recover access to an account"),
@@ -48,11 +52,11 @@ console = Console(width=min(Console().width, 118))
 
 
 def main() -> None:
-    """Runs the four acts."""
+    """Runs the five acts."""
     started = time.monotonic()
     quiet_libraries()
     folder = model_folder()
-    console.print(Rule("hallo-numguard: four runs of the same fine-tuning"))
+    console.print(Rule("hallo-numguard: five runs of the same fine-tuning"))
     console.print(
         "MiniLM (22.7M parameters), DeepSpeed ZeRO-2, half-precision weights, dynamic loss scaling. "
         "Every optimizer step, the guard scans all gradients in one pass.\n"
@@ -86,6 +90,17 @@ def main() -> None:
         run = Run(corrupted, scale_power=6)
         run.train(STEPS)
         run.summary()
+        dumps = Path(scratch) / "dumps"
+        act(
+            "5. A weight that is finite and far too large, guarded",
+            f"Expected: the batch is run again, and {MODULE} named, whose output overflows.",
+        )
+        later = Run(folder, scale_power=8, dump_dir=dumps)
+        first_pass = 2 * STEPS + 1  # of step 6: the model is called twice in a step
+        ng.inject(later.engine, "parameter", f"{MODULE}.weight", index=(0, 0), value=60000.0, step=first_pass)
+        later.train(STEPS + 3)
+        later.summary()
+        write_page(sorted(dumps.iterdir()))
     found = run.report is not None and run.report.first is not None and run.report.first.name == TENSOR
     console.print(Rule())
     outcome = "named at step 1" if found else "NOT named"
@@ -93,6 +108,13 @@ def main() -> None:
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     sys.exit(0 if found else 1)
+
+
+def write_page(dumps: list[Path]) -> None:
+    """Writes the last run's report as a page."""
+    command = [sys.executable, "-m", "hallo_numguard", "report", *map(str, dumps), "--html", PAGE]
+    subprocess.run(command, capture_output=True, check=True)  # noqa: S603 - ourselves
+    console.print(f"the same report as a page, with every layer over the steps: {PAGE} (open it in a browser)")
 
 
 def act(title: str, what: str) -> None:
@@ -104,9 +126,9 @@ def act(title: str, what: str) -> None:
 class Run:
     """One fine-tuning run."""
 
-    def __init__(self, folder: Path, scale_power: int, guarded: bool = True) -> None:
+    def __init__(self, folder: Path, scale_power: int, guarded: bool = True, dump_dir: Path | None = None) -> None:
         self.engine, self.tokens = build(folder, scale_power)
-        self.guard = ng.attach(self.engine) if guarded else None
+        self.guard = ng.attach(self.engine, ng.GuardConfig(policy=POLICY, dump_dir=dump_dir)) if guarded else None
         self.report: ng.OverflowReport | None = None
         self.losses: list[float] = []
         self.scales: list[float] = []

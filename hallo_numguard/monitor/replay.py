@@ -96,18 +96,25 @@ class Replayer:
         self._device = device
 
     def of_a_bad_loss(self, losses: Sequence[bool]) -> Replayed:
-        """Runs the first micro-batch again whose loss was not finite.
+        """Runs the first micro-batch again whose loss was not finite; all calls, where a loss comes of several.
 
         Args:
             losses: Of each micro-batch on this rank, whether its loss was finite.
         """
+        calls = self._ranks.lowest(len(self._batch.calls), self._device)
+        a_call_a_loss = self._ranks.lowest(int(len(losses) == len(self._batch.calls)), self._device) == 1
         first = next((position for position, finite in enumerate(losses) if not finite), _NONE)
         micro_batch = self._ranks.lowest(first, self._device)
-        why_not = self._cannot(micro_batch + 1)
+        suspects = [micro_batch] if a_call_a_loss else range(calls)
+        why_not = self._cannot(suspects[-1] + 1 if suspects else 0)
         if why_not:
             return Replayed(why_not)
-        answer = self._run(micro_batch, None)
-        return self._replayed(answer, micro_batch)
+        found = Replayed()
+        for position in suspects:
+            found = self._replayed(self._run(position, None), position)
+            if found.why_not or found.origin is not None:
+                break
+        return found
 
     def of_bad_gradients(self, scale: float) -> Replayed:
         """Runs the step's micro-batches again until one has gradients that are not finite, then looks for a scale.

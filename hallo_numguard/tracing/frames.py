@@ -172,7 +172,8 @@ def _frame(document: Mapping[str, Any]) -> Frame:
 
 
 def _tensor(document: Mapping[str, Any]) -> TensorRecord:
-    record = Record(**{**document["record"], "absmax": float(document["record"]["absmax"])})
+    figures = {name: float(document["record"][name]) for name in ("absmax", "sumsq")}
+    record = Record(**{**document["record"], **figures})
     return TensorRecord(document["name"], tuple(document["shape"]), document["dtype"], record, tuple(document["index"]))
 
 
