@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -19,6 +19,17 @@ RECORD_FIELDS = (
     "sumsq",
 )
 """The eight 8-byte words of a packed record, in order (csrc/record.h). The last two are float64."""
+
+
+def counts_in_words(nan: int, pos_inf: int, neg_inf: int) -> str:
+    """Returns for example "2 NaN, 1 +Inf"; "" if there are none."""
+    kinds = (("NaN", nan), ("+Inf", pos_inf), ("-Inf", neg_inf))
+    return ", ".join(f"{count} {kind}" for kind, count in kinds if count)
+
+
+def shape_in_words(shape: Iterable[int]) -> str:
+    """Returns for example "384x384"."""
+    return "x".join(map(str, shape)) or "scalar"
 
 
 @dataclass(frozen=True)
@@ -112,7 +123,7 @@ class Offender:
 
     def __str__(self) -> str:
         position = f"[{', '.join(map(str, self.index))}]" if self.index else ""
-        shape = "x".join(map(str, self.shape)) or "scalar"
+        shape = shape_in_words(self.shape)
         where = "" if self.rank is None else f", rank {self.rank}"
         tied = f", tied to {', '.join(self.aliases)}" if self.aliases else ""
         name = self.name if self.kind == "loss" else f"{self.kind} {self.name}"
@@ -121,8 +132,26 @@ class Offender:
     @property
     def counts(self) -> str:
         """The non-finite values in words, for example "2 NaN, 1 +Inf"."""
-        kinds = (("NaN", self.nan), ("+Inf", self.pos_inf), ("-Inf", self.neg_inf))
-        return ", ".join(f"{count} {kind}" for kind, count in kinds if count)
+        return counts_in_words(self.nan, self.pos_inf, self.neg_inf)
+
+    @classmethod
+    def from_document(cls, document: Mapping[str, Any]) -> Offender:
+        """Returns the offender that `dataclasses.asdict` was made of, after it has been through JSON.
+
+        Raises:
+            KeyError, TypeError, ValueError: If it is none.
+        """
+        values = dict(document)
+        for name in ("kind", "name", "module", "dtype"):
+            values[name] = str(values[name])
+        for name in ("nan", "pos_inf", "neg_inf", "numel"):
+            values[name] = int(values[name])
+        for name in ("index", "shape"):
+            values[name] = tuple(map(int, values[name]))
+        values["aliases"] = tuple(map(str, values["aliases"]))
+        values["rank"] = None if values["rank"] is None else int(values["rank"])
+        values["absmax"] = float(values["absmax"])
+        return cls(**values)
 
 
 @dataclass(frozen=True)

@@ -35,13 +35,22 @@ class Model(nn.Module):
         return self.head(x)[..., :7]  # row 7 of the embedding is multiplied, but no loss depends on it
 
 
-def single_process_environment() -> None:
-    """Lets deepspeed.initialize start alone, on a free port."""
+def free_port() -> int:
+    """Returns a port that nobody listens on."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
-    for name, value in {**alone, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}.items():
+        return int(free.getsockname()[1])
+
+
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """Returns what a launcher would tell a process."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in values.items()}}
+
+
+def single_process_environment() -> None:
+    """Lets deepspeed.initialize start alone, on a free port."""
+    for name, value in rank_environment(0, 1, free_port()).items():
         os.environ.setdefault(name, value)
 
 
@@ -147,19 +156,12 @@ def run_ranks(script: str, folder: Path, ranks: int = 2, timeout: float = 200) -
     """Runs a script in several gloo processes; returns what each printed. Fails if one fails or hangs."""
     path = folder / "script.py"
     path.write_text(script, encoding="utf-8")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = []
     for rank in range(ranks):
         environment = {
             **os.environ,
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            **rank_environment(rank, ranks, port),
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(Path(__file__).parent),
         }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -172,11 +171,10 @@ LAUNCHERS = {
 def test_launchers(tmp_path, launcher):
     script = tmp_path / "train.py"
     script.write_text(LAUNCHED)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    ours = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    environment = {name: value for name, value in os.environ.items() if name not in ours}
+    port = support.free_port()
+    environment = {
+        name: value for name, value in os.environ.items() if name not in support.rank_environment(0, 1, port)
+    }
     environment |= {
         "PYTHONPATH": str(Path(__file__).parent),
         "OMP_NUM_THREADS": "1",

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 
 from hallo_numguard.monitor.layout import NONE, Sums
+from hallo_numguard.reports.names import printable
 
 _log = logging.getLogger("hallo_numguard")
 
@@ -90,5 +91,4 @@ class Ranks:
 
 def clip(text: str, size: int) -> str:
     """Returns the beginning of `text`, of at most `size` bytes, without control characters."""
-    printable = "".join(character if character.isprintable() else "?" for character in text)
-    return printable.encode()[:size].decode(errors="ignore")
+    return printable(text).encode()[:size].decode(errors="ignore")

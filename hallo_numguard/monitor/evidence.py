@@ -87,6 +87,6 @@ class Evidence:
     replay: Replayed | None = None
 
     @property
-    def has_answer(self) -> bool:
-        """Whether the batch was run again, and was the same."""
-        return self.replay is not None and not self.replay.why_not
+    def answer(self) -> Replayed | None:
+        """What the batch has shown when it was run again, if it was the same."""
+        return None if self.replay is None or self.replay.why_not else self.replay

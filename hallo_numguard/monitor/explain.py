@@ -24,7 +24,7 @@ def _report(
         step=seen.step,
         loss_scale=seen.scaling.scale,
         verdict=verdict,
-        provisional=verdict is Verdict.SCALE_TOO_HIGH and not (seen.has_answer and settles_at is not None),
+        provisional=verdict is Verdict.SCALE_TOO_HIGH and (seen.answer is None or settles_at is None),
         recoverable=recoverable,
         first=first,
         offenders=tuple(seen.gradients),
@@ -157,15 +157,14 @@ def optimizer_state_nonfinite(seen: Evidence, first: Offender) -> OverflowReport
 def rank_fault(seen: Evidence) -> OverflowReport:
     """One rank was wrong, and is not when it does the same again."""
     first = seen.loss or seen.gradients[0]
-    differing = seen.replay is not None and seen.replay.differing_ranks
-    rank = seen.replay.differing_rank if seen.replay is not None and differing else first.rank
-    first = replace(first, rank=rank)
-    what = "returned something else" if differing else "was finite"
+    rank, what = first.rank, "was finite"
+    if seen.replay is not None and seen.replay.differing_ranks:
+        rank, what = seen.replay.differing_rank, "returned something else"
     return _report(
         seen,
         Verdict.RANK_FAULT,
         None,
-        first,
+        replace(first, rank=rank),
         [f"only rank {rank} was not finite, and the same batch, run again on it, {what}", _finite_weights(seen)],
         ("kernels that do not give the same bits twice",),
         f"Suspect the hardware of rank {rank}: look at its error counters and temperature, and run it without "
@@ -195,7 +194,7 @@ def reduction_overflow(seen: Evidence) -> OverflowReport:
 def backward_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
     """The backward pass made it, whatever the scale."""
     where = f"module {first.module}" if first.module else "the root module"
-    proved = seen.has_answer
+    proved = seen.answer is not None
     evidence = ["the loss is finite", _finite_weights(seen)]
     if seen.scaling.scale == 1.0:
         evidence.append("the loss is not scaled: a scale cannot be too high")
@@ -232,18 +231,15 @@ def input_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
 
 def loss_nonfinite(seen: Evidence, loss: Offender) -> OverflowReport:
     """The loss is bad, and what the model was called with is not."""
-    if seen.replay is not None and seen.has_answer:
-        origin = seen.replay.origin
+    if seen.answer is not None:
+        origin = seen.answer.origin
         return _loss_code(seen, loss) if origin is None else _forward_nonfinite(seen, origin)
-    evidence = [f"the loss is not finite ({_loss_text(seen)})", _finite_weights(seen)]
-    if seen.batch_known:
-        evidence.append("what the model was called with is finite")
     return _report(
         seen,
         Verdict.UNDETERMINED,
         None,
         loss,
-        evidence,
+        _before_the_loss(seen),
         (*_unseen_batch(seen), "labels that the model was not called with", "the outputs of the modules"),
         ("A" if seen.batch_known else "A non-finite value came in with the batch, or a")
         + " non-finite value arose in the forward pass or in the loss; the loss scale acts later, so lowering it will "
@@ -289,8 +285,8 @@ def _loss_code(seen: Evidence, loss: Offender) -> OverflowReport:
 
 
 def _before_the_loss(seen: Evidence) -> list[str]:
-    finite_inputs = "what the model was called with is finite"
-    return [f"the loss is not finite ({_loss_text(seen)})", _finite_weights(seen), finite_inputs]
+    finite_inputs = ["what the model was called with is finite"] if seen.batch_known else []
+    return [f"the loss is not finite ({_loss_text(seen)})", _finite_weights(seen), *finite_inputs]
 
 
 def _unseen_batch(seen: Evidence) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from torch import nn
 
 from hallo_numguard.monitor.agreement import Ranks, clip
 from hallo_numguard.monitor.batch import Batch, Call
+from hallo_numguard.ops.stats import multi_tensor_stats
 from hallo_numguard.records import Offender
 from hallo_numguard.tracing.frames import Origin
 from hallo_numguard.tracing.replay import Attempt, make_again
@@ -127,8 +128,7 @@ class Replayer:
         if why_not:
             return Replayed(why_not)
         seeds = [seed for call in list(self._batch.calls)[:count] for seed in call.seeds.values()]
-        bad = not all(bool(torch.isfinite(seed).all()) for seed in seeds)
-        if self._ranks.highest(int(bad), self._device):
+        if self._ranks.highest(int(multi_tensor_stats(seeds).found_inf()), self._device):
             return Replayed(
                 "the gradient that reached the model's output was not finite, so it was made after the model"
             )
@@ -203,8 +203,7 @@ class Replayer:
         if answer.told is None:
             return found
         origin, details = json.loads(answer.told)
-        shapes = {"index": tuple(origin["index"]), "shape": tuple(origin["shape"]), "aliases": ()}
-        return replace(found, origin=Offender(**{**origin, **shapes}), details=tuple(details))
+        return replace(found, origin=Offender.from_document(origin), details=tuple(details))
 
 
 def _is_whole(call: Call) -> bool:

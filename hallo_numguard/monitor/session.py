@@ -511,7 +511,5 @@ def _near_limit(parameters: Sequence[NamedTensor]) -> float | None:
 
 
 def _read_input(told: str) -> tuple[Offender, int]:
-    values, micro_batch = json.loads(told)
-    return Offender(**{**values, "index": tuple(values["index"]), "shape": tuple(values["shape"]), "aliases": ()}), (
-        micro_batch
-    )
+    document, micro_batch = json.loads(told)
+    return Offender.from_document(document), micro_batch

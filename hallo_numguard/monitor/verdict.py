@@ -35,9 +35,9 @@ def judge(seen: Evidence) -> OverflowReport:
         return explain.loss_nonfinite(seen, seen.loss)
     if _overflowed_in_the_reduction(seen):
         return explain.reduction_overflow(seen)
-    if seen.replay is not None and seen.has_answer and seen.replay.origin is not None:
-        return _judge_by_replay(seen, seen.replay, seen.replay.origin)
-    if seen.has_answer and seen.replay is not None and seen.replay.micro_batch == 0:
+    if seen.answer is not None and seen.answer.origin is not None:
+        return _judge_by_replay(seen, seen.answer, seen.answer.origin)
+    if seen.answer is not None and seen.answer.micro_batch == 0:
         return explain.not_again(seen)
     if seen.loss_known and seen.scaling.can_fall:
         return explain.scale_too_high(seen)
@@ -88,7 +88,7 @@ def _overflowed_in_the_reduction(seen: Evidence) -> bool:
     if seen.loss is not None or not seen.gradients or seen.world_size == 1:
         return False
     first = seen.gradients[0]
-    finite_again = seen.replay is not None and seen.has_answer and seen.replay.origin is None and seen.bad_ranks is None
+    finite_again = seen.bad_ranks is None and seen.answer is not None and seen.answer.origin is None
     return (seen.bad_ranks == 0 or finite_again) and first.pos_inf + first.neg_inf > 0 and first.nan == 0
 
 

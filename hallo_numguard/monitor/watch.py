@@ -200,10 +200,12 @@ class _Updates:
             if item.tensor.requires_grad and len(item.tensor.shape if item.shape is None else item.shape) > 1
         ]
         self._before: torch.Tensor | None = None
+        self._layout = Layout([0])
 
     def begin(self) -> None:
         """Copies them as they are."""
-        self._before, self._layout = self._read() if self.positions else (None, Layout([0]))
+        if self.positions:
+            self._before, self._layout = self._read()
 
     def end(self) -> Sent | None:
         """Sends the records of what they were, and then of how they changed."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, replace
 from typing import Any
 
+from hallo_numguard.files import without_nonfinite
 from hallo_numguard.records import GradientRecord, Offender, OverflowReport, StepRecord, Verdict
 
 SCHEMA_VERSION = 1
@@ -43,8 +43,8 @@ def read(text: str) -> OverflowReport:
     try:
         values = {item.name: document[item.name] for item in fields(OverflowReport) if item.name != "environment"}
         values["verdict"] = Verdict(values["verdict"])
-        values["first"] = None if values["first"] is None else _offender(values["first"])
-        values["offenders"] = tuple(map(_offender, values["offenders"]))
+        values["first"] = None if values["first"] is None else Offender.from_document(values["first"])
+        values["offenders"] = tuple(map(Offender.from_document, values["offenders"]))
         values["evidence"] = tuple(map(str, values["evidence"]))
         values["not_checked"] = tuple(map(str, values["not_checked"]))
         values["advice"] = str(values["advice"])
@@ -95,28 +95,3 @@ def _step(document: Mapping[str, Any], position: int) -> StepRecord:
 
 def _read_environment(document: Mapping[str, Any]) -> dict[str, Any]:
     return {**document, "hides_nan": [str(sentence) for sentence in document.get("hides_nan", ())]} if document else {}
-
-
-def _offender(document: Mapping[str, Any]) -> Offender:
-    values = dict(document)
-    for name in ("kind", "name", "module", "dtype"):
-        values[name] = str(values[name])
-    for name in ("nan", "pos_inf", "neg_inf", "numel"):
-        values[name] = int(values[name])
-    for name in ("index", "shape"):
-        values[name] = tuple(map(int, values[name]))
-    values["aliases"] = tuple(map(str, values["aliases"]))
-    values["rank"] = None if values["rank"] is None else int(values["rank"])
-    values["absmax"] = float(values["absmax"])
-    return Offender(**values)
-
-
-def without_nonfinite(value: Any) -> Any:
-    """Returns a value that JSON has: NaN and infinite numbers as strings, tuples as lists."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    if isinstance(value, Mapping):
-        return {key: without_nonfinite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [without_nonfinite(item) for item in value]
-    return value

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from hallo_numguard.reports.document import SCHEMA_VERSION, document_of, without_nonfinite
+from hallo_numguard.files import without_nonfinite
+from hallo_numguard.reports.document import SCHEMA_VERSION, document_of
 from hallo_numguard.reports.files import Material, NamedTrace
 
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from hallo_numguard.records import Offender, StepRecord
+from hallo_numguard.records import Offender, StepRecord, shape_in_words
 from hallo_numguard.reports import environment
 from hallo_numguard.reports.calls import PARTS, nonfinite_tensors
 from hallo_numguard.reports.files import Material, NamedTrace, Overflow
@@ -268,7 +268,7 @@ def _tensors(traces: Sequence[NamedTrace]) -> Iterator[list[str]]:
 
 
 def _found(index: Sequence[int], counts: str, absmax: float, shape: Sequence[int], dtype: str) -> list[str]:
-    return [", ".join(map(str, index)), counts, f"{absmax:.6g}", "x".join(map(str, shape)) or "scalar", dtype]
+    return [", ".join(map(str, index)), counts, f"{absmax:.6g}", shape_in_words(shape), dtype]
 
 
 def _is_bad(value: float | None) -> bool:

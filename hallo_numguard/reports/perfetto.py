@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from hallo_numguard.records import shape_in_words
 from hallo_numguard.reports.files import Material, NamedTrace
 from hallo_numguard.reports.history import RankHistory, by_rank, series
 from hallo_numguard.reports.names import harmless
@@ -129,7 +130,7 @@ def _named(process: int, what: str, name: str, thread: int = 0) -> Event:
 
 
 def _described(tensor: TensorRecord) -> str:
-    shape = "x".join(map(str, tensor.shape)) or "scalar"
+    shape = shape_in_words(tensor.shape)
     found = tensor.counts or "finite"
     return harmless(f"{found}, absmax {tensor.record.absmax:.4g}, {shape} {tensor.dtype}", _NAME)
 

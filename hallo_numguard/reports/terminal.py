@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from hallo_numguard.records import Offender
+from hallo_numguard.records import Offender, shape_in_words
 from hallo_numguard.reports.calls import PARTS, NonfiniteTensor, nonfinite_tensors
 from hallo_numguard.reports.console import panel
 from hallo_numguard.reports.environment import hides_nan
@@ -58,7 +58,7 @@ def _offenders(offenders: Sequence[Offender]) -> Table:
                 _index(one.index),
                 one.counts,
                 one.numel,
-                _shape(one.shape),
+                shape_in_words(one.shape),
                 one.dtype,
                 "all" if one.rank is None else one.rank,
             )
@@ -106,7 +106,7 @@ def _tensors(bad: Sequence[NonfiniteTensor]) -> Table:
         table.add_column(name, overflow="fold")
     for frame, part, tensor in bad[:_MOST_ROWS]:
         where = (frame.name or "the root module", frame.call, PARTS[part], tensor.name, _index(tensor.index))
-        table.add_row(*_cells(*where, tensor.counts, _shape(tensor.shape), tensor.dtype))
+        table.add_row(*_cells(*where, tensor.counts, shape_in_words(tensor.shape), tensor.dtype))
     return table
 
 
@@ -122,10 +122,6 @@ def _cells(*values: object) -> Iterator[Text]:
 
 def _index(index: Iterable[int]) -> str:
     return ", ".join(map(str, index))
-
-
-def _shape(shape: Iterable[int]) -> str:
-    return "x".join(map(str, shape)) or "scalar"
 
 
 def _number(value: float | None) -> str:

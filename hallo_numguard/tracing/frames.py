@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gzip
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from hallo_numguard.files import write_whole
-from hallo_numguard.records import Record
+from hallo_numguard.files import without_nonfinite, write_whole
+from hallo_numguard.records import Record, counts_in_words, shape_in_words
 
 SCHEMA_VERSION = 1
 
@@ -36,8 +35,7 @@ class TensorRecord:
     @property
     def counts(self) -> str:
         """The non-finite values in words, for example "2 NaN, 1 +Inf"; "" if there are none."""
-        kinds = (("NaN", self.record.nan), ("+Inf", self.record.pos_inf), ("-Inf", self.record.neg_inf))
-        return ", ".join(f"{count} {kind}" for kind, count in kinds if count)
+        return counts_in_words(self.record.nan, self.record.pos_inf, self.record.neg_inf)
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class Origin:
         where = f"{self.name or 'the root module'} ({self.module}, call {self.call}, {self.phase})"
         position = f"[{', '.join(map(str, self.index))}]" if self.index else ""
         operation = f", in {self.operation}" if self.operation else ""
-        shape = "x".join(map(str, self.tensor.shape)) or "scalar"
+        shape = shape_in_words(self.tensor.shape)
         return (
             f"{where}: {self.tensor.name}{position} holds {self.tensor.counts} ({shape} {self.tensor.dtype}){operation}"
         )
@@ -143,7 +141,9 @@ def save(trace: Frames, path: str | Path) -> None:
         "dropped": trace.dropped,
         "first_nonfinite": first and asdict(first),
     }
-    lines = [json.dumps(_plain(document), allow_nan=False) for document in (header, *map(asdict, trace.frames))]
+    lines = [
+        json.dumps(without_nonfinite(document), allow_nan=False) for document in (header, *map(asdict, trace.frames))
+    ]
     data = ("\n".join(lines) + "\n").encode()
     write_whole(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
@@ -186,13 +186,3 @@ def _origin(document: Mapping[str, Any]) -> Origin:
             "neighbours": tuple(map(float, document["neighbours"])),
         }
     )
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else ("Infinity" if value > 0 else "-Infinity")
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value

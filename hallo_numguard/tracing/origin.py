@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hallo_numguard.records import Record
-from hallo_numguard.tracing.frames import Frame, Origin
+from hallo_numguard.tracing.frames import Frame, Origin, TensorRecord
 from hallo_numguard.tracing.tape import Held, Tape
 
 Named = tuple[str, Held]
@@ -52,11 +52,11 @@ class Operation:
 def frame_of(call: Call, tape: Tape) -> Frame:
     """Returns the call as it is kept."""
 
-    def records(named: Sequence[Named]) -> tuple[object, ...]:
+    def records(named: Sequence[Named]) -> tuple[TensorRecord, ...]:
         return tuple(tape.tensor_record(name, held) for name, held in named)
 
-    def gradients(named: Sequence[Named]) -> tuple[object, ...]:
-        return tuple(tape.tensor_record(name, held.gradient) for name, held in named if held.gradient is not None)
+    def gradients(named: Sequence[Named]) -> tuple[TensorRecord, ...]:
+        return records([(name, held.gradient) for name, held in named if held.gradient is not None])
 
     return Frame(
         position=call.position,
@@ -64,12 +64,12 @@ def frame_of(call: Call, tape: Tape) -> Frame:
         cls=call.cls,
         call=call.call,
         parent=None if call.parent is None else call.parent.position,
-        inputs=records(call.inputs),  # type: ignore[arg-type]
-        weights=records(call.weights),  # type: ignore[arg-type]
-        outputs=records(call.outputs),  # type: ignore[arg-type]
-        grad_outputs=gradients(call.outputs),  # type: ignore[arg-type]
-        grad_inputs=gradients(call.inputs),  # type: ignore[arg-type]
-        grad_weights=gradients(call.weights),  # type: ignore[arg-type]
+        inputs=records(call.inputs),
+        weights=records(call.weights),
+        outputs=records(call.outputs),
+        grad_outputs=gradients(call.outputs),
+        grad_inputs=gradients(call.inputs),
+        grad_weights=gradients(call.weights),
     )
 
 
@@ -92,10 +92,9 @@ def first_in_forward(calls: Sequence[Call], tape: Tape) -> Origin | None:
         output = _first_bad(call.outputs, tape)
         if output is None:
             continue
-        weight = _first_bad(call.weights, tape)
+        weight = _bad_weight(call, tape, "forward")
         if weight is not None:
-            kind = "parameter" if weight[0] in call.parameters else "buffer"
-            return _origin(call, tape, "forward", kind, weight, f"{call.name}.{weight[0]}".lstrip("."))
+            return weight
         given = _first_bad(call.inputs, tape)
         if given is None:
             maker = _maker_of_negative_infinity(call, calls, tape)
@@ -149,11 +148,9 @@ def first_in_backward(calls: Sequence[Call], tape: Tape) -> Origin | None:
     if best is None:
         return None
     _, _, call, (name, gradient) = best
-    weight = _first_bad(call.weights, tape)
-    if weight is not None:  # the loss did not depend on it, but 0 times NaN is NaN
-        kind = "parameter" if weight[0] in call.parameters else "buffer"
-        return _origin(call, tape, "backward", kind, weight, f"{call.name}.{weight[0]}".lstrip("."))
-    return _origin(call, tape, "backward", "gradient", (name, gradient), call.name)
+    # Where a weight was bad, the loss did not depend on it, but 0 times NaN is NaN.
+    weight = _bad_weight(call, tape, "backward")
+    return weight or _origin(call, tape, "backward", "gradient", (name, gradient), call.name)
 
 
 def _between_modules(calls: Sequence[Call], tape: Tape) -> tuple[int, Call, Named] | None:
@@ -171,6 +168,14 @@ def _between_modules(calls: Sequence[Call], tape: Tape) -> tuple[int, Call, Name
 
 
 # -- both -------------------------------------------------------------------------------------------------------------
+
+
+def _bad_weight(call: Call, tape: Tape, phase: str) -> Origin | None:
+    weight = _first_bad(call.weights, tape)
+    if weight is None:
+        return None
+    kind = "parameter" if weight[0] in call.parameters else "buffer"
+    return _origin(call, tape, phase, kind, weight, f"{call.name}.{weight[0]}".lstrip("."))
 
 
 def _first_bad(named: Sequence[Named], tape: Tape) -> Named | None:
@@ -203,11 +208,8 @@ def _origin(call: Call, tape: Tape, phase: str, kind: str, named: Named, name: s
 
 def _operation(call: Call, tape: Tape) -> str:
     """The first operation inside of the call that turned finite into non-finite."""
-    return next(_bad_operations(call, tape), "")
-
-
-def _bad_operations(call: Call, tape: Tape) -> Iterator[str]:
     for operation in call.operations:
         made = any(_is_bad(tape.record(held)) for held in operation.outputs)
         if made and not any(_is_bad(tape.record(held)) for held in operation.inputs):
-            yield operation.what
+            return operation.what
+    return ""

@@ -79,7 +79,10 @@ class Tape:
         return [item for item in held if item is not None]
 
     def _known(self, tensor: torch.Tensor) -> Held | None:
-        reference, version, address, held = self._seen.get(id(tensor), _NEVER)
+        seen = self._seen.get(id(tensor))
+        if seen is None:
+            return None
+        reference, version, address, held = seen
         is_same = reference() is tensor and version == _version(tensor) and address == tensor.data_ptr()
         return held if is_same else None
 
@@ -118,13 +121,6 @@ class Tape:
         record = self.record(held)
         first = record.first_nonfinite
         return TensorRecord(name, held.shape, held.dtype, record, unravel(first, held.shape) if first >= 0 else ())
-
-
-def _nothing() -> None:
-    return None
-
-
-_NEVER: tuple[weakref.ref[torch.Tensor], int, int, Held] = (_nothing, -1, -1, Held((), "", -1))  # type: ignore[assignment]
 
 
 def _version(tensor: torch.Tensor) -> int:

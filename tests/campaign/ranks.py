@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import queue
-import socket
 import subprocess
 import sys
 import threading
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
+
+from deepspeed_support import free_port, rank_environment
 
 from campaign.cases import Case, Seen
 
@@ -64,13 +65,9 @@ class Ranks:
         self._processes, self._lines, self._errors = [], [], []
 
     def _start(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         for rank in range(self._world):
-            names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": self._world, "LOCAL_WORLD_SIZE": self._world}
-            environment = {**os.environ, **{name: str(value) for name, value in names.items()}}
-            environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+            environment = {**os.environ, **rank_environment(rank, self._world, port), "OMP_NUM_THREADS": "1"}
             errors = TemporaryFile()  # noqa: SIM115 - stays open as long as the process lives
             process = subprocess.Popen(
                 [sys.executable, str(WORKER)],
