@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -34,19 +34,3 @@ def floating_tensors_in(name: str, value: Any) -> Iterator[tuple[str, torch.Tens
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-def map_tensors(change: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
-    """Returns `value` with every tensor in it changed. What is of no kind that we know stays as it is."""
-    if isinstance(value, torch.Tensor):
-        return change(value)
-    if isinstance(value, Mapping):
-        changed = {key: map_tensors(change, item) for key, item in value.items()}
-        return changed if type(value) is dict else type(value)(**changed)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(map_tensors(change, item) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(map_tensors(change, item) for item in value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{item.name: map_tensors(change, getattr(value, item.name)) for item in fields(value)})
-    return value

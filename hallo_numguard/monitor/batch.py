@@ -15,7 +15,7 @@ from hallo_numguard.monitor.agreement import clip
 from hallo_numguard.monitor.attribution import NamedTensor, bad_positions, look, only_negative_infinity
 from hallo_numguard.monitor.layout import Sums
 from hallo_numguard.records import Offender
-from hallo_numguard.structure import floating_tensors_in, map_tensors, tensors_in
+from hallo_numguard.structure import floating_tensors_in, tensors_in
 
 _LONGEST_NAME = 1000  # bytes
 _MOST_OUTPUT_BYTES = 1 << 30  # of a step
@@ -27,7 +27,7 @@ class Call:
     """One forward pass of a training step, with what it takes to make it again.
 
     Attributes:
-        args, kwargs: What the model was called with, detached.
+        args, kwargs: What the model was called with.
         versions: Of the tensors in it, to know one that was changed in place afterwards.
         random: The state of the random number generators before it.
         outputs: The floating-point tensors that the model returned, detached; None if they were too large to keep.
@@ -44,7 +44,6 @@ class Call:
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """Takes note of a call. Costs a walk through its arguments, and touches no data."""
-        args, kwargs = map_tensors(_detached, (args, kwargs))
         return cls(args, kwargs, _versions(args, kwargs), RandomState.now())
 
     @property
@@ -183,10 +182,6 @@ def _argument_names(model: nn.Module | None) -> list[str]:
     except (TypeError, ValueError):
         return []
     return [item.name for item in parameters if item.kind in (item.POSITIONAL_ONLY, item.POSITIONAL_OR_KEYWORD)]
-
-
-def _detached(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
