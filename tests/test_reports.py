@@ -17,9 +17,11 @@ from rich.console import Console
 
 import hallo_numguard as ng
 from hallo_numguard.cli import main
+from hallo_numguard.files import write_whole
 from hallo_numguard.records import Offender, OverflowReport, StepRecord, Verdict
 from hallo_numguard.reports import environment, files, names, page, perfetto, terminal
 from hallo_numguard.reports.sparkline import sparkline
+from hallo_numguard.reports.text import headline
 from hallo_numguard.tracing import frames
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -398,3 +400,27 @@ def test_the_environment_is_read_back_and_does_not_count_in_comparisons():
     assert replace(real, environment={}) == real
     older = {key: value for key, value in json.loads(real.to_json()).items() if key != "environment"}
     assert OverflowReport.from_json(json.dumps(older)).environment == {}
+
+
+def test_a_step_that_was_applied_all_the_same_is_not_called_skipped():
+    (last, _) = (OverflowReport.from_json(path.read_text()) for path in support.LAST_STEP)
+    report = replace(last, consecutive_skips=0)
+    overflow = files.Overflow((files.RankReport("file", 0, report),))
+    banner = page.content(files.Material((overflow,), ()))["banner"]["step"]
+    for shown in (str(report), headline(report), banner):
+        assert "was applied all the same" in shown
+        assert "was skipped" not in shown
+
+
+def test_only_what_is_undetermined_is_called_not_proved():
+    report = OverflowReport.from_json(support.LAST_STEP[0].read_text())
+    proved = replace(report, verdict=Verdict.FORWARD_NONFINITE, recoverable=None)
+    assert "forward_nonfinite (it may come back)" in str(proved)
+    assert "undetermined (cause not proved)" in str(replace(proved, verdict=Verdict.UNDETERMINED))
+
+
+def test_files_have_the_permissions_that_new_files_have(tmp_path):
+    write_whole(tmp_path / "ours", b"data")
+    (tmp_path / "any").touch()
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "any").stat().st_mode
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["any", "ours"]

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from hallo_numguard.records import OverflowReport
-from hallo_numguard.reports.text import rows
+from hallo_numguard.reports.text import happened, rows
 
 _COLOUR = {True: "yellow", False: "red", None: "magenta"}
 
@@ -21,5 +21,5 @@ def panel(report: OverflowReport) -> Panel:
     for label, sentences in rows(report):
         style = colour if label == "verdict" else ""
         table.add_row(label, Text("\n".join(sentences), style=style))
-    title = Text(f" step {report.step} skipped at loss scale {report.loss_scale:g} ")
+    title = Text(f" step {report.step} {happened(report)} at loss scale {report.loss_scale:g} ")
     return Panel(table, title=title, title_align="left", border_style=colour)

@@ -13,7 +13,7 @@ from hallo_numguard.reports.files import Material, NamedTrace, Overflow
 from hallo_numguard.reports.grid import MOST_COLUMNS, MOST_ROWS, Cell, Grid, bins, with_fewer_rows
 from hallo_numguard.reports.history import RankHistory, by_rank, series
 from hallo_numguard.reports.names import harmless
-from hallo_numguard.reports.text import headline, rows
+from hallo_numguard.reports.text import happened, headline, rows
 from hallo_numguard.tracing.frames import Frames
 
 _MOST_RANKS = 32  # in tables
@@ -57,10 +57,9 @@ def _banner(overflows: Sequence[Overflow]) -> dict[str, Any] | None:
     report = overflows[-1].report
     ranks = f", {report.world_size} ranks" if report.world_size > 1 else ""
     in_a_row = f" ({report.consecutive_skips} in a row)" if report.consecutive_skips > 1 else ""
-    what = f"was skipped{in_a_row}" if report.consecutive_skips else "was applied all the same"
     return {
         "outlook": _OUTLOOK[report.recoverable],
-        "step": f"Step {report.step} {what} at loss scale {report.loss_scale:g}{ranks}",
+        "step": f"Step {report.step} was {happened(report)}{in_a_row} at loss scale {report.loss_scale:g}{ranks}",
         "rows": rows(report),
     }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 
-from hallo_numguard.records import OverflowReport
+from hallo_numguard.records import OverflowReport, Verdict
 from hallo_numguard.reports.names import harmless
 
 _WIDTH = 110
@@ -12,13 +12,18 @@ _MOST_OFFENDERS = 3
 _MEANING = {
     True: "training will go on by itself",
     False: "no loss scale can mend this",
-    None: "cause not proved",
+    None: "it may come back",
 }
+
+
+def happened(report: OverflowReport) -> str:
+    """Returns what became of the step: "skipped", as it should be, or "applied all the same"."""
+    return "skipped" if report.consecutive_skips else "applied all the same"
 
 
 def headline(report: OverflowReport) -> str:
     """Returns one line: what happened, where, and what it means."""
-    what = f"step {report.step} was skipped: {report.verdict}"
+    what = f"step {report.step} was {happened(report)}: {report.verdict}"
     where = "" if report.first is None else f", {report.first}"
     return harmless(f"{what}{where} [loss scale {report.loss_scale:g}]")
 
@@ -30,7 +35,8 @@ def rows(report: OverflowReport) -> list[tuple[str, list[str]]]:
 
 def _rows(report: OverflowReport) -> list[tuple[str, list[str]]]:
     provisional = ", provisional" if report.provisional else ""
-    verdict = f"{report.verdict} ({_MEANING[report.recoverable]}{provisional})"
+    meaning = "cause not proved" if report.verdict is Verdict.UNDETERMINED else _MEANING[report.recoverable]
+    verdict = f"{report.verdict} ({meaning}{provisional})"
     table = [("verdict", [verdict])]
     if report.first is not None:
         table.append(("first", [str(report.first)]))
@@ -50,7 +56,8 @@ def _rows(report: OverflowReport) -> list[tuple[str, list[str]]]:
 def render(report: OverflowReport) -> str:
     """Returns the whole report, wrapped to a terminal's width."""
     ranks = f", {report.world_size} ranks" if report.world_size > 1 else ""
-    lines = [f"Step {report.step} was skipped, its gradients are not finite (loss scale {report.loss_scale:g}{ranks})."]
+    scale = f"loss scale {report.loss_scale:g}{ranks}"
+    lines = [f"Step {report.step} was {happened(report)}, its gradients are not finite ({scale})."]
     for label, sentences in rows(report):
         for position, sentence in enumerate(sentences):
             lead = f"  {label if position == 0 else '':<12}"
