@@ -41,7 +41,8 @@ class Policy:
             name or None. "continue" logs one line, "warn" and "skip" log the report (the step
             is skipped in any case), "raise" raises `NumericsError` once DeepSpeed has dropped the step's gradients.
         max_consecutive_skips: Raise after so many skipped steps in a row, unless a lower loss scale is still to be
-            tried or `actions` says otherwise. Frameworks skip in silence where they do not scale the loss.
+            tried or `actions` says otherwise. Frameworks skip in silence where they do not scale the loss. A
+            `rank_fault` that comes back on the same rank is unrecoverable.
         keep_scale: Do not lower the loss scale for what it is not to blame for: a loss that is not finite already.
         enforce: Skip a step with non-finite gradients also where the framework's own configuration says that they
             must not be looked for (DeepSpeed's `bf16.check_grad_overflow: false`); else it is reported only.
@@ -77,9 +78,9 @@ class Policy:
             return chosen
         if report.recoverable is False:
             return self.on_unrecoverable
-        if report.consecutive_skips >= self.max_consecutive_skips and not report.recoverable:
-            return "raise"
-        return "continue" if report.recoverable else "warn"
+        if report.recoverable and report.verdict is not Verdict.INPUT_NONFINITE:
+            return "continue"
+        return "raise" if report.consecutive_skips >= self.max_consecutive_skips else "warn"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -336,6 +336,17 @@ def test_a_bad_sample_is_named_and_the_run_goes_on(make):
     ]  # fmt: skip
 
 
+def test_bad_samples_without_end_stop_the_run(make):
+    policy = ng.Policy(max_consecutive_skips=3)
+    engine, guard = make("half", model=torch.nn.Linear(6, 3), config=ng.GuardConfig(policy=policy))
+    with pytest.raises(ng.NumericsError) as caught:
+        for _ in range(5):
+            engine.backward(engine(torch.full((4, 6), float("nan")).half()).float().square().mean())
+            engine.step()
+    assert caught.value.report.verdict is ng.Verdict.INPUT_NONFINITE
+    assert caught.value.report.consecutive_skips == 3 == len(guard.history)
+
+
 def test_a_batch_that_was_changed_after_the_forward_is_not_judged(make):
     engine, guard = make("fp16", model=torch.nn.Linear(6, 3))
     x = torch.randn(4, 6).half()

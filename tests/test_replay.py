@@ -215,6 +215,20 @@ def test_a_static_scale_that_is_too_high_is_named_with_one_that_is_not():
     guard.detach()
 
 
+def test_a_fault_that_comes_back_on_the_same_rank_stops_the_run():
+    engine = make(("bf16", 2, False, None), nn.Linear(6, 3))
+    guard = ng.attach(engine)
+    ng.inject(engine, "gradient", "weight", index=(1, 2))
+    ng.inject(engine, "gradient", "weight", index=(1, 2), step=3)
+    train(engine, 0)
+    assert (guard.last_report.verdict, guard.last_report.recoverable) == (ng.Verdict.RANK_FAULT, None)
+    train(engine, 1)
+    with pytest.raises(ng.NumericsError) as caught:
+        train(engine, 2)
+    assert "it was so before on rank 0, in step 1" in caught.value.report.evidence
+    guard.detach()
+
+
 RANK_FAULT = """
 import deepspeed_support as support, hallo_numguard as ng, torch, os, logging
 import deepspeed

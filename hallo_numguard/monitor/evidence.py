@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from hallo_numguard.monitor.replay import Replayed
 from hallo_numguard.records import Offender
@@ -64,6 +64,7 @@ class Evidence:
         settles_at: The loss scale up to which the gradients of the last finite steps would have fitted, or half of the
             present one if that is lower; None if no step was finite yet.
         proved_before: The loss scale at which a batch was finite that was skipped since the last step that was applied.
+        rank_faults: Step of the last `rank_fault` by rank.
         replay: What the batch has shown when it was run again; None if it was not.
     """
 
@@ -84,6 +85,7 @@ class Evidence:
     world_size: int
     settles_at: float | None
     proved_before: float | None = None
+    rank_faults: Mapping[int, int] = field(default_factory=dict)
     replay: Replayed | None = None
 
     @property

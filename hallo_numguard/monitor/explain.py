@@ -160,12 +160,18 @@ def rank_fault(seen: Evidence) -> OverflowReport:
     rank, what = first.rank, "was finite"
     if seen.replay is not None and seen.replay.differing_ranks:
         rank, what = seen.replay.differing_rank, "returned something else"
+    before = None if rank is None else seen.rank_faults.get(rank)
+    again = [] if before is None else [f"it was so before on rank {rank}, in step {before}"]
     return _report(
         seen,
         Verdict.RANK_FAULT,
-        None,
+        None if before is None else False,
         replace(first, rank=rank),
-        [f"only rank {rank} was not finite, and the same batch, run again on it, {what}", _finite_weights(seen)],
+        [
+            f"only rank {rank} was not finite, and the same batch, run again on it, {what}",
+            *again,
+            _finite_weights(seen),
+        ],
         ("kernels that do not give the same bits twice",),
         f"Suspect the hardware of rank {rank}: look at its error counters and temperature, and run it without "
         "that device. If it comes back with another batch on the same rank, it is the hardware.",

@@ -180,6 +180,7 @@ class Session:
         self._scaling = Scaling(1.0, dynamic=False)
         self._scanned = Scanned(torch.empty((0, 8), dtype=torch.int64), ())
         self._skipped = 0  # steps in a row
+        self._rank_faults: dict[int, int] = {}  # step of the last by rank
 
     def history(self) -> list[StepRecord]:
         """Returns the flight recorder's steps, oldest first. Waits for rows that are still on their way."""
@@ -281,6 +282,8 @@ class Session:
             return None
         self._legal.note(local.weights)
         self.last_report = report
+        if report.verdict is Verdict.RANK_FAULT and report.first is not None and report.first.rank is not None:
+            self._rank_faults[report.first.rank] = report.step
         error = policy.agree(report, self._config.policy, self._on_overflow, self._ranks, self._model.device)
         self._dump(report)
         return error
@@ -423,6 +426,7 @@ class Session:
             world_size=self._ranks.size,
             settles_at=None if agreed.power == _UNKNOWN else min(2.0**agreed.power, self._scaling.scale / 2),
             proved_before=self._proved_before(),
+            rank_faults=dict(self._rank_faults),
         )
 
     def _proved_before(self) -> float | None:
