@@ -311,3 +311,28 @@ def test_without_scaling_a_bad_gradient_is_born_in_the_backward_pass(make, kind)
     assert guard.last_report.verdict is ng.Verdict.BACKWARD_NONFINITE
     assert (guard.last_report.first.name, guard.last_report.first.module) == ("hidden.weight", "hidden")
     assert "module hidden" in guard.last_report.advice
+
+
+FLOAT32 = ("fp32", 0, False, "AdamW")
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1e6])
+def test_stage_0_in_float32_is_clipped_as_deepspeed_does_without_its_norm(make, max_norm):
+    plain = make(FLOAT32, guarded=False, gradient_clipping=max_norm)
+    theirs = [support.train_step(plain, step) for step in range(4)]
+    engine, guard = make(FLOAT32, gradient_clipping=max_norm)
+    assert [support.train_step(engine, step) for step in range(4)] == pytest.approx(theirs, rel=1e-5)
+    for name, value in weights(plain).items():
+        torch.testing.assert_close(weights(engine)[name], value, rtol=1e-5, atol=1e-6)
+    assert guard.history[0].norm > 0.1, "before clipping"
+    read = {}
+    for mode in ("observe", "replace"):
+        engine, guard = make(FLOAT32, config=ng.GuardConfig(mode=mode), gradient_clipping=max_norm)
+        loss = torch.nn.functional.cross_entropy(
+            engine(torch.zeros(4, 6, dtype=torch.long)).flatten(0, 1), torch.zeros(24, dtype=torch.long)
+        )
+        engine.backward(loss)
+        with Reductions() as step:
+            engine.step()
+        read[mode] = step.elements
+    assert read["observe"] - read["replace"] > 900

@@ -41,6 +41,10 @@ class Ranks:
         """Returns the sum of the values that the ranks give. Synchronises."""
         return int(self._reduce(torch.tensor([value], device=device), dist.ReduceOp.SUM).item())
 
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """Returns the mean of the tensors that the ranks give. Does not wait for the device."""
+        return self._reduce(value / self.size, dist.ReduceOp.SUM)
+
     def any(self, marks: torch.Tensor) -> torch.Tensor:
         """Returns the highest that any rank gives, element by element."""
         return self._reduce(marks, dist.ReduceOp.MAX)

@@ -185,7 +185,12 @@ class DeepSpeedGuard:
 
     def _clip(self, original: Callable[..., Any]) -> Any:
         self._scanned_early = self._session.guarded(self._before_step)
-        return original()
+        if self._replacement is None or self._scanned_early is None or self._engine.mpu is not None:
+            return original()
+        gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        return self._replacement.clip(
+            self._scanned_early, gradients, float(self._engine.gradient_clipping()), self._ranks
+        )
 
     def _load_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)

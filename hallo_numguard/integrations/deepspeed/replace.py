@@ -16,9 +16,10 @@ norm is that of all, and which is NaN if any of them is not finite.
 | ZeRO-3 offload | `_constant_buffered_norm2(grad)`, every backward | notes only that the parameter took part |
 | | `complete_grad_norm_calculation_for_cpu_offload(params)` | is called with one parameter that has it all |
 | FP16_* | `overflow_checker.has_overflow_serial(params)` | returns the flag of the table |
+| stage 0 in float32 | the norm in `engine.clip_fp32_gradients` | `clip` makes the same steps with the table's norm |
 
-BF16_Optimizer and torch's own optimizers make no pass that an instance could be relieved of: they are observed. So is
-whatever changes gradients between the scan and the norm (Muon).
+BF16_Optimizer makes no pass that an instance could be relieved of: it is observed. So is whatever changes gradients
+between the scan and the norm (Muon).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ import torch
 
 from hallo_numguard.integrations.deepspeed.seams import Seams
 from hallo_numguard.integrations.deepspeed.version import kind_of
+from hallo_numguard.monitor.agreement import Ranks
 from hallo_numguard.monitor.session import Scanned
 
 _log = logging.getLogger("hallo_numguard")
@@ -145,6 +147,14 @@ class Replacement:
     def _has_overflow_serial(self, original: Callable[..., Any], params: Any) -> Any:
         return original(params) if self._scanned is None else bool(_is_bad(self._scanned.packed))
 
+    def clip(self, scanned: Scanned, gradients: Sequence[torch.Tensor], max_norm: float, ranks: Ranks) -> None:
+        """Clips as DeepSpeed's `clip_grad_norm_` does where there is no model parallelism, its own norm left out.
+
+        All ranks hold the same gradients; the mean over them is DeepSpeed's, and makes them clip by the same bits.
+        """
+        norm = ranks.mean(_norm_of(scanned.packed).float())
+        torch._foreach_mul_(list(gradients), torch.clamp(max_norm / (norm + 1e-6), max=1.0))
+
     # -- the table -----------------------------------------------------------------------------------------------------
 
     def _group_of(self, params: Sequence[Any]) -> int | None:
@@ -155,9 +165,7 @@ class Replacement:
         """0-dim float64: norm of this rank's gradients of a group, NaN if one is not finite."""
         if self._scanned is None:
             return _torch_norm(self._optimizer, group)
-        rows = self._scanned.packed[self._scanned.groups[group]]
-        norm = rows.view(torch.float64)[:, 7].sum().sqrt()
-        return torch.where(_is_bad(rows), torch.nan, norm)
+        return _norm_of(self._scanned.packed[self._scanned.groups[group]])
 
 
 _ZERO = torch.zeros((), dtype=torch.float64)
@@ -176,6 +184,11 @@ def _not_ours(optimizer: Any) -> str | None:
 def _is_bad(packed: torch.Tensor) -> torch.Tensor:
     """0-dim bool: whether any record has a non-finite element."""
     return (packed[:, 5] >= 0).any()
+
+
+def _norm_of(packed: torch.Tensor) -> torch.Tensor:
+    """0-dim float64: the norm of all that the records are of, NaN if one is not finite."""
+    return torch.where(_is_bad(packed), torch.nan, packed.view(torch.float64)[:, 7].sum().sqrt())
 
 
 def _torch_is_bad(flats: Sequence[torch.Tensor | None]) -> bool:
