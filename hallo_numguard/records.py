@@ -156,15 +156,19 @@ class Offender:
 
 @dataclass(frozen=True)
 class Finding:
-    """What the guard noticed that is no overflow, or not yet.
+    """What was noticed that is no overflow, or not yet: in training, in a file, before a run.
 
     Attributes:
-        kind: "nonfinite" (a weight, buffer or optimizer state, outside of a step), "loss_spike", "norm_spike",
-            "update_ratio" (learning rate too high), "dead_gradient", "exploding_gradient" or "input_range".
-        message: In a sentence.
+        kind: What it is, in a word or two. In training: "nonfinite" (a weight, buffer or optimizer state, outside of a
+            step), "loss_spike", "norm_spike", "update_ratio" (learning rate too high), "dead_gradient",
+            "exploding_gradient" or "input_range".
+        message: In a sentence: what was expected, and what was found.
         step: Number of the step that it was seen in; None outside of one.
         name: Of the tensor that it is about, "" if it is about none.
-        offender: With `kind` "nonfinite", what is not finite.
+        offender: What is not finite, if that is what was found.
+        severity: "error" (training will fail, or silently do the wrong thing), "warning" or "info".
+        file: That it is about, "" if it is about none.
+        remedy: What to do, in a sentence; "" if there is nothing to add.
     """
 
     kind: str
@@ -172,6 +176,9 @@ class Finding:
     step: int | None = None
     name: str = ""
     offender: Offender | None = None
+    severity: str = "warning"
+    file: str = ""
+    remedy: str = ""
 
     def __str__(self) -> str:
         return self.message
