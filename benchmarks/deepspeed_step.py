@@ -20,8 +20,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +32,7 @@ import torch
 from machine import describe_cpu
 from rich.console import Console
 from rich.table import Table
+from timing import no_collections
 from torch import nn
 
 import hallo_numguard as ng
@@ -246,17 +246,6 @@ def measure(case: Case, layers: int, width: int, batch: int, rounds: int) -> Res
         theirs_ms=1e3 * statistics.median(inside["off"]),
         ours_ms=1e3 * statistics.median(inside["replace"]),
     )
-
-
-@contextmanager
-def no_collections() -> Iterator[None]:
-    """Keeps the garbage collector out of the steps."""
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def prepare() -> None:

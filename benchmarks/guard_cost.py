@@ -21,9 +21,10 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import click
 import torch
-from deepspeed_step import CHECKS, Stopwatch, no_collections, prepare
+from deepspeed_step import CHECKS, Stopwatch, prepare
 from rich.console import Console
 from rich.table import Table
+from timing import no_collections
 from torch import nn
 
 import hallo_numguard as ng

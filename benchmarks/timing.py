@@ -191,7 +191,7 @@ def measure(clock: Clock, reference: Call, calls: Mapping[str, Call], effort: Ef
         calls: By key; each has been called before.
         effort: How long.
     """
-    with _no_collections():
+    with no_collections():
         paired = clock.sampler(reference)
         samplers = {key: clock.sampler(call) for key, call in calls.items()}
         series = {key: Series(sampler.repeats) for key, sampler in samplers.items()}
@@ -250,7 +250,7 @@ def _rounds(costs: Mapping[str, float], reference_cost: float, effort: Effort) -
 
 
 @contextmanager
-def _no_collections() -> Iterator[None]:
+def no_collections() -> Iterator[None]:
     """Keeps the garbage collector out of the samples."""
     enabled = gc.isenabled()
     gc.collect()

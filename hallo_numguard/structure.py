@@ -15,12 +15,12 @@ def tensors_in(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields every tensor in `value`, named by the way to it, as `batch['pixels'][0]`."""
     if isinstance(value, torch.Tensor):
         yield name, value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from tensors_in(f"{name}[{key!r}]", item)
     elif isinstance(value, (list, tuple)):
         for position, item in enumerate(value):
             yield from tensors_in(f"{name}[{position}]", item)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from tensors_in(f"{name}[{key!r}]", item)
     elif is_dataclass(value) and not isinstance(value, type):
         for item in fields(value):
             yield from tensors_in(f"{name}.{item.name}", getattr(value, item.name))
@@ -29,8 +29,13 @@ def tensors_in(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def floating_tensors_in(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields those that the kernels can read: plain dense tensors of a floating-point dtype."""
     for inner, tensor in tensors_in(name, value):
-        if type(tensor) in _PLAIN and tensor.dtype in FORMATS and tensor.layout is torch.strided and not tensor.is_meta:
+        if is_readable(tensor):
             yield inner, tensor
+
+
+def is_readable(tensor: torch.Tensor) -> bool:
+    """Whether the kernels can read a tensor."""
+    return type(tensor) in _PLAIN and tensor.dtype in FORMATS and tensor.layout is torch.strided and not tensor.is_meta
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

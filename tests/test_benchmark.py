@@ -339,3 +339,14 @@ def test_steps_of_deepspeed(tmp_path, case):
     assert result["theirs_ms"] > 0
     assert result["ours_ms"] > 0
     assert "Guarded steps" in done.stdout
+
+
+@needs_native
+def test_the_trace_is_measured_against_its_peers(tmp_path):
+    found = tmp_path / "found.json"
+    done = run_python("trace.py", "--quick", "--model", "unet", "--json", str(found))
+    assert done.returncode == 0, done.stderr
+    rows = {row["way"]: row for row in json.loads(found.read_text())["found"]}
+    assert rows.keys() == {"plain", "trace", "DebugUnderflowOverflow", "isfinite hook"}
+    assert rows["plain"]["ratio"] is None
+    assert all(row["milliseconds"] > 0 for row in rows.values())

@@ -297,6 +297,14 @@ def test_only_the_end_is_kept_if_the_first_is_all_that_is_wanted():
     assert tr.frames[-1].name != "300"
 
 
+def test_a_mask_of_negative_infinity_does_not_end_a_trace_that_stops_at_the_first():
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(40)], Of(lambda x: x / 0), nn.Linear(4, 4))
+    model.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
+    with ng.trace(model, stop_at_first=True) as tr:
+        model(torch.randn(2, 4))
+    assert tr.first_nonfinite.name == "40"
+
+
 def test_a_trace_survives_its_file(tmp_path):
     model = Wrap(Of(FORWARD["the logarithm of a negative number"]))
     with ng.trace(model, operations=True) as tr:

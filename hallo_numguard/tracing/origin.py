@@ -79,6 +79,8 @@ def first_nonfinite(calls: Sequence[Call], tape: Tape) -> Origin | None:
     Calls are in the order in which they were completed, so the innermost of several comes first. -Inf alone is how
     masks are written, and does not count, but where it made a NaN: then who made the -Inf is named.
     """
+    if tape.bad == 0:
+        return None
     return first_in_forward(calls, tape) or first_in_backward(calls, tape)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from hallo_numguard.records import Record
 from hallo_numguard.tracing.frames import TensorRecord
 
 BATCH = 64  # looks between two copies to the host
+_MOST_WAITING = 256 << 20  # bytes of tensors that live on because their records are not on the host yet
 _AROUND = 4  # values on either side of the first bad one
 
 
@@ -42,27 +44,30 @@ class Held:
 class Tape:
     """Looks at tensors without waiting for the device, but once in `BATCH` looks.
 
+    On a CPU there is nothing to wait for: records are read at once, so that no tensor lives longer than it would.
+
     Every tensor is read once, however many modules it goes through: one that is the same object, with the same memory
     and not written to since, has been seen.
 
     Args:
         whole: Whether to keep values around the first non-finite element, for which tensors live on until their batch
-            is on the host.
+            is on the host, up to 256 MiB.
     """
 
     def __init__(self, whole: bool = True) -> None:
         self._whole = whole
         self._rows = 0
         self._waiting: list[tuple[torch.Tensor, Sequence[torch.Tensor]]] = []
+        self._waiting_bytes = 0
         self._host: list[list[int]] = []  # a packed record a row
-        self._figures: list[list[float]] = []
         self._seen: dict[int, tuple[weakref.ref[torch.Tensor], int, int, Held]] = {}
-        self._bad = False
+        self._most_seen = BATCH
+        self._bad = 0
         self.neighbours: dict[int, tuple[float, ...]] = {}
 
     @property
-    def bad(self) -> bool:
-        """Whether anything that has arrived was NaN or infinite."""
+    def bad(self) -> int:
+        """Number of tensors that have arrived and were not all finite."""
         return self._bad
 
     def look(self, tensors: Sequence[torch.Tensor]) -> list[Held]:
@@ -71,12 +76,17 @@ class Tape:
         new = [position for position, item in enumerate(held) if item is None]
         if new:
             fresh = [tensors[position].detach() for position in new]
-            self._waiting.append((multi_tensor_stats(fresh).packed, fresh if self._whole else ()))
             for position in new:
                 held[position] = self._remember(tensors[position])
-            if len(self._waiting) >= BATCH:
-                self.flush()
+            self._launch(fresh)
         return [item for item in held if item is not None]
+
+    def _launch(self, tensors: Sequence[torch.Tensor]) -> None:
+        packed = multi_tensor_stats(tensors).packed
+        self._waiting.append((packed, tensors if self._whole else ()))
+        self._waiting_bytes += sum(tensor.nbytes for tensor in tensors)
+        if packed.is_cpu or len(self._waiting) >= BATCH or self._waiting_bytes > _MOST_WAITING:
+            self.flush()
 
     def _known(self, tensor: torch.Tensor) -> Held | None:
         seen = self._seen.get(id(tensor))
@@ -90,30 +100,31 @@ class Tape:
         held = Held(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), self._rows)
         self._rows += 1
         self._seen[id(tensor)] = (weakref.ref(tensor), _version(tensor), tensor.data_ptr(), held)
+        if len(self._seen) > self._most_seen:
+            self._seen = {key: entry for key, entry in self._seen.items() if entry[0]() is not None}
+            self._most_seen = 2 * len(self._seen) + BATCH
         return held
 
     def flush(self) -> None:
         """Brings what is waiting to the host. Synchronises."""
         for packed, tensors in self._waiting:
-            host = packed.cpu()
             begin = len(self._host)
-            self._host += host.tolist()
-            self._figures += host.view(torch.float64)[:, 6:].tolist()
+            self._host += packed.tolist()
             for position, tensor in enumerate(tensors):
                 first = self._host[begin + position][5]
                 if first >= 0 and len(self.neighbours) < BATCH:
                     around = tensor.reshape(-1)[max(0, first - _AROUND) : first + _AROUND + 1]
                     self.neighbours[begin + position] = tuple(around.double().tolist())
-            self._bad = self._bad or any(row[5] >= 0 for row in self._host[begin:])
+            self._bad += sum(row[5] >= 0 for row in self._host[begin:])
         self._waiting.clear()
-        self._seen = {key: entry for key, entry in self._seen.items() if entry[0]() is not None}
+        self._waiting_bytes = 0
 
     def record(self, held: Held) -> Record:
         """Returns what a tensor held. Synchronises if that is still waiting."""
         if held.row >= len(self._host):
             self.flush()
-        nan, pos_inf, neg_inf, _, _, first, *_ = self._host[held.row]
-        absmax, sumsq = self._figures[held.row]
+        nan, pos_inf, neg_inf, _, _, first, *figures = self._host[held.row]
+        absmax, sumsq = struct.unpack("=2d", struct.pack("=2q", *figures))
         return Record(nan, pos_inf, neg_inf, absmax, sumsq, first)
 
     def tensor_record(self, name: str, held: Held) -> TensorRecord:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from hallo_numguard.errors import InvalidInput
-from hallo_numguard.structure import floating_tensors_in
+from hallo_numguard.structure import floating_tensors_in, is_readable
 from hallo_numguard.tracing import frames
 from hallo_numguard.tracing.frames import Frame, Frames, Origin
 from hallo_numguard.tracing.origin import Call, Named, Operation, first_in_backward, first_nonfinite, frame_of
@@ -145,11 +145,14 @@ class _Tracer:
         self._open: list[Call] = []
         self._times: Counter[str] = Counter()
         self._gradients_seen = 0
+        self._bad = 0
         self._on = True
         self._handles: list[Any] = []
         for name, module in model.named_modules():
             self._handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._after(), always_call=True))
+        if looks.weights:  # all in one launch; each call then finds that its own have been seen
+            self.look([tensor for module in model.modules() for _, tensor in _weights(module)])
 
     @property
     def current(self) -> Call | None:
@@ -168,8 +171,9 @@ class _Tracer:
         """See `Tape.look`; ends the trace where only the first bad call is wanted."""
         with self._unseen():  # by ourselves, where operations are looked at
             held = self._tape.look(tensors)
-        if self._looks.stop_at_first and self._tape.bad:
-            self._on = False
+        if self._looks.stop_at_first and self._tape.bad > self._bad:  # a mask may hold -Inf, and is no origin
+            self._bad = self._tape.bad
+            self._on = self._result.first_nonfinite is None
         return held
 
     def _before(self, name: str) -> Callable[..., None]:
@@ -178,14 +182,11 @@ class _Tracer:
                 return
             call = Call(name, type(module).__name__, self._times[name], self._open[-1] if self._open else None)
             self._times[name] += 1
-            if self._looks.inputs:
-                named = [*floating_tensors_in("input", args), *floating_tensors_in("input", kwargs)]
-                call.inputs = self._look(named)
-            if self._looks.weights:
-                named = [(key, p) for key, p in module.named_parameters(recurse=False) if p.numel() > 0]
-                call.parameters = frozenset(key for key, _ in named)
-                named += module.named_buffers(recurse=False)
-                call.weights = self._look([item for key, t in named for item in floating_tensors_in(key, t)])
+            inputs = _inputs(args, kwargs) if self._looks.inputs else []
+            weights = _weights(module) if self._looks.weights else []
+            call.parameters = frozenset(module._parameters)
+            held = self._look([*inputs, *weights])
+            call.inputs, call.weights = held[: len(inputs)], held[len(inputs) :]
             self._open.append(call)
 
         return before
@@ -207,10 +208,11 @@ class _Tracer:
 
     def _look(self, named: Sequence[tuple[str, torch.Tensor]]) -> Sequence[Named]:
         held = self.look([tensor for _, tensor in named])
-        for (_, tensor), item in zip(named, held, strict=True):
-            if self._looks.gradients and tensor.requires_grad and not item.hooked and torch.is_grad_enabled():
-                item.hooked = True
-                self._handles.append(tensor.register_hook(self._gradient_of(item)))
+        if self._looks.gradients and torch.is_grad_enabled():
+            for (_, tensor), item in zip(named, held, strict=True):
+                if tensor.requires_grad and not item.hooked:
+                    item.hooked = True
+                    self._handles.append(tensor.register_hook(self._gradient_of(item)))
         return [(name, item) for (name, _), item in zip(named, held, strict=True)]
 
     def _gradient_of(self, held: Held) -> Callable[[torch.Tensor], None]:
@@ -222,6 +224,17 @@ class _Tracer:
             self._gradients_seen += 1
 
         return arrived
+
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, torch.Tensor]]:
+    return [*floating_tensors_in("input", args), *floating_tensors_in("input", kwargs)]
+
+
+def _weights(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """Of a module itself: parameters that are here (ZeRO-3 has those of others elsewhere), then buffers."""
+    parameters = [(name, p) for name, p in module._parameters.items() if p is not None and p.numel() > 0]
+    buffers = [(name, b) for name, b in module._buffers.items() if b is not None]
+    return [(name, tensor) for name, tensor in parameters + buffers if is_readable(tensor)]
 
 
 class _Operations(TorchDispatchMode):
