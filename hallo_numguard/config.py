@@ -97,6 +97,10 @@ class GuardConfig:
         policy: What to do about an overflow.
         dump_dir: Folder that every report is written to, with the flight recorder's steps of each parameter, as
             `overflow-step<number>-rank<number>.json`: by rank 0, and by the rank that is named. None for nowhere.
+        repro_dir: Folder for bundles that reproduce what is not the loss scale's fault in one process, without the
+            framework: the batch, the random state, the configuration, the report, the one bad call of the named module
+            with its weights, and a script. Costs a pass over the batch, on such an overflow only; 8 bundles a run.
+            None for nowhere.
     """
 
     mode: str = "replace"
@@ -104,6 +108,7 @@ class GuardConfig:
     local_gradients: str = "on_alarm"
     policy: Policy = field(default_factory=Policy)
     dump_dir: str | os.PathLike[str] | None = None
+    repro_dir: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -116,5 +121,7 @@ class GuardConfig:
             raise InvalidInput(f"history must be a positive number of steps, got {self.history!r}")
         if not isinstance(self.policy, Policy):
             raise InvalidInput(f"policy must be a Policy, got {type(self.policy).__name__}")
-        if self.dump_dir is not None and not isinstance(self.dump_dir, (str, os.PathLike)):
-            raise InvalidInput(f"dump_dir must be the path of a folder, got {self.dump_dir!r}")
+        for name in ("dump_dir", "repro_dir"):
+            folder = getattr(self, name)
+            if folder is not None and not isinstance(folder, (str, os.PathLike)):
+                raise InvalidInput(f"{name} must be the path of a folder, got {folder!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import deepspeed
 import deepspeed_support as support
 import pytest
 import torch
@@ -25,17 +26,22 @@ STAGES = [
 class Noisy(nn.Module):
     """Dropout, running statistics, and a loss inside of the model or outside."""
 
-    def __init__(self, reentrant: bool | None = None) -> None:
+    def __init__(self, checkpointing: str = "") -> None:
         super().__init__()
         self.enter = nn.Linear(6, 12)
         self.norm = nn.BatchNorm1d(12)
         self.block = nn.Sequential(nn.Linear(12, 12), nn.Dropout(0.3), nn.GELU(), nn.Linear(12, 12))
         self.leave = nn.Linear(12, 3)
-        self.reentrant = reentrant
+        self.checkpointing = checkpointing
 
     def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
         x = self.norm(self.enter(x))
-        x = self.block(x) if self.reentrant is None else checkpoint(self.block, x, use_reentrant=self.reentrant)
+        if self.checkpointing == "deepspeed":
+            x = deepspeed.checkpointing.checkpoint(self.block, x)
+        elif self.checkpointing:
+            x = checkpoint(self.block, x, use_reentrant=self.checkpointing == "reentrant")
+        else:
+            x = self.block(x)
         x = self.leave(x)
         return x if target is None else (x - target).float().square().mean()
 
@@ -98,8 +104,8 @@ def test_the_continued_run_is_the_same_bits_as_one_that_was_never_run_again(kind
 
 @pytest.mark.parametrize("kind", STAGES, ids=name_of)
 @pytest.mark.parametrize("inside", [True, False], ids=["loss inside", "loss outside"])
-@pytest.mark.parametrize("reentrant", [None, True, False], ids=["plain", "reentrant", "checkpointed"])
-def test_a_module_is_named_in_both_passes(kind, inside, reentrant):
+@pytest.mark.parametrize("checkpointing", ["", "reentrant", "not reentrant", "deepspeed"])
+def test_a_module_is_named_in_both_passes(kind, inside, checkpointing):
     class Faulty(nn.Linear):
         fault = ""
 
@@ -109,7 +115,7 @@ def test_a_module_is_named_in_both_passes(kind, inside, reentrant):
                 return torch.log(-y.abs() - 1)
             return y + (y - y).sqrt() if self.fault == "backward" else y
 
-    model = Noisy(reentrant)
+    model = Noisy(checkpointing)
     model.block[0] = Faulty(12, 12)
     engine = make(kind, model, scale_power=4)
     guard = ng.attach(engine)

@@ -89,6 +89,10 @@ class RandomState:
         """Returns the present one. Does not wait for the GPU."""
         return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None)
 
+    def by_device(self) -> dict[str, torch.Tensor]:
+        """Returns it as it is kept in files."""
+        return {"cpu": self.cpu} if self.cuda is None else {"cpu": self.cpu, "cuda": self.cuda}
+
     def restore(self) -> None:
         """Makes it the present one."""
         torch.set_rng_state(self.cpu)

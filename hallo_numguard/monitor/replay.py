@@ -16,6 +16,7 @@ from hallo_numguard.monitor.agreement import Ranks, clip
 from hallo_numguard.monitor.batch import Batch, Call
 from hallo_numguard.ops.stats import multi_tensor_stats
 from hallo_numguard.records import Offender
+from hallo_numguard.tracing.capture import Captured, NotCaptured, capture
 from hallo_numguard.tracing.frames import Origin
 from hallo_numguard.tracing.replay import Attempt, make_again
 
@@ -44,6 +45,7 @@ class Replayed:
         differing_rank: The lowest of them.
         settles_at: The highest loss scale at which the batch was finite when it was tried; None if it was not tried.
         finite_unscaled: Whether it was finite without any loss scaling; None if that was not tried.
+        number: How often the module of `origin` had been called before in the same pass.
     """
 
     why_not: str = ""
@@ -55,6 +57,7 @@ class Replayed:
     differing_rank: int = 0
     settles_at: float | None = None
     finite_unscaled: bool | None = None
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -141,6 +144,33 @@ class Replayer:
                 return self._at_lower_scales(found, scale) if scale > 1 else found
         return Replayed(micro_batch=count - 1)
 
+    def call(self, micro_batch: int) -> Call | None:
+        """Returns a call of the step; None if it was not kept, or was changed since."""
+        calls = self._batch.calls
+        return calls[micro_batch] if micro_batch < len(calls) and not calls[micro_batch].changed else None
+
+    def capture(self, name: str, number: int, micro_batch: int) -> Captured | str:
+        """Runs a micro-batch again and takes one call of one module out of it.
+
+        Args:
+            name: Of the module.
+            number: How often it had been called before.
+            micro_batch: Of the step.
+
+        Returns:
+            The call, or why it could not be taken.
+        """
+        why_not = self._cannot(micro_batch + 1)
+        if why_not:
+            return why_not
+        call = self._batch.calls[micro_batch]
+        try:
+            return capture(self._module, name, number, self._again(call), call.seeds)
+        except NotCaptured as error:
+            return str(error)
+        except Exception as error:  # noqa: BLE001 - the model's own code; training goes on
+            return f"the batch could not be run again: {error}"
+
     def _at_lower_scales(self, found: Replayed, scale: float) -> Replayed:
         unscaled = self._run(found.micro_batch, 1.0 / scale)
         if unscaled.why_not:
@@ -170,11 +200,14 @@ class Replayer:
         return self._agree(attempt)
 
     def _attempt(self, call: Call, factor: float | None) -> Attempt:
+        return make_again(self._module, self._again(call), call.outputs or (), call.seeds, factor)
+
+    def _again(self, call: Call) -> Callable[[], Any]:
         def again() -> Any:
             call.random.restore()
             return self._forward(call.args, call.kwargs)
 
-        return make_again(self._module, again, call.outputs or (), call.seeds, factor)
+        return again
 
     def _agree(self, attempt: Attempt | None) -> _Answer:
         ranks, device = self._ranks, self._device
@@ -202,8 +235,8 @@ class Replayer:
         )
         if answer.told is None:
             return found
-        origin, details = json.loads(answer.told)
-        return replace(found, origin=Offender.from_document(origin), details=tuple(details))
+        origin, details, number = json.loads(answer.told)
+        return replace(found, origin=Offender.from_document(origin), details=tuple(details), number=number)
 
 
 def _is_whole(call: Call) -> bool:
@@ -214,7 +247,8 @@ def _to_tell(attempt: Attempt | None, rank: int) -> str | None:
     if attempt is None or attempt.origin is None:
         return None
     origin = attempt.origin
-    return json.dumps([asdict(_offender(origin, rank)), _details(origin, attempt.input_absmax)], ensure_ascii=False)
+    told = [asdict(_offender(origin, rank)), _details(origin, attempt.input_absmax), origin.call]
+    return json.dumps(told, ensure_ascii=False)
 
 
 def _offender(origin: Origin, rank: int) -> Offender:

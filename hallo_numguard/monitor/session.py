@@ -10,7 +10,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -29,6 +29,7 @@ from hallo_numguard.monitor.attribution import (
     only_negative_infinity,
 )
 from hallo_numguard.monitor.batch import Batch
+from hallo_numguard.monitor.bundle import Bundle, Bundles
 from hallo_numguard.monitor.evidence import Evidence, Scaling
 from hallo_numguard.monitor.layout import NONE, Piece, Sums, by_parameter
 from hallo_numguard.monitor.local import LocalGradients
@@ -83,6 +84,7 @@ class Model:
         device: Where small reductions between ranks are made.
         module: Whose forward is called in training: names its arguments. None if nobody shows the calls.
         forward: Calls it once more, as the framework does; None if that cannot be.
+        settings: The framework's configuration, to be kept with what was found.
     """
 
     parameters: list[NamedTensor]
@@ -93,6 +95,7 @@ class Model:
     device: torch.device
     module: nn.Module | None = None
     forward: Forward | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 class _Local(NamedTuple):
@@ -171,6 +174,8 @@ class Session:
             if model.module is not None and model.forward is not None
             else None
         )
+        folder = None if config.repro_dir is None else Path(config.repro_dir)
+        self._bundles = Bundles(folder, model.module, self._replayer, ranks, model.device, model.settings)
         self._watch = Watch(model.parameters, self._batch, self._note)
         self._order = ReadyOrder()
         self._order.learn(model.parameters)
@@ -284,9 +289,21 @@ class Session:
         self.last_report = report
         if report.verdict is Verdict.RANK_FAULT and report.first is not None and report.first.rank is not None:
             self._rank_faults[report.first.rank] = report.step
+        bundle = self._take_bundle(report, evidence)
         error = policy.agree(report, self._config.policy, self._on_overflow, self._ranks, self._model.device)
         self._dump(report)
+        if bundle is not None:
+            self._bundles.write(report, bundle)
         return error
+
+    def _take_bundle(self, report: OverflowReport, evidence: Evidence) -> Bundle | None:
+        replay = evidence.replay
+        micro_batch, number = (evidence.micro_batch, 0) if replay is None else (replay.micro_batch, replay.number)
+        self._local.muted = True
+        try:
+            return self._bundles.take(report, micro_batch, number)
+        finally:
+            self._local.muted = False
 
     def _dump(self, report: OverflowReport) -> None:
         """Writes the report where the user wants it. A full disk is no reason to stop training."""

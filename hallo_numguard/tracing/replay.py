@@ -46,8 +46,6 @@ def make_again(
 
     Gradients are asked for by name and handed to nobody: no accumulator, no reduction, no partition is touched. They
     are asked for in parts, so that full gradients of all parameters are never held at once; each part takes a pass.
-    Blocks whose activations would be computed anew in the backward pass keep them this time, because such a backward
-    pass (reentrant checkpointing) cannot be asked for gradients by name.
 
     Args:
         module: To be traced.
@@ -62,7 +60,7 @@ def make_again(
     parts = [[]] if factor is None else _parts(module)
     attempts = []
     for part in parts:
-        with _undisturbed(module), _without_recomputation(), torch.enable_grad():
+        with undisturbed(module):
             with trace(module, gradients=factor is not None, operations=factor is None) as tr:
                 made = [tensor for _, tensor in floating_tensors_in("output", call())]
                 same = _are_same(made, outputs)
@@ -128,11 +126,15 @@ def _are_same(made: Sequence[torch.Tensor], recorded: Sequence[torch.Tensor]) ->
 
 
 @contextlib.contextmanager
-def _undisturbed(module: nn.Module) -> Iterator[None]:
-    """Leaves buffers and the random state as they were."""
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """For a pass that training must not notice: buffers and the random state are left as they were.
+
+    Blocks whose activations would be computed anew in the backward pass keep them, because such a backward pass
+    (reentrant checkpointing) cannot be asked for gradients by name.
+    """
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    with torch.random.fork_rng(devices):
+    with torch.random.fork_rng(devices), _without_recomputation(), torch.enable_grad():
         try:
             yield
         finally:

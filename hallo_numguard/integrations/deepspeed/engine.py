@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,8 +170,31 @@ def call_module(engine: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
     """Calls the model as the engine's forward does, and not through it: that would change later weights (ZeRO 3)."""
     if engine.fp16_auto_cast():
         args = engine._cast_inputs_half(args)
-    with _autocast(engine):
+    with _autocast(engine), _activations_kept():
         return engine.module(*args, **kwargs)
+
+
+class _Kept:
+    """Stands in for DeepSpeed's own checkpointing: its backward pass cannot be asked for gradients by name."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], all_outputs: list[Any], *args: Any) -> None:
+        outputs = function(*args)
+        all_outputs += [outputs] if isinstance(outputs, torch.Tensor) else outputs
+
+
+@contextlib.contextmanager
+def _activations_kept() -> Iterator[None]:
+    module: Any = sys.modules.get("deepspeed.runtime.activation_checkpointing.checkpointing")
+    original = getattr(module, "CheckpointFunction", None)
+    if original is None:
+        yield
+        return
+    module.CheckpointFunction = _Kept
+    try:
+        yield
+    finally:
+        module.CheckpointFunction = original
 
 
 def _autocast(engine: Any) -> Any:
@@ -179,6 +202,11 @@ def _autocast(engine: Any) -> Any:
     module = sys.modules.get("deepspeed.runtime.torch_autocast")
     enter = getattr(module, "autocast_if_enabled", None)
     return enter(engine) if enter is not None else contextlib.nullcontext()
+
+
+def settings_of(engine: Any) -> Mapping[str, Any]:
+    """Returns DeepSpeed's configuration as the user wrote it."""
+    return getattr(engine._config, "_param_dict", {})
 
 
 def told_not_to_look(engine: Any) -> bool:

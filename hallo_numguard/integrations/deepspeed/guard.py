@@ -27,6 +27,7 @@ from hallo_numguard.integrations.deepspeed.engine import (
     kind_for,
     known_bad,
     parameters_of,
+    settings_of,
     told_not_to_look,
 )
 from hallo_numguard.integrations.deepspeed.replace import Replacement
@@ -69,6 +70,7 @@ class DeepSpeedGuard:
             device=torch.device(engine.device),
             module=engine.module,
             forward=lambda args, kwargs: call_module(engine, args, kwargs),
+            settings=settings_of(engine),
         )
         self._session = Session(model, self._ranks, config, on_overflow)
         self._policy = config.policy

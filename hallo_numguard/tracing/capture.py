@@ -1,0 +1,189 @@
+"""One call of one module, taken out of a pass, with all that it takes to make it again somewhere else."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from hallo_numguard.structure import floating_tensors_in
+from hallo_numguard.tracing.replay import undisturbed
+
+_MOST_ATTRIBUTE_BYTES = 1 << 20  # of what a module holds beside its tensors
+_OWN_STATE = frozenset(nn.Module().__dict__) - {"training"}  # hooks, parameters, buffers, modules
+
+
+class NotCaptured(Exception):
+    """The call could not be taken; its text says why."""
+
+
+@dataclass
+class Captured:
+    """A call of a module as it was made.
+
+    Attributes:
+        module: A copy without hooks, which needs no framework; its weights are those that the call saw, on the CPU.
+        args, kwargs: What it was called with, on the CPU.
+        autocast: The dtype that `torch.autocast` was on with, "" if it was off.
+        random: States of torch's generators before the call, by device.
+        grad_outputs: Gradients with respect to its floating-point outputs, in order; None of those that got none.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    autocast: str
+    random: dict[str, torch.Tensor]
+    grad_outputs: list[torch.Tensor | None] = field(default_factory=list)
+
+
+def capture(
+    root: nn.Module, name: str, number: int, call: Callable[[], Any], seeds: dict[int, torch.Tensor]
+) -> Captured:
+    """Makes a pass once more, and takes one call of one module out of it.
+
+    Args:
+        root: The model.
+        name: Of the module, as `root.named_modules` has it.
+        number: How often it had been called before in this pass.
+        call: Calls the model as it was called, with the random state of then.
+        seeds: Gradients with respect to the model's outputs, by position; without any there is no backward pass.
+
+    Raises:
+        NotCaptured: If the module was not called so often, or weights that it has were not at hand.
+    """
+    taking = _Taking(root.get_submodule(name), number)
+    with undisturbed(root):
+        try:
+            made = [tensor for _, tensor in floating_tensors_in("output", call())]
+            if taking.captured is None:
+                raise NotCaptured(f"{name or 'the model'} was not called {number + 1} times")
+            positions = [position for position in sorted(seeds) if made[position].requires_grad]
+            wanted = [output for output in taking.outputs if output.requires_grad]
+            if positions and wanted:
+                given = torch.autograd.grad(
+                    [made[position] for position in positions],
+                    wanted,
+                    grad_outputs=[seeds[position] for position in positions],
+                    allow_unused=True,
+                )
+                by_output = dict(zip(map(id, wanted), given, strict=True))
+                found = [by_output.get(id(output)) for output in taking.outputs]
+                taking.captured.grad_outputs = [None if item is None else _apart(item) for item in found]
+        finally:
+            taking.stop()
+    return taking.captured
+
+
+class _Taking:
+    """Hooks that wait for the call."""
+
+    def __init__(self, module: nn.Module, number: int) -> None:
+        self.captured: Captured | None = None
+        self.outputs: Sequence[torch.Tensor] = ()
+        self._module = module
+        self._left = number
+        self._open = False
+        self._weights: dict[int, torch.Tensor] = {}  # by the id of the parameter or buffer
+        self._called: tuple[Any, ...] = ()
+        self._handles: list[Any] = [
+            module.register_forward_pre_hook(self._before, with_kwargs=True),
+            module.register_forward_hook(self._after),
+        ]
+        # Where weights are gathered module by module (ZeRO stage 3), those of inner ones are there only when these run.
+        self._handles += [inner.register_forward_pre_hook(self._inner) for inner in module.modules()]
+
+    def stop(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._open = self._left == 0 and self.captured is None
+        self._left -= 1
+        if not self._open:
+            return
+        for inner in module.modules():
+            self._take_weights(inner)
+        device = next((t.device.type for _, t in floating_tensors_in("", (args, kwargs))), "cpu")
+        autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
+        self._called = (*_frozen((args, kwargs)), autocast, _random_state())
+
+    def _inner(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        if self._open:
+            self._take_weights(module)
+
+    def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if not self._open:
+            return
+        self._open = False
+        self.outputs = [tensor for _, tensor in floating_tensors_in("output", output)]
+        self.captured = Captured(_plain(module, self._weights), *self._called)
+
+    def _take_weights(self, module: nn.Module) -> None:
+        for weight in (*module._parameters.values(), *module._buffers.values()):
+            if weight is not None and id(weight) not in self._weights and _is_here(weight):
+                self._weights[id(weight)] = _apart(weight)
+
+
+def _is_here(weight: torch.Tensor) -> bool:
+    return weight.numel() > 0 or not getattr(weight, "ds_numel", 0)
+
+
+def _apart(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().cpu().clone()
+
+
+def _frozen(value: Any) -> Any:
+    """A copy of anything that can be pickled, with its tensors on the CPU."""
+    file = io.BytesIO()
+    try:
+        torch.save(value, file)
+    except Exception as error:
+        raise NotCaptured(f"what the module was called with cannot be pickled: {error}") from error
+    file.seek(0)
+    return torch.load(file, map_location="cpu", weights_only=False)  # what was pickled just now
+
+
+def _random_state() -> dict[str, torch.Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state()
+    return state
+
+
+def _plain(module: nn.Module, weights: dict[int, torch.Tensor]) -> nn.Module:
+    """A copy that has nothing but the module's own tensors, modules, and what can be pickled of the rest."""
+    plain: nn.Module = type(module).__new__(type(module))
+    nn.Module.__init__(plain)
+    rest = {key: value for key, value in vars(module).items() if key not in _OWN_STATE and _is_small(value)}
+    plain.__dict__.update(rest)
+    for name, parameter in module._parameters.items():
+        plain._parameters[name] = None if parameter is None else _parameter(parameter, weights)
+    for name, buffer in module._buffers.items():
+        plain._buffers[name] = None if buffer is None else _taken(buffer, weights)
+    for name, inner in module._modules.items():
+        plain._modules[name] = None if inner is None else _plain(inner, weights)
+    return plain
+
+
+def _parameter(parameter: nn.Parameter, weights: dict[int, torch.Tensor]) -> nn.Parameter:
+    return nn.Parameter(_taken(parameter, weights), parameter.requires_grad)
+
+
+def _taken(weight: torch.Tensor, weights: dict[int, torch.Tensor]) -> torch.Tensor:
+    if id(weight) not in weights:
+        raise NotCaptured("a weight of the module was not at hand when it was called")
+    return weights[id(weight)]
+
+
+def _is_small(value: Any) -> bool:
+    """Whether it can be kept in a file; frameworks leave closures and references to themselves in modules."""
+    try:
+        return len(pickle.dumps(value)) <= _MOST_ATTRIBUTE_BYTES
+    except Exception:  # noqa: BLE001 - whatever a foreign object raises when it is pickled
+        return False
