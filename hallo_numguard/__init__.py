@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hallo_numguard.checkpoint.report import PreflightReport
+    from hallo_numguard.checkpoint.scan import scan
     from hallo_numguard.config import GuardConfig, Policy
     from hallo_numguard.errors import (
         BackendUnavailable,
@@ -44,6 +46,7 @@ _HOMES = {
     "Offender": "records",
     "OverflowReport": "records",
     "Policy": "config",
+    "PreflightReport": "checkpoint.report",
     "Record": "records",
     "StatsTable": "ops.table",
     "StepRecord": "records",
@@ -53,6 +56,7 @@ _HOMES = {
     "inject": "injection",
     "load_trace": "tracing.frames:load",
     "multi_tensor_stats": "ops.stats",
+    "scan": "checkpoint.scan:scan",
     "tensor_stats": "ops.stats",
     "trace": "tracing.tracer",
 }
@@ -69,6 +73,7 @@ __all__ = [
     "Offender",
     "OverflowReport",
     "Policy",
+    "PreflightReport",
     "Record",
     "StatsTable",
     "StepRecord",
@@ -78,6 +83,7 @@ __all__ = [
     "inject",
     "load_trace",
     "multi_tensor_stats",
+    "scan",
     "tensor_stats",
     "trace",
 ]
