@@ -106,9 +106,10 @@ def manifest(folder: Path, md5: bool, sign: str | None, style: str) -> None:
     from hallo_numguard.checkpoint import signing
     from hallo_numguard.checkpoint.manifest import write_manifest
 
-    with _failures():
-        written = write_manifest(folder, md5=md5)
-        if sign is not None and written.ok:
+    with _failures(), _progress() as advance:
+        written = write_manifest(folder, md5=md5, progress=advance)
+    if sign is not None and not written.unchecked:
+        with _failures():
             signing.sign(folder, sign)
     _print_findings(written, style)
 
@@ -128,8 +129,8 @@ def verify(folder: Path, listing: Path | None, key: Path | None, style: str) -> 
     from hallo_numguard.checkpoint.report import merge
     from hallo_numguard.checkpoint.verify import verify_manifest
 
-    with _failures():
-        reports = [verify_manifest(folder, listing)]
+    with _failures(), _progress() as advance:
+        reports = [verify_manifest(folder, listing, progress=advance)]
         if key is not None:
             reports.append(signing.check(folder, key))
     _print_findings(merge(reports), style)

@@ -71,13 +71,13 @@ def root_digest(digests: Iterable[str]) -> str:
     return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
-def write_files(listing: Listing, links: bool) -> bytes:
-    """Returns the statement of files. `links` says whether one of them is reached through a link."""
+def write_files(listing: Listing) -> bytes:
+    """Returns the statement of files."""
     predicate = {
         "serialization": {
             "method": "files",
             "hash_type": ALGORITHM,
-            "allow_symlinks": links,
+            "allow_symlinks": listing.links,
             "ignore_paths": list(UNLISTED),
         },
         "resources": [
@@ -98,8 +98,9 @@ def read_files(data: bytes, source: str) -> Listing:
         resources = document["predicate"]["resources"]
         digests = {_text(item["name"]): _digest(item["digest"]) for item in resources}
         links = document["predicate"]["serialization"]["allow_symlinks"] is True
-        listing = Listing(source, ALGORITHM, digests, complete=True, model=_text(document["subject"][0]["name"]))
-        whole = write_files(listing, links) == data
+        model = _text(document["subject"][0]["name"])
+        listing = Listing(source, ALGORITHM, digests, complete=True, model=model, links=links)
+        whole = write_files(listing) == data
     except _FORMS as error:
         raise DamagedManifest(f"{source} is damaged: {error!r}") from error
     if not whole or list(digests) != sorted(digests, key=in_order):
