@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from collections.abc import Iterator
@@ -41,10 +42,51 @@ def read_exactly(descriptor: int, nbytes: int, offset: int) -> bytes:
     Raises:
         DamagedFile: If it ends before.
     """
-    data = os.pread(descriptor, nbytes, offset)
+    try:
+        data = os.pread(descriptor, nbytes, offset)
+    except (OSError, OverflowError) as error:
+        raise DamagedFile(f"cannot be read at byte {offset}: {error}") from None
     if len(data) != nbytes:
         raise DamagedFile(f"is cut off: it ends {nbytes - len(data)} bytes too early")
     return data
+
+
+class Window(io.RawIOBase):
+    """A part of an open file, as a file of its own.
+
+    Args:
+        descriptor: Of the file; it is not closed with the window.
+        begin, nbytes: Of the part.
+    """
+
+    def __init__(self, descriptor: int, begin: int, nbytes: int) -> None:
+        self.descriptor = descriptor
+        self.begin = begin
+        self.nbytes = nbytes
+        self._at = 0
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As every file's."""
+        at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.nbytes}[whence]
+        if at < 0:
+            raise ValueError("a place before the beginning")
+        self._at = at
+        return at
+
+    def read(self, size: int = -1) -> bytes:
+        """As every file's."""
+        left = max(0, self.nbytes - self._at)
+        data = os.pread(self.descriptor, left if size < 0 else min(size, left), self.begin + self._at)
+        self._at += len(data)
+        return data
 
 
 def check_inside(path: Path, root: Path) -> None:

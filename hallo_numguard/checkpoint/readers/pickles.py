@@ -322,11 +322,31 @@ _DATA_NAMES = frozenset(
         "datetime.date",
         "datetime.datetime",
         "datetime.timedelta",
+        "numpy.dtype",
+        "numpy.ndarray",
+        "numpy._core.multiarray._reconstruct",
+        "numpy._core.multiarray.scalar",
+        "numpy.core.multiarray._reconstruct",
+        "numpy.core.multiarray.scalar",
         "pathlib.PosixPath",
         "pathlib.PurePosixPath",
         "pathlib.WindowsPath",
+        "torch.Tensor",
+        "torch.device",
+        "torch.nn.parameter.Parameter",
+        "torch.serialization._get_layout",
         "types.SimpleNamespace",
         "uuid.UUID",
     }
 )
-_DATA_MODULES = ("deepspeed.",)
+_DATA_MODULES = (  # of classes that hold settings or state
+    "accelerate.utils.dataclasses.",
+    "deepspeed.runtime.fp16.loss_scaler.",
+    "deepspeed.runtime.zero.config.",
+    "deepspeed.utils.tensor_fragment.",
+    "torch.distributed.checkpoint.metadata.",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "transformers.trainer_pt_utils.",
+    "transformers.trainer_utils.",
+    "transformers.training_args.",
+)
