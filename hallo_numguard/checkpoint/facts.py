@@ -155,12 +155,13 @@ def _entries(root: Path, files: Mapping[str, Path]) -> tuple[dict[str, list[Tens
     """The tensors in each file, and what shows of damage when they are looked for."""
     names = {path: name for name, path in files.items()}
     entries: dict[str, list[TensorEntry]] = {name: [] for name in files}
-    findings = []
+    findings: list[Finding] = []
     for source in sources(root, files.values()):
         for entry in source.entries:
             if entry.file in names:
                 entries[names[entry.file]].append(entry)
-        findings += [_lesser(finding) for finding in source.findings]
+        named = (replace(finding, file=names.get(Path(finding.file), finding.file)) for finding in source.findings)
+        findings += map(_lesser, named)
         findings += [Finding("no_tensors", sentence, severity="info") for sentence in source.unchecked]
     return entries, findings
 
@@ -172,5 +173,13 @@ def _lesser(finding: Finding) -> Finding:
 
 def _tensor(entry: TensorEntry, record: Record | None, digest: str) -> TensorFacts:
     return TensorFacts(
-        entry.name, entry.role, entry.rank, entry.start, dtype_name(entry.dtype), entry.shape, digest, record
+        entry.name,
+        entry.role,
+        entry.rank,
+        entry.start,
+        entry.corner,
+        dtype_name(entry.dtype),
+        entry.shape,
+        digest,
+        record,
     )

@@ -32,7 +32,7 @@ class TensorFacts:
     """What a manifest keeps of a tensor.
 
     Attributes:
-        name, role, rank, start: Which one it is, or which piece of one, as the reader of its file tells.
+        name, role, rank, start, corner: Which one it is, or which piece of one, as the reader of its file tells.
         dtype: As torch names it.
         shape: Of the tensor, or of the piece.
         digest: sha256 of its bytes as they lie in the file, in hexadecimal.
@@ -43,6 +43,7 @@ class TensorFacts:
     role: str
     rank: int | None
     start: int
+    corner: tuple[int, ...] | None
     dtype: str
     shape: tuple[int, ...]
     digest: str
@@ -169,12 +170,13 @@ def _contents(document: Mapping[str, Any]) -> FileContents:
 
 def _tensor(document: Mapping[str, Any]) -> TensorFacts:
     record = document["record"]
-    rank = document["rank"]
+    rank, corner = document["rank"], document["corner"]
     return TensorFacts(
         name=_text(document["name"]),
         role=_text(document["role"]),
         rank=None if rank is None else int(rank),
         start=int(document["start"]),
+        corner=None if corner is None else tuple(map(int, corner)),
         dtype=_text(document["dtype"]),
         shape=tuple(map(int, document["shape"])),
         digest=_digest(document["digest"]),

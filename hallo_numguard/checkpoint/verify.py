@@ -186,8 +186,10 @@ def _changed(name: str, listing: Listing, digest: str) -> Finding:
 
 def _changed_contents(root: Path, tree: Tree, before: Mapping[str, FileContents]) -> Iterator[Finding]:
     """Findings about what is in files that were changed, beside the bytes."""
+    if not before:
+        return
     facts = read_folder(root, {name: tree.files[name] for name in before}, ())
-    yield from facts.findings
+    yield from (finding for finding in facts.findings if finding.file in before)
     for name, contents in before.items():
         if name in facts.contents:
             yield from changes(name, contents, facts.contents[name])
