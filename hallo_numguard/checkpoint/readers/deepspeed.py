@@ -13,14 +13,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from hallo_numguard.checkpoint.readers.files import check_inside
+from hallo_numguard.checkpoint.readers.files import check_inside, tag_in
 from hallo_numguard.checkpoint.readers.pickles import Inert, StoredTensor, inert
 from hallo_numguard.checkpoint.readers.source import DamagedFile, Source, TensorEntry, role_of
 from hallo_numguard.checkpoint.readers.torch_zip import Archive, named_tensors, open_archive
 from hallo_numguard.records import Finding
 
 LATEST = "latest"
-_LONGEST_TAG = 1024
 _WEIGHTS = "*_model_states.pt"
 _OPTIMIZER = "*_optim_states.pt"
 _RANK = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)")
@@ -55,6 +54,7 @@ _SCALER = (
     "delayed_shift",
 )
 _MOST_RANKS = 1 << 16  # that are looked for
+_LATEST_REMEDY = "Write the name of the newest whole checkpoint into it."
 _MISSING_REMEDY = "Copy the files of every rank, or go back to an earlier checkpoint."
 
 
@@ -138,16 +138,12 @@ def _tag_folder(path: Path) -> Path:
     latest = path / LATEST
     if not latest.is_file():
         return path
-    with latest.open("rb") as file:
-        tag = file.read(_LONGEST_TAG).decode("utf-8", "replace").strip()
-    remedy = "Write the name of the newest whole checkpoint into it."
-    if not tag or "\0" in tag:
-        raise DamagedFile("is empty" if not tag else "is damaged", kind="missing", remedy=remedy)
+    tag = tag_in(latest)
     folder = path / tag
-    if Path(tag).name != tag or tag == "..":
-        raise DamagedFile(f"leads out of the folder: {tag}", kind="escape", remedy=remedy)
     if next(folder.glob(_WEIGHTS), None) is None:
-        raise DamagedFile(f"names {tag}, and there are no weights in such a folder", kind="missing", remedy=remedy)
+        raise DamagedFile(
+            f"names {tag}, and there are no weights in such a folder", kind="missing", remedy=_LATEST_REMEDY
+        )
     check_inside(folder, path)
     return folder
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from hallo_numguard.checkpoint.readers.files import check_inside, opened, read_exactly
+from hallo_numguard.checkpoint.readers.files import check_inside, is_plain, opened, read_exactly
 from hallo_numguard.checkpoint.readers.pickles import Inert, StoredTensor, Unpickled, refusal, unpickle
 from hallo_numguard.checkpoint.readers.source import (
     Checksum,
@@ -92,7 +92,7 @@ def _blocks(metadata: Any) -> Iterator[_Block]:
 
 
 def _read(file: Path, root: Path, block: _Block, checksums: list[Checksum]) -> TensorEntry:
-    if Path(block.file).name != block.file:
+    if not is_plain(block.file):
         raise DamagedFile(f"leads out of the folder: {block.file}", kind="escape", remedy=_REMEDY)
     if not file.exists():
         raise DamagedFile("is missing", kind="missing_shard", remedy=_REMEDY)

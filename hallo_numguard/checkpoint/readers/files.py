@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hallo_numguard.checkpoint.readers.source import DamagedFile
 
+_LONGEST_TAG = 1024  # bytes
 _HUB_BLOBS = "blobs"
 _HUB_SNAPSHOTS = "snapshots"
 
@@ -89,6 +90,11 @@ class Window(io.RawIOBase):
         return data
 
 
+def is_plain(name: str) -> bool:
+    """Returns whether a name, taken from a file, is that of something in the same folder."""
+    return Path(name).name == name and name not in ("", ".", "..") and "\0" not in name
+
+
 def check_inside(path: Path, root: Path) -> None:
     """Checks that a file lies in a folder, symbolic links resolved.
 
@@ -97,7 +103,10 @@ def check_inside(path: Path, root: Path) -> None:
     Raises:
         DamagedFile: If it leads elsewhere.
     """
-    real, folder = path.resolve(), root.resolve()
+    try:
+        real, folder = path.resolve(), root.resolve()
+    except (OSError, RuntimeError):  # a loop of links
+        raise DamagedFile("is a link that leads nowhere", remedy="Put the file itself in its place.") from None
     if real.is_relative_to(folder):
         return
     if folder.parent.name == _HUB_SNAPSHOTS and real.parent == folder.parent.parent / _HUB_BLOBS:
@@ -107,3 +116,19 @@ def check_inside(path: Path, root: Path) -> None:
         kind="escape",
         remedy="Do not load from this folder unless you know who made the link; put the file itself in its place.",
     )
+
+
+def tag_in(latest: Path) -> str:
+    """Returns the name of a checkpoint that a file such as `latest` holds.
+
+    Raises:
+        DamagedFile: If it is no name of something in the same folder.
+    """
+    remedy = "Write the name of the newest whole checkpoint into it."
+    with opened(latest) as descriptor:
+        tag = os.pread(descriptor, _LONGEST_TAG, 0).decode("utf-8", "replace").strip()
+    if not tag:
+        raise DamagedFile("is empty", kind="missing", remedy=remedy)
+    if not is_plain(tag):
+        raise DamagedFile(f"leads out of the folder: {tag}", kind="escape", remedy=remedy)
+    return tag

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hallo_numguard.checkpoint.readers.files import check_inside
+from hallo_numguard.checkpoint.readers.files import check_inside, is_plain
 from hallo_numguard.checkpoint.readers.layouts import CHECKPOINTS, FILES
 from hallo_numguard.checkpoint.readers.source import DamagedFile, Source, damaged, joined
 from hallo_numguard.records import Finding
@@ -77,7 +77,7 @@ def _check_index(index: Path, parts: list[Source]) -> Iterator[Finding]:
     unreadable = {part.root for part in parts if part.findings or part.unchecked}
     for name in sorted(set(weight_map.values())):
         shard = index.parent / name
-        if Path(name).name != name:
+        if not is_plain(name):
             yield DamagedFile(f"leads out of the folder: {name}", kind="escape", remedy=_REMEDY).finding(index)
         elif shard not in held:
             yield _finding("missing_shard", f"{name} is missing, and {index.name} says that it holds weights", shard)

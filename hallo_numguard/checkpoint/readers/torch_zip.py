@@ -205,6 +205,10 @@ def _members(window: Window) -> list[zipfile.ZipInfo]:
         raise DamagedFile(f"is cut off or damaged: the directory at its end cannot be read ({error})") from None
     if len(members) > _MOST_RECORDS or len({member.filename for member in members}) != len(members):
         raise DamagedFile("has a directory that names the same record twice, or far too many")
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        raise DamagedFile(
+            "is a TorchScript archive, which is a program", kind="torchscript", remedy="Save its state_dict instead."
+        )
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise DamagedFile(
             "holds compressed records, which torch.save never writes", kind="zip_bomb", remedy="Do not unpack it."
@@ -219,10 +223,6 @@ def _members(window: Window) -> list[zipfile.ZipInfo]:
 def _prefix(members: list[zipfile.ZipInfo]) -> str:
     """The folder in the archive in which torch.save puts everything."""
     names = [member.filename for member in members]
-    if any(name.endswith("/constants.pkl") for name in names):
-        raise DamagedFile(
-            "is a TorchScript archive, which is a program", kind="torchscript", remedy="Save its state_dict instead."
-        )
     pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise DamagedFile("is an archive, but not one of torch.save: it has no data.pkl")

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from hallo_numguard.checkpoint.readers import torch_zip
-from hallo_numguard.checkpoint.readers.files import check_inside
+from hallo_numguard.checkpoint.readers.files import check_inside, tag_in
 from hallo_numguard.checkpoint.readers.source import DamagedFile, Source, damaged, joined, role_of
 
 LAYOUT = "deepspeed universal"
 _LATEST = "latest_universal"
 _PARAMETERS = "zero"
-_LONGEST_TAG = 1024
 
 
 def recognises(path: Path) -> bool:
@@ -30,13 +29,14 @@ def read(path: Path) -> Source:
 
 
 def _folder(path: Path) -> Path:
+    """The folder of the tag that the file names, or the path itself if there is no such file."""
     latest = path / _LATEST
     if not latest.is_file():
         return path
-    with latest.open("rb") as file:
-        tag = file.read(_LONGEST_TAG).decode("utf-8", "replace").strip()
-    if Path(tag).name != tag or not (path / tag / _PARAMETERS).is_dir():
+    tag = tag_in(latest)
+    if not (path / tag / _PARAMETERS).is_dir():
         raise DamagedFile(f"names {tag}, and there is no such checkpoint", kind="missing")
+    check_inside(path / tag, path)
     return path / tag
 
 
