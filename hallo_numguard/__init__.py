@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hallo_numguard.errors import (
         BackendUnavailable,
         InvalidInput,
+        NoActiveRun,
         NumericsError,
         NumGuardError,
         UnsupportedDeepSpeed,
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
         StepRecord,
         Verdict,
     )
+    from hallo_numguard.sinks.base import Sink
     from hallo_numguard.tracing.frames import load as load_trace
     from hallo_numguard.tracing.tracer import trace
 
@@ -39,12 +41,14 @@ _HOMES = {
     "GuardConfig": "config",
     "InvalidInput": "errors",
     "Layout": "ops.layout",
+    "NoActiveRun": "errors",
     "NumGuardError": "errors",
     "NumericsError": "errors",
     "Offender": "records",
     "OverflowReport": "records",
     "Policy": "config",
     "Record": "records",
+    "Sink": "sinks.base",
     "StatsTable": "ops.table",
     "StepRecord": "records",
     "UnsupportedDeepSpeed": "errors",
@@ -64,12 +68,14 @@ __all__ = [
     "GuardConfig",
     "InvalidInput",
     "Layout",
+    "NoActiveRun",
     "NumGuardError",
     "NumericsError",
     "Offender",
     "OverflowReport",
     "Policy",
     "Record",
+    "Sink",
     "StatsTable",
     "StepRecord",
     "UnsupportedDeepSpeed",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from hallo_numguard.errors import InvalidInput
 from hallo_numguard.records import OverflowReport, Verdict
@@ -97,6 +98,10 @@ class GuardConfig:
         policy: What to do about an overflow.
         dump_dir: Folder that every report is written to, with the flight recorder's steps of each parameter, as
             `overflow-step<number>-rank<number>.json`: by rank 0, and by the rank that is named. None for nowhere.
+        sinks: Where rank 0's figures of every step and the reports go, each one of: a SummaryWriter that the run has
+            (torch.utils.tensorboard, tensorboardX); "wandb" or "mlflow", for the run that is active when the first
+            step is over; "csv:<path>"; "name:text" of what another package offers as an entry point
+            `hallo_numguard.sinks`; or a `Sink` of your own. No run is ever started. Costs no synchronisation.
     """
 
     mode: str = "replace"
@@ -104,6 +109,7 @@ class GuardConfig:
     local_gradients: str = "on_alarm"
     policy: Policy = field(default_factory=Policy)
     dump_dir: str | os.PathLike[str] | None = None
+    sinks: Sequence[Any] = ()
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -118,3 +124,5 @@ class GuardConfig:
             raise InvalidInput(f"policy must be a Policy, got {type(self.policy).__name__}")
         if self.dump_dir is not None and not isinstance(self.dump_dir, (str, os.PathLike)):
             raise InvalidInput(f"dump_dir must be the path of a folder, got {self.dump_dir!r}")
+        if not isinstance(self.sinks, (list, tuple)):
+            raise InvalidInput(f"sinks must be a list, got {self.sinks!r}")

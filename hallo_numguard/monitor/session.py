@@ -38,6 +38,9 @@ from hallo_numguard.monitor.verdict import judge, needs_replay, settled
 from hallo_numguard.monitor.watch import Watch
 from hallo_numguard.records import Finding, Offender, OverflowReport, StepRecord, Verdict
 from hallo_numguard.reports.environment import collect
+from hallo_numguard.sinks.base import Sink
+from hallo_numguard.sinks.choose import sink_for
+from hallo_numguard.sinks.feed import Feed
 
 _log = logging.getLogger("hallo_numguard")
 
@@ -150,7 +153,14 @@ class Session:
         failed: Whether our own code failed: the integration takes itself off.
     """
 
-    def __init__(self, model: Model, ranks: Ranks, config: GuardConfig, on_overflow: OverflowCallback | None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        ranks: Ranks,
+        config: GuardConfig,
+        on_overflow: OverflowCallback | None,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
         self.last_report: OverflowReport | None = None
         self.findings: list[Finding] = []
         self.failed = False
@@ -165,6 +175,8 @@ class Session:
         self._known: set[int] = set()
         limit = _near_limit(model.parameters)
         self._recorder = Recorder(config.history, [item.name for item in model.parameters], limit)
+        sinks = [*sinks, *map(sink_for, config.sinks)]  # on every rank, so that all refuse what is none
+        self._feed = Feed(sinks if ranks.rank == 0 else [])
         self._batch = Batch(model.module)
         self._replayer = (
             Replayer(model.module, model.forward, self._batch, ranks, model.device)
@@ -186,17 +198,9 @@ class Session:
         """Returns the flight recorder's steps, oldest first. Waits for rows that are still on their way."""
         return self._recorder.read()
 
-    def arrived(self, last: int) -> list[StepRecord]:
-        """Returns the latest steps whose figures are on the host by now, oldest first. Waits for nothing."""
-        return self._recorder.read(wait=False, last=last)
-
-    @property
-    def skipped_in_a_row(self) -> int:
-        """Number of steps skipped since the last one that was applied."""
-        return self._skipped
-
     def stop(self) -> None:
         """Lets go of the model; reports and history stay readable."""
+        self.guarded(lambda: self._feed.write(self._recorder.read(last=_LOOK_BACK), len(self.findings)))
         self._order.stop()
         self._local.stop()
         self._losses.clear()
@@ -226,7 +230,10 @@ class Session:
     def after_step(self, applied: bool) -> None:
         """Completes the step."""
         self._recorder.end(applied)
-        self._watch.after_step(applied, self.arrived(_LOOK_BACK))
+        # A skipped step has been waited for, and may be the last one: what is on its way is worth waiting for as well.
+        records = self._recorder.read(wait=not applied, last=_LOOK_BACK)
+        self._watch.after_step(applied, records)
+        self._feed.write(records, len(self.findings))
         self._losses.clear()
         self._batch.clear()
         self._order.stop()
@@ -286,6 +293,7 @@ class Session:
             self._rank_faults[report.first.rank] = report.step
         error = policy.agree(report, self._config.policy, self._on_overflow, self._ranks, self._model.device)
         self._dump(report)
+        self._feed.report(report)
         return error
 
     def _dump(self, report: OverflowReport) -> None:

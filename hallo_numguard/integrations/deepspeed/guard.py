@@ -29,10 +29,10 @@ from hallo_numguard.integrations.deepspeed.engine import (
     parameters_of,
     told_not_to_look,
 )
+from hallo_numguard.integrations.deepspeed.monitor import monitor_sinks
 from hallo_numguard.integrations.deepspeed.replace import Replacement
 from hallo_numguard.integrations.deepspeed.seams import Seams
 from hallo_numguard.integrations.deepspeed.state import is_sliced, scan_state
-from hallo_numguard.integrations.deepspeed.trackers import Trackers
 from hallo_numguard.integrations.deepspeed.version import version
 from hallo_numguard.monitor import attribution
 from hallo_numguard.monitor.agreement import Ranks
@@ -70,11 +70,10 @@ class DeepSpeedGuard:
             module=engine.module,
             forward=lambda args, kwargs: call_module(engine, args, kwargs),
         )
-        self._session = Session(model, self._ranks, config, on_overflow)
+        self._session = Session(model, self._ranks, config, on_overflow, monitor_sinks(engine))
         self._policy = config.policy
         self._looks = self._kind.looks(self._optimizer)  # else nobody does but the guard
         self._enforces = config.policy.enforce or not told_not_to_look(engine)
-        self._trackers = Trackers(engine, self._session.arrived)
         self._explained = False  # whether this step's overflow was
         self._skipped_here = False  # by the guard itself, of an optimizer that knows of no overflow
         self._scanned_early: Scanned | None = None
@@ -148,7 +147,7 @@ class DeepSpeedGuard:
             if not self._explained:
                 self._explain()
             self._guarded(self._gradients.drop)
-        self._guarded(self._after_step)
+        self._guarded(lambda: self._session.after_step(applied=not self._overflowed))
         if self._to_raise is not None:
             error, self._to_raise = self._to_raise, None
             raise error
@@ -205,10 +204,6 @@ class DeepSpeedGuard:
         scanned = self._gradients.scan()
         self._session.before_step(step, scaling, scanned)
         return scanned
-
-    def _after_step(self) -> None:
-        self._session.after_step(applied=not self._overflowed)
-        self._trackers.write(self._session.skipped_in_a_row)
 
     @property
     def _overflowed(self) -> bool:
