@@ -9,6 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hallo_numguard.checkpoint.report import PreflightReport
+    from hallo_numguard.checkpoint.scan import scan
     from hallo_numguard.config import GuardConfig, Policy
     from hallo_numguard.errors import (
         BackendUnavailable,
@@ -47,6 +49,7 @@ _HOMES = {
     "Offender": "records",
     "OverflowReport": "records",
     "Policy": "config",
+    "PreflightReport": "checkpoint.report",
     "Record": "records",
     "Sink": "sinks.base",
     "StatsTable": "ops.table",
@@ -57,6 +60,7 @@ _HOMES = {
     "inject": "injection",
     "load_trace": "tracing.frames:load",
     "multi_tensor_stats": "ops.stats",
+    "scan": "checkpoint.scan:scan",
     "tensor_stats": "ops.stats",
     "trace": "tracing.tracer",
 }
@@ -74,6 +78,7 @@ __all__ = [
     "Offender",
     "OverflowReport",
     "Policy",
+    "PreflightReport",
     "Record",
     "Sink",
     "StatsTable",
@@ -84,6 +89,7 @@ __all__ = [
     "inject",
     "load_trace",
     "multi_tensor_stats",
+    "scan",
     "tensor_stats",
     "trace",
 ]

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import platform
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
@@ -15,6 +17,7 @@ from hallo_numguard import __version__
 from hallo_numguard.errors import NumGuardError
 
 if TYPE_CHECKING:
+    from hallo_numguard.checkpoint.report import PreflightReport
     from hallo_numguard.reports.files import Material
 
 _SHOWN = {"cuda": "native"}  # a module that is not called so
@@ -69,6 +72,61 @@ def report(files: tuple[Path, ...], html: Path | None, perfetto: Path | None, st
     except NumGuardError as error:
         raise _CannotCheck(str(error)) from error
     _print_report(material, style)
+
+
+@main.command()
+@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path))
+@click.option("--dtype", help="That the weights will be trained in, such as float16; else what the config says.")
+@click.option("--threads", type=click.IntRange(min=1), help="That read; as many as there are CPUs if left out.")
+@click.option("--format", "style", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
+def scan(paths: tuple[Path, ...], dtype: str | None, threads: int | None, style: str) -> None:
+    """Read every tensor of files or folders and report what is damaged.
+
+    PATHS are weights (safetensors, torch.save) and folders of models and checkpoints. Exits with 0 if nothing was
+    found, 1 if something was, 2 if not all could be checked. No code in the files runs.
+    """
+    from hallo_numguard.checkpoint.scan import scan as scan_paths
+
+    with _failures(), _progress() as advance:
+        found = scan_paths(*paths, dtype=dtype, threads=threads, progress=advance)
+    _print_findings(found, style)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, where that is a terminal, that goes on by bytes."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
+
+    console = Console(stderr=True)
+    columns = (BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("")
+        yield lambda done, total: bar.update(task, advance=done, total=total)
+
+
+@contextmanager
+def _failures() -> Iterator[None]:
+    """Turns what cannot be done into a message and exit code 2."""
+    try:
+        yield
+    except NumGuardError as error:
+        raise _CannotCheck(str(error)) from error
+    except OSError as error:
+        raise _CannotCheck(f"{error.filename} cannot be read or written: {error.strerror}") from error
+
+
+def _print_findings(found: PreflightReport, style: str) -> NoReturn:
+    """Prints a report, and ends with its exit code."""
+    if style == "json":
+        click.echo(json.dumps(found.to_dict(), allow_nan=False))
+    else:
+        from rich.console import Console
+
+        from hallo_numguard.reports import findings
+
+        Console(highlight=False).print(findings.render(found))
+    sys.exit(found.exit_code)
 
 
 class _CannotCheck(click.ClickException):

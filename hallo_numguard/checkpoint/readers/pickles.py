@@ -1,0 +1,332 @@
+"""Pickles without their code: tensors become descriptions of where they lie, every foreign object becomes inert.
+
+Two passes. `_screen` walks through the opcodes by the tables of `pickletools` and refuses what would take memory or
+depth that the data does not have (a memo index of a billion, tuples of tuples that double forty times). Then the
+unpickler of the standard library runs, with a `find_class` that knows a list of stand-ins and makes an empty class for
+every other name: nothing that a file names is ever imported.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import pickletools
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from hallo_numguard.checkpoint.readers.source import DamagedFile
+
+_MOST_DEPTH = 500
+_MOST_WEIGHT = 50_000_000  # objects, with every repetition counted
+_CODE_REMEDY = (
+    "Do not load this file with torch.load(weights_only=False) or pickle unless you trust whoever wrote it; "
+    "ask for the weights as safetensors."
+)
+
+
+@dataclass(frozen=True)
+class StorageType:
+    """What a storage class, or a dtype, stands for."""
+
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class StoredBytes:
+    """A storage: a run of bytes in an archive, by its key."""
+
+    key: str
+    dtype: torch.dtype
+    numel: int
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the pickle describes it. `offset` and `stride` are in elements of `dtype`."""
+
+    storage: StoredBytes
+    dtype: torch.dtype
+    offset: int
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    is_parameter: bool = False
+
+
+class Inert:
+    """Stands for an object of a class that is not ours: keeps what it was made of, does nothing."""
+
+    qualified = ""
+    args: tuple[Any, ...]
+    state: Any
+    items: list[Any]
+
+    def __new__(cls, *args: Any, **_: Any) -> Inert:
+        """Takes any arguments and keeps them."""
+        made = super().__new__(cls)
+        made.__dict__.update(args=args, state={}, items=[])
+        return made
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__["state"] = state
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.__dict__["items"].append((key, value))
+
+    def append(self, value: Any) -> None:
+        """As a list would."""
+        self.__dict__["items"].append(value)
+
+    def extend(self, values: Any) -> None:
+        """As a list would."""
+        self.__dict__["items"].extend(values)
+
+
+@dataclass
+class Unpickled:
+    """What a pickle holds.
+
+    Attributes:
+        value: Containers, numbers, strings, `StoredTensor` and `Inert`.
+        foreign: Names of all classes and functions that it would have imported.
+    """
+
+    value: Any
+    foreign: set[str] = field(default_factory=set)
+
+
+def unpickle(data: bytes, most_opcodes: int = 20_000_000) -> Unpickled:
+    """Returns what a pickle holds. Memory and time grow with its length, and with nothing that it says.
+
+    Raises:
+        DamagedFile: If it is no whole pickle, or one that is built to exhaust memory.
+    """
+    _screen(data, most_opcodes)
+    reader = _Unpickler(io.BytesIO(data))
+    try:
+        value = reader.load()
+    except Exception as error:  # noqa: BLE001 - hostile opcodes raise anything at all in the standard library
+        raise DamagedFile(f"holds a pickle that is damaged ({type(error).__name__})") from None
+    return Unpickled(value, reader.foreign)
+
+
+def refusal(name: str) -> DamagedFile | None:
+    """Returns what to say of a name that a pickle would import, if it is not one of plain data."""
+    if name.startswith(_DATA_MODULES) or name in _DATA_NAMES:
+        return None
+    return DamagedFile(f"holds a pickle that would run code: {name}", kind="code", remedy=_CODE_REMEDY)
+
+
+def inert(value: Any, depth: int = 20) -> Any:
+    """Returns a value of dicts, lists, numbers and strings: for metadata. What is deeper, or a tensor, is left out."""
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if depth == 0:
+        return None
+    if isinstance(value, Inert):
+        state = value.state if value.state else value.args
+        return inert(state[0] if isinstance(state, tuple) and len(state) == 1 else state, depth - 1)
+    if isinstance(value, Mapping):
+        return {key: inert(item, depth - 1) for key, item in value.items() if isinstance(key, (str, int))}
+    if isinstance(value, (list, tuple)):
+        return [inert(item, depth - 1) for item in value]
+    if isinstance(value, (StorageType, torch.dtype)):
+        return str(value.dtype if isinstance(value, StorageType) else value)
+    return None
+
+
+class _Unpickler(pickle.Unpickler):
+    def __init__(self, stream: io.BytesIO) -> None:
+        super().__init__(stream)
+        self.foreign: set[str] = set()
+        self._classes: dict[str, type[Inert]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Returns our stand-in, or an empty class that is called so."""
+        qualified = f"{module}.{name}"
+        known = _KNOWN.get(qualified)
+        if known is not None:
+            return known
+        self.foreign.add(qualified)
+        if qualified not in self._classes:
+            self._classes[qualified] = type("Foreign", (Inert,), {"qualified": qualified})
+        return self._classes[qualified]
+
+    def persistent_load(self, reference: Any) -> StoredBytes:
+        """Returns the storage that torch refers to."""
+        _, storage, key, _, numel = reference[:5]
+        if not (isinstance(storage, StorageType) and isinstance(key, str) and isinstance(numel, int)):
+            raise pickle.UnpicklingError("no reference to a storage")
+        return StoredBytes(key, storage.dtype, numel)
+
+
+def _screen(data: bytes, most_opcodes: int) -> None:
+    try:
+        for count, _ in enumerate(_weights(data)):
+            if count > most_opcodes:
+                raise DamagedFile("holds a pickle of far more opcodes than weights need")
+    except (ValueError, IndexError, KeyError, RecursionError, OverflowError) as error:
+        raise DamagedFile(f"holds a pickle that is damaged ({harmless_cause(error)})") from None
+
+
+def harmless_cause(error: Exception) -> str:
+    """Returns what an exception says, short."""
+    return str(error)[:100] or type(error).__name__
+
+
+_MARK = (0, -1)
+
+
+def _weights(data: bytes) -> Iterator[None]:
+    """Runs the pickle on pairs (depth, number of objects) in place of objects; raises where they grow too large."""
+    stack: list[tuple[int, int]] = []
+    memo: dict[int, tuple[int, int]] = {}
+    for opcode, value, _ in pickletools.genops(data):
+        name = opcode.name
+        argument = value if isinstance(value, int) else 0
+        if name == "MEMOIZE":
+            memo[len(memo)] = stack[-1]
+        elif name in ("PUT", "BINPUT", "LONG_BINPUT"):
+            if argument > len(data):
+                raise DamagedFile("holds a pickle that asks for more memory than it fills")
+            memo[argument] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "DUP":
+            stack.append(stack[-1])
+        elif name == "MARK":
+            stack.append(_MARK)
+        elif name == "POP":
+            stack.pop()
+        else:
+            _apply(opcode, stack)
+        yield
+
+
+def _apply(opcode: pickletools.OpcodeInfo, stack: list[tuple[int, int]]) -> None:
+    taken: list[tuple[int, int]] = []
+    before = opcode.stack_before
+    if pickletools.markobject in before:
+        while (item := stack.pop()) is not _MARK:
+            taken.append(item)
+        before = before[: before.index(pickletools.markobject)]
+    taken.extend(stack.pop() for _ in before)
+    if _MARK in taken:
+        raise ValueError("a mark where an object should be")
+    depth = 1 + max((depth for depth, _ in taken), default=0)
+    weight = 1 + sum(weight for _, weight in taken)
+    if depth > _MOST_DEPTH or weight > _MOST_WEIGHT:
+        raise DamagedFile("holds a pickle that unfolds without end (nested or repeated far beyond what weights need)")
+    stack.extend((depth, weight) for _ in opcode.stack_after)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A function that a pickle may call, frozen: a pickle can also set attributes of what it has found."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+
+def _rebuild_tensor(storage: StoredBytes, offset: int, shape: Any, stride: Any, *_: Any) -> StoredTensor:
+    return _tensor(storage, storage.dtype, offset, shape, stride)
+
+
+def _rebuild_tensor_v3(
+    storage: StoredBytes, offset: int, shape: Any, stride: Any, _grad: Any, _hooks: Any, dtype: Any, *_: Any
+) -> StoredTensor:
+    return _tensor(storage, dtype.dtype, offset, shape, stride)
+
+
+def _tensor(storage: StoredBytes, dtype: torch.dtype, offset: int, shape: Any, stride: Any) -> StoredTensor:
+    shape, stride = tuple(shape), tuple(stride)
+    numbers = (offset, *shape, *stride)
+    if not all(type(number) is int and 0 <= number < 1 << 48 for number in numbers) or len(shape) != len(stride):
+        raise pickle.UnpicklingError("a tensor of impossible size")
+    if len(shape) > _MOST_DIMENSIONS or not isinstance(storage, StoredBytes):
+        raise pickle.UnpicklingError("no tensor")
+    return StoredTensor(storage, dtype, offset, shape, stride)
+
+
+def _rebuild_parameter(data: Any, *_: Any) -> Any:
+    return replace(data, is_parameter=True) if isinstance(data, StoredTensor) else data
+
+
+def _rebuild_from_type(function: Any, _kind: Any, args: Any, _state: Any = None) -> Any:
+    return function(*args)
+
+
+def _reconstruct(cls: Any, *_: Any) -> Any:
+    return cls() if isinstance(cls, type) and issubclass(cls, Inert) else None
+
+
+def _encode(text: str, _encoding: str = "latin1") -> bytes:
+    return text.encode("latin1")
+
+
+_MOST_DIMENSIONS = 64
+_STORAGES = {
+    "Double": torch.float64,
+    "Float": torch.float32,
+    "Half": torch.float16,
+    "BFloat16": torch.bfloat16,
+    "Long": torch.int64,
+    "Int": torch.int32,
+    "Short": torch.int16,
+    "Char": torch.int8,
+    "Byte": torch.uint8,
+    "Bool": torch.bool,
+    "ComplexFloat": torch.complex64,
+    "ComplexDouble": torch.complex128,
+}
+_KNOWN: dict[str, Any] = {
+    "collections.OrderedDict": OrderedDict,
+    "collections.defaultdict": _Call(lambda *_: {}),
+    "collections.Counter": _Call(dict),
+    "builtins.set": set,
+    "builtins.frozenset": frozenset,
+    "builtins.dict": dict,
+    "builtins.list": list,
+    "builtins.tuple": tuple,
+    "builtins.int": int,
+    "builtins.float": float,
+    "builtins.bool": bool,
+    "builtins.str": str,
+    "builtins.complex": complex,
+    "_codecs.encode": _Call(_encode),
+    "copyreg._reconstructor": _Call(_reconstruct),
+    "torch.Size": tuple,
+    "torch._utils._rebuild_tensor": _Call(_rebuild_tensor),
+    "torch._utils._rebuild_tensor_v2": _Call(_rebuild_tensor),
+    "torch._utils._rebuild_tensor_v3": _Call(_rebuild_tensor_v3),
+    "torch._utils._rebuild_parameter": _Call(_rebuild_parameter),
+    "torch._utils._rebuild_parameter_with_state": _Call(_rebuild_parameter),
+    "torch._tensor._rebuild_from_type_v2": _Call(_rebuild_from_type),
+    "torch.storage.UntypedStorage": StorageType(torch.uint8),
+    **{f"torch.{name}Storage": StorageType(dtype) for name, dtype in _STORAGES.items()},
+    **{str(dtype): StorageType(dtype) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)},
+}
+_DATA_NAMES = frozenset(
+    {
+        "argparse.Namespace",
+        "builtins.bytearray",
+        "builtins.object",
+        "builtins.range",
+        "builtins.slice",
+        "collections.deque",
+        "datetime.date",
+        "datetime.datetime",
+        "datetime.timedelta",
+        "pathlib.PosixPath",
+        "pathlib.PurePosixPath",
+        "pathlib.WindowsPath",
+        "types.SimpleNamespace",
+        "uuid.UUID",
+    }
+)
+_DATA_MODULES = ("deepspeed.",)

