@@ -9,8 +9,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hallo_numguard.checkpoint.diff import diff
+    from hallo_numguard.checkpoint.manifest import write_manifest
     from hallo_numguard.checkpoint.report import PreflightReport
     from hallo_numguard.checkpoint.scan import scan
+    from hallo_numguard.checkpoint.verify import verify_manifest
     from hallo_numguard.config import GuardConfig, Policy
     from hallo_numguard.errors import (
         BackendUnavailable,
@@ -57,12 +60,15 @@ _HOMES = {
     "UnsupportedDeepSpeed": "errors",
     "Verdict": "records",
     "attach": "integrations",
+    "diff": "checkpoint.diff:diff",
     "inject": "injection",
     "load_trace": "tracing.frames:load",
     "multi_tensor_stats": "ops.stats",
     "scan": "checkpoint.scan:scan",
     "tensor_stats": "ops.stats",
     "trace": "tracing.tracer",
+    "verify_manifest": "checkpoint.verify",
+    "write_manifest": "checkpoint.manifest",
 }
 
 __version__ = "0.1.0"
@@ -86,12 +92,15 @@ __all__ = [
     "UnsupportedDeepSpeed",
     "Verdict",
     "attach",
+    "diff",
     "inject",
     "load_trace",
     "multi_tensor_stats",
     "scan",
     "tensor_stats",
     "trace",
+    "verify_manifest",
+    "write_manifest",
 ]
 
 

@@ -92,6 +92,62 @@ def scan(paths: tuple[Path, ...], dtype: str | None, threads: int | None, style:
     _print_findings(found, style)
 
 
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--md5", is_flag=True, help="Also write MD5SUMS.")
+@click.option("--sign", metavar="KEY", help="Also sign: a private key (PEM), or the word sigstore for no key at all.")
+@click.option("--format", "style", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
+def manifest(folder: Path, md5: bool, sign: str | None, style: str) -> None:
+    """Write down what the files of FOLDER are, for `verify`.
+
+    SHA256SUMS for sha256sum -c, numguard.manifest.json as OpenSSF model signing has it, numguard.tensors.json with the
+    digest and the statistics of every tensor.
+    """
+    from hallo_numguard.checkpoint import signing
+    from hallo_numguard.checkpoint.manifest import write_manifest
+
+    with _failures():
+        written = write_manifest(folder, md5=md5)
+        if sign is not None and written.ok:
+            signing.sign(folder, sign)
+    _print_findings(written, style)
+
+
+@main.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--manifest", "listing", type=click.Path(path_type=Path), help="Where it is, if not in FOLDER.")
+@click.option("--key", type=click.Path(path_type=Path), help="Also check the signature, with this public key (PEM).")
+@click.option("--format", "style", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
+def verify(folder: Path, listing: Path | None, key: Path | None, style: str) -> None:
+    """Compare FOLDER with its manifest: files that are missing, extra or changed, and which tensors differ.
+
+    Reads what `manifest` wrote, or a list of checksums that sha256sum or md5sum wrote, or the digests that the Hugging
+    Face Hub gave.
+    """
+    from hallo_numguard.checkpoint import signing
+    from hallo_numguard.checkpoint.report import merge
+    from hallo_numguard.checkpoint.verify import verify_manifest
+
+    with _failures():
+        reports = [verify_manifest(folder, listing)]
+        if key is not None:
+            reports.append(signing.check(folder, key))
+    _print_findings(merge(reports), style)
+
+
+@main.command()
+@click.argument("a", type=click.Path(path_type=Path))
+@click.argument("b", type=click.Path(path_type=Path))
+@click.option("--format", "style", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
+def diff(a: Path, b: Path, style: str) -> None:
+    """Compare two models or checkpoints, A and B, tensor by tensor."""
+    from hallo_numguard.checkpoint import diff as comparing
+
+    with _failures():
+        found = comparing.diff(a, b)
+    _print_findings(found, style)
+
+
 @contextmanager
 def _progress() -> Iterator[Callable[[int, int], None]]:
     """A bar on stderr, where that is a terminal, that goes on by bytes."""

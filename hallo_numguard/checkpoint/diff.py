@@ -1,0 +1,165 @@
+"""Two models or checkpoints, compared tensor by tensor."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hallo_numguard.checkpoint.facts import dtype_name, sources
+from hallo_numguard.checkpoint.names import title
+from hallo_numguard.checkpoint.readers import DamagedFile, Source, TensorEntry, UnknownLayout, load
+from hallo_numguard.checkpoint.report import PreflightReport, gravest_first
+from hallo_numguard.checkpoint.tree import walk
+from hallo_numguard.records import Finding, shape_in_words
+
+_CHUNK = 1 << 20  # elements that are compared at a time
+
+_Key = tuple[str, str, str, int | None, int]  # folder, name, role, rank, start
+
+
+def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> PreflightReport:
+    """Compares two files of weights, models or checkpoints, tensor by tensor.
+
+    Args:
+        a: Path of the one.
+        b: Path of the other.
+
+    Returns:
+        A finding for each tensor that only one of them has, or whose shape, dtype or values differ; and how many are
+        identical. Values are equal if their bits are; of tensors of different dtypes, if their numbers are.
+
+    Raises:
+        UnknownLayout: If one of them is not there, or of no layout that can be read.
+        OSError: If a file cannot be read.
+
+    Cost: every tensor is read once, as much as 1 Mi elements of each side at a time.
+    """
+    left, right = _read("A", Path(a)), _read("B", Path(b))
+    pairs = {
+        key: _differences(entry, right.entries[key]) for key, entry in left.entries.items() if key in right.entries
+    }
+    findings = [
+        *left.findings,
+        *right.findings,
+        *(_finding("missing_tensor", entry, "is in A only") for key, entry in left.entries.items() if key not in pairs),
+        *(_finding("extra_tensor", entry, "is in B only") for key, entry in right.entries.items() if key not in pairs),
+        *(finding for differences in pairs.values() for finding in differences),
+    ]
+    identical = sum(not differences for differences in pairs.values())
+    counts = f"{len(left.entries)} in A ({a}) and {len(right.entries)} in B ({b})"
+    checked = f"{identical} tensors are identical, of {counts}."
+    return PreflightReport(gravest_first(findings), (checked,), (*left.unchecked, *right.unchecked))
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One of the two: its tensors, by what makes one that of the other side; and what could not be read."""
+
+    entries: Mapping[_Key, TensorEntry]
+    findings: tuple[Finding, ...]
+    unchecked: tuple[str, ...]
+
+
+@dataclass
+class _Distance:
+    """How far two tensors are apart.
+
+    Attributes:
+        differing: Number of elements that differ.
+        largest: Absolute difference among those that are finite in both.
+        one_sided: Number of elements that are finite in one only.
+    """
+
+    differing: int = 0
+    largest: float = 0.0
+    one_sided: int = 0
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Adds what elements at the same places differ in; both tensors are flat."""
+        if a.dtype == b.dtype and torch.equal(_bytes(a), _bytes(b)):
+            return
+        x, y = _wide(a), _wide(b)
+        finite = x.isfinite() & y.isfinite()
+        self.differing += int(_differing(a, b).sum())
+        self.one_sided += int((x.isfinite() ^ y.isfinite()).sum())
+        self.largest = max(self.largest, float((x - y)[finite].abs().max())) if finite.any() else self.largest
+
+    def in_words(self, numel: int) -> str:
+        """Returns it as a sentence without its subject."""
+        one_sided = f"; {self.one_sided} are finite in one of them only" if self.one_sided else ""
+        return f"differs in {self.differing} of {numel} elements, by at most {self.largest:.6g}{one_sided}"
+
+
+def _read(side: str, path: Path) -> _Side:
+    tree = walk(path) if path.is_dir() else None
+    found = list(sources(path, tree.files.values() if tree else ()))
+    if not found:
+        raise UnknownLayout(f"{path} is not there, or holds no weights that can be read")
+    entries: dict[_Key, TensorEntry] = {}
+    for source in found:
+        for entry in source.entries:
+            entries.setdefault((_folder(path, source, entry), entry.name, entry.role, entry.rank, entry.start), entry)
+    twice = sum(len(source.entries) for source in found) - len(entries)
+    again = (f"{twice} tensors of {side} that another file of it has as well.",) if twice else ()
+    return _Side(
+        entries,
+        (*(tree.findings if tree else ()), *(finding for source in found for finding in source.findings)),
+        (*(sentence for source in found for sentence in source.unchecked), *again),
+    )
+
+
+def _folder(path: Path, source: Source, entry: TensorEntry) -> str:
+    """Where a tensor belongs to, if that is one of several models in a folder."""
+    return "" if path in (source.root, entry.file.parent) else str(entry.file.parent.relative_to(path))
+
+
+def _differences(a: TensorEntry, b: TensorEntry) -> list[Finding]:
+    try:
+        one, other = load(a), load(b)
+    except DamagedFile as error:
+        return [error.finding(b.file)]
+    if one.shape != other.shape:
+        message = f"is {shape_in_words(one.shape)} in A, {shape_in_words(other.shape)} in B"
+        return [_finding("shape_differs", b, message)]
+    findings = []
+    if one.dtype != other.dtype:
+        findings.append(
+            _finding("dtype_differs", b, f"is {dtype_name(one.dtype)} in A, {dtype_name(other.dtype)} in B")
+        )
+    distance = _distance(one.reshape(-1), other.reshape(-1))
+    if distance.differing:
+        findings.append(_finding("values_differ", b, distance.in_words(one.numel())))
+    return findings
+
+
+def _distance(a: torch.Tensor, b: torch.Tensor) -> _Distance:
+    distance = _Distance()
+    for begin in range(0, a.numel(), _CHUNK):
+        distance.add(a[begin : begin + _CHUNK], b[begin : begin + _CHUNK])
+    return distance
+
+
+def _differing(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Which elements differ: in a bit, or in value where the dtypes are not the same."""
+    if a.dtype == b.dtype:
+        return (_bytes(a) != _bytes(b)).view(-1, a.element_size()).any(dim=1)
+    x, y = _wide(a), _wide(b)
+    return (x != y) & ~(x.isnan() & y.isnan())
+
+
+def _bytes(flat: torch.Tensor) -> torch.Tensor:
+    return flat.view(torch.uint8)
+
+
+def _wide(flat: torch.Tensor) -> torch.Tensor:
+    return flat.to(torch.complex128 if flat.is_complex() else torch.float64)
+
+
+def _finding(kind: str, entry: TensorEntry, message: str) -> Finding:
+    return Finding(
+        kind, f"{title(entry.name, entry.role, entry.rank)} {message}", name=entry.name, file=str(entry.file)
+    )
