@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hallo_numguard.checkpoint.diff import diff
+    from hallo_numguard.checkpoint.keeper import CheckpointKeeper
     from hallo_numguard.checkpoint.manifest import write_manifest
     from hallo_numguard.checkpoint.report import PreflightReport
     from hallo_numguard.checkpoint.scan import scan
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from hallo_numguard.config import GuardConfig, Policy
     from hallo_numguard.errors import (
         BackendUnavailable,
+        CheckpointFailed,
         InvalidInput,
         NoActiveRun,
         NumericsError,
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "BackendUnavailable": "errors",
+    "CheckpointFailed": "errors",
+    "CheckpointKeeper": "checkpoint.keeper",
     "Finding": "records",
     "GuardConfig": "config",
     "InvalidInput": "errors",
@@ -74,6 +78,8 @@ _HOMES = {
 __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
+    "CheckpointFailed",
+    "CheckpointKeeper",
     "Finding",
     "GuardConfig",
     "InvalidInput",

@@ -29,7 +29,8 @@ class Sink(Protocol):
         """Takes the figures of one step.
 
         Args:
-            step: Number of the optimizer step, from 1, skipped ones counted; each is written once, in order.
+            step: Number of the optimizer step, from 1, skipped ones counted; each is written once, in order, and once
+                more after the run went back to a checkpoint.
             figures: By a name of `FIGURES`.
         """
 

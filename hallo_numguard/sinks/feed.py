@@ -14,7 +14,7 @@ _log = logging.getLogger("hallo_numguard")
 
 
 class Feed:
-    """Writes every step once, in order, and drops a sink that fails. Waits for nothing.
+    """Passes every step on, and drops a sink that fails. Waits for nothing.
 
     Args:
         sinks: Where to.
@@ -22,20 +22,16 @@ class Feed:
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
         self._sinks = list(sinks)
-        self._written = 0  # number of the last step
         self._skipped = 0  # steps in a row
 
     def write(self, records: Sequence[StepRecord], findings: int) -> None:
-        """Writes the steps that have not been written yet.
+        """Writes steps.
 
         Args:
-            records: The last steps, oldest first.
+            records: Those that have not been written yet, oldest first.
             findings: Number of findings so far.
         """
         for record in records:
-            if record.step <= self._written:
-                continue
-            self._written = record.step
             self._skipped = 0 if record.applied else self._skipped + 1
             figures = figures_of(record) | {"skipped_in_a_row": self._skipped, "findings": findings}
             self._each("write", record.step, figures)
