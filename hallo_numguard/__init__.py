@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hallo_numguard.checkpoint.diff import diff
+    from hallo_numguard.checkpoint.keeper import CheckpointKeeper
     from hallo_numguard.checkpoint.manifest import write_manifest
     from hallo_numguard.checkpoint.report import PreflightReport
     from hallo_numguard.checkpoint.scan import scan
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from hallo_numguard.config import GuardConfig, Policy
     from hallo_numguard.errors import (
         BackendUnavailable,
+        CheckpointFailed,
         InvalidInput,
+        NoActiveRun,
         NumericsError,
         NumGuardError,
         UnsupportedDeepSpeed,
@@ -35,15 +38,19 @@ if TYPE_CHECKING:
         StepRecord,
         Verdict,
     )
+    from hallo_numguard.sinks.base import Sink
     from hallo_numguard.tracing.frames import load as load_trace
     from hallo_numguard.tracing.tracer import trace
 
 _HOMES = {
     "BackendUnavailable": "errors",
+    "CheckpointFailed": "errors",
+    "CheckpointKeeper": "checkpoint.keeper",
     "Finding": "records",
     "GuardConfig": "config",
     "InvalidInput": "errors",
     "Layout": "ops.layout",
+    "NoActiveRun": "errors",
     "NumGuardError": "errors",
     "NumericsError": "errors",
     "Offender": "records",
@@ -51,6 +58,7 @@ _HOMES = {
     "Policy": "config",
     "PreflightReport": "checkpoint.report",
     "Record": "records",
+    "Sink": "sinks.base",
     "StatsTable": "ops.table",
     "StepRecord": "records",
     "UnsupportedDeepSpeed": "errors",
@@ -70,10 +78,13 @@ _HOMES = {
 __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailable",
+    "CheckpointFailed",
+    "CheckpointKeeper",
     "Finding",
     "GuardConfig",
     "InvalidInput",
     "Layout",
+    "NoActiveRun",
     "NumGuardError",
     "NumericsError",
     "Offender",
@@ -81,6 +92,7 @@ __all__ = [
     "Policy",
     "PreflightReport",
     "Record",
+    "Sink",
     "StatsTable",
     "StepRecord",
     "UnsupportedDeepSpeed",

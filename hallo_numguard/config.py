@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from hallo_numguard.errors import InvalidInput
 from hallo_numguard.records import OverflowReport, Verdict
 
-ACTIONS = ("continue", "warn", "skip", "raise")
+ACTIONS = ("continue", "warn", "skip", "rollback", "raise")
 """What can be done about an overflow, mildest first. The step itself is skipped in any case."""
 
 MODES = ("replace", "observe")
@@ -36,14 +37,18 @@ class Policy:
 
     Attributes:
         on_unrecoverable: Action where `report.recoverable` is False: "raise" (default) stops at once in place of
-            burning every halving of the loss scale; "warn" lets DeepSpeed go on.
+            burning every halving of the loss scale; "rollback" puts the run back to the last healthy checkpoint of
+            `GuardConfig.keeper` and goes on with the next batch; "warn" lets DeepSpeed go on.
         actions: Action by verdict, in place of the default: a name, or a callable that gets the report and returns a
             name or None. "continue" logs one line, "warn" and "skip" log the report (the step
-            is skipped in any case), "raise" raises `NumericsError` once DeepSpeed has dropped the step's gradients.
+            is skipped in any case), "rollback" goes back, "raise" raises `NumericsError` once DeepSpeed has dropped
+            the step's gradients.
         max_consecutive_skips: Raise after so many skipped steps in a row, unless a lower loss scale is still to be
             tried or `actions` says otherwise. Frameworks skip in silence where they do not scale the loss. A
             `rank_fault` that comes back on the same rank is unrecoverable.
         keep_scale: Do not lower the loss scale for what it is not to blame for: a loss that is not finite already.
+        max_rollbacks: Of one guard. Instead of going back once more it raises, as it does where there is no healthy
+            checkpoint.
         enforce: Skip a step with non-finite gradients also where the framework's own configuration says that they
             must not be looked for (DeepSpeed's `bf16.check_grad_overflow: false`); else it is reported only.
     """
@@ -52,6 +57,7 @@ class Policy:
     actions: Mapping[Verdict, Action] = field(default_factory=dict)
     max_consecutive_skips: int = 10
     keep_scale: bool = False
+    max_rollbacks: int = 3
     enforce: bool = False
 
     def __post_init__(self) -> None:
@@ -59,6 +65,8 @@ class Policy:
             raise InvalidInput(
                 f"policy.max_consecutive_skips must be a positive number of steps, got {self.max_consecutive_skips!r}"
             )
+        if not isinstance(self.max_rollbacks, int) or self.max_rollbacks < 0:
+            raise InvalidInput(f"policy.max_rollbacks must be a number of rollbacks, got {self.max_rollbacks!r}")
         check_action(self.on_unrecoverable, "policy.on_unrecoverable")
         for verdict, action in self.actions.items():
             if verdict not in set(Verdict):
@@ -101,6 +109,12 @@ class GuardConfig:
             framework: the batch, the random state, the configuration, the report, the one bad call of the named module
             with its weights, and a script. Costs a pass over the batch, on such an overflow only; 8 bundles a run.
             None for nowhere.
+        sinks: Where rank 0's figures of every step and the reports go, each one of: a SummaryWriter that the run has
+            (torch.utils.tensorboard, tensorboardX); "wandb" or "mlflow", for the run that is active when the first
+            step is over; "csv:<path>"; "name:text" of what another package offers as an entry point
+            `hallo_numguard.sinks`; or a `Sink` of your own. No run is ever started. Costs no synchronisation.
+        keeper: A `CheckpointKeeper`, which is told of clean and bad steps, and goes back where the policy says so. The
+            script calls its `save`.
     """
 
     mode: str = "replace"
@@ -109,6 +123,8 @@ class GuardConfig:
     policy: Policy = field(default_factory=Policy)
     dump_dir: str | os.PathLike[str] | None = None
     repro_dir: str | os.PathLike[str] | None = None
+    sinks: Sequence[Any] = ()
+    keeper: Any = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -125,3 +141,9 @@ class GuardConfig:
             folder = getattr(self, name)
             if folder is not None and not isinstance(folder, (str, os.PathLike)):
                 raise InvalidInput(f"{name} must be the path of a folder, got {folder!r}")
+        if not isinstance(self.sinks, (list, tuple)):
+            raise InvalidInput(f"sinks must be a list, got {self.sinks!r}")
+        if self.keeper is not None and not all(hasattr(self.keeper, name) for name in ("clean_step", "rollback")):
+            raise InvalidInput(f"keeper must be a CheckpointKeeper, got {type(self.keeper).__name__}")
+        if self.keeper is None and "rollback" in (self.policy.on_unrecoverable, *self.policy.actions.values()):
+            raise InvalidInput("the policy says rollback: give GuardConfig a keeper to go back with")

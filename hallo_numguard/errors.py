@@ -24,6 +24,14 @@ class UnsupportedDeepSpeed(NumGuardError):
     """The engine, or the installed DeepSpeed, lacks something that the guard needs."""
 
 
+class NoActiveRun(NumGuardError):
+    """Figures were to go to a tracker that has no run to attach to; none is started for them."""
+
+
+class CheckpointFailed(NumGuardError):
+    """A checkpoint could not be saved, or there is none to go back to. Those that were there are untouched."""
+
+
 class NumericsError(NumGuardError):
     """Training was stopped by policy, because of what `report` tells."""
 

@@ -31,7 +31,7 @@ def write_whole(path: Path, data: bytes) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    _sync_folder(path.parent)
+    sync(path.parent)
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> Path:
@@ -54,7 +54,7 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> Path:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    _sync_folder(path.parent)
+    sync(path.parent)
     return free
 
 
@@ -64,12 +64,13 @@ def _numbered(path: Path) -> Iterator[Path]:
         yield path.with_name(f"{path.name}.{number}")
 
 
-def _sync_folder(path: Path) -> None:
-    folder = os.open(path, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Waits until a file's bytes, or a folder's names, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        os.fsync(descriptor)
     finally:
-        os.close(folder)
+        os.close(descriptor)
 
 
 def without_nonfinite(value: Any) -> Any:

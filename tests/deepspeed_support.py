@@ -163,7 +163,7 @@ def run_ranks(script: str, folder: Path, ranks: int = 2, timeout: float = 200) -
             **os.environ,
             **rank_environment(rank, ranks, port),
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(Path(__file__).parent),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent), os.environ.get("PYTHONPATH")])),
         }
         processes.append(
             subprocess.Popen(

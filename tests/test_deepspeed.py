@@ -188,7 +188,7 @@ def test_what_on_overflow_returns_is_done(make):
 @pytest.mark.parametrize("answer", ["stop", 3])
 def test_an_answer_that_is_no_action_is_an_error(make, answer):
     engine, _ = make("fp16", scale_power=30, on_overflow=lambda report: answer)
-    with pytest.raises(ng.InvalidInput, match="continue, warn, skip, raise"):
+    with pytest.raises(ng.InvalidInput, match="continue, warn, skip, rollback, raise"):
         support.train_step(engine)
 
 

@@ -25,7 +25,7 @@ def attach(
             also before `train()`, where the engine is made. ZeRO stages 0 to 3, with and without offload.
         config: What to do; see `GuardConfig`.
         on_overflow: Called on every rank with the same `OverflowReport` when a step's gradients are not finite. May
-            return an action ("continue", "warn", "skip", "raise") in place of the policy's, or None.
+            return an action ("continue", "warn", "skip", "rollback", "raise") in place of the policy's, or None.
 
     Returns:
         The guard: `last_report`, `history`, `findings`, `detach()`.

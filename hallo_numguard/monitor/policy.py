@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from typing import NamedTuple
 
 import torch
 
@@ -17,17 +18,24 @@ _log = logging.getLogger("hallo_numguard")
 _CALLBACK_FAILED = len(ACTIONS)  # graver than any action: some rank is going to raise
 
 
+class Answer(NamedTuple):
+    """What every rank has to do once the step's gradients are dropped: raise, go back to a checkpoint, or go on."""
+
+    error: BaseException | None = None
+    goes_back: bool = False
+
+
 def agree(
     report: OverflowReport,
     policy: Policy,
     callback: OverflowCallback | None,
     ranks: Ranks,
     device: torch.device,
-) -> BaseException | None:
-    """Asks the callback and the policy, takes the gravest answer of all ranks, and carries it out.
+    can_go_back: bool,
+) -> Answer:
+    """Asks the callback and the policy, and takes the gravest answer of all ranks.
 
-    Returns:
-        What every rank has to raise once DeepSpeed has dropped the step's gradients, or None to go on.
+    If the run cannot go back to a checkpoint, or not once more, "rollback" is "raise".
     """
     error: BaseException | None = None
     gravity = 0
@@ -39,13 +47,13 @@ def agree(
     if agreed == _CALLBACK_FAILED:
         if error is None:
             _log.error("on_overflow or a policy callable raised on another rank")
-        return error or NumericsError(report)
+        return Answer(error or NumericsError(report))
     action = ACTIONS[agreed]
-    if action == "raise":
-        return NumericsError(report)
+    if action == "raise" or (action == "rollback" and not can_go_back):
+        return Answer(NumericsError(report))
     if ranks.rank == 0:
         _announce(report, action)
-    return None
+    return Answer(goes_back=action == "rollback")
 
 
 def _choose(report: OverflowReport, policy: Policy, callback: OverflowCallback | None) -> str:

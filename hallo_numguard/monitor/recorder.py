@@ -46,6 +46,7 @@ class Recorder:
         self._stamps: list[_Stamp] = []
         self._tables: deque[tuple[torch.Tensor, Sequence[Piece]]] = deque()  # of the last steps
         self._written = 0
+        self._handed = 0  # rows that `fresh` has returned
 
     def begin(
         self, step: int, loss_scale: float, packed: torch.Tensor, pieces: Sequence[Piece], loss: torch.Tensor | None
@@ -73,25 +74,33 @@ class Recorder:
         """Completes the step that was begun last."""
         self._stamps[-1].applied = applied
 
-    def read(self, wait: bool = True, last: int | None = None) -> list[StepRecord]:
-        """Returns the steps that are kept, oldest first.
+    def read(self) -> list[StepRecord]:
+        """Returns the steps that are kept, oldest first. Waits for rows that are still on their way."""
+        return self._records(self._written - len(self._stamps), wait=True)
+
+    def fresh(self, wait: bool) -> list[StepRecord]:
+        """Returns the steps that it has not returned yet, oldest first.
 
         Args:
-            last: Only so many, the latest.
-            wait: Whether to wait for rows that are still on their way from the device; else they are left out, which
-                of steps that are over is at most the last. Nothing else on the device is waited for.
+            wait: Whether to wait for rows that are still on their way from the device; else they come the next time,
+                which of steps that are over is at most the last. Nothing else on the device is waited for.
         """
-        if self._rows is None:
-            return []
-        stamps = self._stamps if last is None else self._stamps[-last:]
-        begin = self._written - len(stamps)
-        tables = [None] * (len(stamps) - len(self._tables)) + list(self._tables)[-len(stamps) :]
-        rows = [self._rows.read(begin + position, wait) for position in range(len(stamps))]
-        return [
-            self._step_record(stamp, row, table)
-            for stamp, row, table in zip(stamps, rows, tables, strict=True)
-            if row is not None
-        ]
+        begin = max(self._handed, self._written - len(self._stamps))
+        records = self._records(begin, wait)
+        self._handed = begin + len(records)
+        return records
+
+    def _records(self, begin: int, wait: bool) -> list[StepRecord]:
+        """The steps from the one of that ordinal number on, up to the first whose row has not arrived."""
+        records: list[StepRecord] = []
+        for number in range(begin, self._written):
+            row = None if self._rows is None else self._rows.read(number, wait)
+            if row is None:
+                break
+            behind = number - self._written
+            table = self._tables[behind] if -behind <= len(self._tables) else None
+            records.append(self._step_record(self._stamps[behind], row, table))
+        return records
 
     def _step_record(
         self, stamp: _Stamp, row: list[float], table: tuple[torch.Tensor, Sequence[Piece]] | None

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from hallo_numguard.config import GuardConfig, OverflowCallback
+from hallo_numguard.errors import CheckpointFailed, NumericsError
 from hallo_numguard.files import write_whole
 from hallo_numguard.monitor import attribution, policy
 from hallo_numguard.monitor.agreement import Ranks
@@ -39,6 +40,9 @@ from hallo_numguard.monitor.verdict import judge, needs_replay, settled
 from hallo_numguard.monitor.watch import Watch
 from hallo_numguard.records import Finding, Offender, OverflowReport, StepRecord, Verdict
 from hallo_numguard.reports.environment import collect
+from hallo_numguard.sinks.base import Sink
+from hallo_numguard.sinks.choose import sink_for
+from hallo_numguard.sinks.feed import Feed
 
 _log = logging.getLogger("hallo_numguard")
 
@@ -46,7 +50,6 @@ T = TypeVar("T")
 
 _FAILED = 2  # graver than any answer
 _MOST_FINDINGS = 1000
-_LOOK_BACK = 4  # steps; a row has usually arrived by the next step
 _UNKNOWN = -(1 << 20)  # lower than any power of two
 
 _OUTLOOK = {
@@ -151,12 +154,22 @@ class Session:
             provisional when a later step was finite.
         findings: What was noticed that is no overflow, or not yet: see `Finding`. The last 1000.
         failed: Whether our own code failed: the integration takes itself off.
+        goes_back: Whether all ranks have agreed to go back to a checkpoint: the integration calls `go_back` as soon as
+            its framework is done with the step.
     """
 
-    def __init__(self, model: Model, ranks: Ranks, config: GuardConfig, on_overflow: OverflowCallback | None) -> None:
+    def __init__(
+        self,
+        model: Model,
+        ranks: Ranks,
+        config: GuardConfig,
+        on_overflow: OverflowCallback | None,
+        sinks: Sequence[Sink] = (),
+    ) -> None:
         self.last_report: OverflowReport | None = None
         self.findings: list[Finding] = []
         self.failed = False
+        self.goes_back = False
         self._model = model
         self._weights = [*model.parameters, *model.buffers]
         self._ranks = ranks
@@ -168,6 +181,8 @@ class Session:
         self._known: set[int] = set()
         limit = _near_limit(model.parameters)
         self._recorder = Recorder(config.history, [item.name for item in model.parameters], limit)
+        sinks = [*sinks, *map(sink_for, config.sinks)]  # on every rank, so that all refuse what is none
+        self._feed = Feed(sinks if ranks.rank == 0 else [])
         self._batch = Batch(model.module)
         self._replayer = (
             Replayer(model.module, model.forward, self._batch, ranks, model.device)
@@ -185,23 +200,17 @@ class Session:
         self._scaling = Scaling(1.0, dynamic=False)
         self._scanned = Scanned(torch.empty((0, 8), dtype=torch.int64), ())
         self._skipped = 0  # steps in a row
+        self._rollbacks = 0
+        self._judged = False  # whether this step's gradients were not finite, for a reason that may come again
         self._rank_faults: dict[int, int] = {}  # step of the last by rank
 
     def history(self) -> list[StepRecord]:
         """Returns the flight recorder's steps, oldest first. Waits for rows that are still on their way."""
         return self._recorder.read()
 
-    def arrived(self, last: int) -> list[StepRecord]:
-        """Returns the latest steps whose figures are on the host by now, oldest first. Waits for nothing."""
-        return self._recorder.read(wait=False, last=last)
-
-    @property
-    def skipped_in_a_row(self) -> int:
-        """Number of steps skipped since the last one that was applied."""
-        return self._skipped
-
     def stop(self) -> None:
         """Lets go of the model; reports and history stay readable."""
+        self.guarded(lambda: self._feed.write(self._recorder.fresh(wait=True), len(self.findings)))
         self._order.stop()
         self._local.stop()
         self._losses.clear()
@@ -224,6 +233,7 @@ class Session:
     def before_step(self, step: int, scaling: Scaling, scanned: Scanned) -> None:
         """Takes note of the gradients. No synchronisation."""
         self._step, self._scaling, self._scanned = step, scaling, scanned
+        self._judged = False
         loss = self._losses[-1] if self._losses else None
         self._recorder.begin(step, scaling.scale, scanned.packed, scanned.pieces, loss)
         self._watch.before_step(step, scaling.scale, scanned.packed, scanned.pieces)
@@ -231,7 +241,11 @@ class Session:
     def after_step(self, applied: bool) -> None:
         """Completes the step."""
         self._recorder.end(applied)
-        self._watch.after_step(applied, self.arrived(_LOOK_BACK))
+        # A skipped step has been waited for, and may be the last one: what is on its way is worth waiting for as well.
+        records = self._recorder.fresh(wait=not applied)
+        self._watch.after_step(applied, records)
+        self._feed.write(records, len(self.findings))
+        self._tell_keeper(applied, records)
         self._losses.clear()
         self._batch.clear()
         self._order.stop()
@@ -290,11 +304,48 @@ class Session:
         if report.verdict is Verdict.RANK_FAULT and report.first is not None and report.first.rank is not None:
             self._rank_faults[report.first.rank] = report.step
         bundle = self._take_bundle(report, evidence)
-        error = policy.agree(report, self._config.policy, self._on_overflow, self._ranks, self._model.device)
+        self._judged = report.recoverable is not True
+        can_go_back = self._config.keeper is not None and self._rollbacks < self._config.policy.max_rollbacks
+        answer = policy.agree(
+            report, self._config.policy, self._on_overflow, self._ranks, self._model.device, can_go_back
+        )
+        self.goes_back = answer.goes_back
         self._dump(report)
         if bundle is not None:
             self._bundles.write(report, bundle)
-        return error
+        self._feed.report(report)
+        return answer.error
+
+    def go_back(self, run: Any) -> None:
+        """Puts a run back to its last healthy checkpoint. All ranks must call it.
+
+        Raises:
+            NumericsError: On all of them, if there is none.
+        """
+        self.goes_back = False
+        self._rollbacks += 1
+        report = self.last_report
+        assert report is not None  # noqa: S101 - nothing else goes back
+        try:
+            checkpoint = self._config.keeper.rollback(run)
+        except CheckpointFailed as error:
+            if self._ranks.rank == 0:
+                _log.error("step %d cannot be undone: %s", report.step, error)
+            raise NumericsError(report) from error
+        self._skipped = 0
+        if self._ranks.rank == 0:
+            allowed = self._config.policy.max_rollbacks
+            _log.warning("went back to checkpoint %s: rollback %d of %d", checkpoint, self._rollbacks, allowed)
+
+    def _tell_keeper(self, applied: bool, records: Sequence[StepRecord]) -> None:
+        keeper, last = self._config.keeper, records[-1] if records else None
+        if keeper is None:
+            return
+        loss = None if last is None else last.loss
+        if self._judged or (loss is not None and not math.isfinite(loss)):
+            keeper.bad_step()
+        elif applied:
+            keeper.clean_step(last)
 
     def _take_bundle(self, report: OverflowReport, evidence: Evidence) -> Bundle | None:
         replay = evidence.replay

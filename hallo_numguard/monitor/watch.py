@@ -51,7 +51,6 @@ class Watch:
         self._tell = tell
         self._said: dict[tuple[str, str], int] = {}
         self._spikes = {"norm_spike": Spikes(least=0.1), "loss_spike": Spikes(least=0.05)}
-        self._last_row = 0
         self._steps = 0
         self._updates = _Updates(parameters)
         self._now: _Sample | None = None
@@ -71,14 +70,13 @@ class Watch:
         self._updates.begin()
 
     def after_step(self, applied: bool, rows: Sequence[StepRecord]) -> None:
-        """Completes the sample, and looks at whatever has arrived."""
+        """Completes the sample, and looks at whatever has arrived: `rows` are the steps that are new on the host."""
         if self._now is not None and applied:
             self._now.updates = self._updates.end()
             self._under_way.append(self._now)
         self._now = None
         for row in rows:
-            if row.step > self._last_row and row.applied:
-                self._last_row = row.step
+            if row.applied:
                 self._look_for_spikes(row)
         while self._under_way and self._under_way[0].arrived:
             self._look_at(self._under_way.popleft())

@@ -8,7 +8,8 @@ Two methods of the optimizer instance are wrapped, and nothing else decides anyt
   synchronisation. Optimizers that skip without a word to it (bf16) are asked for `overflow` after the step.
 
 `backward` and `scale` of the engine are wrapped to keep a reference to the loss, `load_checkpoint` to look at what it
-loaded. The loss scaler is left alone: it is pickled into checkpoints.
+loaded, and `step`, where there is a keeper, to go back to a checkpoint when the step is over. The loss scaler is left
+alone: it is pickled into checkpoints.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ from hallo_numguard.integrations.deepspeed.engine import (
     settings_of,
     told_not_to_look,
 )
+from hallo_numguard.integrations.deepspeed.monitor import monitor_sinks
 from hallo_numguard.integrations.deepspeed.replace import Replacement
 from hallo_numguard.integrations.deepspeed.seams import Seams
 from hallo_numguard.integrations.deepspeed.state import is_sliced, scan_state
-from hallo_numguard.integrations.deepspeed.trackers import Trackers
 from hallo_numguard.integrations.deepspeed.version import version
 from hallo_numguard.monitor import attribution
 from hallo_numguard.monitor.agreement import Ranks
@@ -72,11 +73,10 @@ class DeepSpeedGuard:
             forward=lambda args, kwargs: call_module(engine, args, kwargs),
             settings=settings_of(engine),
         )
-        self._session = Session(model, self._ranks, config, on_overflow)
-        self._policy = config.policy
+        self._session = Session(model, self._ranks, config, on_overflow, monitor_sinks(engine))
+        self._config = config
         self._looks = self._kind.looks(self._optimizer)  # else nobody does but the guard
         self._enforces = config.policy.enforce or not told_not_to_look(engine)
-        self._trackers = Trackers(engine, self._session.arrived)
         self._explained = False  # whether this step's overflow was
         self._skipped_here = False  # by the guard itself, of an optimizer that knows of no overflow
         self._scanned_early: Scanned | None = None
@@ -93,6 +93,8 @@ class DeepSpeedGuard:
         self._seams.wrap(self._optimizer, "step", self._step)
         if hasattr(self._optimizer, "_update_scale"):
             self._seams.wrap(self._optimizer, "_update_scale", self._update_scale)
+        if self._config.keeper is not None:
+            self._seams.wrap(self._engine, "step", self._engine_step)
         self._seams.wrap(self._engine, "forward", self._forward)
         self._seams.wrap(self._engine, "backward", self._backward)
         if hasattr(self._engine, "scale"):  # DeepSpeed >= 0.18.3, for loss.backward() by hand
@@ -150,7 +152,7 @@ class DeepSpeedGuard:
             if not self._explained:
                 self._explain()
             self._guarded(self._gradients.drop)
-        self._guarded(self._after_step)
+        self._guarded(lambda: self._session.after_step(applied=not self._overflowed))
         if self._to_raise is not None:
             error, self._to_raise = self._to_raise, None
             raise error
@@ -164,7 +166,7 @@ class DeepSpeedGuard:
             return original(has_overflow)
         if not self._explained:
             self._explain()
-        if self._to_raise is not None or self._keeps_scale():
+        if self._to_raise is not None or self._session.goes_back or self._keeps_scale():
             return None  # DeepSpeed now drops the gradients; the scale stays as it is
         try:
             return original(has_overflow)
@@ -173,6 +175,12 @@ class DeepSpeedGuard:
             if report is None or self._session.failed:
                 raise
             raise NumericsError(report) from error
+
+    def _engine_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        if self._session.goes_back:  # not before: the engine counts a step when it is over
+            self._session.go_back(self._engine)
+        return result
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._guarded(lambda: self._session.saw_call(args, kwargs))
@@ -208,10 +216,6 @@ class DeepSpeedGuard:
         self._session.before_step(step, scaling, scanned)
         return scanned
 
-    def _after_step(self) -> None:
-        self._session.after_step(applied=not self._overflowed)
-        self._trackers.write(self._session.skipped_in_a_row)
-
     @property
     def _overflowed(self) -> bool:
         return self._skipped_here or bool(getattr(self._optimizer, "overflow", False))
@@ -233,7 +237,7 @@ class DeepSpeedGuard:
         """Whether lowering the scale would be a loss without a gain: what is not finite stands before the scaling."""
         report = self._session.last_report
         return (
-            self._policy.keep_scale
+            self._config.policy.keep_scale
             and report is not None
             and report.first is not None
             and report.first.kind not in ("gradient", "reduction")

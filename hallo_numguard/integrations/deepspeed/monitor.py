@@ -1,0 +1,38 @@
+"""Figures of every step for the trackers that DeepSpeed's configuration names (TensorBoard, W&B, Comet, CSV)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hallo_numguard.records import OverflowReport
+
+_SERIES = ("gradient_norm", "gradient_absmax", "gradient_nonfinite", "loss_scale", "skipped_in_a_row")
+
+
+class MonitorSink:
+    """Writes through the engine's own monitor: five series, on the axis of DeepSpeed's own, which is samples.
+
+    It takes numbers only: reports do not go there.
+    """
+
+    def __init__(self, engine: Any) -> None:
+        self._engine = engine
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """See `Sink`."""
+        samples = self._samples_after(step)
+        self._engine.monitor.write_events([(f"Numguard/{name}", figures[name], samples) for name in _SERIES])
+
+    def report(self, report: OverflowReport) -> None:
+        """See `Sink`."""
+
+    def _samples_after(self, step: int) -> int:
+        """Samples that were seen when this step was over; the engine counts a step later than it calls the guard."""
+        engine = self._engine
+        return int(engine.global_samples + (step - engine.global_steps) * engine.train_batch_size())
+
+
+def monitor_sinks(engine: Any) -> list[MonitorSink]:
+    """Returns the sink of an engine whose configuration names a tracker; else none."""
+    return [MonitorSink(engine)] if getattr(getattr(engine, "monitor", None), "enabled", False) else []
