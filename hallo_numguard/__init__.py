@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from hallo_numguard.injection import inject
     from hallo_numguard.integrations import attach
+    from hallo_numguard.integrations.preflight import preflight
     from hallo_numguard.ops.layout import Layout
     from hallo_numguard.ops.stats import multi_tensor_stats, tensor_stats
     from hallo_numguard.ops.table import StatsTable
@@ -68,6 +69,7 @@ _HOMES = {
     "inject": "injection",
     "load_trace": "tracing.frames:load",
     "multi_tensor_stats": "ops.stats",
+    "preflight": "integrations.preflight",
     "scan": "checkpoint.scan:scan",
     "tensor_stats": "ops.stats",
     "trace": "tracing.tracer",
@@ -102,6 +104,7 @@ __all__ = [
     "inject",
     "load_trace",
     "multi_tensor_stats",
+    "preflight",
     "scan",
     "tensor_stats",
     "trace",

@@ -40,7 +40,7 @@ def attach(
     config = config or GuardConfig()
 
     def guard_engine() -> DeepSpeedGuard | None:
-        engine = _engine_of(target)
+        engine = engine_of(target)
         if engine is None:
             return None
         from hallo_numguard.integrations.deepspeed import DeepSpeedGuard
@@ -65,7 +65,8 @@ def attach(
     )
 
 
-def _engine_of(target: Any) -> Any | None:
+def engine_of(target: Any) -> Any | None:
+    """Returns the DeepSpeed engine that `target` is or has; None if there is none."""
     if _is(target, "DeepSpeedEngine"):
         return target
     for path in _ENGINE_PATHS:

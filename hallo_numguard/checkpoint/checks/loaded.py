@@ -1,0 +1,54 @@
+"""Whether a model holds what its files do: with `strict=False`, or a wrong name, nothing is loaded and nothing said."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from hallo_numguard.checkpoint.readers import DamagedFile, Source, load
+from hallo_numguard.records import Finding
+
+_MOST = 10  # names in a sentence
+
+
+def check(state: Mapping[str, torch.Tensor], source: Source) -> list[Finding]:
+    """Compares a model's tensors with those of the same name in a file.
+
+    Args:
+        state: The model's tensors by name; what is on no device, or elsewhere (ZeRO-3), is passed over.
+        source: The file.
+
+    Cost: one read of the file.
+    """
+    same: list[str] = []
+    other: list[str] = []
+    for entry in source.entries:
+        held = state.get(entry.name)
+        if held is None or held.is_meta or entry.role not in ("parameter", "buffer") or held.shape != entry.shape:
+            continue
+        try:
+            equal = _equal(load(entry), held)
+        except (DamagedFile, OSError):
+            continue  # which the scan of values says
+        (same if equal else other).append(entry.name)
+    return list(_findings(source, same, other))
+
+
+def _equal(saved: torch.Tensor, held: torch.Tensor) -> bool:
+    saved, held = saved.to(held.dtype), held.detach().cpu()
+    if not saved.is_floating_point():
+        return torch.equal(saved, held)
+    return torch.allclose(saved, held, rtol=0.0, atol=0.0, equal_nan=True)
+
+
+def _findings(source: Source, same: list[str], other: list[str]) -> Iterator[Finding]:
+    if not other:
+        return
+    where = source.root
+    more = f" and {len(other) - _MOST} more" if len(other) > _MOST else ""
+    names = ", ".join(other[:_MOST]) + more
+    message = f"{len(other)} of {len(same) + len(other)} tensors of the model are not as in {where.name}"
+    remedy = "Right if they were trained since, or are from elsewhere; else they were not loaded (names, strict=False)."
+    severity = "info" if same else "warning"
+    yield Finding("not_loaded", f"{message}: {names}", name=other[0], severity=severity, file=str(where), remedy=remedy)

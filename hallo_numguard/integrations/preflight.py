@@ -1,0 +1,139 @@
+"""Preflight of a run that is about to start: what the engine or the model says of it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from hallo_numguard.checkpoint import preflight as checking
+from hallo_numguard.checkpoint.checks.plan import Plan
+from hallo_numguard.checkpoint.preflight import Inputs, Paths, Subject, as_paths, read_config
+from hallo_numguard.checkpoint.report import PreflightReport
+from hallo_numguard.checkpoint.scan import Progress
+from hallo_numguard.errors import InvalidInput
+from hallo_numguard.integrations import engine_of
+
+
+def preflight(
+    target: Any = None,
+    *,
+    model: Paths | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    manifest: str | os.PathLike[str] | None = None,
+    world_size: int | None = None,
+    zero_stage: int | None = None,
+    dtype: str | None = None,
+    config: Mapping[str, Any] | str | os.PathLike[str] | None = None,
+    batch: Any = None,
+    loss_fn: Callable[[Any], torch.Tensor] | None = None,
+    expected_loss: float | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
+) -> PreflightReport:
+    """Checks a run before its first step: whatever is given is looked at, nothing that training will see is changed.
+
+    (a) the files against their manifest; (b) every value in them; (c) names and shapes of the model against theirs, and
+    whether the model holds what they do, also where `strict=False` said nothing; (d) the optimizer's state: there,
+    whole, possible, the same steps everywhere, the same groups; (e) number of processes, ZeRO stage and dtype against
+    the checkpoint's; (f) the loss scaler in it; (g) launcher and precision; (h) with `batch`, a forward and backward
+    pass in which every tensor is looked at, and the loss compared with that of when the checkpoint was saved.
+
+    Args:
+        target: A `torch.nn.Module`, a `deepspeed.DeepSpeedEngine` or an `accelerate.Accelerator` after `prepare`; None
+            for files alone. With an engine and `batch` every rank must call it; files are read by each that does.
+        model: Files or folders with the weights that the run starts from.
+        checkpoint: Folder that it resumes from.
+        manifest: Of these files, if it is not beside them.
+        world_size: Number of processes of the run; an engine says it itself, as it does the next three.
+        zero_stage: Of DeepSpeed's ZeRO.
+        dtype: That weights are trained in.
+        config: DeepSpeed's, or the file with it.
+        batch: A small one. A dict is given to the model by name, a tuple or list by place.
+        loss_fn: Makes the loss of what the model returns, if that has none.
+        expected_loss: Of such a batch; if left out, what `CheckpointKeeper` has written beside the checkpoint.
+        threads: That read files; as many as there are CPUs if left out.
+        progress: Called with the number of bytes just read and of all bytes.
+
+    Returns:
+        Findings with severity, evidence and remedy; `ok`, `exit_code`, `to_dict()`.
+
+    Raises:
+        InvalidInput: If `target` is nothing of the kind, or the configuration cannot be read.
+
+    Cost: (a) and (b) read every file once each; (h) makes three forward passes.
+    """
+    engine = engine_of(target)
+    module = _module(target, engine)
+    said = read_config(config)
+    plan = Plan(
+        world_size=_world_size() if world_size is None and engine is not None else world_size,
+        zero_stage=zero_stage if engine is None else engine.zero_optimization_stage(),
+        dtype=_dtype(module) if dtype is None else dtype,
+        config=said if engine is None or said else _settings(engine),
+        param_groups=() if engine is None else _groups(engine),
+        environment=None if module is None else dict(os.environ),
+    )
+    inputs = Inputs(
+        as_paths(model),
+        None if checkpoint is None else as_paths(checkpoint)[0],
+        None if manifest is None else as_paths(manifest)[0],
+        plan,
+        None if module is None else subject_of(module, engine),
+        batch,
+        loss_fn,
+        expected_loss,
+    )
+    return checking.run(inputs, threads, progress)
+
+
+def subject_of(module: nn.Module, engine: Any = None) -> Subject:
+    """Returns what there is to compare of a model."""
+    named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+    kept = set(module.state_dict(keep_vars=True))
+    tensors = {name: tensor for name, tensor in named if name in kept}
+    first: dict[int, str] = {}
+    aliases = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
+    shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors.items()}
+    return Subject(module, shapes, tensors, aliases, module if engine is None else _forward(engine))
+
+
+def _forward(engine: Any) -> Callable[..., Any]:
+    from hallo_numguard.integrations.deepspeed.engine import call_module
+
+    return lambda *args, **kwargs: call_module(engine, args, kwargs)
+
+
+def _module(target: Any, engine: Any) -> nn.Module | None:
+    module = target if engine is None else engine.module
+    if module is not None and not isinstance(module, nn.Module):
+        raise InvalidInput(
+            "preflight() takes a torch.nn.Module, a DeepSpeedEngine, an accelerate.Accelerator after prepare() or "
+            f"nothing, got {type(target).__name__}"
+        )
+    return module
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _dtype(module: nn.Module | None) -> str | None:
+    """The dtype of most parameters."""
+    dtypes = [] if module is None else [str(p.dtype).removeprefix("torch.") for p in module.parameters()]
+    return max(sorted(set(dtypes)), key=dtypes.count, default=None)
+
+
+def _settings(engine: Any) -> Mapping[str, Any]:
+    from hallo_numguard.integrations.deepspeed.engine import settings_of
+
+    return settings_of(engine)
+
+
+def _groups(engine: Any) -> tuple[Mapping[str, Any], ...]:
+    groups = getattr(engine.optimizer, "param_groups", ())
+    return tuple({key: value for key, value in group.items() if key != "params"} for group in groups)
