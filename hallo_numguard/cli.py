@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import platform
 import sys
@@ -134,6 +135,69 @@ def verify(folder: Path, listing: Path | None, key: Path | None, style: str) -> 
         if key is not None:
             reports.append(signing.check(folder, key))
     _print_findings(merge(reports), style)
+
+
+@main.command()
+@click.option("--model", "models", multiple=True, type=click.Path(path_type=Path), help="Weights to start from.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="Folder that it resumes from.")
+@click.option("--world-size", type=click.IntRange(min=1), help="Number of processes of the run.")
+@click.option("--zero-stage", type=click.IntRange(0, 3), help="Of DeepSpeed's ZeRO; else what --config says.")
+@click.option("--dtype", help="That weights are trained in, such as float16; else what --config says.")
+@click.option("--config", type=click.Path(path_type=Path), help="DeepSpeed's configuration (JSON).")
+@click.option("--manifest", "listing", type=click.Path(path_type=Path), help="Of the files, if it is not beside them.")
+@click.option("--build", metavar="MODULE:FUNCTION", help="Returns the model, or a pair of it and a small batch.")
+@click.option("--threads", type=click.IntRange(min=1), help="That read; as many as there are CPUs if left out.")
+@click.option("--format", "style", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
+def preflight(
+    models: tuple[Path, ...],
+    checkpoint: Path | None,
+    world_size: int | None,
+    zero_stage: int | None,
+    dtype: str | None,
+    config: Path | None,
+    listing: Path | None,
+    build: str | None,
+    threads: int | None,
+    style: str,
+) -> None:
+    """Check a run before its first step, and before any GPU is taken.
+
+    The files against their manifest, every value in them, the optimizer's state, the number of processes, ZeRO stage
+    and dtype against the checkpoint's, the loss scaler in it, the configuration. With --build also the names and shapes
+    of the model against those of the files, and with a batch a forward and backward pass on the weights in --model.
+
+    Exits with 0 if nothing was found, 1 if something was, 2 if not all could be checked.
+    """
+    from hallo_numguard.checkpoint.checks.plan import Plan
+    from hallo_numguard.checkpoint.preflight import Inputs, read_config, run
+    from hallo_numguard.integrations.preflight import subject_of
+
+    if not models and checkpoint is None and config is None:
+        raise _CannotCheck("there is nothing to check: give --model, --checkpoint or --config")
+    with _failures(), _progress() as advance:
+        plan = Plan(world_size, zero_stage, dtype, read_config(config))
+        built, batch = _built(build, models)
+        subject = None if built is None else subject_of(built)
+        found = run(Inputs(models, checkpoint, listing, plan, subject, batch), threads, advance)
+    _print_findings(found, style)
+
+
+def _built(build: str | None, models: tuple[Path, ...]) -> tuple[Any, Any]:
+    """The model that the user's function returns, with the weights of the files, and the batch if it returns one."""
+    if build is None:
+        return None, None
+    from hallo_numguard.checkpoint.checks.loaded import fill
+
+    place, _, name = build.partition(":")
+    sys.path.insert(0, "")
+    try:
+        made = getattr(importlib.import_module(place), name)()
+        model, batch = made if isinstance(made, tuple) else (made, None)
+        if batch is not None:
+            fill(model, models)
+    except Exception as error:
+        raise _CannotCheck(f"--build {build} failed: {type(error).__name__}: {error}") from error
+    return model, batch
 
 
 @main.command()

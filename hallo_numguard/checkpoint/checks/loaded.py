@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 import torch
+from torch import nn
 
-from hallo_numguard.checkpoint.readers import DamagedFile, Source, load
+from hallo_numguard.checkpoint.readers import DamagedFile, Source, load, open_source
 from hallo_numguard.records import Finding
 
 _MOST = 10  # names in a sentence
@@ -33,6 +35,20 @@ def check(state: Mapping[str, torch.Tensor], source: Source) -> list[Finding]:
             continue  # which the scan of values says
         (same if equal else other).append(entry.name)
     return list(_findings(source, same, other))
+
+
+def fill(module: nn.Module, paths: Iterable[Path]) -> None:
+    """Gives a model the weights of files, where names and shapes are the same: what is not is for `keys` to say.
+
+    Raises:
+        UnknownLayout: If a file is of no known layout.
+    """
+    state = module.state_dict(keep_vars=True)
+    with torch.no_grad():
+        for entry in (entry for path in paths for entry in open_source(path).entries):
+            held = state.get(entry.name)
+            if held is not None and held.shape == entry.shape:
+                held.copy_(load(entry))
 
 
 def _equal(saved: torch.Tensor, held: torch.Tensor) -> bool:
