@@ -125,7 +125,7 @@ def test_a_prefix_is_named_once_and_not_every_name(tmp_path, prefix):
     (finding,) = [finding for finding in report.findings if finding.severity == "error"]
     assert finding.kind == "prefix"
     assert f"{prefix!r}" in finding.message
-    assert "0 of 103 would be loaded" in finding.message
+    assert "0 of 104 would be loaded" in finding.message
 
 
 def test_the_model_may_be_the_one_with_the_prefix(tmp_path):
@@ -139,7 +139,8 @@ def test_the_model_may_be_the_one_with_the_prefix(tmp_path):
 
 def test_a_renamed_tensor_is_suggested_and_missing_unexpected_and_misshapen_ones_are_listed(tmp_path):
     def change(state):
-        state["encoder.layer.1.attention.self.qurey.weight"] = state.pop("encoder.layer.1.attention.self.query.weight")
+        layer = "encoder.layer.1.attention.self"
+        state[f"{layer}.qurey.weight"] = state.pop(f"{layer}.query.weight")
         del state["pooler.dense.bias"]
         state["something.else"] = torch.zeros(3)
         state["embeddings.word_embeddings.weight"] = state["embeddings.word_embeddings.weight"][:100].clone()
@@ -186,7 +187,7 @@ def test_names_of_a_checkpoint_are_compared_with_the_model(checkpoint):
     ]
 
 
-# -- (d) optimizer state ------------------------------------------------------------------------------------------------
+# -- (d) optimizer state ----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checkpoint", [0, 2, 3], indirect=True)
@@ -239,7 +240,7 @@ def run_ahead(value):
         (make_nan, "nonfinite", "exp_avg of "),
         (lose_moment, "missing_state", "lacks exp_avg_sq of "),
         (lose_state, "no_optimizer_state", "holds no moments"),
-        (cut_short, "incomplete_state", "elements of exp_avg of "),
+        (cut_short, "missing_state", "holds no moments of "),
         (forget_steps, "step_counters", "has counted no step, and the run 3"),
         (run_ahead, "step_counters", "has counted 9000 steps, and the run 3"),
     ],
@@ -279,11 +280,11 @@ def test_another_number_of_groups_and_other_hyperparameters_are_told(checkpoint)
     engine.optimizer.param_groups.pop()
 
 
-# -- (e) number of processes, stage, dtype, whole ------------------------------------------------------------------------
+# -- (e) number of processes, stage, dtype, whole -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("checkpoint", [2, 3], indirect=True)
-def test_another_number_of_processes_is_found_before_deepspeed_does_and_the_remedy_works(checkpoint):
+def test_another_number_of_processes_is_found_before_deepspeed_does(checkpoint):
     report = ng.preflight(checkpoint=checkpoint, world_size=4)
     (finding,) = of_kind(report, "world_size")
     assert "written by 1 processes" in finding.message
@@ -314,6 +315,9 @@ def test_a_checkpoint_of_two_ranks_of_which_one_file_is_gone(tmp_path):
     next(saved.rglob("*rank_1_*optim_states.pt")).unlink()
     report = ng.preflight(checkpoint=saved, world_size=2)
     assert of_kind(report, "missing_shard")
+    assert "holds 364 of the 384 elements of exp_avg of hidden.weight" in "".join(
+        finding.message for finding in of_kind(report, "incomplete_state")
+    )
     (voices,) = of_kind(report, "world_size")
     assert "not say with one voice" in voices.message
 
@@ -406,7 +410,7 @@ def test_half_weights_with_fp16_switched_off_are_told_as_in_hallo(tmp_path):
     assert not of_kind(ng.preflight(model=path), "precision")
 
 
-# -- (h) smoke step ------------------------------------------------------------------------------------------------------
+# -- (h) smoke step ---------------------------------------------------------------------------------------------------
 
 
 def everything(engine):
@@ -434,7 +438,7 @@ def test_a_smoke_step_finds_what_training_would_and_changes_nothing(stage):
 
     clean = ng.preflight(engine, batch=(tokens,), loss_fn=loss_fn)
     assert not of_kind(clean, "smoke"), clean.findings
-    assert any(sentence.startswith("Smoke step: loss 2.") for sentence in clean.checked)
+    assert any(sentence.startswith("Smoke step: loss ") for sentence in clean.checked)
     for fault, (path, name, phase) in faulty.FAULTS.items():
         if not path:
             continue
@@ -446,7 +450,10 @@ def test_a_smoke_step_finds_what_training_would_and_changes_nothing(stage):
         setattr(engine.module.get_submodule(place), attribute, False)
     after = everything(engine)
     assert len(after) == len(before)
-    assert all(torch.equal(one, other) for one, other in zip(before, after, strict=True))
+    changed = [
+        place for place, (one, other) in enumerate(zip(before, after, strict=True)) if not torch.equal(one, other)
+    ]
+    assert not changed, [(before[place], after[place]) for place in changed]
 
 
 def support_step(engine, step):
@@ -497,7 +504,7 @@ def test_a_target_that_is_nothing_of_the_kind_is_refused():
         ng.preflight(config="ds.json")
 
 
-# -- the command ----------------------------------------------------------------------------------------------------------
+# -- the command ------------------------------------------------------------------------------------------------------
 
 
 def command(*arguments, cwd=None):

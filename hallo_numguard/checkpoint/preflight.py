@@ -34,6 +34,7 @@ class Subject:
         shapes: Of its state dict; of weights that lie elsewhere (ZeRO-3) the whole shape.
         state: Its tensors by name, those that are here.
         aliases: Other names of tensors that have several, with their first.
+        unsaved: Names of buffers that are not in its state dict.
         forward: Calls it as training does.
     """
 
@@ -41,6 +42,7 @@ class Subject:
     shapes: keys.Shapes
     state: Mapping[str, torch.Tensor]
     aliases: Mapping[str, str]
+    unsaved: frozenset[str]
     forward: Callable[..., Any]
 
 
@@ -155,7 +157,7 @@ def _names(subject: Subject | None, held: Sequence[Source], resumed: Source | No
         return []
     findings = []
     for source in [*held, *([] if resumed is None else [resumed])]:
-        findings += keys.compare(subject.shapes, subject.aliases, source)
+        findings += keys.compare(subject.shapes, subject.aliases, subject.unsaved, source)
     for source in held:
         findings += loaded.check(subject.state, source)
     return findings

@@ -88,7 +88,11 @@ def preflight(
         loss_fn,
         expected_loss,
     )
-    return checking.run(inputs, threads, progress)
+    try:
+        return checking.run(inputs, threads, progress)
+    finally:
+        if batch is not None and engine is not None:
+            _let_go(engine.optimizer)
 
 
 def subject_of(module: nn.Module, engine: Any = None) -> Subject:
@@ -99,7 +103,20 @@ def subject_of(module: nn.Module, engine: Any = None) -> Subject:
     first: dict[int, str] = {}
     aliases = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
     shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors.items()}
-    return Subject(module, shapes, tensors, aliases, module if engine is None else _forward(engine))
+    unsaved = frozenset(name for name, _ in named if name not in kept)
+    return Subject(module, shapes, tensors, aliases, unsaved, module if engine is None else _forward(engine))
+
+
+def _let_go(optimizer: Any) -> None:
+    """ZeRO-3 gathers weights for the smoke step, and lets go of them in a backward pass that is made in full.
+
+    Its own step ends like this: all are let go of, and small ones, which stay whole, are gathered again.
+    """
+    if not hasattr(optimizer, "parameter_offload"):
+        return
+    optimizer.parameter_offload.partition_all_parameters()
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
 def _forward(engine: Any) -> Callable[..., Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -20,27 +19,27 @@ _MOST_COMPARED = 2000  # names, for each of which all others are looked at
 
 
 def shapes_in(source: Source) -> Shapes:
-    """Returns the shapes of the weights in a file: of the weights themselves, else of the master copies."""
-    for roles in (("parameter", "buffer"), ("fp32",)):
-        found = {entry.name: tuple(entry.whole_shape) for entry in source.entries if entry.role in roles}
-        if any(math.prod(shape) for shape in found.values()):
-            return found
-    return {}
+    """Returns the shapes of the weights in a file; of those that it has as master copies only (ZeRO-3), of these."""
+    masters = {entry.name: entry.whole_shape for entry in source.entries if entry.role == "fp32"}
+    return masters | {
+        entry.name: entry.whole_shape for entry in source.entries if entry.role in ("parameter", "buffer")
+    }
 
 
-def compare(model: Shapes, aliases: Mapping[str, str], source: Source) -> list[Finding]:
+def compare(model: Shapes, aliases: Mapping[str, str], unsaved: frozenset[str], source: Source) -> list[Finding]:
     """Compares the names and shapes of a model with those of a file.
 
     Args:
         model: What the model's state dict has.
         aliases: The first name of each tensor that has several; a file has to hold it under one of them.
+        unsaved: Names of buffers that are not in the state dict; older files may hold them.
         source: The file.
 
     Returns:
         What is missing, unexpected or of another shape, and prefixes that only one of the two has.
     """
     where = source.root
-    held = shapes_in(source)
+    held = {name: shape for name, shape in shapes_in(source).items() if name not in unsaved}
     if not held:
         return [_finding("no_weights", f"{where.name} holds no weights", where, remedy="Give the file with weights.")]
     renamed, findings = _without_prefix(model, held, where)

@@ -12,6 +12,7 @@ from hallo_numguard.checkpoint.readers import DamagedFile, Source, load, open_so
 from hallo_numguard.records import Finding
 
 _MOST = 10  # names in a sentence
+_MANY = 10  # times as many that are not as in the file, from which on hardly anything can have been loaded
 
 
 def check(state: Mapping[str, torch.Tensor], source: Source) -> list[Finding]:
@@ -66,5 +67,5 @@ def _findings(source: Source, same: list[str], other: list[str]) -> Iterator[Fin
     names = ", ".join(other[:_MOST]) + more
     message = f"{len(other)} of {len(same) + len(other)} tensors of the model are not as in {where.name}"
     remedy = "Right if they were trained since, or are from elsewhere; else they were not loaded (names, strict=False)."
-    severity = "info" if same else "warning"
+    severity = "info" if _MANY * len(same) > len(other) else "warning"
     yield Finding("not_loaded", f"{message}: {names}", name=other[0], severity=severity, file=str(where), remedy=remedy)
