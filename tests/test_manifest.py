@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -28,6 +29,7 @@ from weights import copy_of_weights, flip_bit, overwrite, place_of
 import hallo_numguard as ng
 from hallo_numguard.checkpoint import checksums, listing, statement
 from hallo_numguard.checkpoint import signing as signatures
+from hallo_numguard.checkpoint.changes import changes
 from hallo_numguard.checkpoint.listing import DamagedManifest
 from hallo_numguard.cli import main
 
@@ -631,6 +633,60 @@ def test_lists_that_coreutils_wrote_are_read(model, name, command):
     (model / "sub" / "weights.safetensors").unlink()
     found = {finding.kind: finding.file for finding in ng.verify_manifest(model).findings if finding.severity != "info"}
     assert found == {"changed_file": "new\nline", "missing_file": "sub/weights.safetensors"}
+
+
+def test_a_list_of_everything_that_find_found_is_read(model):
+    (model / ".git").mkdir()
+    (model / ".git" / "HEAD").write_text("ref")
+    (model / "weights.sig").write_text("signature")
+    command = "find . -type f ! -name SHA256SUMS -exec sha256sum {} + > SHA256SUMS"
+    subprocess.run(command, shell=True, cwd=model, check=True)
+    assert ng.verify_manifest(model).findings == ()
+    for name in (".git/HEAD", "weights.sig"):
+        flip_bit(model / name, 0, 0)
+    changed = [finding.file for finding in ng.verify_manifest(model).findings]
+    assert changed == [".git/HEAD", "weights.sig"]
+
+
+@pytest.mark.parametrize("read", [statement.read_contents, lambda data: statement.read_files(data, MANIFEST)])
+@given(st.binary() | st.text().map(str.encode))
+def test_any_bytes_are_read_or_refused(read, data):
+    with contextlib.suppress(DamagedManifest):
+        checksums.read(data, "SHA256SUMS")
+    with pytest.raises(DamagedManifest):
+        read(data)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+
+
+@given(st.data())
+def test_a_statement_with_anything_in_any_place_is_read_or_refused(data):
+    record = {"nan": 0, "pos_inf": 0, "neg_inf": 0, "absmax": 1.0, "sumsq": 1.0, "first_nonfinite": -1, "zeros": 0}
+    tensor = {"name": "x", "role": "parameter", "rank": None, "start": 0, "corner": None, "dtype": "float32"}
+    tensor |= {"shape": [1], "digest": "0" * 64, "record": record | {"subnormals": 0}}
+    files = {"schema_version": 1, "files": [{"name": "f", "size": 4, "tensors": [tensor]}]}
+    document = {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": "m", "digest": {"sha256": "0" * 64}}],
+        "predicateType": statement.TENSORS_PREDICATE,
+        "predicate": files,
+    }
+    assert statement.read_contents(json.dumps(document).encode() + b"\n").files["f"].tensors[0].name == "x"
+    way = data.draw(
+        st.sampled_from([*leaves(document), ("subject",), ("predicate", "files"), ("predicate", "files", 0)])
+    )
+    holder = document
+    for key in way[:-1]:
+        holder = holder[key]
+    holder[way[-1]] = data.draw(JSON)
+    with contextlib.suppress(DamagedManifest):
+        contents = statement.read_contents(json.dumps(document).encode() + b"\n")
+        for file in contents.files.values():
+            assert list(changes("f", file, file)) == []
 
 
 def test_a_list_that_lies_elsewhere_can_be_named(listed, tmp_path):
