@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from hallo_numguard.checkpoint.listing import DamagedManifest, Listing
@@ -113,7 +113,10 @@ def write_contents(contents: Contents) -> bytes:
     """Returns the statement of tensors."""
     predicate = {
         "schema_version": SCHEMA_VERSION,
-        "files": [{"name": name, **asdict(file)} for name, file in contents.files.items()],
+        "files": [
+            {"name": name, "size": file.size, "tensors": list(map(_document, file.tensors))}
+            for name, file in contents.files.items()
+        ],
     }
     return _write(contents.model, contents.root, TENSORS_PREDICATE, without_nonfinite(predicate))
 
@@ -162,6 +165,11 @@ def _parse(data: bytes, source: str, predicate_type: str) -> Mapping[str, Any]:
     if found != predicate_type:
         raise DamagedManifest(f"{source} should be a statement of type {predicate_type}, got {found!r}")
     return document
+
+
+def _document(tensor: TensorFacts) -> dict[str, Any]:
+    """What `dataclasses.asdict` gives, in a tenth of its time: there are a hundred thousand of them."""
+    return {**vars(tensor), "record": None if tensor.record is None else vars(tensor.record)}
 
 
 def _contents(document: Mapping[str, Any]) -> FileContents:

@@ -140,8 +140,9 @@ def _compare(
         *_changed_contents(root, tree, before),
         *hub.unlike_hub(etags, tree.files, digests.get(ALGORITHM, {}), found.keys() & listing.digests.keys() - changed),
     ]
+    compared = sum(name in listing.digests or name in etags for name in tree.files)
     sources = " and ".join(filter(None, (listing.source, "the digests that the Hub gave" if etags else "")))
-    return PreflightReport(gravest_first(findings), (f"{len(named)} files were compared with {sources}.",))
+    return PreflightReport(gravest_first(findings), (f"{compared} files were compared with {sources}.",))
 
 
 def _bad_names(listing: Listing) -> Iterator[Finding]:
@@ -166,7 +167,9 @@ def _extra(tree: Tree, listing: Listing) -> Iterator[Finding]:
     if not listing.digests:
         return
     severity = "warning" if listing.complete else "info"
-    for name in tree.files.keys() - listing.digests.keys():
+    for name in tree.files:
+        if name in listing.digests:
+            continue
         message = f"{name} is there, but {listing.source} does not name it"
         yield Finding("extra_file", message, severity=severity, file=name, remedy="Delete it, if nobody needs it.")
 
