@@ -11,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jsonschema
@@ -252,6 +253,43 @@ def test_what_could_not_have_been_listed_is_found_later(listed, kind, plant):
     report = ng.verify_manifest(listed)
     assert kind.strip() in kinds(report)
     assert report.exit_code == 1
+
+
+@contextlib.contextmanager
+def as_nobody():
+    """Runs as a user who may read only what everybody may."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    yield
+    if root:
+        os.seteuid(0)
+
+
+def test_a_file_that_may_not_be_read_is_a_finding():
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        for name in ("secret", "open"):
+            Path(folder, name).write_text(name)
+        assert ng.write_manifest(folder).ok
+        assert ng.verify_manifest(folder).ok
+        before = Path(folder, MANIFEST).read_bytes()
+        Path(folder, "secret").chmod(0)
+        with as_nobody():
+            reports = ng.write_manifest(folder), ng.verify_manifest(folder)
+        for report in reports:
+            (finding,) = report.findings
+            assert (finding.file, finding.severity, report.exit_code) == ("secret", "error", 1)
+            assert "Permission denied" in finding.message
+        assert Path(folder, MANIFEST).read_bytes() == before
+
+
+def test_a_manifest_that_cannot_be_written_is_an_error(model):
+    (model / "SHA256SUMS").mkdir()
+    done = run("manifest", model)
+    assert done.exit_code == 2
+    assert "SHA256SUMS" in done.stderr
+    assert not (model / MANIFEST).exists()
 
 
 def test_a_link_that_stays_inside_is_followed(model):
