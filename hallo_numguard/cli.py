@@ -96,9 +96,9 @@ def scan(paths: tuple[Path, ...], dtype: str | None, threads: int | None, style:
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--md5", is_flag=True, help="Also write MD5SUMS.")
-@click.option("--sign", metavar="KEY", help="Also sign: a private key (PEM), or the word sigstore for no key at all.")
+@click.option("--sign", metavar="KEY", type=click.Path(path_type=Path), help="Also sign, with this private key (PEM).")
 @click.option("--format", "style", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
-def manifest(folder: Path, md5: bool, sign: str | None, style: str) -> None:
+def manifest(folder: Path, md5: bool, sign: Path | None, style: str) -> None:
     """Write down what the files of FOLDER are, for `verify`.
 
     SHA256SUMS for sha256sum -c, numguard.manifest.json as OpenSSF model signing has it, numguard.tensors.json with the

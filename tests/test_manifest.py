@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import json
@@ -10,6 +11,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import jsonschema
@@ -28,6 +30,7 @@ from weights import copy_of_weights, flip_bit, overwrite, place_of
 import hallo_numguard as ng
 from hallo_numguard.checkpoint import checksums, listing, statement
 from hallo_numguard.checkpoint import signing as signatures
+from hallo_numguard.checkpoint.changes import changes
 from hallo_numguard.checkpoint.listing import DamagedManifest
 from hallo_numguard.cli import main
 
@@ -252,6 +255,43 @@ def test_what_could_not_have_been_listed_is_found_later(listed, kind, plant):
     assert report.exit_code == 1
 
 
+@contextlib.contextmanager
+def as_nobody():
+    """Runs as a user who may read only what everybody may."""
+    root = os.geteuid() == 0
+    if root:
+        os.seteuid(65534)
+    yield
+    if root:
+        os.seteuid(0)
+
+
+def test_a_file_that_may_not_be_read_is_a_finding():
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        for name in ("secret", "open"):
+            Path(folder, name).write_text(name)
+        assert ng.write_manifest(folder).ok
+        assert ng.verify_manifest(folder).ok
+        before = Path(folder, MANIFEST).read_bytes()
+        Path(folder, "secret").chmod(0)
+        with as_nobody():
+            reports = ng.write_manifest(folder), ng.verify_manifest(folder)
+        for report in reports:
+            (finding,) = report.findings
+            assert (finding.file, finding.severity, report.exit_code) == ("secret", "error", 1)
+            assert "Permission denied" in finding.message
+        assert Path(folder, MANIFEST).read_bytes() == before
+
+
+def test_a_manifest_that_cannot_be_written_is_an_error(model):
+    (model / "SHA256SUMS").mkdir()
+    done = run("manifest", model)
+    assert done.exit_code == 2
+    assert "SHA256SUMS" in done.stderr
+    assert not (model / MANIFEST).exists()
+
+
 def test_a_link_that_stays_inside_is_followed(model):
     (model / "alias.safetensors").symlink_to("sub/weights.safetensors")
     assert ng.write_manifest(model).ok
@@ -326,7 +366,7 @@ def test_one_flipped_bit_names_the_tensor(tmp_path, bit):
     assert ("absmax 0.436084" in finding.message) == (bit == 30)
 
 
-def test_a_planted_nan_and_a_zeroed_run_are_counted(tmp_path):
+def test_a_planted_nan_is_counted_and_a_zeroed_run_seen_in_the_norm(tmp_path):
     path = copy_of_weights(tmp_path)
     ng.write_manifest(tmp_path)
     place = place_of(path, QUERY)[0]
@@ -334,7 +374,7 @@ def test_a_planted_nan_and_a_zeroed_run_are_counted(tmp_path):
     overwrite(path, place + 4096, bytes(4096))
     message = the("changed_tensor", ng.verify_manifest(tmp_path)).message
     assert "non-finite none before and 1 NaN, 1 +Inf now" in message
-    assert "zeros 0 before and 1024 now" in message
+    assert "norm 31.386" in message
 
 
 def test_a_truncated_file_says_how_much_is_gone(listed):
@@ -631,6 +671,60 @@ def test_lists_that_coreutils_wrote_are_read(model, name, command):
     (model / "sub" / "weights.safetensors").unlink()
     found = {finding.kind: finding.file for finding in ng.verify_manifest(model).findings if finding.severity != "info"}
     assert found == {"changed_file": "new\nline", "missing_file": "sub/weights.safetensors"}
+
+
+def test_a_list_of_everything_that_find_found_is_read(model):
+    (model / ".git").mkdir()
+    (model / ".git" / "HEAD").write_text("ref")
+    (model / "weights.sig").write_text("signature")
+    command = "find . -type f ! -name SHA256SUMS -exec sha256sum {} + > SHA256SUMS"
+    subprocess.run(command, shell=True, cwd=model, check=True)
+    assert ng.verify_manifest(model).findings == ()
+    for name in (".git/HEAD", "weights.sig"):
+        flip_bit(model / name, 0, 0)
+    changed = [finding.file for finding in ng.verify_manifest(model).findings]
+    assert changed == [".git/HEAD", "weights.sig"]
+
+
+@pytest.mark.parametrize("read", [statement.read_contents, lambda data: statement.read_files(data, MANIFEST)])
+@given(st.binary() | st.text().map(str.encode))
+def test_any_bytes_are_read_or_refused(read, data):
+    with contextlib.suppress(DamagedManifest):
+        checksums.read(data, "SHA256SUMS")
+    with pytest.raises(DamagedManifest):
+        read(data)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+)
+
+
+@given(st.data())
+def test_a_statement_with_anything_in_any_place_is_read_or_refused(data):
+    record = {"nan": 0, "pos_inf": 0, "neg_inf": 0, "absmax": 1.0, "sumsq": 1.0, "first_nonfinite": -1}
+    tensor = {"name": "x", "role": "parameter", "rank": None, "start": 0, "corner": None, "dtype": "float32"}
+    tensor |= {"shape": [1], "digest": "0" * 64, "record": record}
+    files = {"schema_version": 1, "files": [{"name": "f", "size": 4, "tensors": [tensor]}]}
+    document = {
+        "_type": "https://in-toto.io/Statement/v1",
+        "subject": [{"name": "m", "digest": {"sha256": "0" * 64}}],
+        "predicateType": statement.TENSORS_PREDICATE,
+        "predicate": files,
+    }
+    assert statement.read_contents(json.dumps(document).encode() + b"\n").files["f"].tensors[0].name == "x"
+    way = data.draw(
+        st.sampled_from([*leaves(document), ("subject",), ("predicate", "files"), ("predicate", "files", 0)])
+    )
+    holder = document
+    for key in way[:-1]:
+        holder = holder[key]
+    holder[way[-1]] = data.draw(JSON)
+    with contextlib.suppress(DamagedManifest):
+        contents = statement.read_contents(json.dumps(document).encode() + b"\n")
+        for file in contents.files.values():
+            assert list(changes("f", file, file)) == []
 
 
 def test_a_list_that_lies_elsewhere_can_be_named(listed, tmp_path):

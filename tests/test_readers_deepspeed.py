@@ -147,3 +147,36 @@ assert hallo_numguard.scan({str(one_rank / "stage2-fp16")!r}).ok
 assert not [name for name in sys.modules if name.startswith("deepspeed")]
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("kind", ["stage1-bf16", "stage2-fp16", "stage3-fp16"])
+def test_a_manifest_names_the_parameter_and_the_rank_that_was_changed(
+    two_ranks: Path, tmp_path: Path, kind: str
+) -> None:
+    folder = copied(two_ranks / kind, tmp_path)
+    assert ng.write_manifest(folder).ok
+    assert ng.verify_manifest(folder).ok
+    entry = find(open_source(folder), "hidden.weight", "exp_avg", rank=1)
+    overwrite(entry.file, entry.offset + 8, struct.pack("<f", 3e4))
+    (finding,) = (found for found in ng.verify_manifest(folder).findings if found.kind == "changed_tensor")
+    assert finding.name == "hidden.weight"
+    assert "exp_avg of hidden.weight (rank 1) holds other values" in finding.message
+    assert "and 30000 now" in finding.message
+
+
+def test_checkpoints_are_compared_by_whole_tensors(two_ranks: Path, tmp_path: Path) -> None:
+    folder = copied(two_ranks / "stage2-fp16", tmp_path)
+    assert ng.diff(two_ranks / "stage2-fp16", folder).ok
+    entry = find(open_source(folder), "hidden.weight", "fp32", rank=1)
+    overwrite(entry.file, entry.offset + 8, struct.pack("<f", 3e4))
+    (finding,) = ng.diff(two_ranks / "stage2-fp16", folder).findings
+    assert "fp32 of hidden.weight differs in 1 of " in finding.message
+    entry.file.unlink()
+    assert "not whole" in " ".join(finding.message for finding in ng.diff(two_ranks / "stage2-fp16", folder).findings)
+
+
+def test_checkpoints_of_one_and_of_two_ranks_have_the_same_tensors(one_rank: Path, two_ranks: Path) -> None:
+    report = ng.diff(one_rank / "stage2-fp16", two_ranks / "stage2-fp16")
+    kinds = {finding.kind for finding in report.findings if "rank 1" not in finding.message}
+    assert kinds == {"values_differ"}  # two ranks were given twice as many samples
+    assert len([finding for finding in report.findings if finding.message.startswith("fp32 of ")]) == 7

@@ -39,7 +39,7 @@ class FolderFacts:
         """Returns how much it is."""
         tensors = sum(len(file.tensors) for file in self.contents.values())
         size = sum(file.size for file in self.contents.values())
-        return f"{len(self.contents)} files, {tensors} tensors, {size} bytes"
+        return f"{len(self.contents)} files, {tensors} tensors, {size / 1e6:,.1f} MB"
 
 
 def read_folder(

@@ -11,7 +11,7 @@ from hallo_numguard.checkpoint import checksums, hub, statement
 from hallo_numguard.checkpoint.changes import changes
 from hallo_numguard.checkpoint.facts import Progress, read_digests, read_folder
 from hallo_numguard.checkpoint.listing import DamagedManifest, Listing, read_bytes
-from hallo_numguard.checkpoint.names import MANIFEST, SUMS, TENSORS, flaw
+from hallo_numguard.checkpoint.names import MANIFEST, SUMS, TENSORS, flaw, is_listed
 from hallo_numguard.checkpoint.report import PreflightReport, gravest_first
 from hallo_numguard.checkpoint.statement import ALGORITHM, Contents, FileContents
 from hallo_numguard.checkpoint.tree import Tree, walk
@@ -58,13 +58,15 @@ def verify_manifest(
     """
     root = Path(folder)
     tree = walk(root)
-    etags = hub.etags(root, tree.files)
     try:
         listing = _listing(root, None if manifest is None else Path(manifest))
+        if not listing.complete:
+            tree = walk(root, also=listing.digests)
         contents = _contents(tree, listing)
         _check_sums(root, listing)
     except DamagedManifest as error:
         return PreflightReport((_damaged(str(error)), *tree.findings), unchecked=("No file was compared.",))
+    etags = hub.etags(root, tree.files)
     if not listing.digests and not etags:
         nothing = f"{root} has no manifest; `hallo-numguard manifest` writes one."
         return PreflightReport(gravest_first([*tree.findings]), unchecked=(nothing,))
@@ -138,13 +140,15 @@ def _compare(
         *_changed_contents(root, tree, before),
         *hub.unlike_hub(etags, tree.files, digests.get(ALGORITHM, {}), found.keys() & listing.digests.keys() - changed),
     ]
+    compared = sum(name in listing.digests or name in etags for name in tree.files)
     sources = " and ".join(filter(None, (listing.source, "the digests that the Hub gave" if etags else "")))
-    return PreflightReport(gravest_first(findings), (f"{len(named)} files were compared with {sources}.",))
+    return PreflightReport(gravest_first(findings), (f"{compared} files were compared with {sources}.",))
 
 
 def _bad_names(listing: Listing) -> Iterator[Finding]:
     for name in listing.digests:
-        if why := flaw(name):
+        why = flaw(name) or ("no manifest lists" if listing.complete and not is_listed(name) else "")
+        if why:
             message = f"{listing.source} names {name}, which {why}; no such file was looked at"
             yield Finding("bad_name", message, severity="error", file=name)
 
@@ -163,7 +167,9 @@ def _extra(tree: Tree, listing: Listing) -> Iterator[Finding]:
     if not listing.digests:
         return
     severity = "warning" if listing.complete else "info"
-    for name in tree.files.keys() - listing.digests.keys():
+    for name in tree.files:
+        if name in listing.digests:
+            continue
         message = f"{name} is there, but {listing.source} does not name it"
         yield Finding("extra_file", message, severity=severity, file=name, remedy="Delete it, if nobody needs it.")
 
