@@ -5,8 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
 OLDER_DEEPSPEED ?= 0.18.2 0.19.3
+FUZZ_SECONDS ?= 60
 
-.PHONY: demo test lint bench campaign older-deepspeed clean
+.PHONY: demo test lint bench campaign fuzz older-deepspeed clean
 
 demo: $(READY)
 	$(BIN)/python examples/demo.py
@@ -28,6 +29,13 @@ bench: $(READY)
 # Every fault in every engine; the tests run a quarter of it.
 campaign: $(READY)
 	cd tests && $(abspath $(BIN))/python -m campaign --markdown ../docs/campaign.md
+
+# Every reader of files, some minutes; needs atheris.
+fuzz: $(READY)
+	$(BIN)/pip install -q -e '.[fuzz]' --no-build-isolation
+	for kind in pickle safetensors torch legacy distributed deepspeed index; do \
+	  $(BIN)/python tests/fuzz_readers.py $$kind --seconds $(FUZZ_SECONDS) || exit 1; \
+	done
 
 # The guard on other releases; docs/deepspeed.md says what holds with which.
 older-deepspeed: $(READY)

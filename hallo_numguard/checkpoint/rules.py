@@ -6,6 +6,7 @@ was never trained are zeros, masks hold -Inf.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import statistics
@@ -27,7 +28,7 @@ _STATE_REMEDY = "Go back to an earlier checkpoint: the optimizer would write it 
 _NUMBER = re.compile(r"\d+")
 _MASK = re.compile(r"mask|causal", re.IGNORECASE)
 _BORN_ZERO = re.compile(
-    r"bias|beta\b|lora_[bB]|lora_embedding_[bB]|zero|gamma|alpha|scale|gate|adapter|hada_w2", re.IGNORECASE
+    r"bias|lora_[bB]|lora_embedding_[bB]|hada_w2|adapter|controlnet|zero|gamma|alpha", re.IGNORECASE
 )
 _EMBEDDING = re.compile(r"emb|wte|wpe|vocab|shared|lm_head", re.IGNORECASE)
 _SMALLEST_FAMILY = 4
@@ -35,7 +36,8 @@ _SMALLEST_MATRIX = 4096  # elements, from which on one value can be told from th
 _OUTLIER_BITS = 5.0  # times two that a tensor's absmax may lie above its family's, at least
 _OUTLIER_DEVIATIONS = 8.0
 _NORMAL_MAD = 1.4826  # standard deviations in a median absolute deviation
-_DOMINATES = 0.5  # of a tensor's energy in one element
+_DOMINATES = 0.99  # of a tensor's energy in one element
+_MOST_DUPLICATES = 0.1  # of all matrices
 _CHUNK = 1 << 20  # elements
 
 
@@ -56,9 +58,19 @@ class Measured:
         return entry.file.parent, _NUMBER.sub("*", entry.name), entry.whole_shape, entry.role
 
     @property
+    def is_matrix(self) -> bool:
+        """Whether it is a weight of two dimensions or more."""
+        return self.entry.role in WEIGHTS and len(self.entry.whole_shape) >= 2
+
+    @property
     def is_zero(self) -> bool:
         """Whether all of it is zeros."""
         return self.entry.numel > 0 and self.record.absmax == 0 and self.record.nonfinite == 0
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all of it is the same number, but for the sign: only then its energy is as large as can be."""
+        return self.record.sumsq >= self.record.absmax * self.record.absmax * self.entry.numel * (1 - 1e-5)
 
 
 def judge(measured: Sequence[Measured], facts: Iterable[FileFacts], dtype: torch.dtype | None) -> list[Finding]:
@@ -156,8 +168,8 @@ def all_zero(measured: Sequence[Measured]) -> Iterator[Finding]:
     families = _families(measured)
     for one in measured:
         entry = one.entry
-        is_matrix = len(entry.whole_shape) >= 2
-        if not (one.is_zero and is_matrix and entry.role in WEIGHTS) or _BORN_ZERO.search(entry.name):
+        is_small_piece = entry.whole is not None and entry.numel < _SMALLEST_MATRIX
+        if not (one.is_zero and one.is_matrix) or is_small_piece or _BORN_ZERO.search(entry.name):
             continue
         family = families[one.family]
         if len(family) == 1 or not all(member.is_zero for member in family):
@@ -196,10 +208,34 @@ def _far_above(family: Sequence[Measured]) -> Iterator[tuple[Measured, float]]:
 
 
 def _is_dominated(one: Measured) -> bool:
-    is_matrix = len(one.entry.whole_shape) >= 2
-    if not is_matrix or one.entry.numel < _SMALLEST_MATRIX or _BORN_ZERO.search(one.entry.name):
+    if not one.is_matrix or one.entry.numel < _SMALLEST_MATRIX or _BORN_ZERO.search(one.entry.name):
         return False
     return one.record.absmax * one.record.absmax > _DOMINATES * one.record.sumsq
+
+
+def duplicates(measured: Sequence[Measured]) -> Iterator[Finding]:
+    """Weights of a layer that hold the values of another's, where hardly any others do: one stands for the other.
+
+    Models whose layers were copied, or initialised alike, hold many such; tied weights are so in all of their family.
+    """
+    matrices = [one for one in measured if one.is_matrix and _NUMBER.search(one.entry.name) and not one.is_constant]
+    families = _families(matrices)
+    groups = defaultdict(list)
+    for one in matrices:
+        if any(member.record.absmax != one.record.absmax for member in families[one.family]):
+            groups[one.entry.file.parent, one.entry.shape, one.entry.dtype, one.record.absmax].append(one)
+    pairs = [pair for group in groups.values() for pair in itertools.pairwise(group) if _look_alike(*pair)]
+    if len(pairs) > _MOST_DUPLICATES * len(matrices):
+        return
+    for first, one in pairs:
+        if torch.equal(load(first.entry), load(one.entry)):
+            message = f"{one.entry.role} {one.entry.name} holds the very values of {first.entry.name}"
+            yield _warning("duplicate", one.entry, message, "Check which of them it is; load an intact copy.")
+
+
+def _look_alike(one: Measured, other: Measured) -> bool:
+    """Whether two tensors of the same shape and absmax may be the same; sums depend on where a tensor lies."""
+    return one.entry.name != other.entry.name and math.isclose(one.record.sumsq, other.record.sumsq, rel_tol=1e-5)
 
 
 def dtype_surprises(measured: Sequence[Measured]) -> Iterator[Finding]:
@@ -250,8 +286,9 @@ def _is_lost(entry: TensorEntry, begin: int, end: int) -> bool:
     first, last = -(-(begin - entry.offset) // size), (end - entry.offset) // size
     if (first > 0 and values[first - 1] == 0) or (last < values.numel() and values[last] == 0):
         return False
-    row = math.prod(entry.shape[1:])
-    return not (_EMBEDDING.search(entry.name) and first % row == 0 and last % row == 0)
+    row = math.prod(entry.whole_shape[1:])
+    is_rows = (entry.start + first) % row == 0 and (entry.start + last) % row == 0
+    return not (_EMBEDDING.search(entry.name) and is_rows)
 
 
 def repeated_pages(facts: FileFacts, entries: Sequence[TensorEntry]) -> Iterator[Finding]:
@@ -316,5 +353,6 @@ _RULES: tuple[Callable[[Sequence[Measured]], Iterator[Finding]], ...] = (
     nonfinite,
     all_zero,
     outliers,
+    duplicates,
     dtype_surprises,
 )

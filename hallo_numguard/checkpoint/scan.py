@@ -54,7 +54,7 @@ def scan(
             opened.append(open_source(path))
         except UnknownLayout as error:
             unchecked.append(str(error))
-    total = sum(_size(file) for source in opened for file in source.files)
+    total = sum(_size(file) for source in opened for file in _by_file(source.entries))
     report = progress or (lambda done, of: None)
     reports = [_scan(source, wanted, threads, lambda done: report(done, total)) for source in opened]
     return merge([*reports, PreflightReport(unchecked=tuple(unchecked))])
