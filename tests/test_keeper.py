@@ -91,6 +91,16 @@ def test_what_is_not_finite_is_never_healthy(keeper, caplog, where):
     assert f"checkpoint {bad} is passed over" in caplog.text
 
 
+def test_a_manifest_that_was_written_anew_is_no_proof(keeper, caplog):
+    """Whoever changes a file and its manifest has made another checkpoint, which nobody has looked at."""
+    saved = keeper.save(make_run(), step=1)
+    prove(keeper)
+    torch.save(nn.Linear(2, 2).state_dict(), saved.path / "model.pt")
+    ng.write_manifest(saved.path)
+    assert keeper.latest_healthy() is None
+    assert "its manifest is another than when it was looked at" in caplog.text
+
+
 def test_one_that_was_changed_is_passed_over_and_it_says_why(keeper, caplog):
     run = make_run()
     old = keeper.save(run, step=1)
@@ -117,6 +127,7 @@ def test_one_that_lost_its_manifest_or_its_proof_is_passed_over(keeper, caplog):
         assert "cannot be read" in caplog.text
     (old.path / "numguard.manifest.json").unlink()
     assert keeper.latest_healthy() is None
+    assert f"checkpoint {old} is passed over: its manifest cannot be read" in caplog.text
 
 
 def test_the_newest_are_kept_and_the_last_healthy_one_always(tmp_path):
@@ -208,8 +219,17 @@ def test_a_checkpoint_of_another_run_is_refused_whole(keeper):
         keeper.rollback(other)
 
 
-def test_accelerate(tmp_path):
+@pytest.fixture
+def accelerate(monkeypatch):
+    """Accelerate, with no state left by another test."""
     accelerate = pytest.importorskip("accelerate")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    yield accelerate
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def test_accelerate(accelerate, tmp_path):
     accelerator = accelerate.Accelerator(cpu=True)
     run = make_run()
     model, optimizer = accelerator.prepare(run["model"], run["optimizer"])
@@ -219,7 +239,7 @@ def test_accelerate(tmp_path):
     saved = keeper.save(accelerator, step=1)
     prove(keeper)
     with torch.no_grad():
-        model[0].weight[1, 2] = float("nan")
+        run["model"][0].weight[1, 2] = float("nan")
     assert keeper.rollback(accelerator) == saved
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 

@@ -192,3 +192,28 @@ def test_damage_in_a_checkpoint_is_never_gone_back_to(attach):
     support.train_step(engine, 5)
     assert engine.global_steps == 1
     assert all(torch.isfinite(parameter).all() for parameter in engine.module.parameters())
+
+
+def test_an_accelerator_that_runs_deepspeed(attach, tmp_path, monkeypatch):
+    """Its `backward` steps the engine from inside; what it saves is what the engine goes back to."""
+    accelerate = pytest.importorskip("accelerate")
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    support.single_process_environment()
+    support.allow_fp16()
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+    config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
+    plugin = accelerate.utils.DeepSpeedPlugin(hf_ds_config={**config, "zero_allow_untested_optimizer": True})
+    accelerator = accelerate.Accelerator(deepspeed_plugin=plugin)
+    model = torch.nn.Linear(6, 3)
+    model, _ = accelerator.prepare(model, torch.optim.AdamW(model.parameters()))
+    guard, keeper = attach(accelerator)
+    ng.inject(model, "parameter", "weight", step=6)
+    for step in range(1, 9):
+        accelerator.backward(model(torch.randn(4, 6).bfloat16()).float().square().mean())
+        if step == 2:
+            assert keeper.save(accelerator).step == 2
+    assert guard.last_report.step == 6
+    assert model.global_steps == 4
+    assert [record.step for record in guard.history] == [1, 2, 3, 4, 5, 6, 3, 4]
+    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
