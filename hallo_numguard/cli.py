@@ -95,9 +95,9 @@ def scan(paths: tuple[Path, ...], dtype: str | None, threads: int | None, style:
 @main.command()
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("--md5", is_flag=True, help="Also write MD5SUMS.")
-@click.option("--sign", metavar="KEY", help="Also sign: a private key (PEM), or the word sigstore for no key at all.")
+@click.option("--sign", metavar="KEY", type=click.Path(path_type=Path), help="Also sign, with this private key (PEM).")
 @click.option("--format", "style", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
-def manifest(folder: Path, md5: bool, sign: str | None, style: str) -> None:
+def manifest(folder: Path, md5: bool, sign: Path | None, style: str) -> None:
     """Write down what the files of FOLDER are, for `verify`.
 
     SHA256SUMS for sha256sum -c, numguard.manifest.json as OpenSSF model signing has it, numguard.tensors.json with the
@@ -106,9 +106,10 @@ def manifest(folder: Path, md5: bool, sign: str | None, style: str) -> None:
     from hallo_numguard.checkpoint import signing
     from hallo_numguard.checkpoint.manifest import write_manifest
 
-    with _failures():
-        written = write_manifest(folder, md5=md5)
-        if sign is not None and written.ok:
+    with _failures(), _progress() as advance:
+        written = write_manifest(folder, md5=md5, progress=advance)
+    if sign is not None and not written.unchecked:
+        with _failures():
             signing.sign(folder, sign)
     _print_findings(written, style)
 
@@ -128,8 +129,8 @@ def verify(folder: Path, listing: Path | None, key: Path | None, style: str) -> 
     from hallo_numguard.checkpoint.report import merge
     from hallo_numguard.checkpoint.verify import verify_manifest
 
-    with _failures():
-        reports = [verify_manifest(folder, listing)]
+    with _failures(), _progress() as advance:
+        reports = [verify_manifest(folder, listing, progress=advance)]
         if key is not None:
             reports.append(signing.check(folder, key))
     _print_findings(merge(reports), style)

@@ -30,8 +30,8 @@ def changes(file: str, before: FileContents, now: FileContents) -> Iterator[Find
             yield _finding("extra_tensor", file, tensor, "is there, but the manifest does not name it")
 
 
-def _key(tensor: TensorFacts) -> tuple[str, str, int | None, int]:
-    return tensor.name, tensor.role, tensor.rank, tensor.start
+def _key(tensor: TensorFacts) -> tuple[object, ...]:
+    return tensor.name, tensor.role, tensor.rank, tensor.start, tensor.corner
 
 
 def _finding(kind: str, file: str, tensor: TensorFacts, message: str) -> Finding:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,14 +13,15 @@ import torch
 
 from hallo_numguard.checkpoint.facts import dtype_name, sources
 from hallo_numguard.checkpoint.names import title
-from hallo_numguard.checkpoint.readers import DamagedFile, Source, TensorEntry, UnknownLayout, load
+from hallo_numguard.checkpoint.readers import DamagedFile, TensorEntry, UnknownLayout, load
 from hallo_numguard.checkpoint.report import PreflightReport, gravest_first
 from hallo_numguard.checkpoint.tree import walk
 from hallo_numguard.records import Finding, shape_in_words
 
 _CHUNK = 1 << 20  # elements that are compared at a time
 
-_Key = tuple[str, str, str, int | None, int]  # folder, name, role, rank, start
+_Key = tuple[str, str, str, int | None]  # folder, name, role, and rank where each has its own
+_Place = tuple[int, tuple[int, ...] | None]  # of a piece in the whole tensor
 
 
 def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> PreflightReport:
@@ -39,27 +42,33 @@ def diff(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> PreflightRepor
     Cost: every tensor is read once, as much as 1 Mi elements of each side at a time.
     """
     left, right = _read("A", Path(a)), _read("B", Path(b))
-    pairs = {
-        key: _differences(entry, right.entries[key]) for key, entry in left.entries.items() if key in right.entries
-    }
+    pairs = {key: _differences(ours, right.pieces[key]) for key, ours in left.pieces.items() if key in right.pieces}
     findings = [
         *left.findings,
         *right.findings,
-        *(_finding("missing_tensor", entry, "is in A only") for key, entry in left.entries.items() if key not in pairs),
-        *(_finding("extra_tensor", entry, "is in B only") for key, entry in right.entries.items() if key not in pairs),
+        *(
+            _finding("missing_tensor", entry, "is in A only")
+            for key, (entry, *_) in left.pieces.items()
+            if key not in pairs
+        ),
+        *(
+            _finding("extra_tensor", entry, "is in B only")
+            for key, (entry, *_) in right.pieces.items()
+            if key not in pairs
+        ),
         *(finding for differences in pairs.values() for finding in differences),
     ]
     identical = sum(not differences for differences in pairs.values())
-    counts = f"{len(left.entries)} in A ({a}) and {len(right.entries)} in B ({b})"
+    counts = f"{len(left.pieces)} in A ({a}) and {len(right.pieces)} in B ({b})"
     checked = f"{identical} tensors are identical, of {counts}."
     return PreflightReport(gravest_first(findings), (checked,), (*left.unchecked, *right.unchecked))
 
 
 @dataclass(frozen=True)
 class _Side:
-    """One of the two: its tensors, by what makes one that of the other side; and what could not be read."""
+    """One of the two: the pieces of its tensors, by what makes one that of the other side; what could not be read."""
 
-    entries: Mapping[_Key, TensorEntry]
+    pieces: Mapping[_Key, Sequence[TensorEntry]]
     findings: tuple[Finding, ...]
     unchecked: tuple[str, ...]
 
@@ -99,27 +108,69 @@ def _read(side: str, path: Path) -> _Side:
     found = list(sources(path, tree.files.values() if tree else ()))
     if not found:
         raise UnknownLayout(f"{path} is not there, or holds no weights that can be read")
-    entries: dict[_Key, TensorEntry] = {}
-    for source in found:
-        for entry in source.entries:
-            entries.setdefault((_folder(path, source, entry), entry.name, entry.role, entry.rank, entry.start), entry)
-    twice = sum(len(source.entries) for source in found) - len(entries)
+    entries = [entry for source in found for entry in source.entries]
+    top = os.path.commonpath([entry.file.parent for entry in entries]) if entries else ""
+    tensors: dict[_Key, dict[_Place, TensorEntry]] = defaultdict(dict)
+    for entry in entries:
+        key = (os.path.relpath(entry.file.parent, top), entry.name, entry.role, _own_rank(entry))
+        tensors[key].setdefault((entry.start, entry.corner), entry)
+    twice = len(entries) - sum(map(len, tensors.values()))
     again = (f"{twice} tensors of {side} that another file of it has as well.",) if twice else ()
     return _Side(
-        entries,
+        {key: tuple(pieces.values()) for key, pieces in tensors.items()},
         (*(tree.findings if tree else ()), *(finding for source in found for finding in source.findings)),
         (*(sentence for source in found for sentence in source.unchecked), *again),
     )
 
 
-def _folder(path: Path, source: Source, entry: TensorEntry) -> str:
-    """Where a tensor belongs to, if that is one of several models in a folder."""
-    return "" if path in (source.root, entry.file.parent) else str(entry.file.parent.relative_to(path))
+def _own_rank(entry: TensorEntry) -> int | None:
+    """The rank that a tensor is of; None if it is everybody's, though each may have saved a piece."""
+    return entry.rank if entry.whole is None else None
 
 
-def _differences(a: TensorEntry, b: TensorEntry) -> list[Finding]:
+def _whole(pieces: Sequence[TensorEntry]) -> torch.Tensor:
+    """The tensor that pieces are of.
+
+    Raises:
+        DamagedFile: If they are not all of it.
+    """
+    first, shape = pieces[0], pieces[0].whole_shape
+    if first.whole is None:
+        return load(first)
+    if sum(piece.numel for piece in pieces) != math.prod(shape) or not all(map(_fits, pieces)):
+        raise DamagedFile(f"{first.name} is not whole: pieces of it are missing")
+    whole = torch.empty(shape, dtype=first.dtype)
+    for piece in pieces:
+        place = _place(whole, piece)
+        place.copy_(load(piece).reshape(place.shape))
+    return whole
+
+
+def _place(whole: torch.Tensor, piece: TensorEntry) -> torch.Tensor:
+    """Where in the whole tensor a piece lies."""
+    if piece.corner is None:
+        return whole.view(-1)[piece.start : piece.start + piece.numel]
+    return whole[tuple(slice(at, at + size) for at, size in zip(piece.corner, piece.shape, strict=True))]
+
+
+def _fits(piece: TensorEntry) -> bool:
+    """Whether a piece lies inside of the tensor that it says it is of."""
+    shape = piece.whole_shape
+    if piece.corner is None:
+        return 0 <= piece.start <= math.prod(shape) - piece.numel
+    return len(piece.corner) == len(piece.shape) == len(shape) and all(
+        0 <= at <= size - part for at, part, size in zip(piece.corner, piece.shape, shape, strict=True)
+    )
+
+
+def _differences(ours: Sequence[TensorEntry], theirs: Sequence[TensorEntry]) -> list[Finding]:
+    a, b = ours[0], theirs[0]
     try:
-        one, other = load(a), load(b)
+        one = _whole(ours)
+    except DamagedFile as error:
+        return [error.finding(a.file)]
+    try:
+        other = _whole(theirs)
     except DamagedFile as error:
         return [error.finding(b.file)]
     if one.shape != other.shape:
@@ -161,5 +212,5 @@ def _wide(flat: torch.Tensor) -> torch.Tensor:
 
 def _finding(kind: str, entry: TensorEntry, message: str) -> Finding:
     return Finding(
-        kind, f"{title(entry.name, entry.role, entry.rank)} {message}", name=entry.name, file=str(entry.file)
+        kind, f"{title(entry.name, entry.role, _own_rank(entry))} {message}", name=entry.name, file=str(entry.file)
     )

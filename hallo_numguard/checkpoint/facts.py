@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from hallo_numguard.checkpoint.reading import FileFacts, read_file
 from hallo_numguard.checkpoint.statement import ALGORITHM, FileContents, TensorFacts
 from hallo_numguard.records import Finding, Record
 
+Progress = Callable[[int, int], object]
 Digests = Mapping[str, Mapping[str, str]]
 """In hexadecimal, by algorithm (as hashlib names it), then by the name of the file."""
 
@@ -37,21 +39,24 @@ class FolderFacts:
         """Returns how much it is."""
         tensors = sum(len(file.tensors) for file in self.contents.values())
         size = sum(file.size for file in self.contents.values())
-        return f"{len(self.contents)} files, {tensors} tensors, {size} bytes"
+        return f"{len(self.contents)} files, {tensors} tensors, {size / 1e6:,.1f} MB"
 
 
-def read_folder(root: Path, files: Mapping[str, Path], algorithms: Sequence[str]) -> FolderFacts:
+def read_folder(
+    root: Path, files: Mapping[str, Path], algorithms: Sequence[str], progress: Progress | None = None
+) -> FolderFacts:
     """Returns what is in files of a folder.
 
     Args:
         root: The folder; its files say together what the tensors are called.
         files: Those to read, by name.
         algorithms: Of the digests of whole files; those of tensors are sha256.
+        progress: Called with the number of bytes just read and of all bytes, by several threads.
 
     Cost: every file is read once, several at a time.
     """
     entries, findings = _entries(root, files)
-    readings = _each(files, lambda name, path: _read(name, path, entries[name], algorithms))
+    readings = _read_all(files, entries, algorithms, progress)
     contents = {
         name: FileContents(facts.nbytes, tuple(map(_tensor, entries[name], facts.records, facts.tensor_digests)))
         for name, (facts, _) in readings.items()
@@ -61,12 +66,14 @@ def read_folder(root: Path, files: Mapping[str, Path], algorithms: Sequence[str]
     return FolderFacts(_by_algorithm(readings, algorithms), contents, tuple(findings))
 
 
-def read_digests(files: Mapping[str, Path], algorithms: Sequence[str]) -> tuple[Digests, list[Finding]]:
+def read_digests(
+    files: Mapping[str, Path], algorithms: Sequence[str], progress: Progress | None = None
+) -> tuple[Digests, list[Finding]]:
     """Returns the digests of whole files, and a finding for each that cannot be read.
 
     Cost: every file is read once, several at a time.
     """
-    readings = _each(files, lambda name, path: _read(name, path, (), algorithms))
+    readings = _read_all(files, {}, algorithms, progress)
     return _by_algorithm(readings, algorithms), [finding for _, found in readings.values() for finding in found]
 
 
@@ -92,22 +99,48 @@ def dtype_name(dtype: torch.dtype) -> str:
 _Reading = tuple[FileFacts | None, list[Finding]]
 
 
-def _each(files: Mapping[str, Path], read: Callable[[str, Path], _Reading]) -> dict[str, _Reading]:
+def _read_all(
+    files: Mapping[str, Path],
+    entries: Mapping[str, Sequence[TensorEntry]],
+    algorithms: Sequence[str],
+    progress: Progress | None,
+) -> dict[str, _Reading]:
+    total = sum(map(_size, files.values()))
+    advance = partial(_advance, progress, total) if progress else None
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return dict(zip(files, pool.map(read, files, files.values()), strict=True))
+        read = partial(_read, algorithms=algorithms, progress=advance)
+        readings = pool.map(read, files, files.values(), (entries.get(name, ()) for name in files))
+        return dict(zip(files, readings, strict=True))
 
 
-def _read(name: str, path: Path, entries: Sequence[TensorEntry], algorithms: Sequence[str]) -> _Reading:
+def _advance(progress: Progress, total: int, done: int) -> None:
+    progress(done, total)
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0  # it will be a finding when it is read
+
+
+def _read(
+    name: str,
+    path: Path,
+    entries: Sequence[TensorEntry],
+    algorithms: Sequence[str],
+    progress: Callable[[int], object] | None,
+) -> _Reading:
     """One read of a file; a second one, of the bytes alone, if it does not hold the tensors that it should."""
     try:
-        return read_file(path, entries, algorithms, tensor_hash=ALGORITHM if entries else None), []
+        return read_file(path, entries, algorithms, tensor_hash=ALGORITHM if entries else None, progress=progress), []
     except DamagedFile as error:
         finding = replace(error.finding(path), file=name)
     except OSError as error:
         finding = Finding("unreadable_file", f"{name} cannot be read: {error.strerror}", severity="error", file=name)
     if not entries:
         return None, [finding]
-    facts, more = _read(name, path, (), algorithms)
+    facts, more = _read(name, path, (), algorithms, None)
     return facts, more or [_lesser(finding)]
 
 
@@ -122,12 +155,13 @@ def _entries(root: Path, files: Mapping[str, Path]) -> tuple[dict[str, list[Tens
     """The tensors in each file, and what shows of damage when they are looked for."""
     names = {path: name for name, path in files.items()}
     entries: dict[str, list[TensorEntry]] = {name: [] for name in files}
-    findings = []
+    findings: list[Finding] = []
     for source in sources(root, files.values()):
         for entry in source.entries:
             if entry.file in names:
                 entries[names[entry.file]].append(entry)
-        findings += [_lesser(finding) for finding in source.findings]
+        named = (replace(finding, file=names.get(Path(finding.file), finding.file)) for finding in source.findings)
+        findings += map(_lesser, named)
         findings += [Finding("no_tensors", sentence, severity="info") for sentence in source.unchecked]
     return entries, findings
 
@@ -139,5 +173,13 @@ def _lesser(finding: Finding) -> Finding:
 
 def _tensor(entry: TensorEntry, record: Record | None, digest: str) -> TensorFacts:
     return TensorFacts(
-        entry.name, entry.role, entry.rank, entry.start, dtype_name(entry.dtype), entry.shape, digest, record
+        entry.name,
+        entry.role,
+        entry.rank,
+        entry.start,
+        entry.corner,
+        dtype_name(entry.dtype),
+        entry.shape,
+        digest,
+        record,
     )

@@ -26,6 +26,7 @@ class Listing:
         digests: Of each file, in hexadecimal, by name.
         complete: Whether a file that it does not name should not be there.
         model: Name of the model, "" where the format has none.
+        links: Whether some of the files are reached through links; False where the format does not tell.
     """
 
     source: str
@@ -33,6 +34,7 @@ class Listing:
     digests: Mapping[str, str]
     complete: bool
     model: str = ""
+    links: bool = False
 
 
 def read_bytes(path: Path) -> bytes:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from hallo_numguard.checkpoint import checksums, statement
-from hallo_numguard.checkpoint.facts import FolderFacts, read_folder
+from hallo_numguard.checkpoint.facts import FolderFacts, Progress, read_folder
 from hallo_numguard.checkpoint.listing import Listing
 from hallo_numguard.checkpoint.names import MANIFEST, SUMS, TENSORS, in_order
 from hallo_numguard.checkpoint.report import PreflightReport, gravest_first
@@ -17,7 +17,9 @@ from hallo_numguard.checkpoint.tree import Tree, walk
 from hallo_numguard.files import write_whole
 
 
-def write_manifest(folder: str | os.PathLike[str], md5: bool = False) -> PreflightReport:
+def write_manifest(
+    folder: str | os.PathLike[str], md5: bool = False, progress: Progress | None = None
+) -> PreflightReport:
     """Writes the manifest of a folder into it: SHA256SUMS, numguard.manifest.json and numguard.tensors.json.
 
     `sha256sum -c SHA256SUMS` checks the first without this package. What is not finite in the files is no matter here,
@@ -27,6 +29,7 @@ def write_manifest(folder: str | os.PathLike[str], md5: bool = False) -> Preflig
         folder: Of a model or of a checkpoint. Links are followed inside of it, and into the blobs of the Hugging Face
             cache.
         md5: Also write MD5SUMS. One that is there already is always written anew.
+        progress: Called with the number of bytes just read and of all bytes, by several threads.
 
     Returns:
         What was written. With an error among its findings (a link that leads out, a pipe, names that differ in case
@@ -41,7 +44,7 @@ def write_manifest(folder: str | os.PathLike[str], md5: bool = False) -> Preflig
     root = Path(folder)
     tree = walk(root)
     md5 = md5 or (root / SUMS["md5"]).is_file()
-    facts = read_folder(root, tree.without(TENSORS), (ALGORITHM, "md5") if md5 else (ALGORITHM,))
+    facts = read_folder(root, tree.without(TENSORS), (ALGORITHM, "md5") if md5 else (ALGORITHM,), progress)
     findings = gravest_first([*tree.findings, *facts.findings])
     if any(finding.severity == "error" for finding in findings):
         return PreflightReport(findings, unchecked=("No manifest was written, for it would not be of all files.",))
@@ -62,8 +65,8 @@ def _documents(root: Path, tree: Tree, facts: FolderFacts) -> dict[str, bytes]:
         for algorithm, of_files in digests.items()
     }
     sums = {SUMS[algorithm]: checksums.write(of_files) for algorithm, of_files in listed.items()}
-    listing = Listing(MANIFEST, ALGORITHM, listed[ALGORITHM], complete=True, model=model)
-    return {TENSORS: contents, **sums, MANIFEST: statement.write_files(listing, links=bool(tree.linked))}
+    listing = Listing(MANIFEST, ALGORITHM, listed[ALGORITHM], complete=True, model=model, links=bool(tree.linked))
+    return {TENSORS: contents, **sums, MANIFEST: statement.write_files(listing)}
 
 
 def _with(digests: Mapping[str, str], name: str, digest: str) -> dict[str, str]:

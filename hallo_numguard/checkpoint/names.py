@@ -17,8 +17,8 @@ _LEFT_OVER = re.compile(r"\.(?:numguard\.\w+\.json|SHA256SUMS|MD5SUMS)\.\d+\.[0-
 
 
 def is_listed(name: str) -> bool:
-    """Whether a manifest lists the file or folder with this name."""
-    return name not in UNLISTED and not name.endswith(".sig")
+    """Whether a manifest of ours lists the file or folder with this name."""
+    return not name.endswith(".sig") and not any(f"{name}/".startswith(f"{other}/") for other in UNLISTED)
 
 
 def is_left_over(name: str) -> bool:
@@ -40,9 +40,7 @@ def flaw(name: str) -> str:
         return "is absolute"
     if ".." in parts:
         return "leads out of the folder"
-    if "" in parts or "." in parts:
-        return "is not in its shortest form"
-    return "" if is_listed(name) else "is that of a file that no manifest lists"
+    return "is not in its shortest form" if "" in parts or "." in parts else ""
 
 
 def title(name: str, role: str, rank: int | None) -> str:

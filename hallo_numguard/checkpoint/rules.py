@@ -11,7 +11,8 @@ import re
 import statistics
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
@@ -38,6 +39,9 @@ _DOMINATES = 0.5  # of a tensor's energy in one element
 _CHUNK = 1 << 20  # elements
 
 
+Family = tuple[Path, str, tuple[int, ...], str]  # folder, name without numbers, shape, role
+
+
 @dataclass(frozen=True)
 class Measured:
     """A tensor whose bytes were read."""
@@ -46,10 +50,10 @@ class Measured:
     record: Record
 
     @property
-    def family(self) -> tuple[str, tuple[int, ...], str]:
+    def family(self) -> Family:
         """What it has in common with the same tensor of other layers."""
-        shape = self.entry.shape if self.entry.whole is None else self.entry.whole
-        return _NUMBER.sub("*", self.entry.name), shape, self.entry.role
+        entry = self.entry
+        return entry.file.parent, _NUMBER.sub("*", entry.name), entry.whole_shape, entry.role
 
     @property
     def is_zero(self) -> bool:
@@ -95,7 +99,6 @@ def nonfinite(measured: Sequence[Measured]) -> Iterator[Finding]:
 def offender_of(one: Measured) -> Offender:
     """Returns what is not finite in a tensor."""
     entry, record = one.entry, one.record
-    whole = entry.shape if entry.whole is None else entry.whole
     return Offender(
         kind=entry.role if entry.role in ("parameter", "buffer") else "optimizer_state",
         name=entry.name if entry.role in ("parameter", "buffer") else f"{entry.role} of {entry.name}",
@@ -106,8 +109,8 @@ def offender_of(one: Measured) -> Offender:
         pos_inf=record.pos_inf,
         neg_inf=record.neg_inf,
         absmax=record.absmax,
-        numel=math.prod(whole),
-        shape=whole,
+        numel=math.prod(entry.whole_shape),
+        shape=entry.whole_shape,
         dtype=_name(entry.dtype),
     )
 
@@ -135,8 +138,7 @@ def _unholdable(entry: TensorEntry, dtype: torch.dtype) -> Finding:
         if count == 0 and lost.numel():
             first, value = begin + int(lost[0]), float(chunk[lost[0]])
         count += lost.numel()
-    contiguous = TensorEntry(entry.name, entry.role, entry.dtype, entry.shape, entry.file, 0, 0, start=entry.start)
-    index = ", ".join(map(str, contiguous.index_of(first)))
+    index = ", ".join(map(str, replace(entry, stride=None).index_of(first)))
     is_mask = _MASK.search(entry.name) is not None
     return Finding(
         "unholdable",
@@ -154,7 +156,7 @@ def all_zero(measured: Sequence[Measured]) -> Iterator[Finding]:
     families = _families(measured)
     for one in measured:
         entry = one.entry
-        is_matrix = len(entry.shape if entry.whole is None else entry.whole) >= 2
+        is_matrix = len(entry.whole_shape) >= 2
         if not (one.is_zero and is_matrix and entry.role in WEIGHTS) or _BORN_ZERO.search(entry.name):
             continue
         family = families[one.family]
@@ -194,7 +196,7 @@ def _far_above(family: Sequence[Measured]) -> Iterator[tuple[Measured, float]]:
 
 
 def _is_dominated(one: Measured) -> bool:
-    is_matrix = len(one.entry.shape if one.entry.whole is None else one.entry.whole) >= 2
+    is_matrix = len(one.entry.whole_shape) >= 2
     if not is_matrix or one.entry.numel < _SMALLEST_MATRIX or _BORN_ZERO.search(one.entry.name):
         return False
     return one.record.absmax * one.record.absmax > _DOMINATES * one.record.sumsq
@@ -286,7 +288,7 @@ def _at(entries: Iterable[TensorEntry], offset: int, nbytes: int) -> Iterator[Te
             yield entry
 
 
-def _families(measured: Iterable[Measured]) -> dict[tuple[str, tuple[int, ...], str], list[Measured]]:
+def _families(measured: Iterable[Measured]) -> dict[Family, list[Measured]]:
     families = defaultdict(list)
     for one in measured:
         families[one.family].append(one)

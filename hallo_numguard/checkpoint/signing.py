@@ -4,44 +4,44 @@ from __future__ import annotations
 
 import importlib
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
 from hallo_numguard.checkpoint.names import DOWNLOADS, SIGNATURE
 from hallo_numguard.checkpoint.report import PreflightReport
 from hallo_numguard.errors import BackendUnavailable, InvalidInput, NumGuardError
+from hallo_numguard.files import write_whole
 from hallo_numguard.records import Finding
-
-KEYLESS = "sigstore"
 
 
 class SigningFailed(NumGuardError):
     """No signature was made; its text says why."""
 
 
-def sign(folder: str | os.PathLike[str], key: str) -> None:
+def sign(folder: str | os.PathLike[str], key: str | os.PathLike[str]) -> None:
     """Signs all files of a folder, those of its manifest too, into `model.sig`, which `model_signing verify` reads.
 
     Args:
         folder: To be signed.
-        key: File of a private key (PEM, elliptic curve), or "sigstore" to sign as who you are on the web.
+        key: File of a private key (PEM, elliptic curve).
 
     Raises:
         BackendUnavailable: If model-signing is not installed.
         SigningFailed: If it does not sign.
+        OSError: If the signature cannot be written; it is old or new then, and whole.
 
     Cost: model-signing reads every file once more.
     """
     root = Path(folder)
     config = _module("signing").Config().set_hashing_config(_hashing(root))
-    try:
-        if key == KEYLESS:
-            config.use_sigstore_signer()
-        else:
-            config.use_elliptic_key_signer(private_key=Path(key))
-        config.sign(root, root / SIGNATURE)
-    except Exception as error:  # keys, networks and identities fail in more ways than it lists
-        raise SigningFailed(f"{root} was not signed: {error}") from error
+    with tempfile.TemporaryDirectory() as scratch:
+        signature = Path(scratch, SIGNATURE)
+        try:
+            config.use_elliptic_key_signer(private_key=Path(key)).sign(root, signature)
+        except Exception as error:  # a key that is none fails in more ways than it lists
+            raise SigningFailed(f"{root} was not signed: {error}") from error
+        write_whole(root / SIGNATURE, signature.read_bytes())
 
 
 def check(folder: str | os.PathLike[str], key: str | os.PathLike[str]) -> PreflightReport:

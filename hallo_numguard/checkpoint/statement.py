@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from hallo_numguard.checkpoint.listing import DamagedManifest, Listing
@@ -32,7 +32,7 @@ class TensorFacts:
     """What a manifest keeps of a tensor.
 
     Attributes:
-        name, role, rank, start: Which one it is, or which piece of one, as the reader of its file tells.
+        name, role, rank, start, corner: Which one it is, or which piece of one, as the reader of its file tells.
         dtype: As torch names it.
         shape: Of the tensor, or of the piece.
         digest: sha256 of its bytes as they lie in the file, in hexadecimal.
@@ -43,6 +43,7 @@ class TensorFacts:
     role: str
     rank: int | None
     start: int
+    corner: tuple[int, ...] | None
     dtype: str
     shape: tuple[int, ...]
     digest: str
@@ -71,13 +72,13 @@ def root_digest(digests: Iterable[str]) -> str:
     return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
-def write_files(listing: Listing, links: bool) -> bytes:
-    """Returns the statement of files. `links` says whether one of them is reached through a link."""
+def write_files(listing: Listing) -> bytes:
+    """Returns the statement of files."""
     predicate = {
         "serialization": {
             "method": "files",
             "hash_type": ALGORITHM,
-            "allow_symlinks": links,
+            "allow_symlinks": listing.links,
             "ignore_paths": list(UNLISTED),
         },
         "resources": [
@@ -98,8 +99,9 @@ def read_files(data: bytes, source: str) -> Listing:
         resources = document["predicate"]["resources"]
         digests = {_text(item["name"]): _digest(item["digest"]) for item in resources}
         links = document["predicate"]["serialization"]["allow_symlinks"] is True
-        listing = Listing(source, ALGORITHM, digests, complete=True, model=_text(document["subject"][0]["name"]))
-        whole = write_files(listing, links) == data
+        model = _text(document["subject"][0]["name"])
+        listing = Listing(source, ALGORITHM, digests, complete=True, model=model, links=links)
+        whole = write_files(listing) == data
     except _FORMS as error:
         raise DamagedManifest(f"{source} is damaged: {error!r}") from error
     if not whole or list(digests) != sorted(digests, key=in_order):
@@ -111,7 +113,10 @@ def write_contents(contents: Contents) -> bytes:
     """Returns the statement of tensors."""
     predicate = {
         "schema_version": SCHEMA_VERSION,
-        "files": [{"name": name, **asdict(file)} for name, file in contents.files.items()],
+        "files": [
+            {"name": name, "size": file.size, "tensors": list(map(_document, file.tensors))}
+            for name, file in contents.files.items()
+        ],
     }
     return _write(contents.model, contents.root, TENSORS_PREDICATE, without_nonfinite(predicate))
 
@@ -162,18 +167,24 @@ def _parse(data: bytes, source: str, predicate_type: str) -> Mapping[str, Any]:
     return document
 
 
+def _document(tensor: TensorFacts) -> dict[str, Any]:
+    """What `dataclasses.asdict` gives, in a tenth of its time: there are a hundred thousand of them."""
+    return {**vars(tensor), "record": None if tensor.record is None else vars(tensor.record)}
+
+
 def _contents(document: Mapping[str, Any]) -> FileContents:
     return FileContents(int(document["size"]), tuple(map(_tensor, document["tensors"])))
 
 
 def _tensor(document: Mapping[str, Any]) -> TensorFacts:
     record = document["record"]
-    rank = document["rank"]
+    rank, corner = document["rank"], document["corner"]
     return TensorFacts(
         name=_text(document["name"]),
         role=_text(document["role"]),
         rank=None if rank is None else int(rank),
         start=int(document["start"]),
+        corner=None if corner is None else tuple(map(int, corner)),
         dtype=_text(document["dtype"]),
         shape=tuple(map(int, document["shape"])),
         digest=_digest(document["digest"]),

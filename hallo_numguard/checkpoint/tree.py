@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Set
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from hallo_numguard.checkpoint.names import in_order, is_left_over, is_listed
 from hallo_numguard.errors import InvalidInput
 from hallo_numguard.records import Finding
+
+_LONGEST = 4096  # characters of a path: no system takes more
 
 
 @dataclass(frozen=True)
@@ -32,8 +35,8 @@ class Tree:
         return {other: path for other, path in self.files.items() if other != name}
 
 
-def walk(root: Path) -> Tree:
-    """Returns what lies in `root`.
+def walk(root: Path, also: Iterable[str] = ()) -> Tree:
+    """Returns what lies in `root`: all that a manifest of ours lists, and files with the names in `also`.
 
     Links to files are followed inside of `root`, and from a snapshot of the Hugging Face cache to its blobs; links to
     folders never are.
@@ -44,7 +47,7 @@ def walk(root: Path) -> Tree:
     files: dict[str, Path] = {}
     linked: list[str] = []
     findings: list[Finding] = []
-    for name, entry in _entries(root):
+    for name, entry in _entries(root, _with_folders(also)):
         problem = _problem(root, entry)
         if problem is not None:
             kind, message, severity = problem
@@ -63,13 +66,19 @@ def blobs_of(root: Path) -> Path | None:
     return real.parent.parent / "blobs" if real.parent.name == "snapshots" else None
 
 
-def _entries(root: Path) -> Iterator[tuple[str, os.DirEntry[str]]]:
+def _with_folders(names: Iterable[str]) -> set[str]:
+    """The names of files, and of the folders that they are in."""
+    possible = (name for name in names if len(name) <= _LONGEST)
+    return {part for name in possible for part in accumulate(name.split("/"), "{}/{}".format)}
+
+
+def _entries(root: Path, also: Set[str]) -> Iterator[tuple[str, os.DirEntry[str]]]:
     folders = [(root, "")]
     while folders:
         folder, prefix = folders.pop()
         for entry in _listed(folder):
             name = prefix + entry.name
-            if not is_listed(name):
+            if not is_listed(name) and name not in also:
                 continue
             if entry.is_dir(follow_symlinks=False):
                 folders.append((Path(entry.path), f"{name}/"))

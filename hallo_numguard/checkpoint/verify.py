@@ -9,9 +9,9 @@ from pathlib import Path
 
 from hallo_numguard.checkpoint import checksums, hub, statement
 from hallo_numguard.checkpoint.changes import changes
-from hallo_numguard.checkpoint.facts import read_digests, read_folder
+from hallo_numguard.checkpoint.facts import Progress, read_digests, read_folder
 from hallo_numguard.checkpoint.listing import DamagedManifest, Listing, read_bytes
-from hallo_numguard.checkpoint.names import MANIFEST, SUMS, TENSORS, flaw
+from hallo_numguard.checkpoint.names import MANIFEST, SUMS, TENSORS, flaw, is_listed
 from hallo_numguard.checkpoint.report import PreflightReport, gravest_first
 from hallo_numguard.checkpoint.statement import ALGORITHM, Contents, FileContents
 from hallo_numguard.checkpoint.tree import Tree, walk
@@ -34,13 +34,18 @@ _NAMES = (
 _NONE = Listing("", ALGORITHM, {}, complete=False)
 
 
-def verify_manifest(folder: str | os.PathLike[str], manifest: str | os.PathLike[str] | None = None) -> PreflightReport:
+def verify_manifest(
+    folder: str | os.PathLike[str],
+    manifest: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> PreflightReport:
     """Compares a folder with its manifest.
 
     Args:
         folder: With the files.
         manifest: File that says what they should be: one that `write_manifest` wrote, or a list of checksums as
             sha256sum, md5sum and their BSD kin write. Left out, it is looked for in the folder.
+        progress: Called with the number of bytes just read and of all bytes, by several threads.
 
     Returns:
         A finding for each file that is missing, extra or changed, and for each tensor that differs in a changed one.
@@ -53,17 +58,19 @@ def verify_manifest(folder: str | os.PathLike[str], manifest: str | os.PathLike[
     """
     root = Path(folder)
     tree = walk(root)
-    etags = hub.etags(root, tree.files)
     try:
         listing = _listing(root, None if manifest is None else Path(manifest))
+        if not listing.complete:
+            tree = walk(root, also=listing.digests)
         contents = _contents(tree, listing)
         _check_sums(root, listing)
     except DamagedManifest as error:
         return PreflightReport((_damaged(str(error)), *tree.findings), unchecked=("No file was compared.",))
+    etags = hub.etags(root, tree.files)
     if not listing.digests and not etags:
         nothing = f"{root} has no manifest; `hallo-numguard manifest` writes one."
         return PreflightReport(gravest_first([*tree.findings]), unchecked=(nothing,))
-    return _compare(root, tree, listing, contents, etags)
+    return _compare(root, tree, listing, contents, etags, progress)
 
 
 def _listing(root: Path, manifest: Path | None) -> Listing:
@@ -97,7 +104,7 @@ def _check_sums(root: Path, listing: Listing) -> None:
     sums = root / SUMS[ALGORITHM]
     if listing.source != MANIFEST or not sums.is_file():
         return
-    if checksums.read(read_bytes(sums), sums.name).digests != listing.digests:
+    if read_bytes(sums) != checksums.write(listing.digests):
         raise DamagedManifest(f"{sums.name} and {MANIFEST} should say the same, one of them was altered")
 
 
@@ -107,12 +114,18 @@ def _damaged(cause: str) -> Finding:
 
 
 def _compare(
-    root: Path, tree: Tree, listing: Listing, contents: Contents | None, etags: Mapping[str, str]
+    root: Path,
+    tree: Tree,
+    listing: Listing,
+    contents: Contents | None,
+    etags: Mapping[str, str],
+    progress: Progress | None,
 ) -> PreflightReport:
     missing = [name for name in listing.digests if name not in tree.files]
     known = listing.digests.keys() | {name for name, etag in etags.items() if hub.needs_sha256(etag)}
     named = {name: path for name, path in tree.files.items() if name in known or missing}
-    digests, unreadable = read_digests(named, sorted({listing.algorithm, ALGORITHM}) if etags else [listing.algorithm])
+    algorithms = sorted({listing.algorithm, ALGORITHM}) if etags else [listing.algorithm]
+    digests, unreadable = read_digests(named, algorithms, progress)
     found = digests[listing.algorithm]
     changed = [name for name, digest in found.items() if listing.digests.get(name, digest) != digest]
     before = {name: contents.files[name] for name in changed if name in contents.files} if contents else {}
@@ -122,17 +135,20 @@ def _compare(
         *_bad_names(listing),
         *_missing(missing, listing, found),
         *_extra(tree, listing),
+        *_links(tree, listing),
         *(_changed(name, listing, found[name]) for name in changed),
         *_changed_contents(root, tree, before),
         *hub.unlike_hub(etags, tree.files, digests.get(ALGORITHM, {}), found.keys() & listing.digests.keys() - changed),
     ]
+    compared = sum(name in listing.digests or name in etags for name in tree.files)
     sources = " and ".join(filter(None, (listing.source, "the digests that the Hub gave" if etags else "")))
-    return PreflightReport(gravest_first(findings), (f"{len(named)} files were compared with {sources}.",))
+    return PreflightReport(gravest_first(findings), (f"{compared} files were compared with {sources}.",))
 
 
 def _bad_names(listing: Listing) -> Iterator[Finding]:
     for name in listing.digests:
-        if why := flaw(name):
+        why = flaw(name) or ("no manifest lists" if listing.complete and not is_listed(name) else "")
+        if why:
             message = f"{listing.source} names {name}, which {why}; no such file was looked at"
             yield Finding("bad_name", message, severity="error", file=name)
 
@@ -151,9 +167,22 @@ def _extra(tree: Tree, listing: Listing) -> Iterator[Finding]:
     if not listing.digests:
         return
     severity = "warning" if listing.complete else "info"
-    for name in tree.files.keys() - listing.digests.keys():
+    for name in tree.files:
+        if name in listing.digests:
+            continue
         message = f"{name} is there, but {listing.source} does not name it"
         yield Finding("extra_file", message, severity=severity, file=name, remedy="Delete it, if nobody needs it.")
+
+
+def _links(tree: Tree, listing: Listing) -> Iterator[Finding]:
+    if listing.complete and listing.links != bool(tree.linked):
+        words = {True: "some", False: "none"}
+        message = (
+            f"{listing.source} says that {words[listing.links]} of the files are reached through links, "
+            f"got {words[bool(tree.linked)]}"
+        )
+        remedy = "If you copied the files out of a cache on purpose, write the manifest anew."
+        yield Finding("changed_links", message, file=listing.source, remedy=remedy)
 
 
 def _changed(name: str, listing: Listing, digest: str) -> Finding:
@@ -163,8 +192,10 @@ def _changed(name: str, listing: Listing, digest: str) -> Finding:
 
 def _changed_contents(root: Path, tree: Tree, before: Mapping[str, FileContents]) -> Iterator[Finding]:
     """Findings about what is in files that were changed, beside the bytes."""
+    if not before:
+        return
     facts = read_folder(root, {name: tree.files[name] for name in before}, ())
-    yield from facts.findings
+    yield from (finding for finding in facts.findings if finding.file in before)
     for name, contents in before.items():
         if name in facts.contents:
             yield from changes(name, contents, facts.contents[name])

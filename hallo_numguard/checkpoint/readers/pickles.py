@@ -28,15 +28,22 @@ _CODE_REMEDY = (
 )
 
 
+class _Sealed:
+    """What a pickle cannot change: it may give a state to any object that it has found, and ours are shared."""
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a state for an object that has none")
+
+
 @dataclass(frozen=True)
-class StorageType:
+class StorageType(_Sealed):
     """What a storage class, or a dtype, stands for."""
 
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
-class StoredBytes:
+class StoredBytes(_Sealed):
     """A storage: a run of bytes in an archive, by its key."""
 
     key: str
@@ -45,7 +52,7 @@ class StoredBytes:
 
 
 @dataclass(frozen=True)
-class StoredTensor:
+class StoredTensor(_Sealed):
     """A tensor as the pickle describes it. `offset` and `stride` are in elements of `dtype`."""
 
     storage: StoredBytes
@@ -146,7 +153,7 @@ class _Unpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         """Returns our stand-in, or an empty class that is called so."""
-        qualified = f"{module}.{name}"
+        qualified = f"{_RENAMED.get(module, module)}.{name}"
         known = _KNOWN.get(qualified)
         if known is not None:
             return known
@@ -224,8 +231,8 @@ def _apply(opcode: pickletools.OpcodeInfo, stack: list[tuple[int, int]]) -> None
 
 
 @dataclass(frozen=True)
-class _Call:
-    """A function that a pickle may call, frozen: a pickle can also set attributes of what it has found."""
+class _Call(_Sealed):
+    """A function that a pickle may call."""
 
     function: Callable[..., Any]
 
@@ -270,6 +277,7 @@ def _encode(text: str, _encoding: str = "latin1") -> bytes:
 
 
 _MOST_DIMENSIONS = 64
+_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # as protocol 2 calls them
 _STORAGES = {
     "Double": torch.float64,
     "Float": torch.float32,
@@ -322,11 +330,31 @@ _DATA_NAMES = frozenset(
         "datetime.date",
         "datetime.datetime",
         "datetime.timedelta",
+        "numpy.dtype",
+        "numpy.ndarray",
+        "numpy._core.multiarray._reconstruct",
+        "numpy._core.multiarray.scalar",
+        "numpy.core.multiarray._reconstruct",
+        "numpy.core.multiarray.scalar",
         "pathlib.PosixPath",
         "pathlib.PurePosixPath",
         "pathlib.WindowsPath",
+        "torch.Tensor",
+        "torch.device",
+        "torch.nn.parameter.Parameter",
+        "torch.serialization._get_layout",
         "types.SimpleNamespace",
         "uuid.UUID",
     }
 )
-_DATA_MODULES = ("deepspeed.",)
+_DATA_MODULES = (  # of classes that hold settings or state
+    "accelerate.utils.dataclasses.",
+    "deepspeed.runtime.fp16.loss_scaler.",
+    "deepspeed.runtime.zero.config.",
+    "deepspeed.utils.tensor_fragment.",
+    "torch.distributed.checkpoint.metadata.",
+    "torch.distributed.checkpoint.filesystem._StorageInfo",
+    "transformers.trainer_pt_utils.",
+    "transformers.trainer_utils.",
+    "transformers.training_args.",
+)

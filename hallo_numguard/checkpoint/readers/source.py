@@ -55,6 +55,7 @@ class TensorEntry:
         rank: That saved it, of a sharded one; else None.
         start: Of a piece, the flat index of its first element in the whole tensor.
         whole: Of a piece, the shape of the whole tensor, if known; else None.
+        corner: Of a piece that is a block and no run, the index of its first element in the whole tensor; else None.
     """
 
     name: str
@@ -68,6 +69,12 @@ class TensorEntry:
     rank: int | None = None
     start: int = 0
     whole: tuple[int, ...] | None = None
+    corner: tuple[int, ...] | None = None
+
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor, as far as the file tells."""
+        return self.shape if self.whole is None else self.whole
 
     @property
     def numel(self) -> int:
@@ -76,9 +83,12 @@ class TensorEntry:
 
     def index_of(self, position: int) -> tuple[int, ...]:
         """Returns the index, in the whole tensor's shape, of the element at a position in the run."""
+        if self.corner is None and self.stride is None:
+            return unravel(self.start + position, self.whole_shape)
+        inside = unravel(position, self.shape)
         if self.stride is not None:
-            return _strided_index(position, self.shape, self.stride)
-        return unravel(self.start + position, self.shape if self.whole is None else self.whole)
+            inside = _strided_index(position, self.shape, self.stride)
+        return inside if self.corner is None else tuple(map(sum, zip(self.corner, inside, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,21 @@ class Source:
     unchecked: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     checksums: tuple[Checksum, ...] = ()
+
+
+_STATES = {
+    "exp_avg": "exp_avg",
+    "exp_avg_sq": "exp_avg_sq",
+    "max_exp_avg_sq": "max_exp_avg_sq",
+    "momentum_buffer": "momentum",
+    "step": "step",
+    "fp32": "fp32",
+}
+
+
+def role_of(name: str) -> str:
+    """Returns the role of a tensor by the last part of its name: that of an optimizer's state, or "parameter"."""
+    return _STATES.get(name.rpartition(".")[2], "parameter")
 
 
 def damaged(layout: str, path: Path, error: DamagedFile) -> Source:

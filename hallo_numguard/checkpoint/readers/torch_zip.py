@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hallo_numguard.checkpoint.readers.files import opened, read_exactly
+from hallo_numguard.checkpoint.readers.files import Window, opened, read_exactly
 from hallo_numguard.checkpoint.readers.pickles import StoredTensor, Unpickled, inert, refusal, unpickle
 from hallo_numguard.checkpoint.readers.source import (
     Checksum,
@@ -18,12 +18,13 @@ from hallo_numguard.checkpoint.readers.source import (
     Source,
     TensorEntry,
     damaged,
+    role_of,
     row_major,
 )
 from hallo_numguard.records import Finding
 
 LAYOUT = "torch"
-SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+_SUFFIXES = (".pt", ".pth", ".ckpt")
 _ZIP = b"PK\x03\x04"
 _PICKLE = b"\x80"
 _LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch.save wrote before it wrote archives
@@ -88,16 +89,15 @@ class Archive:
 
 
 def recognises(path: Path) -> bool:
-    """Returns whether it is such a file: by its name, or by its first bytes."""
-    if path.is_dir():
-        return False
-    if path.suffix in SUFFIXES:
+    """Returns whether it is such a file: by its name, or by its first bytes. Many files are called .bin."""
+    if path.suffix in _SUFFIXES or (path.suffix == ".bin" and "model" in path.name):
         return True
     try:
         with opened(path) as descriptor:
-            return os.pread(descriptor, len(_ZIP), 0) == _ZIP
-    except DamagedFile:
+            beginning = os.pread(descriptor, len(_ZIP), 0)
+    except (DamagedFile, OSError):
         return False
+    return beginning == _ZIP or (path.suffix == ".bin" and beginning[:1] in (_PICKLE, b"\0", b""))
 
 
 def read(path: Path) -> Source:
@@ -109,28 +109,36 @@ def read(path: Path) -> Source:
     entries = []
     for name, tensor in named_tensors(archive.value):
         try:
-            entries.append(archive.entry(name, "parameter", tensor))
+            entries.append(archive.entry(name, role_of(name), tensor))
         except DamagedFile as error:
             archive.findings.append(error.finding(path))
     return archive.source(LAYOUT, entries, _metadata(archive.value))
 
 
-def open_archive(path: Path) -> Archive:
+def open_archive(path: Path, begin: int = 0, nbytes: int | None = None) -> Archive:
     """Reads the directory and the pickle.
+
+    Args:
+        path: Of the file.
+        begin: Where in it the archive begins, if it is not all of it.
+        nbytes: Of the archive; up to the end of the file if left out.
 
     Raises:
         DamagedFile: If there is no whole archive with a pickle in it.
     """
     with opened(path) as descriptor:
         size = os.fstat(descriptor).st_size
-        _check_beginning(descriptor, size)
-        members = _members(path, size)
+        window = Window(descriptor, begin, size - begin if nbytes is None else nbytes)
+        if begin + window.nbytes > size:
+            raise DamagedFile(f"is cut off: it has {size} bytes, and {begin + window.nbytes} are needed")
+        _check_beginning(window)
+        members = _members(window)
         prefix = _prefix(members)
-        places = {member.filename: _place(descriptor, member, size) for member in members}
-        offset, nbytes = places[f"{prefix}data.pkl"]
-        if nbytes > _MOST_PICKLE:
-            raise DamagedFile(f"holds a pickle of {nbytes} bytes")
-        unpickled = unpickle(read_exactly(descriptor, nbytes, offset))
+        places = {member.filename: _place(window, member) for member in members}
+        offset, length = places[f"{prefix}data.pkl"]
+        if length > _MOST_PICKLE:
+            raise DamagedFile(f"holds a pickle of {length} bytes")
+        unpickled = unpickle(read_exactly(descriptor, length, offset))
     data = f"{prefix}data/"
     records = {name[len(data) :]: place for name, place in places.items() if name.startswith(data)}
     checksums = tuple(
@@ -171,9 +179,9 @@ def _extent(tensor: StoredTensor) -> int:
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride, strict=True))
 
 
-def _check_beginning(descriptor: int, size: int) -> None:
-    beginning = os.pread(descriptor, 32, 0)
-    if size == 0:
+def _check_beginning(window: Window) -> None:
+    beginning = window.read(32)
+    if not beginning:
         raise DamagedFile("is empty (0 bytes)")
     if beginning.startswith(_ZIP):
         return
@@ -189,19 +197,23 @@ def _check_beginning(descriptor: int, size: int) -> None:
     raise DamagedFile(f"is no archive of torch.save{zeros}: its beginning was overwritten, or it is something else")
 
 
-def _members(path: Path, size: int) -> list[zipfile.ZipInfo]:
+def _members(window: Window) -> list[zipfile.ZipInfo]:
     try:
-        with zipfile.ZipFile(path) as archive:
+        with zipfile.ZipFile(window) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, OverflowError) as error:
         raise DamagedFile(f"is cut off or damaged: the directory at its end cannot be read ({error})") from None
     if len(members) > _MOST_RECORDS or len({member.filename for member in members}) != len(members):
         raise DamagedFile("has a directory that names the same record twice, or far too many")
+    if any(member.filename.endswith("/constants.pkl") for member in members):
+        raise DamagedFile(
+            "is a TorchScript archive, which is a program", kind="torchscript", remedy="Save its state_dict instead."
+        )
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise DamagedFile(
             "holds compressed records, which torch.save never writes", kind="zip_bomb", remedy="Do not unpack it."
         )
-    if sum(member.file_size for member in members) > size:
+    if sum(member.file_size for member in members) > window.nbytes:
         raise DamagedFile(
             "has a directory whose records add up to more than the file", kind="zip_bomb", remedy="Do not unpack it."
         )
@@ -211,21 +223,17 @@ def _members(path: Path, size: int) -> list[zipfile.ZipInfo]:
 def _prefix(members: list[zipfile.ZipInfo]) -> str:
     """The folder in the archive in which torch.save puts everything."""
     names = [member.filename for member in members]
-    if any(name.endswith("/constants.pkl") for name in names):
-        raise DamagedFile(
-            "is a TorchScript archive, which is a program", kind="torchscript", remedy="Save its state_dict instead."
-        )
     pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
         raise DamagedFile("is an archive, but not one of torch.save: it has no data.pkl")
     return pickles[0].removesuffix("data.pkl")
 
 
-def _place(descriptor: int, member: zipfile.ZipInfo, size: int) -> tuple[int, int]:
+def _place(window: Window, member: zipfile.ZipInfo) -> tuple[int, int]:
     """Where a record's bytes lie: the directory says where its own header does, and that is of variable length."""
-    header = read_exactly(descriptor, _LOCAL_HEADER.size, member.header_offset)
+    header = read_exactly(window.descriptor, _LOCAL_HEADER.size, window.begin + member.header_offset)
     magic, name_length, extra_length = _LOCAL_HEADER.unpack(header)
     offset = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length
-    if magic != _ZIP or offset + member.file_size > size:
+    if magic != _ZIP or offset + member.file_size > window.nbytes:
         raise DamagedFile(f"is damaged: record {member.filename} is not where the directory says")
-    return offset, member.file_size
+    return window.begin + offset, member.file_size
