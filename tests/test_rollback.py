@@ -217,3 +217,19 @@ def test_an_accelerator_that_runs_deepspeed(attach, tmp_path, monkeypatch):
     assert model.global_steps == 4
     assert [record.step for record in guard.history] == [1, 2, 3, 4, 5, 6, 3, 4]
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_moment_that_is_not_finite_is_found_in_the_shards(tmp_path, caplog, stage):
+    """No step has shown it: the gradient there may be zero for a long time."""
+    engine = support.make_engine("fp16", stage=stage)
+    keeper = ng.CheckpointKeeper(tmp_path, healthy_after=2)
+    support.train_step(engine, 1)
+    ng.inject(engine, "optimizer_state", "hidden.weight", index=(20, 3))
+    engine(torch.zeros(4, 6, dtype=torch.long))
+    bad = keeper.save(engine)
+    keeper.clean_step()
+    keeper.clean_step()
+    assert f"checkpoint {bad} is not healthy" in caplog.text
+    assert "exp_avg of hidden.weight[20, 3]" in caplog.text
+    assert keeper.latest_healthy() is None
