@@ -49,14 +49,21 @@ ENGINES = [
 
 
 @pytest.mark.parametrize("options", ENGINES, ids=lambda options: "-".join(map(str, options.values())))
-@pytest.mark.parametrize(("kind", "lost"), [("parameter", BAD), ("optimizer_state", BAD + 1)])
-def test_a_damaged_run_ends_as_one_that_never_saw_what_was_lost(attach, options, kind, lost):
+@pytest.mark.parametrize(
+    ("kind", "where", "lost"),
+    [
+        ("parameter", "hidden.weight", BAD),
+        ("parameter", "frozen.weight", BAD),
+        ("optimizer_state", "norm.bias", BAD + 1),
+    ],
+)
+def test_a_damaged_run_ends_as_one_that_never_saw_what_was_lost(attach, options, kind, where, lost):
     engine = support.make_engine(**options)
     guard, keeper = attach(engine)
-    ng.inject(engine, kind, "hidden.weight", step=BAD)
+    ng.inject(engine, kind, where, step=BAD)
     losses = train(engine, keeper)
     assert guard.last_report.step == lost
-    assert guard.last_report.first.name == "hidden.weight"
+    assert guard.last_report.first.name == where
     assert [record.step for record in guard.history] == [*range(1, lost + 1), *range(4, 4 + STEPS - lost)]
     assert engine.global_steps == SAVED + STEPS - lost
     undamaged = support.make_engine(**options)
@@ -123,6 +130,22 @@ def test_without_a_healthy_checkpoint_it_raises_and_says_why(attach, caplog):
     assert f"{saved.path.name} (step 1) is passed over: it was not followed by enough clean steps" in caplog.text
 
 
+def test_with_gradient_accumulation_it_goes_back_when_the_step_is_over(attach):
+    engine = support.make_engine("fp16", gradient_accumulation_steps=2)
+    guard, keeper = attach(engine)
+    for micro_batch in range(1, 13):
+        if micro_batch == 7:
+            support.plant(engine, "hidden.weight", (3, 5))
+        support.train_step(engine, micro_batch)
+        if micro_batch == 2:
+            keeper.save(engine)
+    assert [(record.step, record.applied) for record in guard.history] == [
+        *((1, True), (2, True), (3, True), (4, False)),
+        *((2, True), (3, True)),
+    ]
+    assert engine.optimizer.loss_scale == 256, "as it was when the checkpoint was saved"
+
+
 def test_a_callback_may_ask_for_it(attach):
     engine = support.make_engine("fp16")
     guard, keeper = attach(engine, on_overflow=lambda report: "rollback", on_unrecoverable="raise")
@@ -155,16 +178,23 @@ def test_a_checkpoint_knows_the_figures_of_its_step(attach):
 def test_a_checkpoint_is_proved_by_clean_steps_in_a_row(attach):
     """A step that is lost to the loss scale is no sign of damage; one that is lost to the forward pass is."""
     engine = support.make_engine("fp16", scale_power=8)
-    _, keeper = attach(engine)
+    guard, keeper = attach(engine)
     support.train_step(engine, 1)
     keeper.save(engine)
     support.train_step(engine, 2)
+    support.train_step(engine, 2, poison=1e4)
+    assert guard.last_report.verdict is ng.Verdict.SCALE_TOO_HIGH
+    support.train_step(engine, 2)
+    assert keeper.latest_healthy().step == 1, "two clean steps, with a lower loss scale between them"
+    saved = keeper.save(engine)
+    support.train_step(engine, 2)
     ng.inject(engine, "activation", "hidden", step=1)
     support.train_step(engine, 3)
+    assert guard.last_report.verdict is ng.Verdict.FORWARD_NONFINITE
     support.train_step(engine, 4)
-    assert keeper.latest_healthy() is None
-    support.train_step(engine, 5)
     assert keeper.latest_healthy().step == 1
+    support.train_step(engine, 5)
+    assert keeper.latest_healthy() == saved
 
 
 def test_the_policy_needs_a_keeper_to_go_back_with():
