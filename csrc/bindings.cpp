@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "cpu/file.h"
 #include "cpu/stats.h"
 #include "tensor_list.h"
 
@@ -37,6 +38,14 @@ void scan_list(uintptr_t out, const std::string_view addresses, const cpu::Plan&
     throw py::value_error("one address a segment");
   cpu::tensor_stats(plan, {nullptr, reinterpret_cast<const uint64_t*>(addresses.data())},
                     static_cast<numguard::Dtype>(dtype), detail, static_cast<cpu::Isa>(isa), threads, records_at(out));
+}
+
+// `runs`: three int64 each, as FileRun has them. `words`: one int64 a page.
+int scan_file(uintptr_t out, uintptr_t words, int descriptor, int64_t begin, int64_t end, const std::string_view runs,
+              int isa) {
+  const auto count = static_cast<int64_t>(runs.size() / sizeof(cpu::FileRun));
+  return cpu::scan_file(descriptor, begin, end, reinterpret_cast<const cpu::FileRun*>(runs.data()), count,
+                        static_cast<cpu::Isa>(isa), records_at(out), reinterpret_cast<int64_t*>(words));
 }
 
 uint64_t read_memory(uintptr_t data, int64_t bytes, bool prefetch, int isa, int threads) {
@@ -76,6 +85,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("scan_one", &scan_one, unlocked);
   module.def("scan_flat", &scan_flat, unlocked);
   module.def("scan_list", &scan_list, unlocked);
+  module.def("scan_file", &scan_file, unlocked);
   module.def("read_memory", &read_memory, unlocked);
   module.def("isas", &isas);
   module.def("read_tensors", &read_tensors);

@@ -72,6 +72,8 @@ bool isa_supported(Isa isa) {
 #endif
 }
 
+ScanKernel scan_kernel(Isa isa, Dtype dtype) { return kernel_for(isa, dtype, false); }
+
 Plan::Plan(std::vector<int64_t> offsets) : offsets_(std::move(offsets)) {
   const int64_t count = segments();
   first_chunk_.reserve(static_cast<size_t>(count) + 1);

@@ -14,6 +14,8 @@ enum Isa : int { kIsaPortable, kIsaAvx2, kIsaAvx512, kIsaAvx512Bf16, kIsas };
 const char* isa_name(Isa isa);
 bool isa_supported(Isa isa);  // by this CPU, and built into this binary
 
+ScanKernel scan_kernel(Isa isa, Dtype dtype);  // without detail
+
 // How the segments of a layout are cut into chunks. It depends on the sizes alone, never on the number of threads:
 // that is why results are the same bits for any number. Immutable; may be used from many threads at once.
 class Plan {

@@ -63,8 +63,6 @@ def _values(before: Record | None, now: Record | None) -> str:
         (name, old, new)
         for name, old, new in (
             ("non-finite", _nonfinite(before), _nonfinite(now)),
-            ("zeros", before.zeros, now.zeros),
-            ("subnormals", before.subnormals, now.subnormals),
             ("absmax", _number(before.absmax), _number(now.absmax)),
             ("norm", *_norms(before, now)),
         )

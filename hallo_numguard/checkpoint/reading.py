@@ -20,17 +20,20 @@ from typing import Any
 import torch
 
 from hallo_numguard.checkpoint import crc
-from hallo_numguard.checkpoint.pages import PAGE, Pages
+from hallo_numguard.checkpoint.pages import Pages
 from hallo_numguard.checkpoint.readers.files import opened
 from hallo_numguard.checkpoint.readers.source import Checksum, DamagedFile, TensorEntry
+from hallo_numguard.ops import dispatch, native
 from hallo_numguard.ops.formats import FORMATS
 from hallo_numguard.ops.stats import multi_tensor_stats
+from hallo_numguard.ops.table import StatsTable
 from hallo_numguard.records import Record
 
-SPAN = 1 << 20  # bytes; a multiple of a page, and no more than the second cache holds
+_SMALL_SPAN, _LARGE_SPAN = 1 << 20, 8 << 20  # bytes; the larger, the more seldom threads wait for the interpreter
+_SPANS = 64  # of a file between those two, so that no thread is left alone at the end
 _MARGIN = 16  # bytes after a span that are read with it, for an element that begins in it and ends behind it
 _MOST_READS = 8  # times the size of the file that overlapping tensors may take together
-_EMPTY = Record(nan=0, pos_inf=0, neg_inf=0, absmax=0.0, sumsq=0.0, first_nonfinite=-1, zeros=0, subnormals=0)
+_EMPTY = Record(nan=0, pos_inf=0, neg_inf=0, absmax=0.0, sumsq=0.0, first_nonfinite=-1)
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ def read_file(
         DamagedFile: If the file is no regular file, is shorter than its tensors, or shrinks while it is read.
         OSError: If the disk fails.
 
-    Cost: every byte is read once (again only where a page looks like another); `threads` buffers of 1 MiB, and
+    Cost: every byte is read once (again only where a page looks like another); `threads` buffers of 1 to 8 MiB, and
     8 bytes a page. Digests are sequential: with them, spans are read in order, and computed on in parallel.
     """
     with opened(path) as descriptor:
@@ -140,14 +143,16 @@ class _Reading:
         self.size = size
         self.entries = entries
         self.pages = Pages(size)
+        self.only_scans = not checksums and dispatch.runs_natively("cpu")
         self._checksums = checksums
         self._progress = progress
         self._run_of_entry = [_run(entry) for entry in entries]
         self._runs = list(dict.fromkeys(run for run in self._run_of_entry if run is not None))
         self._check_runs()
-        self._parts: dict[int, list[tuple[int, Record]]] = {row: [] for row in range(len(self._runs))}
+        self._tables: list[tuple[list[tuple[int, int]], StatsTable, int]] = []
         self._crcs: dict[int, list[tuple[int, int, int]]] = {row: [] for row in range(len(checksums))}
-        self.spans = [_Span(begin, min(begin + SPAN, size)) for begin in range(0, size, SPAN)]
+        self.span_bytes = min(max(size // _SPANS >> 20 << 20, _SMALL_SPAN), _LARGE_SPAN)
+        self.spans = [_Span(begin, min(begin + self.span_bytes, size)) for begin in range(0, size, self.span_bytes)]
         for row, run in enumerate(self._runs):
             for span in self._touched(run.offset, run.nbytes):
                 span.runs.append(row)
@@ -171,10 +176,22 @@ class _Reading:
             done += got
         self._progress(span.end - span.begin)
 
+    def scan(self, span: _Span) -> None:
+        """Reads a span and scans it block by block in one call, where nothing else has to see its bytes."""
+        words = self.pages.words(span.begin, span.end)
+        runs = [self._runs[row] for row in span.runs]
+        places = [(run.offset, run.nbytes // run.dtype.itemsize, run.dtype) for run in runs]
+        try:
+            packed = native.scan_file(self.descriptor, span.begin, span.end, places, words)
+        except EOFError:
+            raise _shrunk() from None
+        self._tables.append(([(row, 0) for row in span.runs], StatsTable(packed, False), span.begin))
+        self._progress(span.end - span.begin)
+
     def compute(self, buffer: memoryview, span: _Span) -> None:
         """Adds what the bytes of a span tell, but for digests."""
-        zeros = self._measure(buffer, span)
-        self.pages.look(buffer, span.begin, span.end, zeros >= PAGE)
+        self._measure(buffer, span)
+        self.pages.look(buffer, span.begin, span.end)
         for row in span.checksums:
             checksum = self._checksums[row]
             begin, end = _within(span, checksum.offset, checksum.nbytes)
@@ -183,7 +200,11 @@ class _Reading:
 
     def records(self) -> tuple[Record | None, ...]:
         """The record of every entry."""
-        merged = {run: _merged(self._parts[row]) for row, run in enumerate(self._runs)}
+        parts: list[list[tuple[int, Record]]] = [[] for _ in self._runs]
+        for places, table, _ in sorted(self._tables, key=lambda item: item[2]):
+            for (row, first), record in zip(places, table.to_host(), strict=True):
+                parts[row].append((first, record))
+        merged = {run: _merged(parts[row]) for row, run in enumerate(self._runs)}
         return tuple(None if run is None else merged[run] for run in self._run_of_entry)
 
     def mismatches(self) -> tuple[Checksum, ...]:
@@ -191,8 +212,8 @@ class _Reading:
         parts = ([(nbytes, value) for _, nbytes, value in sorted(self._crcs[row])] for row in self._crcs)
         return tuple(c for c, part in zip(self._checksums, parts, strict=True) if crc.joined(part) != c.crc32)
 
-    def _measure(self, buffer: memoryview, span: _Span) -> int:
-        """Scans the elements that begin in a span; returns how many bytes of them are zeros."""
+    def _measure(self, buffer: memoryview, span: _Span) -> None:
+        """Scans the elements that begin in a span."""
         pieces, places = [], []
         for row in span.runs:
             run = self._runs[row]
@@ -202,18 +223,13 @@ class _Reading:
             if first < last:
                 offset = run.offset + first * size - span.begin
                 pieces.append(torch.frombuffer(buffer, dtype=run.dtype, count=last - first, offset=offset))
-                places.append((row, first, size))
-        if not pieces:
-            return 0
-        zeros = 0
-        for (row, first, size), record in zip(places, multi_tensor_stats(pieces, True).to_host(), strict=True):
-            self._parts[row].append((first, record))
-            zeros += (record.zeros or 0) * size
-        return zeros
+                places.append((row, first))
+        if pieces:
+            self._tables.append((places, multi_tensor_stats(pieces), span.begin))
 
     def _touched(self, offset: int, nbytes: int) -> Iterator[_Span]:
         if nbytes > 0:
-            yield from self.spans[offset // SPAN : (offset + nbytes - 1) // SPAN + 1]
+            yield from self.spans[offset // self.span_bytes : (offset + nbytes - 1) // self.span_bytes + 1]
 
     def _check_runs(self) -> None:
         if any(entry.offset < 0 or entry.offset + entry.nbytes > self.size for entry in self.entries):
@@ -246,13 +262,18 @@ def _in_any_order(reading: _Reading, workers: int) -> None:
             return next(spans, None)
 
     def work() -> None:
-        buffer = _buffer()
+        buffer = _buffer(reading)
         while (span := take()) is not None:
             reading.fill(buffer, span)
             reading.compute(buffer, span)
 
-    with ThreadPoolExecutor(workers) as pool:
-        for future in [pool.submit(work) for _ in range(min(workers, len(reading.spans)))]:
+    def scan() -> None:
+        while (span := take()) is not None:
+            reading.scan(span)
+
+    with _pool(workers) as pool:
+        job = scan if reading.only_scans else work
+        for future in [pool.submit(job) for _ in range(min(workers, len(reading.spans)))]:
             future.result()
 
 
@@ -260,9 +281,9 @@ def _in_order(reading: _Reading, workers: int, hashes: Sequence[str], tensor_has
     """Reads one span after the other; while the next is read, the pool computes on the one before."""
     tensors = [_hasher(tensor_hash) for _ in reading.entries] if tensor_hash else []
     digests = _Digests({name: _hasher(name) for name in hashes}, tensors)
-    buffers = (_buffer(), _buffer())
+    buffers = (_buffer(reading), _buffer(reading))
     pending: list[Future[None]] = []
-    with ThreadPoolExecutor(workers) as pool:
+    with _pool(workers) as pool:
         for number, span in enumerate(reading.spans):
             buffer = buffers[number % 2]
             reading.fill(buffer, span)
@@ -278,6 +299,14 @@ def _in_order(reading: _Reading, workers: int, hashes: Sequence[str], tensor_has
     return digests
 
 
+def _shrunk() -> DamagedFile:
+    return DamagedFile("became shorter while it was read", remedy="Wait until it is written, then look again.")
+
+
+def _pool(workers: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(workers, initializer=native.stay_on_this_thread)
+
+
 def _hasher(name: str) -> Any:
     if name == "blake3":
         from blake3 import blake3
@@ -286,8 +315,8 @@ def _hasher(name: str) -> Any:
     return hashlib.new(name, usedforsecurity=False)
 
 
-def _buffer() -> memoryview:
-    return memoryview(bytearray(SPAN + _MARGIN))
+def _buffer(reading: _Reading) -> memoryview:
+    return memoryview(bytearray(reading.span_bytes + _MARGIN))
 
 
 def _run(entry: TensorEntry) -> _Run | None:
@@ -300,9 +329,9 @@ def _within(span: _Span, offset: int, nbytes: int) -> tuple[int, int]:
 
 
 def _merged(parts: list[tuple[int, Record]]) -> Record:
-    """The record of all parts, each with the position of its first element. `csrc/record.h` does the same."""
+    """The record of all parts in order, each with the position that its indices count from (as `csrc/record.h`)."""
     total = _EMPTY
-    for first, part in sorted(parts, key=lambda item: item[0]):
+    for first, part in parts:
         position = total.first_nonfinite
         if position < 0 <= part.first_nonfinite:
             position = first + part.first_nonfinite
@@ -313,7 +342,5 @@ def _merged(parts: list[tuple[int, Record]]) -> Record:
             absmax=max(total.absmax, part.absmax),
             sumsq=total.sumsq + part.sumsq,
             first_nonfinite=position,
-            zeros=(total.zeros or 0) + (part.zeros or 0),
-            subnormals=(total.subnormals or 0) + (part.subnormals or 0),
         )
     return total

@@ -58,7 +58,7 @@ class Measured:
     @property
     def is_zero(self) -> bool:
         """Whether all of it is zeros."""
-        return self.record.zeros == self.entry.numel > 0
+        return self.entry.numel > 0 and self.record.absmax == 0 and self.record.nonfinite == 0
 
 
 def judge(measured: Sequence[Measured], facts: Iterable[FileFacts], dtype: torch.dtype | None) -> list[Finding]:

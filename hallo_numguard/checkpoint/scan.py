@@ -44,7 +44,7 @@ def scan(
     Raises:
         InvalidInput: If `dtype` is no dtype of floats.
 
-    Cost: one read of every file; 1 MiB a thread and 8 bytes a page. No foreign code runs.
+    Cost: one read of every file; up to 8 MiB a thread and 8 bytes a page. No foreign code runs.
     """
     wanted = as_dtype(dtype)
     opened: list[Source] = []

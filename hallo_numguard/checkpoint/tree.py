@@ -13,6 +13,12 @@ from hallo_numguard.checkpoint.names import in_order, is_left_over, is_listed
 from hallo_numguard.errors import InvalidInput
 from hallo_numguard.records import Finding
 
+_REMEDIES = {
+    "bad_link": "Put the file itself in its place, or delete the link.",
+    "link_outside": "Put the file itself in its place, or delete the link.",
+    "special_file": "Delete it.",
+    "left_over": "Delete it.",
+}
 _LONGEST = 4096  # characters of a path: no system takes more
 
 
@@ -51,7 +57,7 @@ def walk(root: Path, also: Iterable[str] = ()) -> Tree:
         problem = _problem(root, entry)
         if problem is not None:
             kind, message, severity = problem
-            findings.append(Finding(kind, f"{name} {message}", file=name, severity=severity))
+            findings.append(Finding(kind, f"{name} {message}", file=name, severity=severity, remedy=_REMEDIES[kind]))
             continue
         files[name] = Path(entry.path)
         if entry.is_symlink():
@@ -101,7 +107,7 @@ def _problem(root: Path, entry: os.DirEntry[str]) -> tuple[str, str, str] | None
     if not entry.is_file(follow_symlinks=False):
         return "special_file", "is neither a file nor a folder; it was not opened", "error"
     if is_left_over(entry.name):
-        return "left_over", "was left when a manifest was being written and the process ended; delete it", "info"
+        return "left_over", "was left when a manifest was being written and the process ended", "info"
     return None
 
 

@@ -69,6 +69,11 @@ def backend_for(device_type: str) -> Backend:
     return backend(name, device_type)
 
 
+def runs_natively(device_type: str) -> bool:
+    """Returns whether `backend_for` gives the C++ kernels of the CPU, which offer more than the others."""
+    return getattr(backend_for(device_type), "scan_file", None) is not None
+
+
 def explain(device_type: str) -> dict[str, str | None]:
     """Returns for every backend why it cannot run on such a device, None for those that can."""
     return {name: backend(name, device_type).unavailable(device_type) for name in BACKENDS}

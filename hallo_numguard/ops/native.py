@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import itertools
 import os
+import threading
 from array import array
+from collections.abc import Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +25,7 @@ ISA_VARIABLE = "HALLO_NUMGUARD_ISA"
 
 _CODES = {dtype: spec.code for dtype, spec in FORMATS.items()}
 _WORDS = len(RECORD_FIELDS)
+_local = threading.local()
 
 
 @functools.cache
@@ -69,11 +72,20 @@ def isa() -> int:
     return available.index(wanted)
 
 
+def stay_on_this_thread() -> None:
+    """Makes all scans that this thread asks for run on it alone: for threads that share out the work themselves."""
+    _local.threads = 1
+
+
+def _threads() -> int:
+    return getattr(_local, "threads", None) or torch.get_num_threads()
+
+
 def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> torch.Tensor:
     """See `stats.tensor_stats`. Cost: one pass, one allocation of 64 bytes a segment; a copy if not contiguous."""
     module = _loaded()
     flat = flat.contiguous()
-    options = (_CODES[flat.dtype], detail, isa(), torch.get_num_threads())
+    options = (_CODES[flat.dtype], detail, isa(), _threads())
     if layout is None:
         packed = torch.empty((1, _WORDS), dtype=torch.int64, device="cpu")
         module.scan_one(packed.data_ptr(), flat.data_ptr(), flat.numel(), *options)
@@ -103,6 +115,36 @@ def multi_tensor_stats(tensors: TensorList, detail: bool) -> torch.Tensor:
     return packed
 
 
+def scan_file(
+    descriptor: int, begin: int, end: int, runs: Sequence[tuple[int, int, torch.dtype]], words: torch.Tensor
+) -> torch.Tensor:
+    """Reads bytes of a file block by block, and scans each while it is in the cache. On the calling thread alone.
+
+    Args:
+        descriptor: Of the file.
+        begin: First byte; a multiple of 4096.
+        end: Behind the last byte.
+        runs: Of elements in the file: offset in bytes, number, dtype.
+        words: int64 [pages], filled: what stands for each whole page: its first 8 bytes, 1 if they are zeros, 0 if all
+            of the page is.
+
+    Returns:
+        int64 [runs, 8]: of each run, the record of the elements that begin there; indices count from the run's first.
+
+    Raises:
+        EOFError: If the file ends before.
+        OSError: If the disk fails.
+    """
+    packed = torch.empty((len(runs), _WORDS), dtype=torch.int64, device="cpu")
+    flat = array("q", [word for offset, count, dtype in runs for word in (offset, count, _CODES[dtype])])
+    failed = _loaded().scan_file(packed.data_ptr(), words.data_ptr(), descriptor, begin, end, flat.tobytes(), isa())
+    if failed > 0:
+        raise OSError(failed, os.strerror(failed))
+    if failed < 0:
+        raise EOFError(f"the file ends before byte {end}")
+    return packed
+
+
 def _loaded() -> ModuleType:
     module = extension()
     if module is None:
@@ -113,7 +155,7 @@ def _loaded() -> ModuleType:
 def _scan_list(
     module: ModuleType, packed: torch.Tensor, addresses: bytes, sizes: bytes, dtype: int, detail: bool
 ) -> None:
-    module.scan_list(packed.data_ptr(), addresses, _plan_of_sizes(sizes), dtype, detail, isa(), torch.get_num_threads())
+    module.scan_list(packed.data_ptr(), addresses, _plan_of_sizes(sizes), dtype, detail, isa(), _threads())
 
 
 @functools.lru_cache(maxsize=16)
