@@ -67,12 +67,17 @@ def save_torch(path: Path) -> Path:
     return path
 
 
+def save_legacy(path: Path) -> Path:
+    torch.save(TENSORS, path, _use_new_zipfile_serialization=False)
+    return path
+
+
 def save_safetensors(path: Path) -> Path:
     save_file(TENSORS, path, metadata={"format": "pt"})
     return path
 
 
-SAVERS = {"weights.pt": save_torch, "weights.safetensors": save_safetensors}
+SAVERS = {"weights.pt": save_torch, "legacy.pth": save_legacy, "weights.safetensors": save_safetensors}
 
 
 @pytest.mark.parametrize("name", SAVERS)
@@ -362,9 +367,9 @@ def test_torchscript_is_named_and_refused(tmp_path: Path) -> None:
     assert only(tmp_path / "a.pt").kind == "torchscript"
 
 
-def test_the_old_format_is_named_and_refused(tmp_path: Path) -> None:
-    torch.save(TENSORS["matrix"], tmp_path / "a.pt", _use_new_zipfile_serialization=False)
-    assert only(tmp_path / "a.pt").kind == "legacy_format"
+def test_a_bare_pickle_is_named_and_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.pt").write_bytes(pickle.dumps({"a": 1}))
+    assert only(tmp_path / "a.pt").kind == "bare_pickle"
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.pt", "pytorch_model.bin"])

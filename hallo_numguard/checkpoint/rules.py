@@ -35,7 +35,8 @@ _SMALLEST_MATRIX = 4096  # elements, from which on one value can be told from th
 _OUTLIER_BITS = 5.0  # times two that a tensor's absmax may lie above its family's, at least
 _OUTLIER_DEVIATIONS = 8.0
 _NORMAL_MAD = 1.4826  # standard deviations in a median absolute deviation
-_DOMINATES = 0.5  # of a tensor's energy in one element
+_DOMINATES = 0.99  # of a tensor's energy in one element
+_MOST_DUPLICATES = 0.1  # of all matrices
 _CHUNK = 1 << 20  # elements
 
 
@@ -202,6 +203,26 @@ def _is_dominated(one: Measured) -> bool:
     return one.record.absmax * one.record.absmax > _DOMINATES * one.record.sumsq
 
 
+def duplicates(measured: Sequence[Measured]) -> Iterator[Finding]:
+    """Weights that hold the same values as in another layer, where hardly any others do: one stands for the other.
+
+    Models whose layers were copied, or initialised alike, hold many such.
+    """
+    groups = defaultdict(list)
+    matrices = [one for one in measured if one.entry.role in WEIGHTS and len(one.entry.shape) >= 2]
+    for one in matrices:
+        record = one.record
+        if record.sumsq < record.absmax * record.absmax * one.entry.numel:  # not all the same number
+            groups[one.family, one.entry.dtype, record.absmax, f"{record.sumsq:.9e}"].append(one)  # sums: in any order
+    repeated = [group for group in groups.values() if len({member.entry.name for member in group}) > 1]
+    if sum(map(len, repeated)) > _MOST_DUPLICATES * len(matrices):
+        return
+    for first, *others in repeated:
+        for one in others:
+            message = f"{one.entry.role} {one.entry.name} holds the very values of {first.entry.name}"
+            yield _warning("duplicate", one.entry, message, "Check which of them it is; load an intact copy.")
+
+
 def dtype_surprises(measured: Sequence[Measured]) -> Iterator[Finding]:
     """Tensors of another dtype than nearly all of their family."""
     for family in _families(measured).values():
@@ -316,5 +337,6 @@ _RULES: tuple[Callable[[Sequence[Measured]], Iterator[Finding]], ...] = (
     nonfinite,
     all_zero,
     outliers,
+    duplicates,
     dtype_surprises,
 )

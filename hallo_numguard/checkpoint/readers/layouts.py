@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol, cast
 
-from hallo_numguard.checkpoint.readers import deepspeed, distributed, safetensors, torch_zip, universal
+from hallo_numguard.checkpoint.readers import deepspeed, distributed, safetensors, torch_legacy, torch_zip, universal
 from hallo_numguard.checkpoint.readers.source import Source
 
 
@@ -20,4 +20,4 @@ class Reader(Protocol):
 
 
 CHECKPOINTS = cast("tuple[Reader, ...]", (deepspeed, universal, distributed))  # folders with a structure of their own
-FILES = cast("tuple[Reader, ...]", (safetensors, torch_zip))  # the first that recognises a file reads it
+FILES = cast("tuple[Reader, ...]", (safetensors, torch_legacy, torch_zip))  # the first that recognises a file reads it

@@ -26,13 +26,13 @@ from hallo_numguard.records import Finding
 LAYOUT = "torch"
 _SUFFIXES = (".pt", ".pth", ".ckpt")
 _ZIP = b"PK\x03\x04"
+_GLANCE = 512  # bytes in which the name of the first record stands
 _PICKLE = b"\x80"
-_LEGACY_MAGIC = b"\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the number that torch.save wrote before it wrote archives
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _MOST_RECORDS = 2_000_000
 _MOST_PICKLE = 1 << 30
 _MOST_DEPTH = 50
-_LEGACY_REMEDY = "Load it where it is trusted and save it again with a torch of today, or better as safetensors."
+_PICKLE_REMEDY = "Load it where it is trusted and save it again with a torch of today, or better as safetensors."
 
 
 @dataclass
@@ -89,30 +89,34 @@ class Archive:
 
 
 def recognises(path: Path) -> bool:
-    """Returns whether it is such a file: by its name, or by its first bytes. Many files are called .bin."""
+    """Returns whether it is such a file: by its name, or by its first record. Many files are called .bin."""
     if path.suffix in _SUFFIXES or (path.suffix == ".bin" and "model" in path.name):
         return True
     try:
         with opened(path) as descriptor:
-            beginning = os.pread(descriptor, len(_ZIP), 0)
+            beginning = os.pread(descriptor, _GLANCE, 0)
     except (DamagedFile, OSError):
         return False
-    return beginning == _ZIP or (path.suffix == ".bin" and beginning[:1] in (_PICKLE, b"\0", b""))
+    return beginning.startswith(_ZIP) and b"data.pkl" in beginning
 
 
 def read(path: Path) -> Source:
     """Returns where the tensors lie. Names are the keys of nested dictionaries, joined by points."""
     try:
-        archive = open_archive(path)
+        return source_of(open_archive(path), LAYOUT)
     except DamagedFile as error:
         return damaged(LAYOUT, path, error)
+
+
+def source_of(archive: Archive, layout: str) -> Source:
+    """Returns every tensor of an archive, and the plain values at its top."""
     entries = []
     for name, tensor in named_tensors(archive.value):
         try:
             entries.append(archive.entry(name, role_of(name), tensor))
         except DamagedFile as error:
-            archive.findings.append(error.finding(path))
-    return archive.source(LAYOUT, entries, _metadata(archive.value))
+            archive.findings.append(error.finding(archive.path))
+    return archive.source(layout, entries, _metadata(archive.value))
 
 
 def open_archive(path: Path, begin: int = 0, nbytes: int | None = None) -> Archive:
@@ -185,14 +189,8 @@ def _check_beginning(window: Window) -> None:
         raise DamagedFile("is empty (0 bytes)")
     if beginning.startswith(_ZIP):
         return
-    if _LEGACY_MAGIC in beginning:
-        raise DamagedFile(
-            "is of the format that torch.save wrote before 1.6, which only code in it can read",
-            kind="legacy_format",
-            remedy=_LEGACY_REMEDY,
-        )
     if beginning.startswith(_PICKLE):
-        raise DamagedFile("is a bare pickle, no archive of torch.save", kind="legacy_format", remedy=_LEGACY_REMEDY)
+        raise DamagedFile("is a bare pickle, no archive of torch.save", kind="bare_pickle", remedy=_PICKLE_REMEDY)
     zeros = " (it begins with zeros)" if not any(beginning) else ""
     raise DamagedFile(f"is no archive of torch.save{zeros}: its beginning was overwritten, or it is something else")
 

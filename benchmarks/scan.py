@@ -1,0 +1,217 @@
+"""How fast files are scanned, with the page cache warm and cold, against all else that reads them.
+
+    python benchmarks/scan.py [--mib 1024] [--threads 1 --threads 2] [--rounds 11] [--json FILE]
+
+Candidates take turns in every round, in a new order each time. Warm, every one stands between two plain reads of the
+same file with the same threads (`preadv` into a buffer of 1 MiB that each thread uses again), and its fraction is their
+time over its own; cold, the file is dropped from the page cache before each, and the plain read is one of them.
+
+Exit code: 0 done, 2 no native extension.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+
+import click
+import torch
+from machine import describe_cpu
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import hallo_numguard as ng
+from hallo_numguard.checkpoint.readers import open_source
+from hallo_numguard.checkpoint.reading import read_file
+from hallo_numguard.ops import native
+
+BUFFER = 1 << 20
+PLAIN = "plain preadv"
+LAYER = {"query": (1024, 1024), "dense": (4096, 1024), "output": (1024, 4096), "norm": (1024,), "bias": (4096,)}
+LAYER_NUMEL = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in LAYER.values())
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What one candidate took.
+
+    Attributes:
+        candidate: What it is called.
+        threads: That it may use.
+        cold: Whether the file had to come from the disk.
+        seconds: Median over the rounds.
+        gb_per_s: Of the file's bytes.
+        fraction: Time of a plain read over its time, median over the rounds.
+    """
+
+    candidate: str
+    threads: int
+    cold: bool
+    seconds: float
+    gb_per_s: float
+    fraction: float
+
+
+def make_file(folder: Path, mib: int, dtype: torch.dtype) -> dict[str, Path]:
+    """Writes the same weights as safetensors and as torch.save does; returns the files by layout."""
+    layers = max(1, (mib << 20) // (LAYER_NUMEL * dtype.itemsize))
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"layers.{layer}.{name}": (torch.randn(shape, generator=generator) * 0.05).to(dtype)
+        for layer in range(layers)
+        for name, shape in LAYER.items()
+    }
+    files = {"safetensors": folder / "weights.safetensors", "torch": folder / "weights.pt"}
+    save_file(tensors, files["safetensors"])
+    torch.save(tensors, files["torch"])
+    for file in files.values():
+        with file.open("rb") as written:
+            os.fsync(written.fileno())
+    return files
+
+
+def plain_read(path: Path, threads: int) -> None:
+    """Reads a file with so many threads, each into a buffer of its own that it uses again."""
+    descriptor = os.open(path, os.O_RDONLY)
+    offsets = iter(range(0, os.fstat(descriptor).st_size, BUFFER))
+    lock = threading.Lock()
+
+    def take() -> int | None:
+        with lock:
+            return next(offsets, None)
+
+    def work() -> None:
+        buffer = memoryview(bytearray(BUFFER))
+        while (offset := take()) is not None:
+            os.preadv(descriptor, [buffer], offset)
+
+    with ThreadPoolExecutor(threads) as pool:
+        for future in [pool.submit(work) for _ in range(threads)]:
+            future.result()
+    os.close(descriptor)
+
+
+def isfinite(path: Path, threads: int) -> bool:
+    """What people write: every tensor through the library, and torch's own flag."""
+    torch.set_num_threads(threads)
+    with safe_open(path, framework="pt") as file:
+        return all(bool(torch.isfinite(file.get_tensor(name)).all()) for name in file.keys())  # noqa: SIM118 - no mapping
+
+
+def candidates(files: dict[str, Path], threads: int) -> dict[str, tuple[Path, Call]]:
+    """Returns what is timed: the file that it reads, and the call."""
+    weights, archive = files["safetensors"], files["torch"]
+    entries = open_source(weights).entries
+    return {
+        "scan, safetensors": (weights, lambda: ng.scan(weights, threads=threads)),
+        "read_file, no digests": (weights, lambda: read_file(weights, entries, (), threads=threads)),
+        "scan, torch.save (CRC-32 too)": (archive, lambda: ng.scan(archive, threads=threads)),
+        "read_file with sha256": (weights, lambda: read_file(weights, entries, threads=threads)),
+        "safetensors + torch.isfinite": (weights, lambda: isfinite(weights, threads)),
+        "sha256sum": (weights, lambda: subprocess.run(["sha256sum", weights], check=True, capture_output=True)),
+    }
+
+
+def measure(files: dict[str, Path], threads: int, rounds: int, cold: bool) -> list[Sample]:
+    """Times all candidates in turns."""
+    calls = candidates(files, threads)
+    if cold:
+        calls[PLAIN] = (files["safetensors"], lambda: plain_read(files["safetensors"], threads))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    fractions: dict[str, list[float]] = {name: [] for name in calls}
+    order = list(calls)
+    randomly = random.Random(0)
+    for _ in range(rounds):
+        randomly.shuffle(order)
+        spent = {}
+        for name in order:
+            path, call = calls[name]
+            before = 0.0 if cold else seconds(partial(plain_read, path, threads), path, cold)
+            spent[name] = seconds(call, path, cold)
+            after = 0.0 if cold else seconds(partial(plain_read, path, threads), path, cold)
+            times[name].append(spent[name])
+            if not cold:
+                fractions[name].append((before + after) / 2 / spent[name])
+        if cold:
+            for name in order:
+                fractions[name].append(spent[PLAIN] / spent[name])
+    size = files["safetensors"].stat().st_size
+    return [
+        Sample(name, threads, cold, middle, size / middle / 1e9, statistics.median(fractions[name]))
+        for name, middle in ((name, statistics.median(times[name])) for name in calls)
+    ]
+
+
+def seconds(call: Call, path: Path, cold: bool) -> float:
+    """Times one call; cold, after the file was dropped from the page cache."""
+    if cold:
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+def show(console: Console, samples: Sequence[Sample]) -> None:
+    """Prints one setting."""
+    first = samples[0]
+    title = f"{'cold' if first.cold else 'warm'}, {first.threads} thread{'s' if first.threads > 1 else ''}"
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column("")
+    for name in ("ms", "GB/s", "of a plain read"):
+        table.add_column(name, justify="right")
+    for sample in samples:
+        row = (f"{1e3 * sample.seconds:,.0f}", f"{sample.gb_per_s:.2f}", f"{sample.fraction:.2f}")
+        table.add_row(sample.candidate, *row)
+    console.print(table)
+
+
+@click.command(help="Measures how fast files are scanned.")
+@click.option("--mib", type=click.IntRange(min=1), default=1024, show_default=True)
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
+@click.option("--threads", "counts", type=click.IntRange(min=1), multiple=True, default=(1, 2), show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=11, show_default=True)
+@click.option("--cold/--no-cold", default=True, help="Also from the disk.")
+@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="On the disk to be measured.")
+@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
+def main(
+    mib: int, dtype: str, counts: tuple[int, ...], rounds: int, cold: bool, folder: Path | None, json_path: Path | None
+) -> None:
+    """Parses the command line, runs and prints."""
+    if native.extension() is None:
+        click.echo(f"Error: there is nothing to measure: {native.unavailable('cpu')}", err=True)
+        sys.exit(2)
+    console = Console(width=120)
+    for name, value in describe_cpu().items():
+        console.print(f"{name}: {value}", markup=False, highlight=False)
+    samples: list[Sample] = []
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        files = make_file(Path(scratch), mib, getattr(torch, dtype))
+        for is_cold in (False, True) if cold else (False,):
+            for threads in counts:
+                found = measure(files, threads, max(3, rounds // 3) if is_cold else rounds, is_cold)
+                show(console, found)
+                samples += found
+    if json_path is not None:
+        document = {"machine": describe_cpu(), "mib": mib, "dtype": dtype, "samples": [asdict(one) for one in samples]}
+        json_path.write_text(json.dumps(document, allow_nan=False))
+
+
+if __name__ == "__main__":
+    main()
