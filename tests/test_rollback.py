@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import resource
+import signal
+
 import deepspeed_support as support
 import pytest
 import torch
@@ -263,3 +266,24 @@ def test_a_moment_that_is_not_finite_is_found_in_the_shards(tmp_path, caplog, st
     assert f"checkpoint {bad} is not healthy" in caplog.text
     assert "exp_avg of hidden.weight[20, 3]" in caplog.text
     assert keeper.latest_healthy() is None
+
+
+def test_a_disk_that_is_full_does_not_end_the_run(attach):
+    engine = support.make_engine("fp16")
+    _, keeper = attach(engine)
+    support.train_step(engine, 1)
+    saved = keeper.save(engine)
+    support.train_step(engine, 2)
+    support.train_step(engine, 3)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, limits[1]))
+        with pytest.raises(ng.CheckpointFailed, match="could not save on rank 0"):
+            keeper.save(engine)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    support.train_step(engine, 4)
+    assert keeper.latest_healthy() == saved
+    assert keeper.save(engine).step == 4
