@@ -18,6 +18,7 @@ from conftest import forced_backend
 from test_stats import assert_records, normal
 
 import hallo_numguard as ng
+from hallo_numguard.monitor.layout import Piece
 from hallo_numguard.monitor.recorder import Recorder
 from hallo_numguard.ops import cuda, dispatch, triton
 from hallo_numguard.ops.formats import FORMATS
@@ -118,12 +119,12 @@ def test_nothing_waits_for_the_gpu(backend: str) -> None:
     short = [torch.randn(100, device="cuda") for _ in range(10)]
     long = [torch.randn(100, device="cuda") for _ in range(1000)]
     loss = torch.ones((), device="cuda")
-    recorder = Recorder(length=8)
+    recorder = Recorder(length=8, names=["a", "b"], limit=None)
 
     def step() -> None:
         table = ng.tensor_stats(flat, layout)
         table.total_norm(), table.found_inf(), table.norm()
-        recorder.begin(0, 1.0, table.packed, loss)
+        recorder.begin(0, 1.0, table.packed, [Piece(0, 0), Piece(1, 0)], loss)
         recorder.end(applied=True)
         ng.multi_tensor_stats(short)
         ng.multi_tensor_stats(long)
@@ -132,7 +133,7 @@ def test_nothing_waits_for_the_gpu(backend: str) -> None:
     with no_waiting():
         for _ in range(20):
             step()
-        recorder.read(wait=False)
+        recorder.fresh(wait=False)
     assert len(recorder.read()) == 8
 
 

@@ -255,15 +255,20 @@ def test_the_recorder_never_waits_for_a_step_to_be_recorded(gpus: FakeGpus) -> N
     flat, layout = on_gpu(normal(100)), ng.Layout([0, 40, 100])
     with fake_gpu.setting_up():
         ng.tensor_stats(flat, layout)
-    for step in range(5):
+
+    def record(step: int) -> None:
         table = ng.tensor_stats(flat * (step + 1), layout)
         recorder.begin(step, 8.0, table.packed, pieces, loss=on_gpu(torch.tensor(float(step))))
         recorder.end(applied=True)
-    rows = recorder.read(wait=False)
+
+    for step in range(5):
+        record(step)
+    rows = recorder.fresh(wait=False)
     assert [(row.step, row.loss) for row in rows] == [(2, 2.0), (3, 3.0), (4, 4.0)]
     assert rows[-1].norm == pytest.approx(5 * reveal(flat).double().norm().item(), rel=5e-6)
     gpus.runtime.copies_finish = False
-    assert recorder.read(wait=False) == [], "nothing has arrived yet, and nobody waits"
+    record(5)
+    assert recorder.fresh(wait=False) == [], "nothing has arrived yet, and nobody waits"
     with pytest.raises(HostSync, match="event"):
         recorder.read()
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from hallo_numguard.checkpoint.names import is_listed
 from hallo_numguard.checkpoint.readers import UnknownLayout, open_source
+from hallo_numguard.checkpoint.report import PreflightReport
 from hallo_numguard.checkpoint.scan import scan
 from hallo_numguard.checkpoint.verify import verify_manifest
+from hallo_numguard.errors import InvalidInput
+from hallo_numguard.records import Finding
+from hallo_numguard.reports.names import harmless
 
 _OURS = {"code"}  # kinds of findings that are about who wrote a file: this run did
+_MOST = 3  # sentences
 
 
 def illness(folder: Path) -> str | None:
@@ -22,9 +28,11 @@ def illness(folder: Path) -> str | None:
 
 def changed(folder: Path) -> str | None:
     """Returns how a folder differs from its manifest; None if it does not. Every file is read once."""
-    report = verify_manifest(folder)
-    problems = [finding.message for finding in report.findings if finding.severity != "info"]
-    return "; ".join(problems[:3] or report.unchecked) or None
+    try:
+        report = verify_manifest(folder)
+    except (InvalidInput, OSError) as error:
+        return harmless(str(error))
+    return _in_words([finding for finding in report.findings if finding.severity != "info"], report)
 
 
 def _bad_values(folder: Path) -> str | None:
@@ -32,10 +40,15 @@ def _bad_values(folder: Path) -> str | None:
     if not sources:
         return "no file in it is of a layout that can be read, so its values are not known"
     report = scan(*sources)
-    problems = [
-        finding.message for finding in report.findings if finding.severity == "error" and finding.kind not in _OURS
-    ]
-    return "; ".join(problems[:3] or report.unchecked) or None
+    return _in_words(
+        [finding for finding in report.findings if finding.severity == "error" and finding.kind not in _OURS], report
+    )
+
+
+def _in_words(problems: Sequence[Finding], report: PreflightReport) -> str | None:
+    """The first problems, else what could not be looked at; None if all is well. Names in it are made harmless."""
+    sentences = [finding.message for finding in problems[:_MOST]] or list(report.unchecked[:_MOST])
+    return "; ".join(map(harmless, sentences)) or None
 
 
 def _sources(folder: Path) -> list[Path]:

@@ -96,7 +96,8 @@ class CheckpointKeeper:
                 shutil.rmtree(begun.path, ignore_errors=True)
             raise
         self._waiting[saved] = 0
-        self._together("rotate", self._rotate)
+        if _rank() == 0:
+            self._rotate()
         return saved
 
     def _step_of(self, target: Target, step: int | None) -> int:
@@ -125,7 +126,12 @@ class CheckpointKeeper:
         return self._store.commit(begun)
 
     def _rotate(self) -> None:
-        for checkpoint in self._store.rotate(self._keep, spare=list(self._waiting)[:1]):
+        try:
+            deleted = self._store.rotate(self._keep, spare=list(self._waiting)[:1])
+        except OSError as error:
+            _log.warning("old checkpoints could not be deleted, and are tried again after the next: %s", error)
+            return
+        for checkpoint in deleted:
             self._waiting.pop(checkpoint, None)
             _log.info("checkpoint %s was deleted: %d newer ones are kept", checkpoint, self._keep)
 

@@ -136,15 +136,19 @@ class Store:
 
     def status(self, checkpoint: Checkpoint) -> tuple[str, str]:
         """Returns "healthy", "rejected" or "unproved", and why."""
-        try:
-            document = json.loads(_health_of(checkpoint).read_bytes())
-            if document["manifest"] != _manifest_of(checkpoint):
-                return "unproved", "its manifest is not the one that was there when it was found healthy"
-            return str(document["status"]), str(document["reason"])
-        except FileNotFoundError:
+        health = _health_of(checkpoint)
+        if not health.exists():
             return "unproved", "it was not followed by enough clean steps, and not looked at"
+        try:
+            document = json.loads(health.read_bytes())
+            status, reason, manifest = str(document["status"]), str(document["reason"]), document["manifest"]
         except (OSError, ValueError, KeyError, TypeError) as error:
-            return "unproved", f"what was found out about it cannot be read: {error}"
+            return "unproved", f"what was found out about it cannot be read: {error!r}"
+        try:
+            is_same = manifest == _manifest_of(checkpoint)
+        except OSError as error:
+            return "unproved", f"its manifest cannot be read: {error.strerror}"
+        return (status, reason) if is_same else ("unproved", "its manifest is another than when it was looked at")
 
     def healthy(self) -> list[Checkpoint]:
         """Returns those that were found healthy, the newest last. Does not look at their contents again."""

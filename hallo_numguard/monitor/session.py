@@ -88,6 +88,7 @@ class Model:
         module: Whose forward is called in training: names its arguments. None if nobody shows the calls.
         forward: Calls it once more, as the framework does; None if that cannot be.
         settings: The framework's configuration, to be kept with what was found.
+        can_go_back: Whether whoever carries out what the session says calls `go_back` when a step is over.
     """
 
     parameters: list[NamedTensor]
@@ -99,6 +100,7 @@ class Model:
     module: nn.Module | None = None
     forward: Forward | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
+    can_go_back: bool = False
 
 
 class _Local(NamedTuple):
@@ -154,8 +156,6 @@ class Session:
             provisional when a later step was finite.
         findings: What was noticed that is no overflow, or not yet: see `Finding`. The last 1000.
         failed: Whether our own code failed: the integration takes itself off.
-        goes_back: Whether all ranks have agreed to go back to a checkpoint: the integration calls `go_back` as soon as
-            its framework is done with the step.
     """
 
     def __init__(
@@ -169,7 +169,6 @@ class Session:
         self.last_report: OverflowReport | None = None
         self.findings: list[Finding] = []
         self.failed = False
-        self.goes_back = False
         self._model = model
         self._weights = [*model.parameters, *model.buffers]
         self._ranks = ranks
@@ -200,8 +199,9 @@ class Session:
         self._scaling = Scaling(1.0, dynamic=False)
         self._scanned = Scanned(torch.empty((0, 8), dtype=torch.int64), ())
         self._skipped = 0  # steps in a row
+        self._unclean = False  # whether this step's gradients were not finite, and not because of the loss scale
+        self._to_undo: OverflowReport | None = None
         self._rollbacks = 0
-        self._judged = False  # whether this step's gradients were not finite, for a reason that may come again
         self._rank_faults: dict[int, int] = {}  # step of the last by rank
 
     def history(self) -> list[StepRecord]:
@@ -233,7 +233,7 @@ class Session:
     def before_step(self, step: int, scaling: Scaling, scanned: Scanned) -> None:
         """Takes note of the gradients. No synchronisation."""
         self._step, self._scaling, self._scanned = step, scaling, scanned
-        self._judged = False
+        self._unclean = False
         loss = self._losses[-1] if self._losses else None
         self._recorder.begin(step, scaling.scale, scanned.packed, scanned.pieces, loss)
         self._watch.before_step(step, scaling.scale, scanned.packed, scanned.pieces)
@@ -304,28 +304,37 @@ class Session:
         if report.verdict is Verdict.RANK_FAULT and report.first is not None and report.first.rank is not None:
             self._rank_faults[report.first.rank] = report.step
         bundle = self._take_bundle(report, evidence)
-        self._judged = report.recoverable is not True
-        can_go_back = self._config.keeper is not None and self._rollbacks < self._config.policy.max_rollbacks
+        self._unclean = report.recoverable is not True
         answer = policy.agree(
-            report, self._config.policy, self._on_overflow, self._ranks, self._model.device, can_go_back
+            report, self._config.policy, self._on_overflow, self._ranks, self._model.device, self._can_go_back
         )
-        self.goes_back = answer.goes_back
+        self._to_undo = report if answer.goes_back else None
         self._dump(report)
         if bundle is not None:
             self._bundles.write(report, bundle)
         self._feed.report(report)
         return answer.error
 
+    @property
+    def _can_go_back(self) -> bool:
+        is_able = self._model.can_go_back and self._config.keeper is not None
+        return is_able and self._rollbacks < self._config.policy.max_rollbacks
+
+    @property
+    def goes_back(self) -> bool:
+        """Whether all ranks have agreed to go back to a checkpoint, and have not yet."""
+        return self._to_undo is not None
+
     def go_back(self, run: Any) -> None:
-        """Puts a run back to its last healthy checkpoint. All ranks must call it.
+        """Puts a run back to its last healthy checkpoint, if that was agreed: all ranks call it after every step.
 
         Raises:
-            NumericsError: On all of them, if there is none.
+            NumericsError: On all of them, if there is no such checkpoint, or it cannot be loaded.
         """
-        self.goes_back = False
+        report, self._to_undo = self._to_undo, None
+        if report is None:
+            return
         self._rollbacks += 1
-        report = self.last_report
-        assert report is not None  # noqa: S101 - nothing else goes back
         try:
             checkpoint = self._config.keeper.rollback(run)
         except CheckpointFailed as error:
@@ -342,7 +351,7 @@ class Session:
         if keeper is None:
             return
         loss = None if last is None else last.loss
-        if self._judged or (loss is not None and not math.isfinite(loss)):
+        if self._unclean or (loss is not None and not math.isfinite(loss)):
             keeper.bad_step()
         elif applied:
             keeper.clean_step(last)

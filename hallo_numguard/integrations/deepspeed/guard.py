@@ -72,6 +72,7 @@ class DeepSpeedGuard:
             module=engine.module,
             forward=lambda args, kwargs: call_module(engine, args, kwargs),
             settings=settings_of(engine),
+            can_go_back=True,
         )
         self._session = Session(model, self._ranks, config, on_overflow, monitor_sinks(engine))
         self._config = config
@@ -178,8 +179,7 @@ class DeepSpeedGuard:
 
     def _engine_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
-        if self._session.goes_back:  # not before: the engine counts a step when it is over
-            self._session.go_back(self._engine)
+        self._session.go_back(self._engine)  # not before: the engine counts a step when it is over
         return result
 
     def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
