@@ -52,11 +52,11 @@ console = Console(width=min(Console().width, 118))
 
 
 def main() -> None:
-    """Runs the five acts."""
+    """Runs the seven acts."""
     started = time.monotonic()
     quiet_libraries()
     folder = model_folder()
-    console.print(Rule("hallo-numguard: five runs of the same fine-tuning"))
+    console.print(Rule("hallo-numguard: the same fine-tuning, seven times"))
     console.print(
         "MiniLM (22.7M parameters), DeepSpeed ZeRO-2, half-precision weights, dynamic loss scaling. "
         "Every optimizer step, the guard scans all gradients in one pass.\n"
@@ -76,6 +76,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         corrupted = Path(scratch) / "model"
         shutil.copytree(folder, corrupted)
+        ng.write_manifest(corrupted)
         before, after = flip_exponent_bit(corrupted / "model.safetensors", TENSOR, INDEX)
         act(
             "3. One bit of the file flipped, no guard",
@@ -86,13 +87,16 @@ def main() -> None:
         run.train(STEPS + 4)
         run.summary()
 
-        act("4. The same file, guarded", "Expected: stopped at step 1, and the tensor named.")
+        act("4. The same file, before training", "Expected: the file, the tensor and the element named, in seconds.")
+        caught = preflight(corrupted)
+
+        act("5. The same file, guarded", "Expected: stopped at step 1, and the tensor named.")
         run = Run(corrupted, scale_power=6)
         run.train(STEPS)
         run.summary()
         dumps = Path(scratch) / "dumps"
         act(
-            "5. A weight that is finite and far too large, guarded",
+            "6. A weight that is finite and far too large, guarded",
             f"Expected: the batch is run again, and {MODULE} named, whose output overflows.",
         )
         later = Run(folder, scale_power=8, dump_dir=dumps)
@@ -101,13 +105,19 @@ def main() -> None:
         later.train(STEPS + 3)
         later.summary()
         write_page(sorted(dumps.iterdir()))
+
+        act(
+            "7. A weight damaged in the run, and a keeper of checkpoints",
+            "Expected: back to the last healthy checkpoint, and on.",
+        )
+        healed = go_back(folder, Path(scratch) / "checkpoints")
     found = run.report is not None and run.report.first is not None and run.report.first.name == TENSOR
     console.print(Rule())
-    outcome = "named at step 1" if found else "NOT named"
+    outcome = "named before training and at step 1" if found and caught else "NOT named"
     console.print(f"The corrupted tensor was {outcome}. {time.monotonic() - started:.0f} s in all.")
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
-    sys.exit(0 if found else 1)
+    sys.exit(0 if found and caught and healed else 1)
 
 
 def write_page(dumps: list[Path]) -> None:
@@ -115,6 +125,36 @@ def write_page(dumps: list[Path]) -> None:
     command = [sys.executable, "-m", "hallo_numguard", "report", *map(str, dumps), "--html", PAGE]
     subprocess.run(command, capture_output=True, check=True)  # noqa: S603 - ourselves
     console.print(f"the same report as a page, with every layer over the steps: {PAGE} (open it in a browser)")
+
+
+def preflight(folder: Path) -> bool:
+    """Runs the command on a folder of weights, and returns whether it named the tensor."""
+    command = ["preflight", "--model", str(folder), "--dtype", "float16"]
+    console.print(Text("$ hallo-numguard preflight --model model --dtype float16", style="bold"))
+    environment = {**os.environ, "COLUMNS": str(console.width)}
+    done = subprocess.run(  # noqa: S603 - ourselves
+        [sys.executable, "-m", "hallo_numguard", *command], capture_output=True, text=True, check=False, env=environment
+    )
+    console.print(Text(done.stdout.replace(f"{folder}", folder.name).rstrip()))
+    return done.returncode == 1 and TENSOR in done.stdout
+
+
+def go_back(folder: Path, checkpoints: Path) -> bool:
+    """Trains with a keeper, damages a weight on the way, and returns whether the run went back and on."""
+    keeper = ng.CheckpointKeeper(checkpoints, keep=2, healthy_after=2)
+    run = Run(folder, scale_power=8, policy=ng.Policy(on_unrecoverable="rollback"), keeper=keeper)
+    run.train(2)
+    keeper.save(run.engine)
+    run.train(3)
+    ng.inject(run.engine, "parameter", TENSOR, index=INDEX, step=1)
+    run.train(3)
+    run.summary(in_short=True)
+    healthy = keeper.latest_healthy()
+    went_back = healthy is not None and run.engine.global_steps == healthy.step + 2  # the bad step is not made again
+    console.print(
+        f"after {len(run.losses)} batches the run is at step {run.engine.global_steps}: it went back to {healthy}"
+    )
+    return went_back and run.error is None
 
 
 def act(title: str, what: str) -> None:
@@ -126,9 +166,9 @@ def act(title: str, what: str) -> None:
 class Run:
     """One fine-tuning run."""
 
-    def __init__(self, folder: Path, scale_power: int, guarded: bool = True, dump_dir: Path | None = None) -> None:
+    def __init__(self, folder: Path, scale_power: int, guarded: bool = True, **config: Any) -> None:
         self.engine, self.tokens = build(folder, scale_power)
-        self.guard = ng.attach(self.engine, ng.GuardConfig(policy=POLICY, dump_dir=dump_dir)) if guarded else None
+        self.guard = ng.attach(self.engine, ng.GuardConfig(**{"policy": POLICY, **config})) if guarded else None
         self.report: ng.OverflowReport | None = None
         self.losses: list[float] = []
         self.scales: list[float] = []
@@ -155,9 +195,7 @@ class Run:
                     break
                 now = f"loss {self.losses[-1]:.3f}, loss scale {self.engine.optimizer.loss_scale:g}"
                 progress.update(task, advance=1, now=now)
-        if self.guard is not None:
-            self.report = self.guard.last_report
-            self.guard.detach()
+        self.report = self.guard.last_report if self.guard else None
 
     def step(self) -> None:
         """Contrastive learning: each sentence is to find its paraphrase."""
@@ -168,12 +206,14 @@ class Run:
         self.engine.backward(loss)
         self.engine.step()
 
-    def summary(self) -> None:
-        """Prints how it went."""
+    def summary(self, in_short: bool = False) -> None:
+        """Prints how it went, and takes the guard off."""
+        if self.guard is not None:
+            self.guard.detach()
         skipped = self.engine.skipped_steps
         finite = [loss for loss in self.losses if loss == loss]
         if self.report is not None:
-            console.print(panel(self.report))
+            console.print(Text(f"step {self.report.step}: {self.report.first}") if in_short else panel(self.report))
         if self.error is None:
             console.print(
                 f"[green]trained[/green]: loss {finite[0]:.3f} -> {finite[-1]:.3f}, {skipped} steps skipped, "

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rich.console import Group
+from rich.table import Table
 from rich.text import Text
 
 from hallo_numguard.checkpoint.report import PreflightReport
-from hallo_numguard.records import Finding
 from hallo_numguard.reports.names import harmless
 
 _MOST = 50  # findings; JSON has all
@@ -17,14 +17,15 @@ _STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 
 def render(report: PreflightReport) -> Group:
     """Returns it ready for `rich.console.Console.print`, the gravest first."""
-    return Group(*_lines(report))
+    table = Table.grid(padding=(0, 1))
+    for finding in report.findings[:_MOST]:
+        table.add_row(Text(finding.severity, style=_STYLES[finding.severity]), Text(harmless(finding.message)))
+        if finding.remedy:
+            table.add_row("", Text(harmless(finding.remedy), style="dim"))
+    return Group(*([table] if report.findings else []), *_lines(report))
 
 
 def _lines(report: PreflightReport) -> Iterator[Text]:
-    for finding in report.findings[:_MOST]:
-        yield _line(finding)
-        if finding.remedy:
-            yield Text(f"         {harmless(finding.remedy)}", style="dim")
     if len(report.findings) > _MOST:
         yield Text(f"and {len(report.findings) - _MOST} findings more, which --format json shows")
     for sentence in report.checked:
@@ -33,7 +34,3 @@ def _lines(report: PreflightReport) -> Iterator[Text]:
         yield Text(f"Not checked: {harmless(sentence)}", style="yellow")
     if report.ok:
         yield Text("Nothing was found.", style="green")
-
-
-def _line(finding: Finding) -> Text:
-    return Text.assemble((f"{finding.severity:8} ", _STYLES[finding.severity]), harmless(finding.message))
