@@ -449,6 +449,18 @@ def test_a_shard_that_is_missing(model: Path) -> None:
     assert only(model).kind == "missing_shard"
 
 
+def test_all_shards_missing(model: Path) -> None:
+    for shard in model.glob("*.safetensors"):
+        shard.unlink()
+    assert kinds(model) == ["missing_shard", "missing_shard"]
+
+
+def test_a_pipe_in_the_place_of_an_index_does_not_hang(model: Path) -> None:
+    (model / "model.safetensors.index.json").unlink()
+    os.mkfifo(model / "model.safetensors.index.json")
+    assert "no regular file" in only(model).message
+
+
 def test_a_shard_that_is_empty(model: Path) -> None:
     (model / "model-2.safetensors").write_bytes(b"")
     assert "0 bytes" in only(model).message

@@ -13,7 +13,7 @@ import pickle
 import pickletools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -63,7 +63,6 @@ class StoredTensor(_Sealed):
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    is_parameter: bool = False
 
 
 class Inert:
@@ -283,7 +282,7 @@ def _tensor(storage: StoredBytes, dtype: torch.dtype, offset: int, shape: Any, s
 
 
 def _rebuild_parameter(data: Any, *_: Any) -> Any:
-    return replace(data, is_parameter=True) if isinstance(data, StoredTensor) else data
+    return data
 
 
 def _rebuild_from_type(function: Any, _kind: Any, args: Any, _state: Any = None) -> Any:
