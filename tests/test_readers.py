@@ -29,7 +29,7 @@ from weights import copy_of_weights, flip_bit, model_folder, overwrite
 
 import hallo_numguard as ng
 from hallo_numguard.checkpoint.readers import DamagedFile, Source, TensorEntry, UnknownLayout, load, open_source
-from hallo_numguard.checkpoint.readers.pickles import unpickle
+from hallo_numguard.checkpoint.readers.pickles import inert, unpickle
 from hallo_numguard.records import Finding
 
 TENSORS: dict[str, torch.Tensor] = {
@@ -253,6 +253,18 @@ BOMBS = {
     "deep tuple as key": push(b"}", b")", b"\x85" * 200_000, b"N", b"s"),
     "deep list": push(b"]" * 100_000, b"a" * 99_999),
     "doubled tuples as key": push(b"}", b")", b"2\x86" * 60, b"N", b"s"),
+    "one heavy key many times": push(b"}", b")", b"2\x86" * 18, b"q\x00", b"0", b"h\x00Ns" * 5000),
+    "sets of one heavy list": push(
+        b"]q\x00", b")", b"2\x86" * 18, b"a0", b"c__builtin__\nset\nq\x01", b"0h\x01h\x00\x85R" * 5000
+    ),
+    "texts without end": push(
+        b"c_codecs\nencode\nq\x00",
+        b"X",
+        struct.pack("<I", 100_000),
+        b"a" * 100_000,
+        b"q\x01",
+        b"h\x00h\x01\x85R" * 20_000,
+    ),
     "no stop": b"\x80\x02N",
     "empty": b"",
     "underflow": push(b"0" * 5),
@@ -276,6 +288,13 @@ def test_pickles_that_are_built_to_exhaust_memory_or_to_crash(name: str) -> None
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 100 << 20
+
+
+def test_lists_that_unfold_without_end_are_cut_off() -> None:
+    made = [b"]q" + bytes([n]) + b"0" for n in range(60)]
+    linked = [b"h%c(h%ch%ce0" % (n, n + 1, n + 1) for n in range(59)]  # each twice in the one before, while it is empty
+    copy = inert(unpickle(push(*made, *linked, b"h\x00")).value)
+    assert len(copy) == 2
 
 
 @pytest.mark.parametrize(
@@ -428,6 +447,18 @@ def test_the_config_says_what_weights_must_fit_into(model: Path) -> None:
 def test_a_shard_that_is_missing(model: Path) -> None:
     (model / "model-2.safetensors").unlink()
     assert only(model).kind == "missing_shard"
+
+
+def test_all_shards_missing(model: Path) -> None:
+    for shard in model.glob("*.safetensors"):
+        shard.unlink()
+    assert kinds(model) == ["missing_shard", "missing_shard"]
+
+
+def test_a_pipe_in_the_place_of_an_index_does_not_hang(model: Path) -> None:
+    (model / "model.safetensors.index.json").unlink()
+    os.mkfifo(model / "model.safetensors.index.json")
+    assert "no regular file" in only(model).message
 
 
 def test_a_shard_that_is_empty(model: Path) -> None:

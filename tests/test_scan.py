@@ -225,3 +225,27 @@ def test_several_paths_are_one_report(tmp_path: Path) -> None:
     assert len(report.checked) == 2
     assert len(report.unchecked) == 1
     assert sum(done for done, _ in seen) == seen[0][1] == 2 * path.stat().st_size
+
+
+SMALL = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "vocab_size": 500, "pad_token_id": 0}
+MODELS = {
+    "GPT2Config": {"n_layer": 4, "n_embd": 64, "n_head": 4, "vocab_size": 500},
+    "LlamaConfig": {"num_hidden_layers": 4, "num_key_value_heads": 2, **SMALL},
+    "MixtralConfig": {"num_hidden_layers": 2, "num_key_value_heads": 2, "num_local_experts": 4, **SMALL},
+    "T5Config": {"num_layers": 3, "d_model": 64, "d_ff": 128, "vocab_size": 500},
+    "MambaConfig": {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 500},
+    "ViTConfig": {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4},
+}
+
+
+@pytest.mark.parametrize("config", MODELS)
+def test_new_models_of_many_kinds_raise_no_alarm(tmp_path: Path, config: str) -> None:
+    import transformers
+
+    model = transformers.AutoModel.from_config(getattr(transformers, config)(**MODELS[config]))
+    model.half().save_pretrained(tmp_path / "half")
+    torch.save(model.float().state_dict(), tmp_path / "float.pt")
+    for path in (tmp_path / "half", tmp_path / "float.pt"):
+        for dtype in (None, "float16"):
+            report = ng.scan(path, dtype=dtype)
+            assert report.ok, report.findings

@@ -54,6 +54,8 @@ def scan(
             opened.append(open_source(path))
         except UnknownLayout as error:
             unchecked.append(str(error))
+        except OSError as error:
+            unchecked.append(f"{path} cannot be read: {error.strerror}")
     total = sum(_size(file) for source in opened for file in _by_file(source.entries))
     report = progress or (lambda done, of: None)
     reports = [_scan(source, wanted, threads, lambda done: report(done, total)) for source in opened]

@@ -23,7 +23,7 @@ from hallo_numguard.records import Finding
 LAYOUT = "torch.distributed.checkpoint"
 METADATA = ".metadata"
 _SHARDS = "*.distcp"
-_LONGEST_METADATA = 1 << 30
+_LONGEST_METADATA = 64 << 20  # bytes
 _REMEDY = "Copy the files of every rank, or go back to an earlier checkpoint."
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hallo_numguard.checkpoint.readers.files import check_inside, is_plain
+from hallo_numguard.checkpoint.readers.files import check_inside, is_plain, opened, read_exactly
 from hallo_numguard.checkpoint.readers.layouts import CHECKPOINTS, FILES
 from hallo_numguard.checkpoint.readers.source import DamagedFile, Source, damaged, joined
 from hallo_numguard.records import Finding
@@ -22,8 +22,11 @@ _REMEDY = "Copy or download the whole folder again."
 
 
 def recognises(path: Path) -> bool:
-    """Returns whether there are weights in it."""
-    return path.is_dir() and (_is_checkpoint(path) or next(_weights(path, _DEEPEST), None) is not None)
+    """Returns whether there are weights in it, or an index of weights."""
+    if not path.is_dir():
+        return False
+    found = (next(path.glob(f"*{_INDEX}"), None), next(_weights(path, _DEEPEST), None))
+    return _is_checkpoint(path) or any(found)
 
 
 def read(path: Path) -> Source:
@@ -118,11 +121,14 @@ def _metadata(path: Path, parts: list[Source]) -> dict[str, Any]:
 
 
 def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        if path.stat().st_size > _LARGEST_TEXT:
+    with opened(path) as descriptor:
+        size = path.stat().st_size
+        if size > _LARGEST_TEXT:
             raise DamagedFile("is far too large", remedy=_REMEDY)
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        text = read_exactly(descriptor, size, 0)
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise DamagedFile(f"is damaged: {type(error).__name__}", remedy=_REMEDY) from None
     if not isinstance(value, Mapping):
         raise DamagedFile("is damaged: it is no JSON object", remedy=_REMEDY)

@@ -1,7 +1,7 @@
 """Pickles without their code: tensors become descriptions of where they lie, every foreign object becomes inert.
 
-Two passes. `_screen` walks through the opcodes by the tables of `pickletools` and refuses what would take memory or
-depth that the data does not have (a memo index of a billion, tuples of tuples that double forty times). Then the
+Two passes. `_screen` walks through the opcodes by the tables of `pickletools` and refuses what would take memory, time
+or depth that the data does not have (a memo index of a billion, tuples of tuples that double forty times). Then the
 unpickler of the standard library runs, with a `find_class` that knows a list of stand-ins and makes an empty class for
 every other name: nothing that a file names is ever imported.
 """
@@ -12,8 +12,8 @@ import io
 import pickle
 import pickletools
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,7 +21,10 @@ import torch
 from hallo_numguard.checkpoint.readers.source import DamagedFile
 
 _MOST_DEPTH = 500
-_MOST_WEIGHT = 50_000_000  # objects, with every repetition counted
+_MOST_OPCODES = 5_000_000
+_LEAST_WORK, _WORK_A_BYTE = 1_000_000, 128  # that a pickle may ask for, see `_screen`
+_GROWS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}  # change what lies below their arguments
+_MOST_COPIED = 1_000_000  # values of metadata
 _CODE_REMEDY = (
     "Do not load this file with torch.load(weights_only=False) or pickle unless you trust whoever wrote it; "
     "ask for the weights as safetensors."
@@ -60,7 +63,6 @@ class StoredTensor(_Sealed):
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
-    is_parameter: bool = False
 
 
 class Inert:
@@ -105,16 +107,18 @@ class Unpickled:
     foreign: set[str] = field(default_factory=set)
 
 
-def unpickle(data: bytes, most_opcodes: int = 20_000_000) -> Unpickled:
+def unpickle(data: bytes) -> Unpickled:
     """Returns what a pickle holds. Memory and time grow with its length, and with nothing that it says.
 
     Raises:
         DamagedFile: If it is no whole pickle, or one that is built to exhaust memory.
     """
-    _screen(data, most_opcodes)
     reader = _Unpickler(io.BytesIO(data))
     try:
+        _screen(data)
         value = reader.load()
+    except DamagedFile:
+        raise
     except Exception as error:  # noqa: BLE001 - hostile opcodes raise anything at all in the standard library
         raise DamagedFile(f"holds a pickle that is damaged ({type(error).__name__})") from None
     return Unpickled(value, reader.foreign)
@@ -127,22 +131,35 @@ def refusal(name: str) -> DamagedFile | None:
     return DamagedFile(f"holds a pickle that would run code: {name}", kind="code", remedy=_CODE_REMEDY)
 
 
-def inert(value: Any, depth: int = 20) -> Any:
-    """Returns a value of dicts, lists, numbers and strings: for metadata. What is deeper, or a tensor, is left out."""
-    if value is None or isinstance(value, (bool, int, float, str)):
-        return value
-    if depth == 0:
-        return None
-    if isinstance(value, Inert):
-        state = value.state if value.state else value.args
-        return inert(state[0] if isinstance(state, tuple) and len(state) == 1 else state, depth - 1)
-    if isinstance(value, Mapping):
-        return {key: inert(item, depth - 1) for key, item in value.items() if isinstance(key, (str, int))}
-    if isinstance(value, (list, tuple)):
-        return [inert(item, depth - 1) for item in value]
-    if isinstance(value, (StorageType, torch.dtype)):
-        return str(value.dtype if isinstance(value, StorageType) else value)
-    return None
+def inert(value: Any) -> Any:
+    """Returns a value of dicts, lists, numbers and strings: for metadata.
+
+    What is a tensor, more than 20 deep or after the first million of values becomes None.
+    """
+    return _Copy().of(value, 20)
+
+
+class _Copy:
+    """Copies values of containers that may refer to the same one again and again."""
+
+    def __init__(self) -> None:
+        self._left = _MOST_COPIED
+
+    def of(self, value: Any, depth: int) -> Any:
+        """Returns the copy of one value."""
+        self._left -= 1
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return value
+        if depth == 0 or self._left < 0:
+            return None
+        if isinstance(value, Inert):
+            state = value.state or value.args
+            return self.of(state[0] if isinstance(state, tuple) and len(state) == 1 else state, depth - 1)
+        if isinstance(value, Mapping):
+            return {key: self.of(item, depth - 1) for key, item in value.items() if isinstance(key, (str, int))}
+        if isinstance(value, (list, tuple)):
+            return [self.of(item, depth - 1) for item in value]
+        return str(value.dtype) if isinstance(value, StorageType) else None
 
 
 class _Unpickler(pickle.Unpickler):
@@ -170,28 +187,27 @@ class _Unpickler(pickle.Unpickler):
         return StoredBytes(key, storage.dtype, numel)
 
 
-def _screen(data: bytes, most_opcodes: int) -> None:
-    try:
-        for count, _ in enumerate(_weights(data)):
-            if count > most_opcodes:
-                raise DamagedFile("holds a pickle of far more opcodes than weights need")
-    except (ValueError, IndexError, KeyError, RecursionError, OverflowError) as error:
-        raise DamagedFile(f"holds a pickle that is damaged ({harmless_cause(error)})") from None
+@dataclass(eq=False)
+class _Node:
+    """Stands for an object: how deep it is, and how much it holds, with every repetition counted."""
+
+    depth: int
+    weight: int
 
 
-def harmless_cause(error: Exception) -> str:
-    """Returns what an exception says, short."""
-    return str(error)[:100] or type(error).__name__
+_MARK = _Node(0, 0)
 
 
-_MARK = (0, -1)
+def _screen(data: bytes) -> None:
+    """Runs the pickle on nodes in place of objects.
 
-
-def _weights(data: bytes) -> Iterator[None]:
-    """Runs the pickle on pairs (depth, number of objects) in place of objects; raises where they grow too large."""
-    stack: list[tuple[int, int]] = []
-    memo: dict[int, tuple[int, int]] = {}
-    for opcode, value, _ in pickletools.genops(data):
+    Work is what every opcode takes as arguments: bytes of text and objects. It bounds memory, and the time that it
+    takes to hash keys, which may be tuples of tuples.
+    """
+    stack: list[_Node] = []
+    memo: dict[int, _Node] = {}
+    left = _WORK_A_BYTE * len(data) + _LEAST_WORK
+    for count, (opcode, value, _) in enumerate(pickletools.genops(data)):
         name = opcode.name
         argument = value if isinstance(value, int) else 0
         if name == "MEMOIZE":
@@ -209,12 +225,14 @@ def _weights(data: bytes) -> Iterator[None]:
         elif name == "POP":
             stack.pop()
         else:
-            _apply(opcode, stack)
-        yield
+            left -= _apply(opcode, len(value) if isinstance(value, (str, bytes, bytearray)) else 0, stack)
+        if left < 0 or count > _MOST_OPCODES:
+            raise DamagedFile("holds a pickle that unfolds to far more than what weights need")
 
 
-def _apply(opcode: pickletools.OpcodeInfo, stack: list[tuple[int, int]]) -> None:
-    taken: list[tuple[int, int]] = []
+def _apply(opcode: pickletools.OpcodeInfo, length: int, stack: list[_Node]) -> int:
+    """Takes an opcode's arguments from the stack and puts there what it makes; returns the work."""
+    taken: list[_Node] = []
     before = opcode.stack_before
     if pickletools.markobject in before:
         while (item := stack.pop()) is not _MARK:
@@ -223,11 +241,14 @@ def _apply(opcode: pickletools.OpcodeInfo, stack: list[tuple[int, int]]) -> None
     taken.extend(stack.pop() for _ in before)
     if _MARK in taken:
         raise ValueError("a mark where an object should be")
-    depth = 1 + max((depth for depth, _ in taken), default=0)
-    weight = 1 + sum(weight for _, weight in taken)
-    if depth > _MOST_DEPTH or weight > _MOST_WEIGHT:
-        raise DamagedFile("holds a pickle that unfolds without end (nested or repeated far beyond what weights need)")
-    stack.extend((depth, weight) for _ in opcode.stack_after)
+    container = taken.pop() if opcode.name in _GROWS else _Node(0, length)
+    work = 1 + sum(node.weight for node in taken)
+    container.weight += work
+    container.depth = max([container.depth, *(1 + node.depth for node in taken)])
+    if container.depth > _MOST_DEPTH:
+        raise DamagedFile("holds a pickle that is nested far deeper than weights need")
+    stack.extend(container for _ in opcode.stack_after)
+    return work + length
 
 
 @dataclass(frozen=True)
@@ -261,7 +282,7 @@ def _tensor(storage: StoredBytes, dtype: torch.dtype, offset: int, shape: Any, s
 
 
 def _rebuild_parameter(data: Any, *_: Any) -> Any:
-    return replace(data, is_parameter=True) if isinstance(data, StoredTensor) else data
+    return data
 
 
 def _rebuild_from_type(function: Any, _kind: Any, args: Any, _state: Any = None) -> Any:
@@ -272,8 +293,9 @@ def _reconstruct(cls: Any, *_: Any) -> Any:
     return cls() if isinstance(cls, type) and issubclass(cls, Inert) else None
 
 
-def _encode(text: str, _encoding: str = "latin1") -> bytes:
-    return text.encode("latin1")
+def _encode(text: Any, *_: Any) -> Any:
+    """How protocol 2 writes bytes. The text is kept as it is: a copy for every call would fill the memory."""
+    return text
 
 
 _MOST_DIMENSIONS = 64
@@ -301,10 +323,6 @@ _KNOWN: dict[str, Any] = {
     "builtins.dict": dict,
     "builtins.list": list,
     "builtins.tuple": tuple,
-    "builtins.int": int,
-    "builtins.float": float,
-    "builtins.bool": bool,
-    "builtins.str": str,
     "builtins.complex": complex,
     "_codecs.encode": _Call(_encode),
     "copyreg._reconstructor": _Call(_reconstruct),
@@ -322,10 +340,14 @@ _KNOWN: dict[str, Any] = {
 _DATA_NAMES = frozenset(
     {
         "argparse.Namespace",
+        "builtins.bool",
         "builtins.bytearray",
+        "builtins.float",
+        "builtins.int",
         "builtins.object",
         "builtins.range",
         "builtins.slice",
+        "builtins.str",
         "collections.deque",
         "datetime.date",
         "datetime.datetime",

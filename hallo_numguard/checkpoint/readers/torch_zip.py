@@ -30,7 +30,7 @@ _GLANCE = 512  # bytes in which the name of the first record stands
 _PICKLE = b"\x80"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _MOST_RECORDS = 2_000_000
-_MOST_PICKLE = 1 << 30
+_MOST_PICKLE = 64 << 20  # bytes
 _MOST_DEPTH = 50
 _PICKLE_REMEDY = "Load it where it is trusted and save it again with a torch of today, or better as safetensors."
 
