@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 
 import hallo_numguard as ng
 from hallo_numguard.checkpoint.readers import open_source
-from hallo_numguard.checkpoint.reading import read_file
+from hallo_numguard.checkpoint.scanning.reading import read_file
 from hallo_numguard.ops import native
 
 BUFFER = 1 << 20

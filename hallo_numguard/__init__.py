@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hallo_numguard.checkpoint.diff import diff
-    from hallo_numguard.checkpoint.keeper import CheckpointKeeper
-    from hallo_numguard.checkpoint.manifest import write_manifest
+    from hallo_numguard.checkpoint.keeping.keeper import CheckpointKeeper
+    from hallo_numguard.checkpoint.manifests.manifest import write_manifest
+    from hallo_numguard.checkpoint.manifests.verify import verify_manifest
     from hallo_numguard.checkpoint.report import PreflightReport
-    from hallo_numguard.checkpoint.scan import scan
-    from hallo_numguard.checkpoint.verify import verify_manifest
+    from hallo_numguard.checkpoint.scanning.scan import scan
     from hallo_numguard.config import GuardConfig, Policy
     from hallo_numguard.errors import (
         BackendUnavailable,
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 _HOMES = {
     "BackendUnavailable": "errors",
     "CheckpointFailed": "errors",
-    "CheckpointKeeper": "checkpoint.keeper",
+    "CheckpointKeeper": "checkpoint.keeping.keeper",
     "Finding": "records",
     "GuardConfig": "config",
     "InvalidInput": "errors",
@@ -70,11 +70,11 @@ _HOMES = {
     "load_trace": "tracing.frames:load",
     "multi_tensor_stats": "ops.stats",
     "preflight": "integrations.preflight",
-    "scan": "checkpoint.scan:scan",
+    "scan": "checkpoint.scanning.scan:scan",
     "tensor_stats": "ops.stats",
     "trace": "tracing.tracer",
-    "verify_manifest": "checkpoint.verify",
-    "write_manifest": "checkpoint.manifest",
+    "verify_manifest": "checkpoint.manifests.verify",
+    "write_manifest": "checkpoint.manifests.manifest",
 }
 
 __version__ = "0.1.0"

@@ -86,7 +86,7 @@ def scan(paths: tuple[Path, ...], dtype: str | None, threads: int | None, style:
     PATHS are weights (safetensors, torch.save) and folders of models and checkpoints. Exits with 0 if nothing was
     found, 1 if something was, 2 if not all could be checked. No code in the files runs.
     """
-    from hallo_numguard.checkpoint.scan import scan as scan_paths
+    from hallo_numguard.checkpoint.scanning.scan import scan as scan_paths
 
     with _failures(), _progress() as advance:
         found = scan_paths(*paths, dtype=dtype, threads=threads, progress=advance)
@@ -104,8 +104,8 @@ def manifest(folder: Path, md5: bool, sign: Path | None, style: str) -> None:
     SHA256SUMS for sha256sum -c, numguard.manifest.json as OpenSSF model signing has it, numguard.tensors.json with the
     digest and the statistics of every tensor.
     """
-    from hallo_numguard.checkpoint import signing
-    from hallo_numguard.checkpoint.manifest import write_manifest
+    from hallo_numguard.checkpoint.manifests import signing
+    from hallo_numguard.checkpoint.manifests.manifest import write_manifest
 
     with _failures(), _progress() as advance:
         written = write_manifest(folder, md5=md5, progress=advance)
@@ -126,9 +126,9 @@ def verify(folder: Path, listing: Path | None, key: Path | None, style: str) -> 
     Reads what `manifest` wrote, or a list of checksums that sha256sum or md5sum wrote, or the digests that the Hugging
     Face Hub gave.
     """
-    from hallo_numguard.checkpoint import signing
+    from hallo_numguard.checkpoint.manifests import signing
+    from hallo_numguard.checkpoint.manifests.verify import verify_manifest
     from hallo_numguard.checkpoint.report import merge
-    from hallo_numguard.checkpoint.verify import verify_manifest
 
     with _failures(), _progress() as advance:
         reports = [verify_manifest(folder, listing, progress=advance)]

@@ -262,7 +262,7 @@ KILLED = """
 import os, random, signal, sys, time
 import torch
 import hallo_numguard as ng
-from hallo_numguard.checkpoint import keeper as _imported
+from hallo_numguard.checkpoint.keeping import keeper as _imported
 
 folder = sys.argv[1]
 

@@ -28,10 +28,10 @@ from safetensors.torch import save_file
 from weights import copy_of_weights, flip_bit, overwrite, place_of
 
 import hallo_numguard as ng
-from hallo_numguard.checkpoint import checksums, listing, statement
-from hallo_numguard.checkpoint import signing as signatures
-from hallo_numguard.checkpoint.changes import changes
-from hallo_numguard.checkpoint.listing import DamagedManifest
+from hallo_numguard.checkpoint.manifests import checksums, listing, statement
+from hallo_numguard.checkpoint.manifests import signing as signatures
+from hallo_numguard.checkpoint.manifests.changes import changes
+from hallo_numguard.checkpoint.manifests.listing import DamagedManifest
 from hallo_numguard.cli import main
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -567,9 +567,9 @@ def test_a_damaged_list_is_a_finding(model, text):
 KILLED = """
 import os, random, signal, sys, time
 from pathlib import Path
-from hallo_numguard.checkpoint.manifest import write_manifest
-from hallo_numguard.checkpoint.verify import verify_manifest
-import hallo_numguard.checkpoint.facts
+from hallo_numguard.checkpoint.manifests.manifest import write_manifest
+from hallo_numguard.checkpoint.manifests.verify import verify_manifest
+import hallo_numguard.checkpoint.manifests.facts
 
 folder, names = Path(sys.argv[1]), sys.argv[2:]
 random.seed(0)

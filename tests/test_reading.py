@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import hallo_numguard as ng
-from hallo_numguard.checkpoint import crc
 from hallo_numguard.checkpoint.readers import Checksum, DamagedFile, TensorEntry
-from hallo_numguard.checkpoint.reading import FileFacts, read_file
+from hallo_numguard.checkpoint.scanning import crc
+from hallo_numguard.checkpoint.scanning.reading import FileFacts, read_file
 from hallo_numguard.ops import native
 
 PAGE = 4096

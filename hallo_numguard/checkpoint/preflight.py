@@ -14,11 +14,11 @@ from torch import nn
 
 from hallo_numguard.checkpoint.checks import keys, loaded, optimizer, precision, scaler, smoke, topology
 from hallo_numguard.checkpoint.checks.plan import Plan
+from hallo_numguard.checkpoint.keeping.store import META
+from hallo_numguard.checkpoint.manifests.verify import verify_manifest
 from hallo_numguard.checkpoint.readers import Source, UnknownLayout, open_source
 from hallo_numguard.checkpoint.report import PreflightReport, gravest_first, merge
-from hallo_numguard.checkpoint.scan import Progress, scan
-from hallo_numguard.checkpoint.store import META
-from hallo_numguard.checkpoint.verify import verify_manifest
+from hallo_numguard.checkpoint.scanning.scan import Progress, scan
 from hallo_numguard.errors import InvalidInput
 from hallo_numguard.records import Finding
 

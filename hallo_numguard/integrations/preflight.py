@@ -14,7 +14,7 @@ from hallo_numguard.checkpoint import preflight as checking
 from hallo_numguard.checkpoint.checks.plan import Plan
 from hallo_numguard.checkpoint.preflight import Inputs, Paths, Subject, as_paths, read_config
 from hallo_numguard.checkpoint.report import PreflightReport
-from hallo_numguard.checkpoint.scan import Progress
+from hallo_numguard.checkpoint.scanning.scan import Progress
 from hallo_numguard.errors import InvalidInput
 from hallo_numguard.integrations import engine_of
 

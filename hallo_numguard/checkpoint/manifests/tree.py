@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from hallo_numguard.checkpoint.names import in_order, is_left_over, is_listed
+from hallo_numguard.checkpoint.manifests.names import in_order, is_left_over, is_listed
 from hallo_numguard.errors import InvalidInput
 from hallo_numguard.records import Finding
 

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hallo_numguard.checkpoint.names import DOWNLOADS, SIGNATURE
+from hallo_numguard.checkpoint.manifests.names import DOWNLOADS, SIGNATURE
 from hallo_numguard.checkpoint.report import PreflightReport
 from hallo_numguard.errors import BackendUnavailable, InvalidInput, NumGuardError
 from hallo_numguard.files import write_whole

@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Mapping
 
-from hallo_numguard.checkpoint.listing import DamagedManifest, Listing
+from hallo_numguard.checkpoint.manifests.listing import DamagedManifest, Listing
 
 _ALGORITHMS = {32: "md5", 40: "sha1", 56: "sha224", 64: "sha256", 96: "sha384", 128: "sha512"}
 _PLAIN = re.compile(rb"(\\?)([0-9a-fA-F]{32,128}) [ *](.+)", re.DOTALL)

@@ -7,14 +7,14 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from hallo_numguard.checkpoint import checksums, hub, statement
-from hallo_numguard.checkpoint.changes import changes
-from hallo_numguard.checkpoint.facts import Progress, read_digests, read_folder
-from hallo_numguard.checkpoint.listing import DamagedManifest, Listing, read_bytes
-from hallo_numguard.checkpoint.names import MANIFEST, SUMS, TENSORS, flaw, is_listed
+from hallo_numguard.checkpoint.manifests import checksums, hub, statement
+from hallo_numguard.checkpoint.manifests.changes import changes
+from hallo_numguard.checkpoint.manifests.facts import Progress, read_digests, read_folder
+from hallo_numguard.checkpoint.manifests.listing import DamagedManifest, Listing, read_bytes
+from hallo_numguard.checkpoint.manifests.names import MANIFEST, SUMS, TENSORS, flaw, is_listed
+from hallo_numguard.checkpoint.manifests.statement import ALGORITHM, Contents, FileContents
+from hallo_numguard.checkpoint.manifests.tree import Tree, walk
 from hallo_numguard.checkpoint.report import PreflightReport, gravest_first
-from hallo_numguard.checkpoint.statement import ALGORITHM, Contents, FileContents
-from hallo_numguard.checkpoint.tree import Tree, walk
 from hallo_numguard.records import Finding
 
 _INTACT = "Go back to an intact copy: download it again, or take another checkpoint."

@@ -18,7 +18,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from hallo_numguard.checkpoint.names import MANIFEST
+from hallo_numguard.checkpoint.manifests.names import MANIFEST
 from hallo_numguard.files import sync, without_nonfinite, write_whole
 
 META = "numguard.checkpoint.json"

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from hallo_numguard.checkpoint.readers import DamagedFile, Source, TensorEntry, UnknownLayout, open_source
-from hallo_numguard.checkpoint.reading import FileFacts, read_file
 from hallo_numguard.checkpoint.report import PreflightReport, gravest_first, merge
-from hallo_numguard.checkpoint.rules import Measured, judge
+from hallo_numguard.checkpoint.scanning.reading import FileFacts, read_file
+from hallo_numguard.checkpoint.scanning.rules import Measured, judge
 from hallo_numguard.errors import InvalidInput
 from hallo_numguard.records import Finding
 

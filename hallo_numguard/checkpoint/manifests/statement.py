@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hallo_numguard.checkpoint.listing import DamagedManifest, Listing
-from hallo_numguard.checkpoint.names import TENSORS, UNLISTED, in_order
+from hallo_numguard.checkpoint.manifests.listing import DamagedManifest, Listing
+from hallo_numguard.checkpoint.manifests.names import TENSORS, UNLISTED, in_order
 from hallo_numguard.files import without_nonfinite
 from hallo_numguard.records import Record
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
-from hallo_numguard.checkpoint.names import title
-from hallo_numguard.checkpoint.statement import FileContents, TensorFacts
+from hallo_numguard.checkpoint.manifests.names import title
+from hallo_numguard.checkpoint.manifests.statement import FileContents, TensorFacts
 from hallo_numguard.records import Finding, Record, counts_in_words, shape_in_words
 
 _ALIKE = 1e-6  # of a norm: as exact as records of different instruction sets are

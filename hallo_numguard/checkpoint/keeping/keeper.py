@@ -14,10 +14,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from hallo_numguard.checkpoint.health import changed, illness
-from hallo_numguard.checkpoint.manifest import write_manifest
-from hallo_numguard.checkpoint.store import Checkpoint, Meta, Store, write_meta
-from hallo_numguard.checkpoint.targets import Target, target_for
+from hallo_numguard.checkpoint.keeping.health import changed, illness
+from hallo_numguard.checkpoint.keeping.store import Checkpoint, Meta, Store, write_meta
+from hallo_numguard.checkpoint.keeping.targets import Target, target_for
+from hallo_numguard.checkpoint.manifests.manifest import write_manifest
 from hallo_numguard.errors import CheckpointFailed, InvalidInput
 from hallo_numguard.records import StepRecord
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from hallo_numguard.checkpoint.names import is_listed
+from hallo_numguard.checkpoint.manifests.names import is_listed
+from hallo_numguard.checkpoint.manifests.verify import verify_manifest
 from hallo_numguard.checkpoint.readers import UnknownLayout, open_source
 from hallo_numguard.checkpoint.report import PreflightReport
-from hallo_numguard.checkpoint.scan import scan
-from hallo_numguard.checkpoint.verify import verify_manifest
+from hallo_numguard.checkpoint.scanning.scan import scan
 from hallo_numguard.errors import InvalidInput
 from hallo_numguard.records import Finding
 from hallo_numguard.reports.names import harmless

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import torch
 
+from hallo_numguard.checkpoint.manifests.statement import ALGORITHM, FileContents, TensorFacts
 from hallo_numguard.checkpoint.readers import DamagedFile, Source, TensorEntry, UnknownLayout, open_source
-from hallo_numguard.checkpoint.reading import FileFacts, read_file
-from hallo_numguard.checkpoint.statement import ALGORITHM, FileContents, TensorFacts
+from hallo_numguard.checkpoint.scanning.reading import FileFacts, read_file
 from hallo_numguard.records import Finding, Record
 
 Progress = Callable[[int, int], object]

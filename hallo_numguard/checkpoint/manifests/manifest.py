@@ -7,13 +7,13 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from hallo_numguard.checkpoint import checksums, statement
-from hallo_numguard.checkpoint.facts import FolderFacts, Progress, read_folder
-from hallo_numguard.checkpoint.listing import Listing
-from hallo_numguard.checkpoint.names import MANIFEST, SUMS, TENSORS, in_order
+from hallo_numguard.checkpoint.manifests import checksums, statement
+from hallo_numguard.checkpoint.manifests.facts import FolderFacts, Progress, read_folder
+from hallo_numguard.checkpoint.manifests.listing import Listing
+from hallo_numguard.checkpoint.manifests.names import MANIFEST, SUMS, TENSORS, in_order
+from hallo_numguard.checkpoint.manifests.statement import ALGORITHM, Contents
+from hallo_numguard.checkpoint.manifests.tree import Tree, walk
 from hallo_numguard.checkpoint.report import PreflightReport, gravest_first
-from hallo_numguard.checkpoint.statement import ALGORITHM, Contents
-from hallo_numguard.checkpoint.tree import Tree, walk
 from hallo_numguard.files import write_whole
 
 

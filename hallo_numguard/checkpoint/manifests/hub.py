@@ -11,8 +11,8 @@ import re
 from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 
-from hallo_numguard.checkpoint.names import DOWNLOADS
-from hallo_numguard.checkpoint.tree import blobs_of
+from hallo_numguard.checkpoint.manifests.names import DOWNLOADS
+from hallo_numguard.checkpoint.manifests.tree import blobs_of
 from hallo_numguard.records import Finding
 
 _SHA256 = 64  # digits

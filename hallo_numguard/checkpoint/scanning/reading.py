@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 
-from hallo_numguard.checkpoint import crc
-from hallo_numguard.checkpoint.pages import Pages
 from hallo_numguard.checkpoint.readers.files import opened
 from hallo_numguard.checkpoint.readers.source import Checksum, DamagedFile, TensorEntry
+from hallo_numguard.checkpoint.scanning import crc
+from hallo_numguard.checkpoint.scanning.pages import Pages
 from hallo_numguard.ops import dispatch, native
 from hallo_numguard.ops.formats import FORMATS
 from hallo_numguard.ops.stats import multi_tensor_stats

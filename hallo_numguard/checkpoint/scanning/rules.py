@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from hallo_numguard.checkpoint.pages import PAGE
 from hallo_numguard.checkpoint.readers.memory import load
 from hallo_numguard.checkpoint.readers.source import DAMAGED_REMEDY, TensorEntry
-from hallo_numguard.checkpoint.reading import FileFacts
+from hallo_numguard.checkpoint.scanning.pages import PAGE
+from hallo_numguard.checkpoint.scanning.reading import FileFacts
 from hallo_numguard.records import Finding, Offender, Record
 
 WEIGHTS = ("parameter", "fp32")  # roles whose values a model computes with

@@ -1,0 +1,1 @@
+"""Checkpoints of which one is always known to be good."""
