@@ -157,6 +157,29 @@ def test_a_renamed_tensor_is_suggested_and_missing_unexpected_and_misshapen_ones
     assert "30522x384" in shape.message
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "kind", "words"),
+    [
+        ("encoder.layer.", "encoder.blocks.", "prefix", "begin with 'encoder.blocks.'"),
+        (".attention.", ".attn.", "renamed", "calls 'attention' 'attn' in 60 names, such as encoder.layer.0.attn."),
+    ],
+)
+def test_a_renamed_block_is_named_once_and_not_every_name_in_it(tmp_path, old, new, kind, words):
+    path = saved(tmp_path, lambda state: {name.replace(old, new): tensor for name, tensor in state.items()})
+    (finding,) = [item for item in ng.preflight(minilm(), model=path).findings if item.severity == "error"]
+    assert finding.kind == kind
+    assert words in finding.message
+
+
+def test_weights_of_other_layers_are_no_renamed_block(tmp_path):
+    def change(state):
+        return {name.replace("encoder.layer.5.", "encoder.layer.7."): tensor for name, tensor in state.items()}
+
+    report = ng.preflight(minilm(), model=saved(tmp_path, change))
+    assert not of_kind(report, "renamed")
+    assert len(of_kind(report, "missing_key")) == 16
+
+
 def test_a_tied_weight_needs_one_of_its_names(tmp_path):
     model = support.Model()
     state = {name: tensor.clone() for name, tensor in model.state_dict().items() if name != "head.weight"}

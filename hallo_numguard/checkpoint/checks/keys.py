@@ -15,7 +15,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _MOST = 20  # findings of a kind; one more says how many there are
 _ALIKE = 0.6  # of two names, from which on one is suggested for the other
-_MOST_COMPARED = 2000  # names, for each of which all others are looked at
+_MOST_COMPARED = 40_000  # pairs of names: seconds
+_SEVERAL = 3  # names in which the same part is called otherwise
 
 
 def shapes_in(source: Source) -> Shapes:
@@ -80,7 +81,8 @@ def _prefixes(model: Shapes, held: Shapes) -> tuple[str, str]:
         shared = next((end for end in _ends(name) if len(by_end.get(end, ())) == 1), "")
         if shared:
             pairs[name.removesuffix(shared), by_end[shared][0].removesuffix(shared)] += 1
-    return pairs.most_common(1)[0][0] if pairs else ("", "")
+    (pair, count) = pairs.most_common(1)[0] if pairs else (("", ""), 0)
+    return pair if 2 * count > len(held.keys() - model.keys()) else ("", "")
 
 
 def _ends(name: str) -> Iterator[str]:
@@ -91,7 +93,8 @@ def _ends(name: str) -> Iterator[str]:
 
 
 def _differences(model: Shapes, aliases: Mapping[str, str], held: Shapes, where: Path) -> Iterator[Finding]:
-    held = {name: held[name] for name in held}
+    held, renamed = _without_renamed_parts(model, held, where)
+    yield from renamed
     loaded = {aliases.get(name, name) for name in held}
     missing = [name for name in model if name not in held and aliases.get(name, name) not in loaded]
     unexpected = [name for name in held if name not in model]
@@ -120,9 +123,46 @@ def _differences(model: Shapes, aliases: Mapping[str, str], held: Shapes, where:
     )
 
 
+def _without_renamed_parts(model: Shapes, held: Shapes, where: Path) -> tuple[Shapes, list[Finding]]:
+    """The file's shapes with the model's words for parts of names that it calls otherwise; and findings of these."""
+    findings: list[Finding] = []
+    while True:
+        missing = {name for name in model if name not in held}
+        pairs = _one_part_apart(missing, [name for name in held if name not in model], model, held)
+        (ours, theirs), names = max(pairs.items(), key=lambda item: len(item[1]), default=(("", ""), {}))
+        if len(names) < _SEVERAL:
+            return held, findings
+        held = {names.get(name, name): shape for name, shape in held.items()}
+        example, meant = next(iter(names.items()))
+        message = f"{where.name} calls {ours!r} {theirs!r} in {len(names)} names, such as {example}: none is loaded"
+        findings.append(_finding("renamed", message, where, name=meant, remedy=f"Rename {theirs!r} to {ours!r} first."))
+
+
+def _one_part_apart(
+    missing: Iterable[str], unexpected: Iterable[str], model: Shapes, held: Shapes
+) -> dict[tuple[str, str], dict[str, str]]:
+    """Names in the file and in the model of one shape that differ in one word, by the model's word and the file's."""
+    with_gaps = {gap: (word, name) for name in missing for gap, word in _gaps(name)}
+    pairs: dict[tuple[str, str], dict[str, str]] = {}
+    for name in unexpected:
+        for gap, theirs in _gaps(name):
+            ours, meant = with_gaps.get(gap, ("", ""))
+            if meant and model[meant] == held[name]:
+                pairs.setdefault((ours, theirs), {})[name] = meant
+    return pairs
+
+
+def _gaps(name: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """The parts of a name with a gap in the place of one, and that one; numbers stay, or layers would be mixed up."""
+    parts = tuple(name.split("."))
+    for place, part in enumerate(parts):
+        if not part.isdigit():
+            yield (*parts[:place], "", *parts[place + 1 :]), part
+
+
 def _nearest(missing: list[str], unexpected: list[str], model: Shapes, held: Shapes) -> dict[str, str]:
     """For names that the file lacks, the one of the same shape that it calls most alike; each at most once."""
-    if len(missing) * len(unexpected) > _MOST_COMPARED**2:
+    if len(missing) * len(unexpected) > _MOST_COMPARED:
         return {}
     left = dict.fromkeys(unexpected)
     found = {}
