@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -195,7 +194,7 @@ class _Reading:
         for row in span.checksums:
             checksum = self._checksums[row]
             begin, end = _within(span, checksum.offset, checksum.nbytes)
-            value = zlib.crc32(buffer[begin - span.begin : end - span.begin])
+            value = crc.crc32(buffer[begin - span.begin : end - span.begin])
             self._crcs[row].append((begin, end - begin, value))
 
     def records(self) -> tuple[Record | None, ...]:
