@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 
-from hallo_numguard.checkpoint.manifests.facts import dtype_name, sources
+from hallo_numguard.checkpoint.manifests.facts import sources
 from hallo_numguard.checkpoint.manifests.names import title
 from hallo_numguard.checkpoint.manifests.tree import walk
 from hallo_numguard.checkpoint.readers import DamagedFile, TensorEntry, UnknownLayout, load
 from hallo_numguard.checkpoint.report import PreflightReport, gravest_first
+from hallo_numguard.ops.formats import dtype_name
 from hallo_numguard.records import Finding, shape_in_words
 
 _CHUNK = 1 << 20  # elements that are compared at a time

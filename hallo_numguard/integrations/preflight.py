@@ -17,6 +17,7 @@ from hallo_numguard.checkpoint.report import PreflightReport
 from hallo_numguard.checkpoint.scanning.scan import Progress
 from hallo_numguard.errors import InvalidInput
 from hallo_numguard.integrations import engine_of
+from hallo_numguard.ops.formats import dtype_name
 
 
 def preflight(
@@ -141,7 +142,7 @@ def _world_size() -> int:
 
 def _dtype(module: nn.Module | None) -> str | None:
     """The dtype of most parameters."""
-    dtypes = [] if module is None else [str(p.dtype).removeprefix("torch.") for p in module.parameters()]
+    dtypes = [] if module is None else [dtype_name(p.dtype) for p in module.parameters()]
     return max(sorted(set(dtypes)), key=dtypes.count, default=None)
 
 

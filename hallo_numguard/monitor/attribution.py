@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hallo_numguard.monitor.layout import NONE, Piece, Sums, by_parameter
+from hallo_numguard.ops.formats import dtype_name
 from hallo_numguard.ops.layout import unravel
 from hallo_numguard.ops.stats import multi_tensor_stats
 from hallo_numguard.records import Offender
@@ -51,7 +52,7 @@ class NamedTensor:
             absmax=float(sums.absmax[position]),
             numel=math.prod(shape),
             shape=shape,
-            dtype=str(self.tensor.dtype).removeprefix("torch."),
+            dtype=dtype_name(self.tensor.dtype),
             aliases=self.aliases,
         )
 

@@ -55,3 +55,8 @@ FORMATS = {
     torch.float8_e4m3fn: Format(4, 4, 3, torch.int8, has_inf=False),
     torch.float8_e5m2: Format(5, 5, 2, torch.int8),
 }
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Returns how a dtype is called in reports, such as "float16"."""
+    return str(dtype).removeprefix("torch.")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from hallo_numguard.ops.formats import dtype_name
 from hallo_numguard.ops.layout import unravel
 from hallo_numguard.ops.stats import multi_tensor_stats
 from hallo_numguard.records import Record
@@ -97,7 +98,7 @@ class Tape:
         return held if is_same else None
 
     def _remember(self, tensor: torch.Tensor) -> Held:
-        held = Held(tuple(tensor.shape), str(tensor.dtype).removeprefix("torch."), self._rows)
+        held = Held(tuple(tensor.shape), dtype_name(tensor.dtype), self._rows)
         self._rows += 1
         self._seen[id(tensor)] = (weakref.ref(tensor), _version(tensor), tensor.data_ptr(), held)
         if len(self._seen) > self._most_seen:

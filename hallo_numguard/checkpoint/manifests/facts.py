@@ -9,11 +9,10 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from hallo_numguard.checkpoint.manifests.statement import ALGORITHM, FileContents, TensorFacts
 from hallo_numguard.checkpoint.readers import DamagedFile, Source, TensorEntry, UnknownLayout, open_source
 from hallo_numguard.checkpoint.scanning.reading import FileFacts, read_file
+from hallo_numguard.ops.formats import dtype_name
 from hallo_numguard.records import Finding, Record
 
 Progress = Callable[[int, int], object]
@@ -89,11 +88,6 @@ def sources(root: Path, files: Iterable[Path]) -> Iterator[Source]:
             continue
         known.update(source.files)
         yield source
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """Returns for example "float16"."""
-    return str(dtype).removeprefix("torch.")
 
 
 _Reading = tuple[FileFacts | None, list[Finding]]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hallo_numguard.errors import NumGuardError
+from hallo_numguard.ops.layout import unravel
 from hallo_numguard.records import Finding
 
 DAMAGED_REMEDY = "Load an intact copy: download it again, or go back to an earlier checkpoint."
@@ -160,15 +161,6 @@ def joined(layout: str, root: Path, sources: Iterable[Source], **metadata: Any) 
         metadata,
         tuple(checksum for part in parts for checksum in part.checksums),
     )
-
-
-def unravel(position: int, shape: Iterable[int]) -> tuple[int, ...]:
-    """Returns the index, in row-major order, of the element at a flat position."""
-    index = []
-    for size in reversed(tuple(shape)):
-        position, at = divmod(position, size)
-        index.append(at)
-    return tuple(reversed(index))
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:

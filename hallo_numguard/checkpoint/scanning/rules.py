@@ -21,6 +21,7 @@ from hallo_numguard.checkpoint.readers.memory import load
 from hallo_numguard.checkpoint.readers.source import DAMAGED_REMEDY, TensorEntry
 from hallo_numguard.checkpoint.scanning.pages import PAGE
 from hallo_numguard.checkpoint.scanning.reading import FileFacts
+from hallo_numguard.ops.formats import dtype_name
 from hallo_numguard.records import Finding, Offender, Record
 
 WEIGHTS = ("parameter", "fp32")  # roles whose values a model computes with
@@ -123,7 +124,7 @@ def offender_of(one: Measured) -> Offender:
         absmax=record.absmax,
         numel=math.prod(entry.whole_shape),
         shape=entry.whole_shape,
-        dtype=_name(entry.dtype),
+        dtype=dtype_name(entry.dtype),
     )
 
 
@@ -154,8 +155,8 @@ def _unholdable(entry: TensorEntry, dtype: torch.dtype) -> Finding:
     is_mask = _MASK.search(entry.name) is not None
     return Finding(
         "unholdable",
-        f"{entry.file.name}: {entry.role} {entry.name}[{index}] is {value:.3g}, finite in {_name(entry.dtype)} and "
-        f"infinite in {_name(dtype)}: {count} such of {entry.numel} values",
+        f"{entry.file.name}: {entry.role} {entry.name}[{index}] is {value:.3g}, finite in {dtype_name(entry.dtype)} "
+        f"and infinite in {dtype_name(dtype)}: {count} such of {entry.numel} values",
         name=entry.name,
         severity="info" if is_mask else "error",
         file=str(entry.file),
@@ -246,9 +247,8 @@ def dtype_surprises(measured: Sequence[Measured]) -> Iterator[Finding]:
             continue
         for one in family:
             if one.entry.dtype != usual:
-                message = (
-                    f"{one.entry.role} {one.entry.name} is {_name(one.entry.dtype)}, and in other layers {_name(usual)}"
-                )
+                found = f"{one.entry.role} {one.entry.name} is {dtype_name(one.entry.dtype)}"
+                message = f"{found}, and in other layers {dtype_name(usual)}"
                 yield _warning("dtype", one.entry, message, "Check what wrote it; convert it, or load an intact copy.")
 
 
@@ -343,10 +343,6 @@ def _error(kind: str, entry: TensorEntry, message: str) -> Finding:
 
 def _remedy(entry: TensorEntry) -> str:
     return DAMAGED_REMEDY if entry.role in ("parameter", "buffer") else _STATE_REMEDY
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 _RULES: tuple[Callable[[Sequence[Measured]], Iterator[Finding]], ...] = (
