@@ -84,7 +84,7 @@ def test_without_a_manifest_it_says_that_only_values_were_looked_at(tmp_path):
     copy_of_weights(tmp_path)
     report = ng.preflight(model=tmp_path)
     assert report.ok, grave(report)
-    assert any("no manifest" in sentence for sentence in report.checked)
+    assert any("No manifest" in sentence for sentence in report.checked)
 
 
 def test_a_manifest_elsewhere_is_used_and_one_that_is_missing_is_no_silence(tmp_path):

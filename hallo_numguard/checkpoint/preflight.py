@@ -144,7 +144,7 @@ def _integrity(path: Path, manifest: Path | None) -> PreflightReport:
     folder = path if path.is_dir() else path.parent
     report = verify_manifest(folder, manifest)
     if report.unchecked and not report.findings and manifest is None:
-        return PreflightReport(checked=(f"Only the values of {path}: no manifest says what its bytes should be",))
+        return PreflightReport(checked=(f"No manifest says what the bytes of {path} should be",))
     if path.is_dir():
         return report
     about = tuple(finding for finding in report.findings if finding.file in (path.name, str(path)))
