@@ -13,6 +13,7 @@ import faulty
 import pytest
 import torch
 from faulty import FAULTS, Faulty
+from torch import nn
 
 import hallo_numguard as ng
 
@@ -221,6 +222,35 @@ def test_a_bad_batch_is_kept_without_a_module(tmp_path):
     done = run_bundle(bundle)
     assert done.returncode == 2
     assert "no module is to blame" in done.stdout
+
+
+class Chosen(nn.Module):
+    """Is called with a function, which cannot be pickled."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = faulty.Gate()
+
+    def forward(self, x, function):
+        return function(self.gate(x))
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_arguments_that_cannot_be_pickled_leave_the_rest_of_the_bundle(tmp_path, inside):
+    model = Chosen().bfloat16()
+    model.gate.negative = inside
+    engine = support.make_engine("bf16", model=model)
+    guard = ng.attach(engine, ng.GuardConfig(repro_dir=tmp_path))
+    x = torch.randn(4, faulty.WIDTH).bfloat16()
+    engine.backward(engine(x, lambda y: y if inside else y / 0).float().square().mean())
+    engine.step()
+    guard.detach()
+    (bundle,) = tmp_path.iterdir()
+    about = json.loads((bundle / "bundle.json").read_text())
+    assert "cannot be pickled" in about["why_no_batch"]
+    assert ("cannot be pickled" in about["why_no_call"]) == (not inside)
+    assert run_bundle(bundle).returncode == (0 if inside else 2)
+    assert run_bundle(bundle, "--model", "faulty:Faulty").returncode == 2
 
 
 def test_a_folder_that_cannot_be_written_does_not_stop_training(tmp_path, caplog):

@@ -99,7 +99,7 @@ class Bundles:
         try:
             path = write_folder(self._folder / f"repro-step{report.step:08d}-rank{rank}", self._files(report, bundle))
             _log.warning("to make this again in one process: python %s", path / "reproduce.py")
-        except Exception as error:  # noqa: BLE001 - whatever the user's own objects raise when they are pickled
+        except OSError as error:
             _log.error("the bundle could not be written: %s", error)
 
     def _why_no_call(self, report: OverflowReport) -> str:
@@ -115,37 +115,36 @@ class Bundles:
         return "the module is larger than 1 GiB" if size > _MOST_WEIGHT_BYTES else ""
 
     def _files(self, report: OverflowReport, bundle: Bundle) -> dict[str, bytes]:
-        captured = bundle.captured if isinstance(bundle.captured, Captured) else None
-        pickles = {}
-        if bundle.call is not None:
-            pickles["batch.pt"] = _pickled(self._batch(bundle.call, captured))
-        if captured is not None:
-            pickles["call.pt"] = _pickled(vars(captured))
+        captured, call = bundle.captured, bundle.call
+        parts: dict[str, bytes | str] = {
+            "call": _pickled(vars(captured)) if isinstance(captured, Captured) else captured,
+            "batch": "it was not kept, or was changed since" if call is None else _pickled(self._batch(call, captured)),
+        }
         about = {
             "step": report.step,
             "rank": self._ranks.rank,
             "verdict": report.verdict.value,
             "first": str(report.first or "no tensor is named"),
             "module": "" if report.first is None else report.first.module,
-            "main": _main_file() if any(b"__main__" in data for data in pickles.values()) else "",
-            "why_no_call": "" if captured is not None else str(bundle.captured),
+            "main": _main_file() if any(isinstance(p, bytes) and b"__main__" in p for p in parts.values()) else "",
+            **{f"why_no_{name}": part if isinstance(part, str) else "" for name, part in parts.items()},
         }
         return {
             "bundle.json": _json(about),
             "config.json": _json(self._settings),
             "report.json": report.to_json().encode(),
             "reproduce.py": resources.files(__package__).joinpath("reproduce.py").read_bytes(),
-            **pickles,
+            **{f"{name}.pt": part for name, part in parts.items() if isinstance(part, bytes)},
         }
 
-    def _batch(self, call: Call, captured: Captured | None) -> dict[str, Any]:
+    def _batch(self, call: Call, captured: Captured | str) -> dict[str, Any]:
         return {
             "args": call.args,
             "kwargs": dict(call.kwargs),
             "random": call.random.by_device(),
             "seeds": call.seeds,
             "training": self._module is not None and self._module.training,
-            "autocast": "" if captured is None else captured.autocast,
+            "autocast": captured.autocast if isinstance(captured, Captured) else "",
         }
 
 
@@ -163,7 +162,11 @@ def _json(value: Any) -> bytes:
     return json.dumps(without_nonfinite(value), indent=1, default=str, allow_nan=False).encode()
 
 
-def _pickled(value: Any) -> bytes:
+def _pickled(value: Any) -> bytes | str:
+    """The value as torch.save writes it, or why it cannot be written."""
     file = io.BytesIO()
-    torch.save(value, file)
+    try:
+        torch.save(value, file)
+    except Exception as error:  # noqa: BLE001 - whatever a foreign object raises when it is pickled
+        return f"it cannot be pickled: {error}"
     return file.getvalue()

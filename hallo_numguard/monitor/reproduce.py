@@ -35,8 +35,11 @@ def main() -> int:
     print(f"step {about['step']}, rank {about['rank']}: {about['verdict']}; {about['first']}")
     try:
         borrow_main(about["main"])
-        if wanted is not None:
+        if wanted is not None and not about["why_no_batch"]:
             return run_model(wanted)
+        if wanted is not None:
+            print(f"the batch is not in this bundle: {about['why_no_batch']}")
+            return 2
         if not (FOLDER / "call.pt").exists():
             print(f"there is no single call to make again: {about['why_no_call']}. Give --model to run the batch.")
             return 2

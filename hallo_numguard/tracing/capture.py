@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,36 +61,25 @@ def capture(
     with undisturbed(root):
         try:
             made = [tensor for _, tensor in floating_tensors_in("output", call())]
-            if taking.captured is None:
-                raise NotCaptured(f"{name or 'the model'} was not called {number + 1} times")
-            positions = [position for position in sorted(seeds) if made[position].requires_grad]
-            wanted = [output for output in taking.outputs if output.requires_grad]
-            if positions and wanted:
-                given = torch.autograd.grad(
-                    [made[position] for position in positions],
-                    wanted,
-                    grad_outputs=[seeds[position] for position in positions],
-                    allow_unused=True,
-                )
-                by_output = dict(zip(map(id, wanted), given, strict=True))
-                found = [by_output.get(id(output)) for output in taking.outputs]
-                taking.captured.grad_outputs = [None if item is None else _apart(item) for item in found]
+            gradients = taking.gradients(made, seeds)
         finally:
             taking.stop()
-    return taking.captured
+    captured = taking.result()
+    captured.grad_outputs = gradients
+    return captured
 
 
 class _Taking:
-    """Hooks that wait for the call."""
+    """Hooks that wait for the call. They never raise: other ranks may be in the middle of the same pass."""
 
     def __init__(self, module: nn.Module, number: int) -> None:
-        self.captured: Captured | None = None
-        self.outputs: Sequence[torch.Tensor] = ()
         self._module = module
         self._left = number
         self._open = False
+        self._why_not = "the module was not called so often"
+        self._called: tuple[Any, ...] | None = None
+        self._outputs: Sequence[torch.Tensor] = ()
         self._weights: dict[int, torch.Tensor] = {}  # by the id of the parameter or buffer
-        self._called: tuple[Any, ...] = ()
         self._handles: list[Any] = [
             module.register_forward_pre_hook(self._before, with_kwargs=True),
             module.register_forward_hook(self._after),
@@ -99,30 +88,60 @@ class _Taking:
         self._handles += [inner.register_forward_pre_hook(self._inner) for inner in module.modules()]
 
     def stop(self) -> None:
+        """Takes every hook off."""
         for handle in self._handles:
             handle.remove()
 
+    def result(self) -> Captured:
+        """Returns the call that was taken.
+
+        Raises:
+            NotCaptured: If there is none.
+        """
+        if self._called is None:
+            raise NotCaptured(self._why_not)
+        return Captured(_plain(self._module, self._weights), *self._called)
+
+    def gradients(self, made: Sequence[torch.Tensor], seeds: Mapping[int, torch.Tensor]) -> list[torch.Tensor | None]:
+        """Goes backward from what the model made, and returns what reaches the outputs of the call."""
+        positions = [position for position in sorted(seeds) if made[position].requires_grad]
+        wanted = [output for output in self._outputs if output.requires_grad]
+        if not positions or not wanted:
+            return [None] * len(self._outputs)
+        given = torch.autograd.grad(
+            [made[position] for position in positions],
+            wanted,
+            grad_outputs=[seeds[position] for position in positions],
+            allow_unused=True,
+        )
+        by_output = dict(zip(map(id, wanted), given, strict=True))
+        found = [by_output.get(id(output)) for output in self._outputs]
+        return [None if gradient is None else _apart(gradient) for gradient in found]
+
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._open = self._left == 0 and self.captured is None
+        self._open = self._left == 0
         self._left -= 1
-        if not self._open:
-            return
-        for inner in module.modules():
-            self._take_weights(inner)
-        device = next((t.device.type for _, t in floating_tensors_in("", (args, kwargs))), "cpu")
-        autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
-        self._called = (*_frozen((args, kwargs)), autocast, _random_state())
+        if self._open:
+            try:
+                self._take_call(module, args, kwargs)
+            except Exception as error:  # noqa: BLE001 - whatever a foreign object raises when it is pickled
+                self._why_not = f"what the module was called with cannot be pickled: {error}"
 
     def _inner(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._open:
             self._take_weights(module)
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if not self._open:
-            return
+        if self._open:
+            self._outputs = [tensor for _, tensor in floating_tensors_in("output", output)]
         self._open = False
-        self.outputs = [tensor for _, tensor in floating_tensors_in("output", output)]
-        self.captured = Captured(_plain(module, self._weights), *self._called)
+
+    def _take_call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for inner in module.modules():
+            self._take_weights(inner)
+        device = next((t.device.type for _, t in floating_tensors_in("", (args, kwargs))), "cpu")
+        autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
+        self._called = (*_frozen((args, kwargs)), autocast, _random_state())
 
     def _take_weights(self, module: nn.Module) -> None:
         for weight in (*module._parameters.values(), *module._buffers.values()):
@@ -141,10 +160,7 @@ def _apart(tensor: torch.Tensor) -> torch.Tensor:
 def _frozen(value: Any) -> Any:
     """A copy of anything that can be pickled, with its tensors on the CPU."""
     file = io.BytesIO()
-    try:
-        torch.save(value, file)
-    except Exception as error:
-        raise NotCaptured(f"what the module was called with cannot be pickled: {error}") from error
+    torch.save(value, file)
     file.seek(0)
     return torch.load(file, map_location="cpu", weights_only=False)  # what was pickled just now
 
