@@ -128,8 +128,13 @@ class Calls:
 
     def again(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Calls the model without anybody seeing it; what torch.compile has made of it is left out."""
+        model = inner(self._model)
         with self._mute():
-            return inner(self._model)(*args, **kwargs)
+            output = model(*args, **kwargs)
+        for module in model.modules():
+            if hasattr(module, "unshard") and hasattr(module, "reshard"):  # FSDP2 waits for a backward pass to do so
+                module.reshard()
+        return output
 
     def stop(self) -> None:
         """Takes the hooks off."""
