@@ -8,9 +8,10 @@ import warnings
 
 import pytest
 import torch
-from campaign.models import MODELS
+from campaign.models import MODELS, Trap
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hallo_numguard as ng
 
@@ -618,3 +619,248 @@ def test_an_error_in_a_closure_is_the_scripts(model, optimizer):
         optimizer.step(closure)
     train_step(model, optimizer)
     assert [record.applied for record in optimizer.history] == [True]
+
+
+# -- torch.amp.GradScaler ---------------------------------------------------------------------------------------------
+
+
+class Operators(TorchDispatchMode):
+    """Takes note of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.called = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.called.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_scaler_makes_no_pass_of_its_own(model, fused):
+    optimizer = ng.GuardedOptimizer(torch.optim.AdamW(model.parameters(), fused=fused), model, clip_norm=1.0)
+    scaler = torch.amp.GradScaler("cpu")
+    train_step(model, optimizer, scaler=scaler)
+    scaler.scale(model(batch()).square().mean()).backward()
+    with Operators() as seen, warnings.catch_warnings(record=True) as told:
+        scaler.step(optimizer)
+        scaler.update()
+    assert "_amp_foreach_non_finite_check_and_unscale_" not in seen.called
+    assert "_amp_update_scale_" in seen.called
+    assert seen.called.count("_foreach_mul_") == (0 if fused else seen.called.count("_foreach_mul_"))
+    assert [str(warning.message) for warning in told] == []
+
+
+def test_a_scaler_that_is_switched_off(model, optimizer):
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    train_step(model, optimizer, scaler=scaler)
+    assert optimizer.history[-1].loss_scale == 1.0
+    assert optimizer.history[-1].applied
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_a_skip_of_the_scaler_becomes_a_report_and_lowers_the_scale(model, optimizer, unscale):
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    train_step(model, optimizer, 0, scaler, unscale)
+    before = weights(model)
+    optimizer.zero_grad()
+    scaler.scale(optimizer.watch_loss(model(batch()).square().mean())).backward()
+    model[2].weight.grad[0, 3] = float("inf")
+    if unscale:
+        scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert scaler.get_scale() == 32.0
+    assert same(before, weights(model))
+    assert optimizer.last_report.loss_scale == 64.0
+    assert [(item.name, item.index) for item in optimizer.last_report.offenders] == [("2.weight", (0, 3))]
+    fresh = small()
+    fresh(batch()).square().mean().backward()
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in fresh.parameters()])
+    assert optimizer.history[0].norm == pytest.approx(64 * float(norm))  # scaled like the loss, whoever has unscaled
+
+
+def test_no_halving_is_burnt_on_a_weight(model, optimizer):
+    with torch.no_grad():
+        model[2].weight[0, 3] = float("nan")
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    with pytest.raises(ng.NumericsError) as caught:
+        train_step(model, optimizer, scaler=scaler)
+    (line,) = [line for line in caught.value.report.evidence if "cannot help" in line]
+    assert "GradScaler would skip 6 steps on the way from 64 down to 1, and then go on to skip every one" in line
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0**-20, 2.0**-140, 0.0])
+def test_a_scale_that_has_collapsed_is_not_to_blame(scale):
+    model = nn.Sequential(nn.Linear(4, 8), Trap(), nn.Linear(8, 1))
+    model[1].armed = True
+    optimizer = ng.GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    scaler.scale(optimizer.watch_loss(model(batch()).square().mean())).backward()
+    scaler.step(optimizer)
+    assert optimizer.last_report.verdict == "backward_nonfinite"
+    assert optimizer.last_report.first.name == "1"
+    assert optimizer.history[-1].loss_scale > 0
+
+
+def test_the_scale_is_kept_for_what_it_is_not_to_blame_for(model):
+    config = ng.GuardConfig(policy=ng.Policy(keep_scale=True))
+    optimizer = ng.GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, config)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    for poison, scale in ((float("nan"), 64.0), (1.0, 64.0)):
+        optimizer.zero_grad()
+        scaler.scale(optimizer.watch_loss(model(batch() * poison).square().mean())).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == scale
+    assert [record.applied for record in optimizer.history] == [False, True]
+
+
+def test_a_step_that_was_replaced_needs_to_be_told_of_the_scaler(model, optimizer):
+    step = optimizer.step
+    optimizer.step = lambda *args, **kwargs: step(*args, **kwargs)  # as Accelerate does
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    with pytest.raises(ng.InvalidInput, match="set its attribute scaler"):
+        train_step(model, optimizer, scaler=scaler)
+    optimizer.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    for unscale in (False, True):
+        train_step(model, optimizer, 0, scaler, unscale)
+    model(batch() * float("inf"))
+    optimizer.zero_grad()
+    scaler.scale(model(batch() * float("nan")).sum()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert [record.loss_scale for record in optimizer.history] == [64.0] * 3
+    assert [record.applied for record in optimizer.history] == [True, True, False]
+    assert scaler.get_scale() == 32.0
+
+
+def test_a_detached_one_leaves_all_to_the_scaler():
+    results = []
+    for guarded in (False, True):
+        model = small()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        if guarded:
+            optimizer = ng.GuardedOptimizer(optimizer, model)
+            optimizer.detach()
+        scaler = torch.amp.GradScaler("cpu")
+        for step in range(3):
+            train_step(model, optimizer, step, scaler)
+        results.append(weights(model))
+    assert same(*results)
+    assert optimizer.history == []
+
+
+# -- torch.compile ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("where", ["model", "in place", "wrapped step", "whole step"])
+def test_what_is_compiled_is_guarded(where):
+    torch._dynamo.reset()
+    results = []
+    for guarded in (False, True):
+        model = small()
+        called, optimizer = model, torch.optim.AdamW(model.parameters())
+        if where == "model":
+            called = torch.compile(model, backend="aot_eager")
+        if where == "wrapped step":
+            optimizer.step = torch.compile(optimizer.step, backend="eager")
+        if guarded:
+            optimizer = ng.GuardedOptimizer(optimizer, called)
+        if where == "in place":
+            model.compile(backend="aot_eager")
+        step = optimizer.step
+        if where == "whole step":
+            step = torch.compile(lambda optimizer=optimizer: optimizer.step(), backend="eager")
+        for number in range(3):
+            optimizer.zero_grad()
+            called(batch(number)).square().mean().backward()
+            step()
+        results.append(weights(model))
+    assert all(torch.allclose(one, other) for one, other in zip(*results, strict=True))
+    assert [record.applied for record in optimizer.history] == [True] * 3
+    before = weights(model)
+    optimizer.zero_grad()
+    (called(batch() * float("nan"))).square().mean().backward()
+    step()
+    assert same(before, weights(model))
+    report = optimizer.last_report
+    assert len(report.offenders) == 4
+    assert report.verdict == "input_nonfinite"
+    assert report.first.name == "input"
+
+
+# -- what is kept, and failures of our own ----------------------------------------------------------------------------
+
+
+def test_reports_go_to_files_trackers_and_bundles(model, tmp_path):
+    class Sink:
+        steps, reports = [], []
+
+        def write(self, step, figures):
+            self.steps.append((step, figures["applied"]))
+
+        def report(self, report):
+            self.reports.append(report.verdict)
+
+    folders = {"dump_dir": tmp_path / "dump", "repro_dir": tmp_path / "repro"}
+    optimizer = ng.GuardedOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1), model, ng.GuardConfig(sinks=[Sink()], **folders)
+    )
+    train_step(model, optimizer)
+    ng.inject(optimizer, "activation", "1", value=float("inf"))
+    train_step(model, optimizer)
+    assert Sink.steps == [(1, 1), (2, 0)]
+    assert Sink.reports == ["forward_nonfinite"]
+    (dumped,) = (tmp_path / "dump").iterdir()
+    assert ng.OverflowReport.from_json(dumped.read_text()) == optimizer.last_report
+    (bundle,) = (tmp_path / "repro").iterdir()
+    assert (bundle / "reproduce.py").exists()
+
+
+def test_policy_and_callback_decide(model):
+    reports = []
+
+    def decide(report):
+        reports.append(report)
+        return "raise" if len(reports) == 2 else "warn"
+
+    optimizer = ng.GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, on_overflow=decide)
+    model(batch() * float("nan")).sum().backward()
+    assert optimizer.step() is None
+    with pytest.raises(ng.NumericsError):
+        optimizer.step()
+    optimizer.zero_grad()
+    train_step(model, optimizer)
+    assert [record.applied for record in optimizer.history] == [False, False, True]
+
+
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("bad", [False, True])
+def test_a_failure_of_the_guard_takes_it_off_and_training_goes_on(model, optimizer, monkeypatch, scaled, bad, caplog):
+    scaler = torch.amp.GradScaler("cpu", enabled=scaled)
+    train_step(model, optimizer, 0, scaler)
+
+    def fail(*_):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(optimizer._guard._gradients, "read", fail)
+    before = weights(model)
+    optimizer.zero_grad()
+    scaler.scale(model(batch() * (float("nan") if bad else 1.0)).square().mean()).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    assert same(before, weights(model)) == bad  # the step it failed in is looked at by torch alone
+    assert "will take itself off" in caplog.text
+    train_step(model, optimizer, 2, scaler)
+    assert not same(before, weights(model))
+    assert len(optimizer.history) == 1
+
+
+def test_a_forward_pass_that_no_step_follows_is_not_held(model, optimizer):
+    with torch.no_grad():
+        model(batch())
+    assert not optimizer._guard.session._batch.calls
+    optimizer.detach()
+    model(batch())
+    assert not optimizer._guard.session._batch.calls

@@ -172,7 +172,7 @@ def rank_fault(seen: Evidence) -> OverflowReport:
             *again,
             _finite_weights(seen),
         ],
-        ("kernels that do not give the same bits twice",),
+        ("kernels that do not give the same bits twice", "a part of the loss that reads weights itself"),
         f"Suspect the hardware of rank {rank}: look at its error counters and temperature, and run it without "
         "that device. If it comes back with another batch on the same rank, it is the hardware.",
     )

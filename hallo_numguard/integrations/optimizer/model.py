@@ -131,9 +131,10 @@ class Calls:
         model = inner(self._model)
         with self._mute():
             output = model(*args, **kwargs)
-        for module in model.modules():
-            if hasattr(module, "unshard") and hasattr(module, "reshard"):  # FSDP2 waits for a backward pass to do so
-                module.reshard()
+        parts: Iterable[Any] = model.modules()
+        for part in parts:
+            if hasattr(part, "unshard") and hasattr(part, "reshard"):  # FSDP2 waits for a backward pass to do so
+                part.reshard()
         return output
 
     def stop(self) -> None:
