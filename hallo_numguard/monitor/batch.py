@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 from hallo_numguard.monitor.agreement import clip
 from hallo_numguard.monitor.attribution import NamedTensor, bad_positions, look, only_negative_infinity
 from hallo_numguard.monitor.layout import Sums
+from hallo_numguard.ops.stats import multi_tensor_stats
 from hallo_numguard.records import Offender
 from hallo_numguard.structure import floating_tensors_in, tensors_in
 
@@ -30,6 +32,7 @@ class Call:
         args, kwargs: What the model was called with.
         versions: Of the tensors in it, to know one that was changed in place afterwards.
         random: The state of the random number generators before it.
+        autocast: What torch.autocast did in it.
         outputs: The floating-point tensors that the model returned, detached; None if they were too large to keep.
         seeds: The gradients with respect to these, as far as the backward pass has given them.
     """
@@ -38,13 +41,14 @@ class Call:
     kwargs: Mapping[str, Any]
     versions: tuple[int, ...]
     random: RandomState
+    autocast: Autocast
     outputs: list[torch.Tensor] | None = None
     seeds: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """Takes note of a call. Costs a walk through its arguments, and touches no data."""
-        return cls(args, kwargs, _versions(args, kwargs), RandomState.now())
+        return cls(args, kwargs, _versions(args, kwargs), RandomState.now(), Autocast.now())
 
     @property
     def changed(self) -> bool:
@@ -100,6 +104,28 @@ class RandomState:
             torch.cuda.set_rng_state(self.cuda)
 
 
+@dataclass(frozen=True)
+class Autocast:
+    """The dtype that torch.autocast works in, a device type; those for which it is on."""
+
+    dtypes: Mapping[str, torch.dtype]
+
+    @classmethod
+    def now(cls) -> Autocast:
+        """Returns what is on."""
+        enabled = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        return cls({kind: torch.get_autocast_dtype(kind) for kind in enabled})
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Has the same on, and nothing else."""
+        with contextlib.ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if kind in self.dtypes or torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, self.dtypes.get(kind), enabled=kind in self.dtypes))
+            yield
+
+
 class Batch:
     """The calls of one step, in order: one a micro-batch.
 
@@ -150,6 +176,15 @@ class Batch:
         found = (item for name, value in named for item in floating_tensors_in(name, value))
         return [NamedTensor("input", clip(name, _LONGEST_NAME), tensor.detach()) for name, tensor in found]
 
+    def in_place_of_losses(self) -> list[torch.Tensor]:
+        """Returns a number a call, for a loss that nobody showed: NaN if the model returned what is not finite, else 0.
+
+        Nothing if that cannot be told of one of them. -Inf alone is how logits are masked.
+        """
+        if any(call.outputs is None for call in self._calls):
+            return []
+        return [_as_number(call.outputs or ()) for call in self._calls]
+
     def allow(self, names: Sequence[str]) -> None:
         """Takes note of inputs that were not finite in a step that was: they are meant to be so."""
         self._legal.update(names)
@@ -177,6 +212,11 @@ class Batch:
         """Reads the last call's tensors once: their names, and what they hold."""
         tensors = self.tensors(len(self._calls) - 1) if self._calls else []
         return [item.name for item in tensors], look(tensors)
+
+
+def _as_number(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    table = multi_tensor_stats(outputs)
+    return torch.where((table.nan + table.pos_inf).sum() > 0, torch.nan, 0.0)
 
 
 def _argument_names(model: nn.Module | None) -> list[str]:

@@ -87,6 +87,7 @@ class Model:
         device: Where small reductions between ranks are made.
         module: Whose forward is called in training: names its arguments. None if nobody shows the calls.
         forward: Calls it once more, as the framework does; None if that cannot be.
+        backward_again: Whether gradients with respect to its parameters can then be asked for by name.
         settings: The framework's configuration, to be kept with what was found.
         can_go_back: Whether whoever carries out what the session says calls `go_back` when a step is over.
     """
@@ -99,6 +100,7 @@ class Model:
     device: torch.device
     module: nn.Module | None = None
     forward: Forward | None = None
+    backward_again: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
     can_go_back: bool = False
 
@@ -195,6 +197,7 @@ class Session:
         self._order.learn(model.parameters)
         self._local = LocalGradients(model.parameters, config.local_gradients)
         self._losses: list[torch.Tensor] = []  # of this step's micro-batches, detached
+        self._loss_shown = True
         self._step = 0
         self._scaling = Scaling(1.0, dynamic=False)
         self._scanned = Scanned(torch.empty((0, 8), dtype=torch.int64), ())
@@ -229,6 +232,10 @@ class Session:
     def saw_loss(self, loss: torch.Tensor) -> None:
         """Takes note of a micro-batch's loss, before its backward."""
         self._losses.append(loss.detach())
+
+    def forget_losses(self) -> None:
+        """Forgets those of this step: what was noted were none."""
+        self._losses.clear()
 
     def before_step(self, step: int, scaling: Scaling, scanned: Scanned) -> None:
         """Takes note of the gradients. No synchronisation."""
@@ -284,6 +291,9 @@ class Session:
             `failed` is set on all of them.
         """
         self._skipped = self._skipped + 1 if skipped else 0
+        self._loss_shown = bool(self._losses)
+        if not self._losses:
+            self._losses = self.guarded(self._batch.in_place_of_losses) or []
         local = self.guarded(self._look)
         if self._anyone_failed():
             return None
@@ -319,6 +329,17 @@ class Session:
     def _can_go_back(self) -> bool:
         is_able = self._model.can_go_back and self._config.keeper is not None
         return is_able and self._rollbacks < self._config.policy.max_rollbacks
+
+    @property
+    def keeps_scale(self) -> bool:
+        """Whether lowering the scale would be a loss without a gain: what is not finite stands before the scaling."""
+        report = self.last_report
+        return (
+            self._config.policy.keep_scale
+            and report is not None
+            and report.first is not None
+            and report.first.kind not in ("gradient", "reduction")
+        )
 
     @property
     def goes_back(self) -> bool:
@@ -448,6 +469,8 @@ class Session:
         """Runs the batch again where that can tell more; the same on every rank, which all see the same evidence."""
         if self._replayer is None or not evidence.loss_known or not needs_replay(evidence):
             return None
+        if evidence.loss is None and not self._model.backward_again:
+            return Replayed("the gradients of sharded parameters cannot be asked for by name")
         self._local.muted = True
         try:
             if evidence.loss is not None:
@@ -498,6 +521,7 @@ class Session:
             tensors=len(self._weights),
             loss=loss,
             loss_known=agreed.loss_known,
+            loss_shown=self._loss_shown,
             gradients=[self._gradient(agreed.gradients, position, before) for position in ready],
             bad_ranks=None if before is None else before.ranks,
             world_size=self._ranks.size,
@@ -534,7 +558,8 @@ class Session:
         losses = [loss.reshape(()).to(torch.float32) for loss in self._losses]
         if not losses:
             return NamedTensor("loss", "loss", torch.zeros((), device=self._model.device))
-        return NamedTensor("loss", "loss", losses[0] if len(losses) == 1 else torch.stack(losses))
+        kind, name = ("loss", "loss") if self._loss_shown else ("activation", "output")
+        return NamedTensor(kind, name, losses[0] if len(losses) == 1 else torch.stack(losses))
 
     # -- weights outside of a step -----------------------------------------------------------------------------------
 

@@ -125,6 +125,14 @@ def _are_same(made: Sequence[torch.Tensor], recorded: Sequence[torch.Tensor]) ->
     )
 
 
+_passes = 0  # under way
+
+
+def is_again() -> bool:
+    """Returns whether a pass is being made once more, which hooks that count passes must leave out."""
+    return _passes > 0
+
+
 @contextlib.contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """For a pass that training must not notice: buffers and the random state are left as they were.
@@ -132,12 +140,15 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     Blocks whose activations would be computed anew in the backward pass keep them, because such a backward pass
     (reentrant checkpointing) cannot be asked for gradients by name.
     """
+    global _passes
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     with torch.random.fork_rng(devices), _without_recomputation(), torch.enable_grad():
+        _passes += 1
         try:
             yield
         finally:
+            _passes -= 1
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
