@@ -14,7 +14,8 @@ from hallo_numguard.monitor import attribution
 from hallo_numguard.monitor.agreement import Ranks
 from hallo_numguard.monitor.evidence import Scaling
 from hallo_numguard.monitor.layout import Piece
-from hallo_numguard.monitor.session import Model, Scanned, Session
+from hallo_numguard.monitor.model import Model, Scanned
+from hallo_numguard.monitor.session import Session
 from hallo_numguard.ops.stats import multi_tensor_stats
 
 

@@ -16,7 +16,7 @@ from hallo_numguard.errors import UnsupportedDeepSpeed
 from hallo_numguard.integrations.deepspeed.partition import slice_of
 from hallo_numguard.integrations.deepspeed.version import unknown_layout
 from hallo_numguard.monitor.layout import NOTHING, Piece
-from hallo_numguard.monitor.session import Scanned
+from hallo_numguard.monitor.model import Scanned
 from hallo_numguard.ops.layout import Layout
 from hallo_numguard.ops.stats import multi_tensor_stats, tensor_stats
 

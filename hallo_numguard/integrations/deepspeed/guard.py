@@ -38,7 +38,8 @@ from hallo_numguard.integrations.deepspeed.state import is_sliced, scan_state
 from hallo_numguard.integrations.deepspeed.version import version
 from hallo_numguard.monitor import attribution
 from hallo_numguard.monitor.agreement import Ranks
-from hallo_numguard.monitor.session import Model, Scanned, Session
+from hallo_numguard.monitor.model import Model, Scanned
+from hallo_numguard.monitor.session import Session
 from hallo_numguard.records import Finding, OverflowReport, StepRecord
 
 _log = logging.getLogger("hallo_numguard")

@@ -33,7 +33,7 @@ import torch
 from hallo_numguard.integrations.deepspeed.seams import Seams
 from hallo_numguard.integrations.deepspeed.version import kind_of
 from hallo_numguard.monitor.agreement import Ranks
-from hallo_numguard.monitor.session import Scanned
+from hallo_numguard.monitor.model import Scanned
 
 _log = logging.getLogger("hallo_numguard")
 

@@ -16,7 +16,7 @@ from hallo_numguard.integrations.deepspeed.gradients import Positions
 from hallo_numguard.integrations.deepspeed.partition import slice_of
 from hallo_numguard.integrations.deepspeed.version import kind_of
 from hallo_numguard.monitor.layout import Piece
-from hallo_numguard.monitor.session import Scanned
+from hallo_numguard.monitor.model import Scanned
 from hallo_numguard.ops.stats import multi_tensor_stats
 
 Part = tuple[torch.Tensor, Piece]

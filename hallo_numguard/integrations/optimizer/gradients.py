@@ -12,7 +12,7 @@ from hallo_numguard.errors import InvalidInput
 from hallo_numguard.integrations.optimizer.sharding import counts_here, is_sharded, local, place_of
 from hallo_numguard.monitor.attribution import NamedTensor
 from hallo_numguard.monitor.layout import NOTHING, Piece
-from hallo_numguard.monitor.session import Scanned
+from hallo_numguard.monitor.model import Scanned
 from hallo_numguard.ops.stats import multi_tensor_stats
 
 Positions = Mapping[torch.Tensor, int]

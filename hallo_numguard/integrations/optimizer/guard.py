@@ -26,7 +26,8 @@ from hallo_numguard.monitor import attribution
 from hallo_numguard.monitor.agreement import Ranks
 from hallo_numguard.monitor.attribution import NamedTensor
 from hallo_numguard.monitor.evidence import Scaling
-from hallo_numguard.monitor.session import Model, Session
+from hallo_numguard.monitor.model import Model
+from hallo_numguard.monitor.session import Session
 
 T = TypeVar("T")
 
