@@ -2,27 +2,71 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib
+from collections.abc import Iterator
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any, Protocol
 
 from hallo_numguard.config import GuardConfig, OverflowCallback
 from hallo_numguard.errors import InvalidInput
+from hallo_numguard.records import Finding, OverflowReport, StepRecord
 
 if TYPE_CHECKING:
-    from hallo_numguard.integrations.deepspeed import DeepSpeedGuard
-    from hallo_numguard.integrations.transformers import TrainerGuard
+    from hallo_numguard.integrations.lightning import NumGuardCallback as LightningNumGuardCallback
+    from hallo_numguard.integrations.transformers import NumGuardCallback
 
-# Where an Accelerator (after prepare), and a Trainer (once it trains), keep the engine.
-_ENGINE_PATHS = ("deepspeed_engine_wrapped.engine", "accelerator.deepspeed_engine_wrapped.engine", "deepspeed")
+__all__ = ["GROUP", "Guard", "LightningNumGuardCallback", "NumGuardCallback", "attach", "engine_of"]
+
+GROUP = "hallo_numguard.integrations"
+"""Of entry points: each is called with what `attach` was, and returns a `Guard`, or None if the target is not its."""
+
+# By package and class of the target, so that nothing has to be imported to find out what it is.
+_BUILT_IN = {
+    ("deepspeed", "DeepSpeedEngine"): "deepspeed.guard:DeepSpeedGuard",
+    ("accelerate", "Accelerator"): "accelerate:guard_accelerator",
+    ("transformers", "Trainer"): "transformers:guard_trainer",
+    ("lightning", "Trainer"): "lightning:guard_trainer",
+}
+_CALLBACKS = {
+    "NumGuardCallback": "transformers:NumGuardCallback",
+    "LightningNumGuardCallback": "lightning:NumGuardCallback",
+}
+# Where an Accelerator (after prepare), and Trainers (once they train), keep the engine.
+_ENGINE_PATHS = (
+    "deepspeed_engine_wrapped.engine",
+    "accelerator.deepspeed_engine_wrapped.engine",
+    "deepspeed",
+    "strategy.model",
+)
 
 
-def attach(
-    target: Any, config: GuardConfig | None = None, on_overflow: OverflowCallback | None = None
-) -> DeepSpeedGuard | TrainerGuard:
-    """Guards a training engine: call it once, on every rank.
+class Guard(Protocol):
+    """What `attach` returns."""
+
+    @property
+    def last_report(self) -> OverflowReport | None:
+        """The report on the last step whose gradients were not finite, or None."""
+
+    @property
+    def history(self) -> list[StepRecord]:
+        """The flight recorder: the last steps of what this rank owns, oldest first."""
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What was noticed that is no overflow, or not yet; see `Finding`."""
+
+    def detach(self) -> None:
+        """Takes the guard off. Reports and history stay readable."""
+
+
+def attach(target: Any, config: GuardConfig | None = None, on_overflow: OverflowCallback | None = None) -> Guard:
+    """Guards a training run: call it once, on every rank.
 
     Args:
-        target: A `deepspeed.DeepSpeedEngine`, an `accelerate.Accelerator` after `prepare`, or a `transformers.Trainer`,
-            also before `train()`, where the engine is made. ZeRO stages 0 to 3, with and without offload.
+        target: A `deepspeed.DeepSpeedEngine` (ZeRO stages 0 to 3, with and without offload), an
+            `accelerate.Accelerator` after `prepare`, a `transformers.Trainer` or a `lightning.pytorch.Trainer` before
+            it trains, or what another package's entry point `hallo_numguard.integrations` takes. Plain PyTorch has
+            `GuardedOptimizer`.
         config: What to do; see `GuardConfig`.
         on_overflow: Called on every rank with the same `OverflowReport` when a step's gradients are not finite. May
             return an action ("continue", "warn", "skip", "rollback", "raise") in place of the policy's, or None.
@@ -31,53 +75,72 @@ def attach(
         The guard: `last_report`, `history`, `findings`, `detach()`.
 
     Raises:
-        InvalidInput: If `target` is nothing of the kind, has no DeepSpeed engine, or is guarded already.
+        InvalidInput: If `target` is nothing of the kind, was not prepared, or is guarded already.
         UnsupportedDeepSpeed: If the engine, or the installed DeepSpeed, lacks what the guard needs.
 
     Cost: a scan of all parameters and buffers now; then one pass over this rank's gradients a step, in place of
     DeepSpeed's own passes.
     """
     config = config or GuardConfig()
-
-    def guard_engine() -> DeepSpeedGuard | None:
-        engine = engine_of(target)
-        if engine is None:
-            return None
-        from hallo_numguard.integrations.deepspeed import DeepSpeedGuard
-
-        return DeepSpeedGuard(engine, config, on_overflow)
-
-    guard = guard_engine()
-    if guard is not None:
-        return guard
-    if _is(target, "Trainer"):
-        from hallo_numguard.integrations.transformers import TrainerGuard
-
-        return TrainerGuard(target, guard_engine)
-    if _is(target, "Accelerator"):
-        raise InvalidInput(
-            "this Accelerator has no DeepSpeed engine: call attach() after accelerator.prepare(), and launch with a "
-            "DeepSpeed configuration (ACCELERATE_USE_CPU=true and cpu=True switch DeepSpeed off)"
-        )
+    for (package, name), where in _BUILT_IN.items():
+        if _is(target, package, name):
+            return _load(where)(target, config, on_overflow)
+    for offered, integration in _offered():
+        guard = integration(target, config, on_overflow)
+        if guard is not None:
+            return _checked(guard, offered)
     raise InvalidInput(
-        "attach() takes the engine that deepspeed.initialize returns, an accelerate.Accelerator after prepare() or a "
-        f"transformers.Trainer, got {type(target).__name__}"
+        "attach() takes the engine that deepspeed.initialize returns, an accelerate.Accelerator after prepare(), a "
+        f"transformers.Trainer or a lightning.pytorch.Trainer{_others()}, got {type(target).__name__}; for a "
+        "torch.optim.Optimizer there is GuardedOptimizer(optimizer, model)"
     )
 
 
 def engine_of(target: Any) -> Any | None:
     """Returns the DeepSpeed engine that `target` is or has; None if there is none."""
-    if _is(target, "DeepSpeedEngine"):
+    if _is(target, "deepspeed", "DeepSpeedEngine"):
         return target
     for path in _ENGINE_PATHS:
         found = target
         for name in path.split("."):
             found = getattr(found, name, None)
-        if found is not None and _is(found, "DeepSpeedEngine"):
+        if _is(found, "deepspeed", "DeepSpeedEngine"):
             return found
     return None
 
 
-def _is(target: Any, name: str) -> bool:
-    """Whether a class of that name is among those of `target`: nothing has to be imported to find out."""
-    return any(base.__name__ == name for base in type(target).__mro__)
+def _is(target: Any, package: str, name: str) -> bool:
+    """Whether a class of that package and name is among those of `target`."""
+    return any(base.__name__ == name and base.__module__.split(".")[0] == package for base in type(target).__mro__)
+
+
+def _load(where: str) -> Any:
+    module, _, name = where.partition(":")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+
+
+def _offered() -> Iterator[tuple[str, Any]]:
+    """What other packages offer, by name."""
+    for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
+        try:
+            yield point.name, point.load()
+        except Exception as error:
+            raise InvalidInput(f"the integration {point.name!r} ({point.value}) cannot be loaded: {error}") from error
+
+
+def _checked(guard: Any, offered: str) -> Guard:
+    missing = [name for name in ("last_report", "history", "findings", "detach") if not hasattr(guard, name)]
+    if missing:
+        raise InvalidInput(f"the integration {offered!r} gave a {type(guard).__name__}, which lacks {missing[0]}")
+    return guard
+
+
+def _others() -> str:
+    names = sorted(point.name for point in entry_points(group=GROUP))
+    return f" (or what the integrations {', '.join(names)} take)" if names else ""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _CALLBACKS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return _load(_CALLBACKS[name])

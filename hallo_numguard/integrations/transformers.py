@@ -1,36 +1,59 @@
-"""The guard of a Trainer that has no engine yet: DeepSpeed is initialised when training begins."""
+"""The guard of a Hugging Face Trainer: a callback, which guards the Trainer's accelerator when training begins.
+
+The Trainer's own hook before the optimizer comes after clipping, and under DeepSpeed after the step: it is of no use.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hallo_numguard.errors import InvalidInput
+from hallo_numguard.config import GuardConfig, OverflowCallback
+from hallo_numguard.errors import InvalidInput, NumericsError
+from hallo_numguard.integrations import Guard, attach
+from hallo_numguard.integrations.seams import Seams
 from hallo_numguard.records import Finding, OverflowReport, StepRecord
+from hallo_numguard.sinks.base import tag
+
+_log = logging.getLogger("hallo_numguard")
+
+_FOLDER = "numguard"  # in the Trainer's output folder
+_FILTER = (
+    "TrainingArguments.logging_nan_inf_filter is on: the Trainer logs the average of earlier losses in place of one "
+    "that is NaN or Inf. numguard/loss is not filtered; logging_nan_inf_filter=False shows it in the Trainer's own too."
+)
 
 
-class TrainerGuard(TrainerCallback):
-    """What `attach(trainer)` returns before `train()`; the guard itself is made when training begins.
+class NumGuardCallback(TrainerCallback):
+    """Guards a Trainer: `trainer.add_callback(NumGuardCallback())`, or `attach(trainer)`, before `train()`.
+
+    With and without DeepSpeed. Where the policy says raise, training is stopped as callbacks stop it
+    (`control.should_training_stop`): `train()` returns, nothing is saved over earlier checkpoints, `stopped_by` tells
+    why, and the report lies in `dump_dir`, by default `numguard` in the Trainer's output folder. What the Trainer logs
+    of a step gets the figures `numguard/...` of the last one.
 
     Args:
-        trainer: A `transformers.Trainer`.
-        guard_engine: Guards its engine; None if it has none.
+        config: What to do; see `GuardConfig`.
+        on_overflow: See `attach`.
+
+    Attributes:
+        stopped_by: What training was stopped by, or None.
     """
 
-    def __init__(self, trainer: Any, guard_engine: Callable[[], Any]) -> None:
-        self._trainer = trainer
-        self._guard_engine = guard_engine
-        self._guard: Any = None
-        trainer.add_callback(self)
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Attaches: the Trainer has made its engine by now."""
-        self.detach_engine()
-        self._guard = self._guard_engine()
-        if self._guard is None:
-            raise InvalidInput("this Trainer does not use DeepSpeed: pass TrainingArguments(deepspeed=...)")
+    def __init__(self, config: GuardConfig | None = None, on_overflow: OverflowCallback | None = None) -> None:
+        self.stopped_by: NumericsError | None = None
+        self._config = config or GuardConfig()
+        self._on_overflow = on_overflow
+        self._trainer: Any = None  # once it has called
+        self._guard: Guard | None = None
+        self._seams = Seams()
+        self._figures = _LastFigures()
 
     @property
     def last_report(self) -> OverflowReport | None:
@@ -49,10 +72,99 @@ class TrainerGuard(TrainerCallback):
 
     def detach(self) -> None:
         """Takes the guard off, for later calls of `train()` as well. Reports and history stay readable."""
-        self._trainer.remove_callback(self)
-        self.detach_engine()
+        self._take_off()
+        if self._trainer is not None:
+            self._trainer.remove_callback(self)
 
-    def detach_engine(self) -> None:
-        """Takes the guard off the engine that it is on, if any."""
+    # -- what the Trainer calls --------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        """Attaches: the Trainer has made its engine, or prepared its optimizer, by now."""
+        if args.logging_nan_inf_filter and state.is_world_process_zero:
+            _log.warning(_FILTER)
+        self.guard(_trainer_on_the_stack())
+
+    def guard(self, trainer: Any) -> None:
+        """Attaches to a Trainer that is about to train, or in the middle of it."""
+        self._take_off()
+        self.stopped_by = None
+        self._trainer = trainer
+        folder = self._config.dump_dir or Path(trainer.args.output_dir) / _FOLDER
+        config = replace(self._config, sinks=[*self._config.sinks, self._figures], dump_dir=folder)
+        self._guard = attach(trainer.accelerator, config, self._on_overflow)
+        self._seams = Seams()
+        self._seams.wrap(trainer.accelerator, "backward", self._unless_stopped)  # DeepSpeed steps in there
+        self._seams.wrap(trainer.optimizer, "step", self._unless_stopped)
+        self._seams.wrap(trainer, "log", self._log_figures)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Stops training where the guard has raised."""
+        if self.stopped_by is not None:
+            control.should_training_stop = True
+            control.should_save = control.should_evaluate = False
+
+    on_epoch_end = on_step_end  # the Trainer calls it for the epoch that is broken off as well
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Takes the guard off until training begins again."""
+        self._take_off()
+
+    # -- the seams ---------------------------------------------------------------------------------------------------
+
+    def _unless_stopped(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        try:
+            return original(*args, **kwargs)
+        except NumericsError as error:
+            self.stopped_by = error
+            _log.error("training is stopped: %s", error)
+            return None
+
+    def _log_figures(self, original: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+        if "loss" in logs:  # of training: not those of an evaluation, nor the summary at the end
+            logs.update(self._figures.last)
+        return original(logs, *args, **kwargs)
+
+    def _take_off(self) -> None:
+        self._seams.restore()
         if self._guard is not None:
             self._guard.detach()
+
+
+def guard_trainer(trainer: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> NumGuardCallback:
+    """Returns the callback that guards a Trainer from its next `train()` on; see `attach`."""
+    if any(isinstance(callback, NumGuardCallback) for callback in trainer.callback_handler.callbacks):
+        raise InvalidInput("this Trainer is guarded already; call detach() on its guard first")
+    callback = NumGuardCallback(config, on_overflow)
+    trainer.add_callback(callback)
+    if trainer.is_in_train:
+        callback.guard(trainer)
+    return callback
+
+
+def _trainer_on_the_stack() -> Any:
+    """The Trainer that calls: it gives its callbacks the model and the optimizer, but nothing that leads to itself.
+
+    Raises:
+        InvalidInput: If none does.
+    """
+    frame = inspect.currentframe()
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer):
+            return caller
+        frame = frame.f_back
+    raise InvalidInput("NumGuardCallback is a callback of a transformers.Trainer: trainer.add_callback(...)")
+
+
+class _LastFigures:
+    """A sink that keeps the figures of the last step."""
+
+    def __init__(self) -> None:
+        self.last: dict[str, float] = {}
+
+    def write(self, step: int, figures: Mapping[str, float]) -> None:
+        """See `Sink`."""
+        self.last = {tag(name): value for name, value in figures.items()}
+
+    def report(self, report: OverflowReport) -> None:
+        """See `Sink`."""

@@ -1,0 +1,218 @@
+"""The guard of a Lightning Trainer: a callback, which guards its engine or its optimizers when training begins.
+
+Lightning calls `on_before_optimizer_step` when gradients are unscaled and not clipped yet, from inside the optimizer's
+closure. A bad step is left to the GradScaler to skip, where there is one; else its gradients are dropped, and an
+optimizer without gradients changes nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from hallo_numguard.config import GuardConfig, OverflowCallback
+from hallo_numguard.errors import InvalidInput
+from hallo_numguard.integrations import Guard, engine_of
+from hallo_numguard.integrations.optimizer.guard import OptimizerGuard
+from hallo_numguard.integrations.optimizer.scaler import has_unscaled, scaling_of
+from hallo_numguard.integrations.seams import Seams
+from hallo_numguard.records import Finding, OverflowReport, StepRecord
+
+
+class NumGuardCallback(Callback):
+    """Guards a Trainer: `Trainer(callbacks=[NumGuardCallback()])`, or `attach(trainer)`, before `fit()`.
+
+    With every strategy that trains plain parameters, or DTensors, and with DeepSpeed's. What the guard raises goes
+    through `fit`, which ends as it does after any exception. To find out what was wrong with a batch `training_step` is
+    called again, with `log` and `log_dict` switched off; what else it counts by itself it counts twice. Not with manual
+    optimization.
+
+    Args:
+        config: What to do; see `GuardConfig`.
+        on_overflow: See `attach`.
+    """
+
+    def __init__(self, config: GuardConfig | None = None, on_overflow: OverflowCallback | None = None) -> None:
+        self._config = config or GuardConfig()
+        self._on_overflow = on_overflow
+        self._engine_guard: Guard | None = None
+        self._guards: dict[torch.optim.Optimizer, OptimizerGuard] = {}
+        self._last_bad: OptimizerGuard | None = None
+        self._under_way: list[OptimizerGuard] = []
+        self._scale_to_keep: float | None = None
+        self._is_off = False
+
+    @property
+    def last_report(self) -> OverflowReport | None:
+        """The report on the last step whose gradients were not finite, or None; of several optimizers, the last's."""
+        if self._engine_guard is not None:
+            return self._engine_guard.last_report
+        return None if self._last_bad is None else self._last_bad.session.last_report
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What was noticed that is no overflow, or not yet; see `Finding`."""
+        if self._engine_guard is not None:
+            return self._engine_guard.findings
+        return [finding for guard in self._guards.values() for finding in guard.session.findings]
+
+    @property
+    def history(self) -> list[StepRecord]:
+        """The flight recorder: the last steps, oldest first; of several optimizers, one after the other."""
+        if self._engine_guard is not None:
+            return self._engine_guard.history
+        return [record for guard in self._guards.values() for record in guard.session.history()]
+
+    def detach(self) -> None:
+        """Takes the guard off, for later calls of `fit()` as well. Reports and history stay readable."""
+        self._is_off = True
+        self._take_off()
+
+    # -- what the Trainer calls --------------------------------------------------------------------------------------
+
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        """Attaches: the strategy has made its engine and the optimizers by now, and a checkpoint has been loaded."""
+        self._take_off()
+        if self._is_off:
+            return
+        engine = engine_of(trainer)
+        if engine is not None:
+            from hallo_numguard.integrations.deepspeed.guard import DeepSpeedGuard
+
+            self._engine_guard = DeepSpeedGuard(engine, self._config, self._on_overflow)
+            return
+        calls = functools.partial(_TrainingSteps, trainer, pl_module)
+        self._guards = {
+            optimizer: OptimizerGuard(optimizer, trainer.model, self._config, self._on_overflow, calls)
+            for optimizer in trainer.optimizers
+        }
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        """Takes note of losses that `training_step` does not return."""
+        if not pl_module.automatic_optimization:
+            scaler = _scaler_of(trainer)
+            for guard in self._guards.values():
+                guard.saw_loss(loss if scaler is None else loss.detach() / scaler.get_scale())
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Looks at the gradients, and sees to it that they are not applied if they are bad."""
+        self._steps_are_over(trainer)
+        guard = self._guards.get(optimizer)
+        if guard is None:
+            return
+        scaler = _scaler_of(trainer)
+        if scaler is None:
+            look = guard.look()
+        else:
+            look = guard.look(scaling_of(scaler.get_scale()), are_scaled=not has_unscaled(scaler, optimizer))
+        if not look.bad:
+            self._under_way.append(guard)
+            return
+        self._last_bad = guard
+        try:
+            guard.skip()
+        finally:
+            if scaler is None:
+                optimizer.zero_grad(set_to_none=True)
+            elif guard.session.keeps_scale:
+                self._scale_to_keep = scaler.get_scale()
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
+        """Completes the steps that were made."""
+        self._steps_are_over(trainer)
+
+    def on_train_end(self, *_: Any) -> None:
+        """Takes the guard off until training begins again."""
+        self._take_off()
+
+    def on_exception(self, *_: Any) -> None:
+        """Takes the guard off until training begins again."""
+        self._take_off()
+
+    def _steps_are_over(self, trainer: Trainer) -> None:
+        for guard in self._under_way:
+            guard.done(applied=True)
+        self._under_way.clear()
+        if self._scale_to_keep is not None:
+            _scaler_of(trainer).update(self._scale_to_keep)
+            self._scale_to_keep = None
+
+    def _take_off(self) -> None:
+        if self._engine_guard is not None:
+            self._engine_guard.detach()
+        for guard in self._guards.values():
+            guard.done(applied=False)
+            guard.take_off()
+        self._under_way.clear()
+
+
+class _TrainingSteps:
+    """Shows the calls of `training_step`: a module's own `forward` is not called by every one of them.
+
+    Args:
+        trainer, module: Whose.
+        saw_call: Takes the arguments, by name, before the call.
+        saw_output: Takes what was returned.
+
+    Attributes:
+        again: Makes a call once more; None if that would step an optimizer.
+    """
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        _: torch.nn.Module,
+        saw_call: Callable[[tuple[Any, ...], Mapping[str, Any]], None],
+        saw_output: Callable[[Any], None],
+    ) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._saw_call = saw_call
+        self._saw_output = saw_output
+        self._original = module.training_step
+        self._names = list(inspect.signature(self._original).parameters)
+        self._seams = Seams()
+        self._seams.wrap(module, "training_step", self._step)
+        self.again = self._again if module.automatic_optimization else None
+
+    def stop(self) -> None:
+        """Shows them no longer."""
+        self._seams.restore()
+
+    def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        self._saw_call((), {**dict(zip(self._names, args, strict=False)), **kwargs})
+        output = original(*args, **kwargs)
+        self._saw_output(output)
+        return output
+
+    def _again(self, _: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        silence = Seams()
+        for name in ("log", "log_dict"):
+            silence.wrap(self._module, name, lambda *_, **__: None)
+        try:
+            with self._trainer.precision_plugin.train_step_context():
+                return self._original(**kwargs)
+        finally:
+            silence.restore()
+
+
+def _scaler_of(trainer: Trainer) -> Any:
+    """The GradScaler of automatic mixed precision, or None."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def guard_trainer(trainer: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> NumGuardCallback:
+    """Returns the callback that guards a Trainer from its next `fit()` on; see `attach`."""
+    if any(isinstance(callback, NumGuardCallback) for callback in trainer.callbacks):
+        raise InvalidInput("this Trainer has a NumGuardCallback already")
+    callback = NumGuardCallback(config, on_overflow)
+    trainer.callbacks.append(callback)
+    return callback
