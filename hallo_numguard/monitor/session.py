@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -21,9 +21,10 @@ from hallo_numguard.files import write_whole
 from hallo_numguard.monitor import policy
 from hallo_numguard.monitor.agreement import Ranks
 from hallo_numguard.monitor.attribution import NamedTensor
-from hallo_numguard.monitor.batch import Batch
+from hallo_numguard.monitor.batch import Batch, Call
 from hallo_numguard.monitor.bundle import Bundle, Bundles
 from hallo_numguard.monitor.evidence import Evidence, Scaling
+from hallo_numguard.monitor.layout import Piece
 from hallo_numguard.monitor.model import Model, Scanned
 from hallo_numguard.monitor.recorder import Recorder
 from hallo_numguard.monitor.replay import Replayed, Replayer
@@ -48,6 +49,22 @@ _OUTLOOK = {
     "buffer": "If the forward pass reads it, the loss will be NaN.",
     "optimizer_state": "The next step that is applied writes it into the weights.",
 }
+
+
+class Held(NamedTuple):
+    """What is known of a step while nobody has waited for whether it was clean.
+
+    Attributes:
+        step, scaling, scanned: See `Session.before_step`.
+        losses, calls, local: What was seen of it before.
+    """
+
+    step: int = 0
+    scaling: Scaling = Scaling(1.0, dynamic=False)
+    scanned: Scanned = Scanned(torch.empty((0, 8), dtype=torch.int64), ())
+    losses: Sequence[torch.Tensor] = ()
+    calls: Sequence[Call] = ()
+    local: Sequence[tuple[torch.Tensor, Piece]] = ()
 
 
 class Session:
@@ -135,6 +152,17 @@ class Session:
         loss = self._losses[-1] if self._losses else None
         self._recorder.begin(step, scaling.scale, scanned.packed, scanned.pieces, loss)
         self._watch.before_step(step, scaling.scale, scanned.packed, scanned.pieces)
+
+    def exchange(self, held: Held) -> Held:
+        """Turns to another step, which no `before_step` may be made in between for; returns what is known of this one.
+
+        So a step can be completed, or explained, when the next one's backward pass is over and its own result has
+        arrived without anybody waiting for it.
+        """
+        calls, local = self._batch.exchange(held.calls), self._witness.local.exchange(list(held.local))
+        before = Held(self._step, self._scaling, self._scanned, self._losses, calls, local)
+        self._step, self._scaling, self._scanned, self._losses = *held[:3], list(held.losses)
+        return before
 
     def after_step(self, applied: bool) -> None:
         """Completes the step."""
