@@ -45,9 +45,10 @@ def train(faulty, guarded=True, accumulate=1, precision="no", scaler=None, clip=
     return guard, raised, scheduler.get_last_lr()[0]
 
 
+@pytest.mark.parametrize("name", ["transformer", "unet"])
 @pytest.mark.parametrize("fault", support.FAULTS)
-def test_the_campaign(fault):
-    faulty = support.Faulty(fault)
+def test_the_campaign(fault, name):
+    faulty = support.Faulty(fault, name)
     guard, raised, rate = train(faulty)
     assert faulty.problems(guard, raised) == []
     applied = sum(record.applied for record in guard.history)
@@ -116,6 +117,8 @@ def test_several_optimizers_are_guarded_each():
     assert [record.applied for record in guard.history] == [True, True, True, True, False, True]
     assert guard.last_report.step == 2
     guard.detach()
+    assert not {"backward", "clip_grad_norm_", "clip_grad_value_"} & vars(accelerator).keys()
+    assert not any("step" in vars(optimizer) for optimizer in prepared[2:])
     guard = ng.attach(accelerator)
     with pytest.raises(ng.InvalidInput, match="guarded already"):
         ng.attach(accelerator)
@@ -203,6 +206,10 @@ def test_what_cannot_be_guarded_is_told():
     with pytest.raises(ng.InvalidInput, match="takes no closure"):
         optimizer.step(lambda: None)
     guard.detach()
+    other = accelerate.Accelerator(cpu=True)
+    other.prepare(model, ng.GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model))
+    with pytest.raises(ng.InvalidInput, match="guarded already"):
+        ng.attach(other)
 
 
 RANKS = """

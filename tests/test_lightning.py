@@ -73,18 +73,24 @@ class Faulty(support.Faulty):
     def plant(self, optimizer, prefix=""):
         super().plant(optimizer, prefix)
         if self.fault == "input":
-            self.planted = ("batch[0][1]", support.INPUT)
+            self.planted = (f"batch[0][{self.position}]", support.INPUT[self.name][1])
+
+    @property
+    def position(self):
+        """Of the damaged tensor, among the arguments of the model."""
+        return 1 if self.name == "transformer" else 0
 
     def batch(self, step):
         arguments, target = super().batch(step)
         if self.fault == "input" and step == 3:
-            arguments[1][support.INPUT] = float("nan")
+            arguments[self.position][support.INPUT[self.name][1]] = float("nan")
         return arguments, target
 
 
+@pytest.mark.parametrize("name", ["transformer", "unet"])
 @pytest.mark.parametrize("fault", support.FAULTS)
-def test_the_campaign(fault):
-    faulty = Faulty(fault)
+def test_the_campaign(fault, name):
+    faulty = Faulty(fault, name)
     callback = ng.integrations.LightningNumGuardCallback(faulty.config, faulty.reports.append)
     raised = fit(faulty, callback)
     assert faulty.problems(callback, raised) == []
@@ -216,6 +222,44 @@ def test_attach_guards_every_fit_until_it_is_detached():
     assert guard.history == history
 
 
+def test_detached_in_the_middle_it_looks_no_more():
+    faulty = support.Faulty("forward")
+
+    class Detaches(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 2:
+                callback.detach()
+
+    callback = ng.integrations.LightningNumGuardCallback(None, faulty.reports.append)
+    fit(faulty, callback, Detaches())
+    assert len(callback.history) == 2
+    assert not any(torch.isfinite(item).all() for item in faulty.model.blocks.parameters())  # as without a guard
+
+
+def test_a_training_step_of_any_arguments():
+    faulty = support.Faulty("forward")
+
+    class Any(Module):
+        def training_step(self, *args):
+            return super().training_step(*args)
+
+    callback = ng.integrations.LightningNumGuardCallback(None, faulty.reports.append)
+    fit(faulty, callback, module=Any(faulty))
+    assert faulty.reports[0].verdict == ng.Verdict.FORWARD_NONFINITE
+
+
+def test_a_guarded_optimizer_is_not_guarded_twice():
+    faulty = support.Faulty("none")
+
+    class Guarded(Module):
+        def configure_optimizers(self):
+            return ng.GuardedOptimizer(super().configure_optimizers(), self)
+
+    with pytest.raises(ng.InvalidInput, match="guarded already"):
+        trainer_of(faulty, ng.integrations.LightningNumGuardCallback(), gradient_clip_val=None).fit(Guarded(faulty))
+    trainer_of(faulty, gradient_clip_val=None, max_steps=2).fit(Guarded(faulty))  # which alone is fine
+
+
 def test_the_library_under_its_older_name():
     older = pytest.importorskip("pytorch_lightning")
 
@@ -322,12 +366,13 @@ import hallo_numguard as ng
 
 rank, sharded = int(__import__("os").environ["RANK"]), "SHARDED" == "fsdp2"
 torch.set_num_threads(1)
+INPUT = support.INPUT["transformer"][1]
 
 class Faulty(support.Faulty):
     def batch(self, step):
         arguments, target = super().batch(step + 100 * rank)
         if self.fault == "input" and step == 3 and rank == 1:
-            arguments[1][support.INPUT] = float("nan")
+            arguments[1][INPUT] = float("nan")
         return arguments, target
 
 class Module(harness.Module):
@@ -360,7 +405,7 @@ assert [record.applied for record in callback.history] == [True, True, False, Tr
 report = faulty.reports[0]
 first = report.first
 assert report.verdict == "input_nonfinite", report
-assert (first.name, first.index, first.rank) == ("batch[0][1]", support.INPUT, 1), report
+assert (first.name, first.index, first.rank) == ("batch[0][1]", INPUT, 1), report
 print("done")
 """
 
