@@ -72,7 +72,7 @@ class DeepSpeedGuard:
             module=engine.module,
             forward=lambda args, kwargs: call_module(engine, args, kwargs),
             settings=settings_of(engine),
-            can_go_back=True,
+            can_go_back=lambda: True,
         )
         self._session = Session(model, self._ranks, config, on_overflow, monitor_sinks(engine))
         self._config = config
