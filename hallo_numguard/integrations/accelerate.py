@@ -120,7 +120,7 @@ class _Steps:
         if isinstance(self._plain, GuardedOptimizer):
             raise InvalidInput("this Accelerator was given a GuardedOptimizer: its steps are guarded already")
         self.guard = OptimizerGuard(
-            self._plain, _named(accelerator, self._plain), config, on_overflow, can_go_back=True
+            self._plain, _named(accelerator, self._plain), config, on_overflow, caller_goes_back=True
         )
         self._look: Look | None = None  # of this step, where something has asked for it before `step`
 

@@ -243,7 +243,7 @@ class Session:
 
     @property
     def _can_go_back(self) -> bool:
-        is_able = self._model.can_go_back and self._config.keeper is not None
+        is_able = self._config.keeper is not None and self._model.can_go_back()
         return is_able and self._rollbacks < self._config.policy.max_rollbacks
 
     @property
