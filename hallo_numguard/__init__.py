@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from hallo_numguard.injection import inject
     from hallo_numguard.integrations import attach
+    from hallo_numguard.integrations.optimizer import GuardedOptimizer
     from hallo_numguard.integrations.preflight import preflight
     from hallo_numguard.ops.layout import Layout
     from hallo_numguard.ops.stats import multi_tensor_stats, tensor_stats
@@ -49,6 +50,7 @@ _HOMES = {
     "CheckpointKeeper": "checkpoint.keeper",
     "Finding": "records",
     "GuardConfig": "config",
+    "GuardedOptimizer": "integrations.optimizer",
     "InvalidInput": "errors",
     "Layout": "ops.layout",
     "NoActiveRun": "errors",
@@ -84,6 +86,7 @@ __all__ = [
     "CheckpointKeeper",
     "Finding",
     "GuardConfig",
+    "GuardedOptimizer",
     "InvalidInput",
     "Layout",
     "NoActiveRun",

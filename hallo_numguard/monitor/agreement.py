@@ -21,13 +21,21 @@ class Ranks:
 
     Args:
         group: Process group; None for the default one.
+        alone: Whether this rank trains for itself, whatever others there are.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
-        alone = not (dist.is_available() and dist.is_initialized())
+    def __init__(self, group: dist.ProcessGroup | None = None, alone: bool = False) -> None:
+        ready = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if ready else 0
+        self.size = 1
         self._group = group
-        self.size = 1 if alone else dist.get_world_size(group)
-        self.rank = 0 if alone else dist.get_rank()
+        if ready and not alone:
+            self.join(group)
+
+    def join(self, group: dist.ProcessGroup | None) -> None:
+        """From now on they are those of `group`: all of them must say so before the same reduction."""
+        self._group = group
+        self.size = dist.get_world_size(group)
 
     def highest(self, value: int, device: torch.device) -> int:
         """Returns the highest of the values that the ranks give. Synchronises."""
@@ -40,6 +48,10 @@ class Ranks:
     def total(self, value: int, device: torch.device) -> int:
         """Returns the sum of the values that the ranks give. Synchronises."""
         return int(self._reduce(torch.tensor([value], device=device), dist.ReduceOp.SUM).item())
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Returns the sum of the tensors that the ranks give. Does not wait for the device."""
+        return self._reduce(value, dist.ReduceOp.SUM)
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """Returns the mean of the tensors that the ranks give. Does not wait for the device."""

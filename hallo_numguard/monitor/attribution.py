@@ -25,7 +25,8 @@ class NamedTensor:
         tensor: The tensor itself.
         aliases: Other names of it.
         shape: Of the whole tensor; its own if None.
-        slice: If ranks hold slices of it: gives this rank's, and where it begins in the whole tensor.
+        slice: If ranks hold slices of it: gives this rank's, and where it lies in the whole tensor: where it begins,
+            and `Piece.run` and `Piece.stride` if that is not all.
     """
 
     kind: str
@@ -33,7 +34,7 @@ class NamedTensor:
     tensor: torch.Tensor
     aliases: tuple[str, ...] = ()
     shape: tuple[int, ...] | None = None
-    slice: Callable[[], tuple[torch.Tensor, int]] | None = None
+    slice: Callable[[], tuple[torch.Tensor, int] | tuple[torch.Tensor, int, int, int]] | None = None
 
     def offender(self, sums: Sums, position: int, rank: int | None) -> Offender:
         """Returns this tensor (or its gradient, of the same shape) as an offender."""
@@ -77,8 +78,8 @@ def _unique(kind: str, named: Iterable[tuple[str, torch.Tensor]]) -> list[NamedT
 def look(tensors: Sequence[NamedTensor]) -> Sums:
     """Scans what this rank holds of them: one pass, a row each."""
     held = [(item.tensor, 0) if item.slice is None else item.slice() for item in tensors]
-    table = multi_tensor_stats([tensor.detach() for tensor, _ in held])
-    pieces = [Piece(position, start) for position, (_, start) in enumerate(held)]
+    table = multi_tensor_stats([tensor.detach() for tensor, *_ in held])
+    pieces = [Piece(position, *place) for position, (_, *place) in enumerate(held)]
     return by_parameter(table.packed, pieces, len(tensors))
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from hallo_numguard.monitor.agreement import clip
 from hallo_numguard.monitor.attribution import NamedTensor, bad_positions, look, only_negative_infinity
 from hallo_numguard.monitor.layout import Sums
+from hallo_numguard.ops.stats import multi_tensor_stats
 from hallo_numguard.records import Offender
 from hallo_numguard.structure import floating_tensors_in, tensors_in
 
@@ -150,6 +151,15 @@ class Batch:
         found = (item for name, value in named for item in floating_tensors_in(name, value))
         return [NamedTensor("input", clip(name, _LONGEST_NAME), tensor.detach()) for name, tensor in found]
 
+    def in_place_of_losses(self) -> list[torch.Tensor]:
+        """Returns a number a call, for a loss that nobody showed: NaN if the model returned what is not finite, else 0.
+
+        Nothing if that cannot be told of one of them. -Inf alone is how logits are masked.
+        """
+        if any(call.outputs is None for call in self._calls):
+            return []
+        return [_as_number(call.outputs or ()) for call in self._calls]
+
     def allow(self, names: Sequence[str]) -> None:
         """Takes note of inputs that were not finite in a step that was: they are meant to be so."""
         self._legal.update(names)
@@ -177,6 +187,11 @@ class Batch:
         """Reads the last call's tensors once: their names, and what they hold."""
         tensors = self.tensors(len(self._calls) - 1) if self._calls else []
         return [item.name for item in tensors], look(tensors)
+
+
+def _as_number(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
+    table = multi_tensor_stats(outputs)
+    return torch.where((table.nan + table.pos_inf).sum() > 0, torch.nan, 0.0)
 
 
 def _argument_names(model: nn.Module | None) -> list[str]:

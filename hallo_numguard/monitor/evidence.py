@@ -19,17 +19,21 @@ class Scaling:
         dynamic: Whether it is lowered on an overflow.
         minimum: The lowest it will go to.
         patience: Number of overflows that it will let pass before it is lowered (hysteresis).
+        scaler: Who scales.
+        at_last: What it does where the scale cannot be lowered any more.
     """
 
     scale: float
     dynamic: bool
     minimum: float = 1.0
     patience: int = 0
+    scaler: str = "DeepSpeed"
+    at_last: str = "give up"
 
     @property
     def halvings_left(self) -> int:
         """How often the scale can still be halved."""
-        return max(0, round(math.log2(self.scale / self.minimum))) if self.dynamic else 0
+        return round(math.log2(self.scale / self.minimum)) if self.can_fall else 0
 
     @property
     def can_fall(self) -> bool:
@@ -57,7 +61,8 @@ class Evidence:
         batch_known: False if the guard could not see what the model was called with.
         tensors: Number of parameters and buffers that were looked at.
         loss: The loss as an offender; None if it is finite.
-        loss_known: False if the guard could not see the loss.
+        loss_known: False if the guard could see neither the loss nor, in its place, what the model returned.
+        loss_shown: False if `loss` is about what the model returned.
         gradients: Offending gradients in ready order.
         bad_ranks: Number of ranks whose gradients were not finite before the reduction; None if nobody looked.
         world_size: Number of ranks.
@@ -84,6 +89,7 @@ class Evidence:
     bad_ranks: int | None
     world_size: int
     settles_at: float | None
+    loss_shown: bool = True
     proved_before: float | None = None
     rank_faults: Mapping[int, int] = field(default_factory=dict)
     replay: Replayed | None = None

@@ -101,15 +101,15 @@ def weights_nonfinite(seen: Evidence) -> OverflowReport:
     first = seen.suspects[0]
     bad = len(seen.suspects)
     evidence = [
-        f"the loss is not finite ({_loss_text(seen)}), and {plural(bad, 'weight tensor')} of {seen.tensors} "
+        f"{_the_loss(seen)} is not finite ({_loss_text(seen)}), and {plural(bad, 'weight tensor')} of {seen.tensors} "
         f"{'is' if bad == 1 else 'are'} not: {', '.join(item.name for item in seen.suspects[:3])}"
         + (f" and {bad - 3} more" if bad > 3 else ""),
     ]
     if seen.scaling.dynamic:
         overflows = seen.scaling.halvings_left + seen.scaling.patience
         evidence.append(
-            f"the loss scale cannot help: DeepSpeed would skip {plural(overflows, 'step')} on the way from "
-            f"{seen.scaling.scale:g} down to {seen.scaling.minimum:g}, and then give up"
+            f"the loss scale cannot help: {seen.scaling.scaler} would skip {plural(overflows, 'step')} on the way from "
+            f"{seen.scaling.scale:g} down to {seen.scaling.minimum:g}, and then {seen.scaling.at_last}"
         )
     advice = (
         f"Repair {first.name}: check the file it was loaded from (checksum, values, dtype), load an intact copy or go "
@@ -130,7 +130,7 @@ def weight_in_backward(seen: Evidence, origin: Offender) -> OverflowReport:
         Verdict.WEIGHTS_NONFINITE,
         False,
         origin,
-        ["the loss is finite, because it does not depend on what the bad weight makes; but 0 times NaN is NaN"],
+        [f"{_the_loss(seen)} is finite, as it does not depend on what the bad weight makes; but 0 times NaN is NaN"],
         (),
         f"Repair {origin.name}: no loss scale can mend it.",
     )
@@ -144,7 +144,7 @@ def optimizer_state_nonfinite(seen: Evidence, first: Offender) -> OverflowReport
         False,
         first,
         [
-            f"the loss is not finite ({_loss_text(seen)}), nor is {seen.suspects[0]}",
+            f"{_the_loss(seen)} is not finite ({_loss_text(seen)}), nor is {seen.suspects[0]}",
             f"nor is the optimizer's state of {first.name} (a moment or the float32 master copy): {first.counts}",
             "steps with such gradients are skipped, so the state was bad before the weight",
         ],
@@ -201,9 +201,9 @@ def backward_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
     """The backward pass made it, whatever the scale."""
     where = f"module {first.module}" if first.module else "the root module"
     proved = seen.answer is not None
-    evidence = ["the loss is finite", _finite_weights(seen)]
-    if seen.scaling.scale == 1.0:
-        evidence.append("the loss is not scaled: a scale cannot be too high")
+    evidence = [f"{_the_loss(seen)} is finite", _finite_weights(seen)]
+    if seen.scaling.scale <= 1.0:
+        evidence.append(f"the loss scale is {seen.scaling.scale:g}: it cannot be too high")
     return _report(
         seen,
         Verdict.BACKWARD_NONFINITE,
@@ -225,7 +225,7 @@ def input_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
         True,
         first,
         [
-            f"the loss is not finite ({_loss_text(seen)})",
+            f"{_the_loss(seen)} is not finite ({_loss_text(seen)})",
             _finite_weights(seen),
             f"what the model was called with is not: {first.name}{sample}, micro-batch {seen.micro_batch} of the step",
         ],
@@ -292,7 +292,7 @@ def _loss_code(seen: Evidence, loss: Offender) -> OverflowReport:
 
 def _before_the_loss(seen: Evidence) -> list[str]:
     finite_inputs = ["what the model was called with is finite"] if seen.batch_known else []
-    return [f"the loss is not finite ({_loss_text(seen)})", _finite_weights(seen), *finite_inputs]
+    return [f"{_the_loss(seen)} is not finite ({_loss_text(seen)})", _finite_weights(seen), *finite_inputs]
 
 
 def _unseen_batch(seen: Evidence) -> tuple[str, ...]:
@@ -306,7 +306,7 @@ def _on_rank(seen: Evidence, rank: int | None) -> str:
 def scale_too_high(seen: Evidence) -> OverflowReport:
     """At a lower loss scale the gradients would be finite."""
     left = plural(seen.scaling.halvings_left, "halving")
-    evidence = ["the loss is finite", _finite_weights(seen), f"the loss scale is {seen.scaling}"]
+    evidence = [f"{_the_loss(seen)} is finite", _finite_weights(seen), f"the loss scale is {seen.scaling}"]
     replayed = seen.replay.settles_at if seen.replay is not None else None
     settles_at = replayed or seen.proved_before or seen.settles_at
     if settles_at is None:
@@ -343,7 +343,7 @@ def not_again(seen: Evidence) -> OverflowReport:
         Verdict.UNDETERMINED,
         None,
         seen.gradients[0],
-        ["the loss is finite", _finite_weights(seen)],
+        [f"{_the_loss(seen)} is finite", _finite_weights(seen)],
         ("the gradients before the reduction",),
         "One rank was wrong once, or the reduction, or code that changed gradients afterwards. If it comes back, "
         'GuardConfig(local_gradients="always") tells which rank it is.',
@@ -352,7 +352,7 @@ def not_again(seen: Evidence) -> OverflowReport:
 
 def gradients_nonfinite(seen: Evidence) -> OverflowReport:
     """Gradients are bad, and more cannot be told."""
-    evidence = ["the loss is finite" if seen.loss_known else "the loss was not seen"]
+    evidence = [f"{_the_loss(seen)} is finite" if seen.loss_known else "the loss was not seen"]
     if seen.suspects:
         evidence.append(f"not finite: {', '.join(item.name for item in seen.suspects[:3])}")
     else:
@@ -361,7 +361,7 @@ def gradients_nonfinite(seen: Evidence) -> OverflowReport:
         evidence.append(f"the loss scale is {seen.scaling.scale:g} and does not change")
     elif not seen.scaling.can_fall:
         evidence.append(f"the loss scale is at its minimum, {seen.scaling.minimum:g}: it cannot be too high")
-    unseen = () if seen.loss_known else ("the loss: call engine.backward(loss) or engine.scale(loss)",)
+    unseen = () if seen.loss_shown else ("the loss: show it with watch_loss(loss), or engine.backward(loss)",)
     return _report(
         seen,
         Verdict.UNDETERMINED,
@@ -381,10 +381,14 @@ def false_alarm(seen: Evidence) -> OverflowReport:
         Verdict.UNDETERMINED,
         None,
         seen.suspects[0] if seen.suspects else seen.loss,
-        ["DeepSpeed calls this step an overflow; the guard found no non-finite gradient to account for it"],
-        ("DeepSpeed's own check, which may have overflowed itself on large finite values",),
+        ["the framework calls this step an overflow; the guard found no non-finite gradient to account for it"],
+        ("the framework's own check, which may have overflowed itself on large finite values",),
         "Look at the largest gradients (guard.history), and upgrade DeepSpeed if it is older than 0.19.8.",
     )
+
+
+def _the_loss(seen: Evidence) -> str:
+    return "the loss" if seen.loss_shown else "the model's output"
 
 
 def _loss_text(seen: Evidence) -> str:

@@ -17,10 +17,14 @@ class Piece(NamedTuple):
     Attributes:
         parameter: Position in the guard's list of parameters.
         start: Flat index inside the parameter of the segment's first element.
+        run: How many elements lie side by side in the parameter, if not all do: a block of columns.
+        stride: From the beginning of one run to that of the next, in the parameter.
     """
 
     parameter: int
     start: int
+    run: int = NONE
+    stride: int = 0
 
 
 NOTHING = Piece(-1, 0)
@@ -55,10 +59,11 @@ def by_parameter(packed: torch.Tensor, pieces: Sequence[Piece], parameters: int)
     first = torch.full((rows,), NONE, dtype=torch.int64, device=device)
     absmax = torch.zeros(rows, dtype=torch.float64, device=device)
     if pieces:
-        owner, start = torch.tensor(pieces, dtype=torch.int64, device=device).unbind(dim=1)
+        owner, start, run, stride = torch.tensor(pieces, dtype=torch.int64, device=device).unbind(dim=1)
         owner = owner % rows
         index = packed[:, 5]
+        place = index // run * stride + index % run + start
         counts.index_add_(0, owner, packed[:, :3])
-        first.scatter_reduce_(0, owner, torch.where(index >= 0, index + start, NONE), "amin")
+        first.scatter_reduce_(0, owner, torch.where(index >= 0, place, NONE), "amin")
         absmax.scatter_reduce_(0, owner, packed.view(torch.float64)[:, 6], "amax")
     return Sums(counts[:-1], first[:-1], absmax[:-1])

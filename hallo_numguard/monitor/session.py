@@ -195,6 +195,7 @@ class Session:
         self._order.learn(model.parameters)
         self._local = LocalGradients(model.parameters, config.local_gradients)
         self._losses: list[torch.Tensor] = []  # of this step's micro-batches, detached
+        self._loss_shown = True
         self._step = 0
         self._scaling = Scaling(1.0, dynamic=False)
         self._scanned = Scanned(torch.empty((0, 8), dtype=torch.int64), ())
@@ -229,6 +230,10 @@ class Session:
     def saw_loss(self, loss: torch.Tensor) -> None:
         """Takes note of a micro-batch's loss, before its backward."""
         self._losses.append(loss.detach())
+
+    def forget_losses(self) -> None:
+        """Forgets those of this step: what was noted were none."""
+        self._losses.clear()
 
     def before_step(self, step: int, scaling: Scaling, scanned: Scanned) -> None:
         """Takes note of the gradients. No synchronisation."""
@@ -284,6 +289,9 @@ class Session:
             `failed` is set on all of them.
         """
         self._skipped = self._skipped + 1 if skipped else 0
+        self._loss_shown = bool(self._losses)
+        if not self._losses:
+            self._losses = self.guarded(self._batch.in_place_of_losses) or []
         local = self.guarded(self._look)
         if self._anyone_failed():
             return None
@@ -319,6 +327,17 @@ class Session:
     def _can_go_back(self) -> bool:
         is_able = self._model.can_go_back and self._config.keeper is not None
         return is_able and self._rollbacks < self._config.policy.max_rollbacks
+
+    @property
+    def keeps_scale(self) -> bool:
+        """Whether lowering the scale would be a loss without a gain: what is not finite stands before the scaling."""
+        report = self.last_report
+        return (
+            self._config.policy.keep_scale
+            and report is not None
+            and report.first is not None
+            and report.first.kind not in ("gradient", "reduction")
+        )
 
     @property
     def goes_back(self) -> bool:
@@ -498,6 +517,7 @@ class Session:
             tensors=len(self._weights),
             loss=loss,
             loss_known=agreed.loss_known,
+            loss_shown=self._loss_shown,
             gradients=[self._gradient(agreed.gradients, position, before) for position in ready],
             bad_ranks=None if before is None else before.ranks,
             world_size=self._ranks.size,
@@ -534,7 +554,8 @@ class Session:
         losses = [loss.reshape(()).to(torch.float32) for loss in self._losses]
         if not losses:
             return NamedTensor("loss", "loss", torch.zeros((), device=self._model.device))
-        return NamedTensor("loss", "loss", losses[0] if len(losses) == 1 else torch.stack(losses))
+        kind, name = ("loss", "loss") if self._loss_shown else ("activation", "output")
+        return NamedTensor(kind, name, losses[0] if len(losses) == 1 else torch.stack(losses))
 
     # -- weights outside of a step -----------------------------------------------------------------------------------
 

@@ -51,7 +51,7 @@ def _judge_by_replay(seen: Evidence, replay: Replayed, origin: Offender) -> Over
         return explain.weight_in_backward(seen, origin)
     if replay.finite_unscaled:
         return explain.scale_too_high(seen)
-    if replay.finite_unscaled is False or seen.scaling.scale == 1.0:
+    if replay.finite_unscaled is False or seen.scaling.scale <= 1.0:
         return explain.backward_nonfinite(seen, origin)
     return explain.gradients_nonfinite(seen)
 
@@ -69,7 +69,8 @@ def settled(report: OverflowReport, scale: float, skipped: int) -> OverflowRepor
         not_checked=(),
         advice=(
             f"Nothing to mend: the loss scale settled at 2^{power:g} after {explain.plural(skipped, 'skipped step')}. "
-            f"If that happens at every start, begin there: initial_scale_power {power:g}."
+            f"If that happens at every start, begin there: initial_scale_power {power:g}, a GradScaler's init_scale "
+            f"{scale:g}."
         ),
     )
 
@@ -106,7 +107,7 @@ def _is_one_ranks_fault(seen: Evidence) -> bool:
 
 def _born_in_backward(seen: Evidence) -> bool:
     """Whether nothing but the backward pass is left: no scaling, and no reduction that could have overflowed."""
-    if not seen.loss_known or seen.suspects or seen.scaling.scale != 1.0:
+    if not (seen.loss_known and seen.loss_shown) or seen.suspects or seen.scaling.scale > 1.0:
         return False
     # A sum of finite numbers may be infinite, never NaN.
     return seen.world_size == 1 or seen.gradients[0].nan > 0 or bool(seen.bad_ranks)

@@ -167,7 +167,7 @@ class DeepSpeedGuard:
             return original(has_overflow)
         if not self._explained:
             self._explain()
-        if self._to_raise is not None or self._session.goes_back or self._keeps_scale():
+        if self._to_raise is not None or self._session.goes_back or self._session.keeps_scale:
             return None  # DeepSpeed now drops the gradients; the scale stays as it is
         try:
             return original(has_overflow)
@@ -232,16 +232,6 @@ class DeepSpeedGuard:
         self._explained = True
         self._to_raise = self._session.overflow(skipped)
         self._take_off_if_failed(everywhere=True)
-
-    def _keeps_scale(self) -> bool:
-        """Whether lowering the scale would be a loss without a gain: what is not finite stands before the scaling."""
-        report = self._session.last_report
-        return (
-            self._config.policy.keep_scale
-            and report is not None
-            and report.first is not None
-            and report.first.kind not in ("gradient", "reduction")
-        )
 
     def _guarded(self, work: Callable[[], T]) -> T | None:
         result = self._session.guarded(work)

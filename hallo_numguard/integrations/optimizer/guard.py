@@ -1,0 +1,251 @@
+"""The guard of one optimizer: what is looked at before its step, and what becomes of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from hallo_numguard.config import GuardConfig, OverflowCallback
+from hallo_numguard.integrations.optimizer.gradients import Gradients, Looked
+from hallo_numguard.integrations.optimizer.model import (
+    Calls,
+    Named,
+    distributed,
+    inner,
+    loss_in,
+    named_parameters,
+    refuse_flat_shards,
+)
+from hallo_numguard.monitor import attribution
+from hallo_numguard.monitor.agreement import Ranks
+from hallo_numguard.monitor.attribution import NamedTensor
+from hallo_numguard.monitor.evidence import Scaling
+from hallo_numguard.monitor.session import Model, Session
+
+T = TypeVar("T")
+
+UNSCALED = Scaling(1.0, dynamic=False)
+
+
+class Look(NamedTuple):
+    """What a pass over the gradients has shown, the same on every rank that shares them.
+
+    Attributes:
+        gradients: What this rank holds of them.
+        bad: Whether any is not finite, on any rank.
+        norm: Of all together, as they are; of no meaning if one is not finite.
+    """
+
+    gradients: list[torch.Tensor]
+    bad: bool
+    norm: float
+
+
+class OptimizerGuard:
+    """Looks at the gradients that an optimizer is about to apply, and says what is wrong with them.
+
+    A step is `look`, and then `skip`, or the optimizer's own step and `done`. Ranks that share gradients, which they
+    do under DistributedDataParallel and with DTensors, all do the same; others each look after themselves.
+
+    Args:
+        optimizer: A plain one.
+        named: The model, or its named parameters.
+        config: What to do.
+        on_overflow: See `attach`.
+
+    Attributes:
+        session: Reports, history and findings.
+        active: Whether it guards still.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, named: Named, config: GuardConfig, on_overflow: OverflowCallback | None
+    ) -> None:
+        parameters = named_parameters(named, optimizer)
+        self._model = named if isinstance(named, nn.Module) else None
+        self._gradients = Gradients(optimizer, parameters)
+        self._calls: Calls | None = None
+        if self._model is not None:
+            refuse_flat_shards(self._model)
+            self._calls = Calls(self._model, self._saw_call, self._saw_output)
+        if self._gradients.sharded:  # these are reduced before any hook would see them
+            config = replace(config, local_gradients="never")
+        self._ranks = self._find_ranks()
+        self.session = Session(self._described(parameters), self._ranks, config, on_overflow)
+        self._loss_is_told = False
+        self._steps = 0
+        self._under_way = False
+        self.active = True
+        self.session.inspect_weights("the optimizer was guarded")
+
+    def _find_ranks(self) -> Ranks:
+        if self._gradients.sharded:
+            return Ranks()
+        reducer = None if self._model is None else distributed(self._model)
+        return Ranks(alone=True) if reducer is None else Ranks(reducer.process_group)
+
+    def _described(self, parameters: list[NamedTensor]) -> Model:
+        sharded = self._gradients.sharded
+        module = None if self._model is None else inner(self._model)
+        return Model(
+            parameters,
+            [] if module is None else attribution.named_buffers(module),
+            sliced_gradients=sharded,
+            scan_state=self._gradients.scan_state,
+            sliced_state=sharded,
+            device=parameters[0].tensor.device,
+            module=module,
+            forward=None if self._calls is None or sharded else self._calls.again,
+        )
+
+    def trained(self) -> list[tuple[str, torch.Tensor]]:
+        """Returns the optimizer's parameters and their names."""
+        return self._gradients.trained()
+
+    def knows_all(self) -> bool:
+        """Returns whether all that the optimizer trains has a name."""
+        return self._gradients.know_all()
+
+    def take_off(self) -> None:
+        """Guards no longer. Reports and history stay readable."""
+        self.active = False
+        if self._calls is not None:
+            self._calls.stop()
+        self.session.stop()
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the parameters are DTensors."""
+        return self._gradients.sharded
+
+    # -- what the model shows ------------------------------------------------------------------------------------------
+
+    def _saw_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._guarded(lambda: self._note_call(args, kwargs))
+
+    def _note_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._ranks.size == 1:  # the model that was given may be inside of one that reduces
+            reducer = DistributedDataParallel._get_active_ddp_module()
+            if reducer is not None and self._model is not None and inner(reducer) is inner(self._model):
+                self._ranks.join(reducer.process_group)
+        self.session.saw_call(args, kwargs)
+
+    def _saw_output(self, output: Any) -> None:
+        self._guarded(lambda: self._note_output(output))
+
+    def _note_output(self, output: Any) -> None:
+        self.session.saw_output(output)
+        loss = None if self._loss_is_told else loss_in(output)
+        if loss is not None:
+            self.session.saw_loss(loss)
+
+    def saw_loss(self, loss: torch.Tensor) -> None:
+        """Takes note of a micro-batch's loss, before its backward: in place of what the model's output tells of it."""
+        if not self._loss_is_told:
+            self._loss_is_told = True
+            self.session.forget_losses()
+        self._guarded(lambda: self.session.saw_loss(loss))
+
+    def saw_result(self, loss: Any) -> None:
+        """Takes note of what a closure returned: if it is a loss, no other counts."""
+        if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+            self.session.forget_losses()
+            self._guarded(lambda: self.session.saw_loss(loss))
+
+    def state_was_loaded(self) -> None:
+        """Looks at weights and optimizer state that came from elsewhere."""
+        self._guarded(lambda: self.session.inspect_weights("the optimizer's state was loaded"))
+
+    # -- a step --------------------------------------------------------------------------------------------------------
+
+    def look(self, scaling: Scaling = UNSCALED, are_scaled: bool = True) -> Look:
+        """Reads the gradients and waits for the result: the one synchronisation of a step.
+
+        Args:
+            scaling: Of the loss.
+            are_scaled: Whether the gradients are still scaled like the loss.
+
+        Raises:
+            InvalidInput: If a gradient is sparse.
+        """
+        gradients = self._gradients.collect()
+        self._steps += 1
+        looked = self._guarded(lambda: self._read(gradients, scaling, are_scaled))
+        totals = _totals_without_us(gradients) if looked is None else looked.totals()
+        if self._gradients.sharded:
+            totals = self._agree(totals)
+        bad, squares = totals.tolist()
+        return Look(gradients, bad > 0, math.sqrt(squares))
+
+    def _read(self, gradients: list[torch.Tensor], scaling: Scaling, are_scaled: bool) -> Looked:
+        looked = self._gradients.read(gradients)
+        scanned = looked.scanned
+        if not are_scaled:
+            scanned = replace(scanned, packed=_scaled(scanned.packed, scaling.scale))
+        self.session.before_step(self._steps, scaling, scanned)
+        self._under_way = True
+        return looked
+
+    def _agree(self, totals: torch.Tensor) -> torch.Tensor:
+        """Adds up what the ranks hold; if the guard of one has failed, all take theirs off. Every rank is here."""
+        failed = totals.new_tensor([float(self.session.failed)])
+        *_, failures = summed = self._ranks.sum(torch.cat([totals, failed]))
+        if failures:
+            self.session.failed = True
+            self.take_off()
+        return summed[:2]
+
+    def skip(self) -> None:
+        """Finds out why the gradients are bad. The optimizer must not make its step; all ranks come here.
+
+        Raises:
+            NumericsError: If that is what the policy says. Whatever `on_overflow` raises.
+        """
+        if not self.active:
+            return
+        error = self.session.overflow()
+        self._take_off_if_failed(everywhere=True)
+        self.done(applied=False)
+        if error is not None:
+            raise error
+
+    def done(self, applied: bool) -> None:
+        """The step that was looked at last is over."""
+        if self._under_way:
+            self._under_way = False
+            self._guarded(lambda: self.session.after_step(applied))
+
+    # -- its own failures ----------------------------------------------------------------------------------------------
+
+    def _guarded(self, work: Callable[[], T]) -> T | None:
+        if not self.active:
+            return None
+        result = self.session.guarded(work)
+        # Others may find an overflow, and would wait for this rank: until then it looks as torch would.
+        self._take_off_if_failed(everywhere=self._ranks.size == 1)
+        return result
+
+    def _take_off_if_failed(self, everywhere: bool) -> None:
+        if self.session.failed and everywhere:
+            self.take_off()
+
+
+def _scaled(packed: torch.Tensor, scale: float) -> torch.Tensor:
+    """The records of gradients as they would be if nobody had unscaled them."""
+    packed = packed.clone()
+    floats = packed.view(torch.float64)
+    floats[:, 6] *= scale
+    floats[:, 7] *= scale * scale
+    return packed
+
+
+def _totals_without_us(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """What `Looked.totals` gives, by torch alone."""
+    norms = torch.stack([torch.linalg.vector_norm(gradient.double()) for gradient in gradients])
+    return torch.stack([(~norms.isfinite()).sum(dtype=torch.float64), norms.square().sum()])
