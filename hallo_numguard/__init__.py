@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from hallo_numguard import integrations
     from hallo_numguard.checkpoint.diff import diff
     from hallo_numguard.checkpoint.keeper import CheckpointKeeper
     from hallo_numguard.checkpoint.manifest import write_manifest
@@ -105,6 +106,7 @@ __all__ = [
     "attach",
     "diff",
     "inject",
+    "integrations",
     "load_trace",
     "multi_tensor_stats",
     "preflight",
@@ -117,6 +119,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "integrations":
+        return importlib.import_module(f"{__name__}.integrations")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home, _, original = _HOMES[name].partition(":")

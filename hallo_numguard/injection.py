@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from hallo_numguard.errors import InvalidInput
+from hallo_numguard.tracing.replay import is_under_way
 
 KINDS = ("parameter", "buffer", "optimizer_state", "input", "activation", "gradient")
 
@@ -71,6 +72,8 @@ def inject(
 
     def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal passes
+        if is_under_way():  # by the guard: no pass of training
+            return None
         passes += 1
         if passes == step:
             injection.planted = True
@@ -81,7 +84,8 @@ def inject(
 
     # An engine is called before its model is; by then ZeRO stage 3 has begun to gather what would be damaged.
     called = target if isinstance(target, nn.Module) else model
-    injection._handles.append(called.register_forward_pre_hook(before_forward, with_kwargs=True))
+    hook = called.register_forward_pre_hook(before_forward, prepend=True, with_kwargs=True)  # every other one sees it
+    injection._handles.append(hook)
     return injection
 
 

@@ -88,6 +88,24 @@ def test_the_statistics_are_those_before_clipping():
     assert norms[0] == norms[1] > 1e-2
 
 
+@pytest.mark.parametrize("clip", ["clip_grad_norm_", "clip_grad_value_"])
+def test_a_step_that_the_script_gives_up_after_clipping(clip):
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = nn.Linear(4, 1)
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
+    guard = ng.attach(accelerator)
+    for step in range(1, 5):
+        accelerator.backward(model(torch.ones(2, 4)).mean() * (float("inf") if step == 2 else 1))
+        getattr(accelerator, clip)(model.parameters(), 1.0)
+        if step != 2:
+            optimizer.step()
+        optimizer.zero_grad()
+    assert [record.applied for record in guard.history] == [True, False, True, True]
+    assert guard.last_report is None
+    assert torch.isfinite(model.weight).all()
+    guard.detach()
+
+
 def test_accumulated_micro_batches_are_one_step():
     faulty = support.Faulty("none")
     guard, *_ = train(faulty, accumulate=3)
@@ -108,7 +126,6 @@ def test_several_optimizers_are_guarded_each():
             accelerator.backward(output.square().mean() * (float("nan") if step == 2 and model is models[1] else 1))
             accelerator.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            accelerator.clip_grad_value_(next(model.parameters()), 1.0)
             optimizer.zero_grad()
     assert [record.applied for record in guard.history] == [True, True, True, True, False, True]
     assert guard.last_report.step == 2
@@ -131,7 +148,7 @@ def test_a_scaler_skips_and_the_guard_says_why():
     scaler = FixedScaler()
     guard, raised, rate = train(faulty, scaler=scaler)
     assert not raised
-    assert [record.applied for record in guard.history] == [True, True, False, True][: faulty.steps]
+    assert [record.applied for record in guard.history] == [True, True, False, True, True, True]
     report = faulty.reports[0]
     assert (report.verdict, report.first.name) == (ng.Verdict.FORWARD_NONFINITE, faulty.model.module)
     assert report.loss_scale == 2.0**8
@@ -186,11 +203,6 @@ import hallo_numguard as ng
 from campaign.models import Transformer
 
 accelerator = Accelerator(cpu=True)
-if "SHARDED" == "FSDP":  # Accelerate offers its plug-in on GPUs only
-    accelerator.state.distributed_type = DistributedType.FSDP
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=100, cpu_ram_efficient_loading=False
-    )
 rank = accelerator.process_index
 
 class Untied(Transformer):
@@ -200,6 +212,14 @@ class Untied(Transformer):
 
 def train(guarded):
     torch.manual_seed(0)
+    if "SHARDED" == "FSDP":  # Accelerate offers its plug-in on GPUs only
+        accelerator.state.distributed_type = DistributedType.FSDP
+        accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["Block"],
+            cpu_ram_efficient_loading=False,
+        )
     model = Untied()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
     model, optimizer = accelerator.prepare(model, optimizer)

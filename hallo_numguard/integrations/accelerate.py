@@ -54,8 +54,7 @@ class AcceleratorGuard:
         self._seams = Seams()
         self._seams.wrap(accelerator, "clip_grad_norm_", self._clip)
         self._seams.wrap(accelerator, "clip_grad_value_", self._clip)
-        if len(self._steps) == 1:  # else nobody can tell whose loss it is
-            self._seams.wrap(accelerator, "backward", self._backward)
+        self._seams.wrap(accelerator, "backward", self._backward)
         for steps in self._steps:
             self._seams.wrap(steps.optimizer, "step", steps.step)
         _guarded.add(accelerator)
@@ -86,7 +85,10 @@ class AcceleratorGuard:
         self._last_bad = steps
 
     def _backward(self, original: Callable[..., Any], loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        self._steps[0].guard.saw_loss(loss)
+        for steps in self._steps:
+            steps.before_backward()
+        if len(self._steps) == 1:  # else nobody can tell whose loss it is
+            self._steps[0].guard.saw_loss(loss)
         return original(loss, *args, **kwargs)
 
     def _clip(self, original: Callable[..., Any], parameters: Any, *args: Any, **kwargs: Any) -> Any:
@@ -118,6 +120,12 @@ class _Steps:
         self._plain = _plain(optimizer)
         self.guard = OptimizerGuard(self._plain, _named(accelerator, self._plain), config, on_overflow)
         self._look: Look | None = None  # of this step, where something has asked for it before `step`
+
+    def before_backward(self) -> None:
+        """Gives up a step that was looked at for clipping, and then not made."""
+        if self._look is not None:
+            self._look = None
+            self.guard.done(applied=False)
 
     def before_clipping(self, parameters: Iterable[torch.Tensor]) -> None:
         """Looks at the gradients as they are, if they are complete, and those of `parameters`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.utils import checkpoint
 from hallo_numguard.structure import floating_tensors_in
 from hallo_numguard.tracing.frames import Origin
 from hallo_numguard.tracing.tracer import Trace, trace
+
+_under_way = ContextVar("_under_way", default=False)
 
 _MOST_GRADIENT_BYTES = 1 << 28  # full gradients that are held at a time
 
@@ -125,6 +128,11 @@ def _are_same(made: Sequence[torch.Tensor], recorded: Sequence[torch.Tensor]) ->
     )
 
 
+def is_under_way() -> bool:
+    """Returns whether a pass is being made again, which is none of training's."""
+    return _under_way.get()
+
+
 @contextlib.contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """For a pass that training must not notice: buffers and the random state are left as they were.
@@ -135,9 +143,11 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     with torch.random.fork_rng(devices), _without_recomputation(), torch.enable_grad():
+        token = _under_way.set(True)
         try:
             yield
         finally:
+            _under_way.reset(token)
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)

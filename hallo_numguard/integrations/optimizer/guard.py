@@ -58,6 +58,7 @@ class OptimizerGuard:
         named: The model, or its named parameters.
         config: What to do.
         on_overflow: See `attach`.
+        calls: Shows the calls of the model; see `Calls`.
 
     Attributes:
         session: Reports, history and findings.
@@ -65,7 +66,12 @@ class OptimizerGuard:
     """
 
     def __init__(
-        self, optimizer: torch.optim.Optimizer, named: Named, config: GuardConfig, on_overflow: OverflowCallback | None
+        self,
+        optimizer: torch.optim.Optimizer,
+        named: Named,
+        config: GuardConfig,
+        on_overflow: OverflowCallback | None,
+        calls: Callable[..., Calls] = Calls,
     ) -> None:
         parameters = named_parameters(named, optimizer)
         self._model = named if isinstance(named, nn.Module) else None
@@ -73,7 +79,7 @@ class OptimizerGuard:
         self._calls: Calls | None = None
         if self._model is not None:
             refuse_flat_shards(self._model)
-            self._calls = Calls(self._model, self._saw_call, self._saw_output)
+            self._calls = calls(self._model, self._saw_call, self._saw_output)
         if self._gradients.sharded:  # these are reduced before any hook would see them
             config = replace(config, local_gradients="never")
         self._ranks = self._find_ranks()
