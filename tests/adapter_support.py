@@ -29,7 +29,11 @@ GRADIENT = (7, 2)
 
 
 class WithLoss(Transformer):
-    """As the Hugging Face Trainer wants it: called with the target as well, returns the loss."""
+    """As the Hugging Face Trainer wants it: called with the target as well, returns the loss, and can be saved."""
+
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(16, 16, bias=False)  # tied weights of plain modules the Trainer does not save
 
     def forward(self, tokens, features, target):
         return {"loss": self.loss(super().forward(tokens, features), target)}

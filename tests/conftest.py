@@ -68,3 +68,22 @@ def each_native(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every instruction set of this machine."""
     with forced_backend(request.param) as name:
         yield name
+
+
+@pytest.fixture
+def cpu_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One process and one thread on the CPU, and no state that Accelerate has left behind."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    states = (AcceleratorState, GradientState, PartialState)
+    for state in states:
+        state._reset_state()
+    yield
+    for state in states:
+        state._reset_state()
+    torch.set_num_threads(threads)

@@ -12,21 +12,7 @@ import hallo_numguard as ng
 from campaign.models import UNet
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    """One process on the CPU, and no state left by another test."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
-    yield
-    for state in (AcceleratorState, GradientState, PartialState):
-        state._reset_state()
+pytestmark = pytest.mark.usefixtures("cpu_alone")
 
 
 def train(faulty, guarded=True, accumulate=1, precision="no", scaler=None, clip=1.0):

@@ -112,24 +112,26 @@ def test_a_trainer_before_it_trains(trainer):
     assert len(guard.history) == 4
 
 
-def test_a_trainer_whose_model_is_damaged(trainer):
+def test_a_trainer_whose_model_is_damaged(trainer, tmp_path):
     guard = ng.attach(trainer)
     with torch.no_grad():
         trainer.model.second.weight[0, 5] = float("nan")
-    with pytest.raises(ng.NumericsError) as caught:
-        trainer.train()
-    assert caught.value.report.step == 1
-    assert (caught.value.report.first.name, caught.value.report.first.index) == ("second.weight", (0, 5))
+    trainer.train()  # returns
+    assert trainer.state.global_step == 1
+    report = guard.stopped_by.report
+    assert report.step == 1
+    assert (report.first.name, report.first.index) == ("second.weight", (0, 5))
     assert [finding.offender.name for finding in guard.findings] == ["second.weight"]
+    (file,) = (tmp_path / "numguard").iterdir()
+    assert ng.OverflowReport.from_json(file.read_text()).first == report.first
     guard.detach()
 
 
-def test_a_trainer_without_deepspeed_is_told_so(alone, tmp_path):
-    from transformers import Trainer, TrainingArguments
-
-    arguments = TrainingArguments(output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True)
-    data = [{"x": torch.randn(4), "labels": torch.randn(())} for _ in range(8)]
-    trainer = Trainer(model=Regression(), args=arguments, train_dataset=data)
-    ng.attach(trainer)
-    with pytest.raises(ng.InvalidInput, match="does not use DeepSpeed"):
-        trainer.train()
+def test_a_trainer_that_is_given_the_callback(trainer):
+    callback = ng.integrations.NumGuardCallback()
+    trainer.add_callback(callback)
+    ng.inject(trainer, "activation", "first", step=2)
+    trainer.train()
+    assert [record.applied for record in callback.history] == [True, False, True, True]
+    assert (callback.last_report.verdict, callback.last_report.first.name) == ("forward_nonfinite", "first")
+    assert callback.stopped_by is None

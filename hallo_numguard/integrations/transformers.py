@@ -50,7 +50,7 @@ class NumGuardCallback(TrainerCallback):
         self.stopped_by: NumericsError | None = None
         self._config = config or GuardConfig()
         self._on_overflow = on_overflow
-        self._trainer: Any = None
+        self._trainer: Any = None  # once it has called
         self._guard: Guard | None = None
         self._seams = Seams()
         self._figures = _LastFigures()
@@ -80,12 +80,16 @@ class NumGuardCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
         """Attaches: the Trainer has made its engine, or prepared its optimizer, by now."""
-        self._take_off()
-        self.stopped_by = None
-        self._trainer = trainer = _trainer_on_the_stack()
         if args.logging_nan_inf_filter and state.is_world_process_zero:
             _log.warning(_FILTER)
-        folder = self._config.dump_dir or Path(args.output_dir) / _FOLDER
+        self.guard(_trainer_on_the_stack())
+
+    def guard(self, trainer: Any) -> None:
+        """Attaches to a Trainer that is about to train, or in the middle of it."""
+        self._take_off()
+        self.stopped_by = None
+        self._trainer = trainer
+        folder = self._config.dump_dir or Path(trainer.args.output_dir) / _FOLDER
         config = replace(self._config, sinks=[*self._config.sinks, self._figures], dump_dir=folder)
         self._guard = attach(trainer.accelerator, config, self._on_overflow)
         self._seams = Seams()
@@ -132,6 +136,8 @@ def guard_trainer(trainer: Any, config: GuardConfig, on_overflow: OverflowCallba
         raise InvalidInput("this Trainer is guarded already; call detach() on its guard first")
     callback = NumGuardCallback(config, on_overflow)
     trainer.add_callback(callback)
+    if trainer.is_in_train:
+        callback.guard(trainer)
     return callback
 
 
