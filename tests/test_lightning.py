@@ -183,8 +183,19 @@ def test_optimizers_that_are_stepped_by_hand():
     assert not fit(faulty, callback, module=Manual(faulty), gradient_clip_val=None)
     applied = [record.applied for record in callback.history]
     assert applied == [True, True, False, True, True, True, *[True] * 6]
-    assert faulty.reports[0].first.kind == "loss" or faulty.reports[0].offenders
+    report = faulty.reports[0]
+    assert (report.verdict, report.first.kind) == (ng.Verdict.UNDETERMINED, "loss")  # nothing is run again
     assert all(torch.isfinite(item).all() for item in faulty.model.parameters())
+
+
+@pytest.mark.parametrize("plugins", [[], [scaled()]], ids=["plain", "scaled"])
+def test_a_bad_weight_of_an_optimizer_that_is_stepped_by_hand(plugins):
+    faulty = support.Faulty("weight")
+    callback = ng.integrations.LightningNumGuardCallback(None, faulty.reports.append)
+    assert fit(faulty, callback, module=Manual(faulty), gradient_clip_val=None, plugins=plugins)
+    report = faulty.reports[0]
+    assert (report.step, report.verdict) == (3, ng.Verdict.WEIGHTS_NONFINITE)
+    assert report.first.name == f"net.{faulty.model.trainable}"
 
 
 def test_attach_guards_every_fit_until_it_is_detached():
@@ -219,6 +230,54 @@ def test_a_batch_that_is_run_again_logs_nothing_twice():
     fit(faulty, callback, module=Logs(faulty))
     assert faulty.reports[0].first.name == "net.blocks.1.mlp.0"  # found by running it again
     assert len(logged) == faulty.steps
+
+
+ENGINE = """
+import deepspeed_support
+import torch
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DeepSpeedStrategy
+import adapter_support as support
+import test_lightning as harness
+import hallo_numguard as ng
+
+deepspeed_support.allow_fp16()
+
+class OnCpu(DeepSpeedStrategy):  # which insists on a GPU
+    root_device = torch.device("cpu", 0)
+
+    def setup_environment(self):
+        super(DeepSpeedStrategy, self).setup_environment()
+
+    def setup_distributed(self):
+        self.set_world_ranks()
+        self._init_deepspeed_distributed()
+
+config = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+
+def run(fault, guarded):
+    faulty = harness.Faulty(fault)
+    callback = ng.integrations.LightningNumGuardCallback(None, faulty.reports.append)
+    strategy = OnCpu(config=dict(config), process_group_backend="gloo")
+    raised = harness.fit(faulty, *[callback] * guarded, strategy=strategy, devices=1, max_steps=6, gradient_clip_val=None)
+    return faulty, callback, raised, support.weights(faulty.model)
+
+_, callback, _, guarded = run("none", True)
+assert [record.applied for record in callback.history] == [True] * 6
+_, _, _, plain = run("none", False)
+support.assert_same_bits(guarded, plain)
+faulty, callback, raised, _ = run("weight", True)
+assert raised
+first = callback.last_report.first
+assert (callback.last_report.verdict, first.name) == ("weights_nonfinite", "net." + faulty.model.trainable), callback.last_report
+print("done")
+"""
+
+
+def test_an_engine_of_deepspeed(tmp_path):
+    pytest.importorskip("deepspeed")
+    (output,) = deepspeed_support.run_ranks(ENGINE, tmp_path, ranks=1)
+    assert "done" in output
 
 
 def test_installing_registers_nothing_with_lightning():

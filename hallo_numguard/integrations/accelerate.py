@@ -86,9 +86,7 @@ class AcceleratorGuard:
 
     def _backward(self, original: Callable[..., Any], loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         for steps in self._steps:
-            steps.before_backward()
-        if len(self._steps) == 1:  # else nobody can tell whose loss it is
-            self._steps[0].guard.saw_loss(loss)
+            steps.before_backward(loss)
         return original(loss, *args, **kwargs)
 
     def _clip(self, original: Callable[..., Any], parameters: Any, *args: Any, **kwargs: Any) -> Any:
@@ -121,11 +119,12 @@ class _Steps:
         self.guard = OptimizerGuard(self._plain, _named(accelerator, self._plain), config, on_overflow)
         self._look: Look | None = None  # of this step, where something has asked for it before `step`
 
-    def before_backward(self) -> None:
-        """Gives up a step that was looked at for clipping, and then not made."""
+    def before_backward(self, loss: torch.Tensor) -> None:
+        """Gives up a step that was looked at for clipping, and then not made. Nobody can tell whose loss it is."""
         if self._look is not None:
             self._look = None
             self.guard.done(applied=False)
+        self.guard.saw_loss(loss)
 
     def before_clipping(self, parameters: Iterable[torch.Tensor]) -> None:
         """Looks at the gradients as they are, if they are complete, and those of `parameters`."""

@@ -92,6 +92,13 @@ class NumGuardCallback(Callback):
             for optimizer in trainer.optimizers
         }
 
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
+        """Takes note of losses that `training_step` does not return."""
+        if not pl_module.automatic_optimization:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            for guard in self._guards.values():
+                guard.saw_loss(loss if scaler is None else loss.detach() / scaler.get_scale())
+
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:

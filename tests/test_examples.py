@@ -1,0 +1,59 @@
+"""Every script in examples/, run as its first lines say, finds the fault that it has planted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import deepspeed_support as support
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "examples"
+WEIGHT = ["weights_nonfinite", "parameter {prefix}0.weight[3, 5]: 1 NaN of 128 values"]
+EXPECTED = {
+    "plain_pytorch": [line.format(prefix="") for line in WEIGHT],
+    "with_accelerate": [line.format(prefix="") for line in WEIGHT],
+    "with_ddp": [line.format(prefix="") for line in WEIGHT] + ["rank 1"],
+    "with_deepspeed": [line.format(prefix="") for line in WEIGHT],
+    "with_fsdp2": ["input_nonfinite", "input[2, 5]: 1 NaN of 32 values", "rank 1"],
+    "with_grad_scaler": [line.format(prefix="") for line in WEIGHT],
+    "with_hf_and_deepspeed": ["weights_nonfinite", "parameter first.weight[3, 5]"],
+    "with_hf_trainer": ["weights_nonfinite", "parameter first.weight[3, 5]"],
+    "with_lightning": [line.format(prefix="net.") for line in WEIGHT],
+    "with_trackers": ["step,loss,loss_scale", "\n3,", ",0,1,0\n"],
+}
+RANKS = {"with_ddp": 2, "with_fsdp2": 2}
+OWN_TESTS = {"demo"}
+
+
+def test_every_script_is_run():
+    assert {path.stem for path in FOLDER.glob("*.py")} == EXPECTED.keys() | OWN_TESTS
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_a_script(name, tmp_path):
+    ranks = RANKS.get(name, 1)
+    port = support.free_port()
+    launcher = (
+        ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"] if ranks > 1 else []
+    )
+    environment = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR")
+    }
+    environment |= {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(port), "TMPDIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, *launcher, str(FOLDER / f"{name}.py")],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    for text in EXPECTED[name]:
+        assert text in done.stdout
