@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hallo_numguard.errors import InvalidInput
-from hallo_numguard.tracing.replay import is_under_way
+from hallo_numguard.tracing.replay import is_again
 
 KINDS = ("parameter", "buffer", "optimizer_state", "input", "activation", "gradient")
 
@@ -44,7 +44,7 @@ def inject(
     """Plants a fault into a training run.
 
     Args:
-        target: A model, or what holds one as `.module` or `.model`: a DeepSpeedEngine, a Trainer.
+        target: A model, or what holds one as `.module` or `.model`: a DeepSpeedEngine, a Trainer, a GuardedOptimizer.
         kind: What is damaged. "parameter", "buffer" and "optimizer_state" (moments) stay damaged, as by a corrupted
             file; "input" (the first floating-point tensor of the batch) and "activation" (the output of the module
             `where`) are bad in one step only, and "gradient" (of the parameter `where`, before the reduction) in one
@@ -72,7 +72,7 @@ def inject(
 
     def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal passes
-        if is_under_way():  # by the guard: no pass of training
+        if is_again():
             return None
         passes += 1
         if passes == step:
@@ -84,8 +84,7 @@ def inject(
 
     # An engine is called before its model is; by then ZeRO stage 3 has begun to gather what would be damaged.
     called = target if isinstance(target, nn.Module) else model
-    hook = called.register_forward_pre_hook(before_forward, prepend=True, with_kwargs=True)  # every other one sees it
-    injection._handles.append(hook)
+    injection._handles.append(called.register_forward_pre_hook(before_forward, prepend=True, with_kwargs=True))
     return injection
 
 
@@ -132,6 +131,11 @@ def _planter(
 
 
 def _write_parameter(parameter: Any, index: Sequence[int] | None, value: float) -> None:
+    from hallo_numguard.integrations.optimizer.sharding import is_sharded
+
+    if is_sharded(parameter):
+        _write_part(parameter, index, value)
+        return
     if not hasattr(parameter, "ds_tensor"):
         _write(parameter, index, value)
         return
@@ -145,10 +149,24 @@ def _write_parameter(parameter: Any, index: Sequence[int] | None, value: float) 
         parameter.ds_tensor.data.view(-1)[place] = value
 
 
+def _write_part(tensor: Any, index: Sequence[int] | None, value: float) -> None:
+    from hallo_numguard.integrations.optimizer.sharding import find, local
+
+    place = find(tensor, _flat(tuple(tensor.shape), index))
+    if place is not None:
+        local(tensor.detach()).view(-1)[place] = value
+
+
 def _write_state(target: Any, parameter: Any, index: Sequence[int] | None, value: float) -> None:
     from hallo_numguard.integrations.deepspeed.state import moments_of
+    from hallo_numguard.integrations.optimizer.sharding import is_sharded
 
     optimizer = getattr(target, "optimizer", target)
+    if is_sharded(parameter):
+        for sharded in optimizer.state[parameter].values():
+            if is_sharded(sharded):
+                _write_part(sharded, index, value)
+        return
     place = _flat(tuple(getattr(parameter, "ds_shape", parameter.shape)), index)
     for moment, start in moments_of(optimizer, parameter):
         if start <= place < start + moment.numel():

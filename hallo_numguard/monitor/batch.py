@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,7 @@ class Call:
         args, kwargs: What the model was called with.
         versions: Of the tensors in it, to know one that was changed in place afterwards.
         random: The state of the random number generators before it.
+        autocast: What torch.autocast did in it.
         outputs: The floating-point tensors that the model returned, detached; None if they were too large to keep.
         seeds: The gradients with respect to these, as far as the backward pass has given them.
     """
@@ -39,13 +41,14 @@ class Call:
     kwargs: Mapping[str, Any]
     versions: tuple[int, ...]
     random: RandomState
+    autocast: Autocast
     outputs: list[torch.Tensor] | None = None
     seeds: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
         """Takes note of a call. Costs a walk through its arguments, and touches no data."""
-        return cls(args, kwargs, _versions(args, kwargs), RandomState.now())
+        return cls(args, kwargs, _versions(args, kwargs), RandomState.now(), Autocast.now())
 
     @property
     def changed(self) -> bool:
@@ -99,6 +102,28 @@ class RandomState:
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda)
+
+
+@dataclass(frozen=True)
+class Autocast:
+    """The dtype that torch.autocast works in, a device type; those for which it is on."""
+
+    dtypes: Mapping[str, torch.dtype]
+
+    @classmethod
+    def now(cls) -> Autocast:
+        """Returns what is on."""
+        enabled = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        return cls({kind: torch.get_autocast_dtype(kind) for kind in enabled})
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """Has the same on, and nothing else."""
+        with contextlib.ExitStack() as stack:
+            for kind in ("cpu", "cuda"):
+                if kind in self.dtypes or torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, self.dtypes.get(kind), enabled=kind in self.dtypes))
+            yield
 
 
 class Batch:

@@ -172,7 +172,7 @@ def rank_fault(seen: Evidence) -> OverflowReport:
             *again,
             _finite_weights(seen),
         ],
-        ("kernels that do not give the same bits twice",),
+        ("kernels that do not give the same bits twice", "a part of the loss that reads weights itself"),
         f"Suspect the hardware of rank {rank}: look at its error counters and temperature, and run it without "
         "that device. If it comes back with another batch on the same rank, it is the hardware.",
     )
@@ -299,6 +299,10 @@ def _unseen_batch(seen: Evidence) -> tuple[str, ...]:
     return () if seen.batch_known else ("the batch: what the model was called with was not seen, or changed since",)
 
 
+def _unseen_loss(seen: Evidence) -> tuple[str, ...]:
+    return () if seen.loss_shown else ("the loss: show it with watch_loss(loss), or engine.backward(loss)",)
+
+
 def _on_rank(seen: Evidence, rank: int | None) -> str:
     return "" if rank is None or seen.world_size == 1 else f" of rank {rank}"
 
@@ -330,7 +334,7 @@ def scale_too_high(seen: Evidence) -> OverflowReport:
         True if seen.scaling.can_fall else None,
         seen.gradients[0] if seen.replay is None or seen.replay.origin is None else seen.replay.origin,
         evidence,
-        () if replayed else ("whether this batch is finite at a lower scale",),
+        () if replayed else (*_unseen_loss(seen), "whether this batch is finite at a lower scale"),
         advice if replayed else f"{advice} The verdict is provisional until a step is finite.",
         settles_at=settles_at,
     )
@@ -361,14 +365,13 @@ def gradients_nonfinite(seen: Evidence) -> OverflowReport:
         evidence.append(f"the loss scale is {seen.scaling.scale:g} and does not change")
     elif not seen.scaling.can_fall:
         evidence.append(f"the loss scale is at its minimum, {seen.scaling.minimum:g}: it cannot be too high")
-    unseen = () if seen.loss_shown else ("the loss: show it with watch_loss(loss), or engine.backward(loss)",)
     return _report(
         seen,
         Verdict.UNDETERMINED,
         None,
         seen.gradients[0],
         evidence,
-        (*unseen, "the backward pass, module by module", "the gradients before the reduction"),
+        (*_unseen_loss(seen), "the backward pass, module by module", "the gradients before the reduction"),
         f"The gradient of {seen.gradients[0].name} is the first that is not finite: look at the operations behind it "
         f"(a division, a square root or a logarithm at 0), and at the batch.",
     )

@@ -205,7 +205,8 @@ class Replayer:
     def _again(self, call: Call) -> Callable[[], Any]:
         def again() -> Any:
             call.random.restore()
-            return self._forward(call.args, call.kwargs)
+            with call.autocast.again():
+                return self._forward(call.args, call.kwargs)
 
         return again
 

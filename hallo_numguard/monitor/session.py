@@ -87,6 +87,7 @@ class Model:
         device: Where small reductions between ranks are made.
         module: Whose forward is called in training: names its arguments. None if nobody shows the calls.
         forward: Calls it once more, as the framework does; None if that cannot be.
+        backward_again: Whether gradients with respect to its parameters can then be asked for by name.
         settings: The framework's configuration, to be kept with what was found.
         can_go_back: Whether whoever carries out what the session says calls `go_back` when a step is over.
     """
@@ -99,6 +100,7 @@ class Model:
     device: torch.device
     module: nn.Module | None = None
     forward: Forward | None = None
+    backward_again: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
     can_go_back: bool = False
 
@@ -467,6 +469,8 @@ class Session:
         """Runs the batch again where that can tell more; the same on every rank, which all see the same evidence."""
         if self._replayer is None or not evidence.loss_known or not needs_replay(evidence):
             return None
+        if evidence.loss is None and not self._model.backward_again:
+            return Replayed("the gradients of sharded parameters cannot be asked for by name")
         self._local.muted = True
         try:
             if evidence.loss is not None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +14,6 @@ from torch.utils import checkpoint
 from hallo_numguard.structure import floating_tensors_in
 from hallo_numguard.tracing.frames import Origin
 from hallo_numguard.tracing.tracer import Trace, trace
-
-_under_way = ContextVar("_under_way", default=False)
 
 _MOST_GRADIENT_BYTES = 1 << 28  # full gradients that are held at a time
 
@@ -128,9 +125,12 @@ def _are_same(made: Sequence[torch.Tensor], recorded: Sequence[torch.Tensor]) ->
     )
 
 
-def is_under_way() -> bool:
-    """Returns whether a pass is being made again, which is none of training's."""
-    return _under_way.get()
+_passes = 0  # under way
+
+
+def is_again() -> bool:
+    """Returns whether a pass is being made once more, which hooks that count passes must leave out."""
+    return _passes > 0
 
 
 @contextlib.contextmanager
@@ -140,14 +140,15 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     Blocks whose activations would be computed anew in the backward pass keep them, because such a backward pass
     (reentrant checkpointing) cannot be asked for gradients by name.
     """
+    global _passes
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     with torch.random.fork_rng(devices), _without_recomputation(), torch.enable_grad():
-        token = _under_way.set(True)
+        _passes += 1
         try:
             yield
         finally:
-            _under_way.reset(token)
+            _passes -= 1
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)

@@ -107,7 +107,8 @@ class OptimizerGuard:
             sliced_state=sharded,
             device=parameters[0].tensor.device,
             module=module,
-            forward=None if self._calls is None or sharded else self._calls.again,
+            forward=None if self._calls is None else self._calls.again,
+            backward_again=not sharded,
         )
 
     def trained(self) -> list[tuple[str, torch.Tensor]]:

@@ -128,8 +128,14 @@ class Calls:
 
     def again(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Calls the model without anybody seeing it; what torch.compile has made of it is left out."""
+        model = inner(self._model)
         with self._mute():
-            return inner(self._model)(*args, **kwargs)
+            output = model(*args, **kwargs)
+        parts: Iterable[Any] = model.modules()
+        for part in parts:
+            if hasattr(part, "unshard") and hasattr(part, "reshard"):  # FSDP2 waits for a backward pass to do so
+                part.reshard()
+        return output
 
     def stop(self) -> None:
         """Takes the hooks off."""

@@ -60,3 +60,11 @@ def place_of(tensor: Any) -> tuple[int, int, int]:
     if not cut:
         return start, NONE, 0
     return start, math.prod(shape[cut[0] :]), math.prod(whole[cut[0] :])
+
+
+def find(tensor: Any, flat: int) -> int | None:
+    """Returns where in this rank's part of a tensor the element is whose flat index in the whole is `flat`, if here."""
+    start, run, stride = place_of(tensor)
+    row, column = divmod(flat - start, stride or NONE)
+    inside = row * run + column
+    return inside if row >= 0 and column < run and inside < local(tensor).numel() else None

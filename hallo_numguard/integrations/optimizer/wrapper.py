@@ -14,7 +14,7 @@ from hallo_numguard.config import GuardConfig, OverflowCallback
 from hallo_numguard.errors import InvalidInput
 from hallo_numguard.integrations.optimizer import scaler as scalers
 from hallo_numguard.integrations.optimizer.guard import Look, OptimizerGuard
-from hallo_numguard.integrations.optimizer.model import Named
+from hallo_numguard.integrations.optimizer.model import Named, inner
 from hallo_numguard.records import Finding, OverflowReport, StepRecord
 
 Closure = Callable[[], Any]
@@ -100,6 +100,11 @@ class GuardedOptimizer(torch.optim.Optimizer):
         self.scaler: Any = None
         warnings.filterwarnings("ignore", "GradScaler is going to stop passing itself", FutureWarning)
         self._guard = OptimizerGuard(optimizer, self._named, self._config, on_overflow)
+
+    @property
+    def model(self) -> torch.nn.Module | None:
+        """The model itself, out of what it was wrapped in; None if only names were given."""
+        return inner(self._named) if isinstance(self._named, torch.nn.Module) else None
 
     @property
     def last_report(self) -> OverflowReport | None:
