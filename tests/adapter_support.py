@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from campaign.cases import CLEAN_STEPS, FAULTY_STEP, STEPS, Case, Seen, problems
+from campaign.models import MODELS, Transformer
 from torch import nn
 
 import hallo_numguard as ng
-from campaign.cases import CLEAN_STEPS, FAULTY_STEP, STEPS, Case, Seen, problems
-from campaign.models import MODELS, Transformer
 
 FAULTS = (
     "none",

@@ -1,4 +1,4 @@
-"""attach() to an Accelerator without DeepSpeed: the campaign's faults, clipping, accumulation, scalers, several ranks."""
+"""attach() to an Accelerator without DeepSpeed: the campaign's faults, clipping, accumulation, scalers, two ranks."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import adapter_support as support
 import deepspeed_support
 import pytest
 import torch
+from campaign.models import UNet
 from torch import nn
 
 import hallo_numguard as ng
-from campaign.models import UNet
 
 accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
 pytestmark = pytest.mark.usefixtures("cpu_alone")

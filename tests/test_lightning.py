@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import adapter_support as support
 import deepspeed_support
 import pytest
@@ -253,13 +251,15 @@ class OnCpu(DeepSpeedStrategy):  # which insists on a GPU
         self.set_world_ranks()
         self._init_deepspeed_distributed()
 
-config = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True, "zero_force_ds_cpu_optimizer": False}
+config = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
+config["zero_force_ds_cpu_optimizer"] = False
 
 def run(fault, guarded):
     faulty = harness.Faulty(fault)
     callback = ng.integrations.LightningNumGuardCallback(None, faulty.reports.append)
     strategy = OnCpu(config=dict(config), process_group_backend="gloo")
-    raised = harness.fit(faulty, *[callback] * guarded, strategy=strategy, devices=1, max_steps=6, gradient_clip_val=None)
+    settings = {"devices": 1, "max_steps": 6, "gradient_clip_val": None}
+    raised = harness.fit(faulty, *[callback] * guarded, strategy=strategy, **settings)
     return faulty, callback, raised, support.weights(faulty.model)
 
 _, callback, _, guarded = run("none", True)
@@ -268,8 +268,8 @@ _, _, _, plain = run("none", False)
 support.assert_same_bits(guarded, plain)
 faulty, callback, raised, _ = run("weight", True)
 assert raised
-first = callback.last_report.first
-assert (callback.last_report.verdict, first.name) == ("weights_nonfinite", "net." + faulty.model.trainable), callback.last_report
+report = callback.last_report
+assert (report.verdict, report.first.name) == ("weights_nonfinite", "net." + faulty.model.trainable), report
 print("done")
 """
 
@@ -334,8 +334,10 @@ _, _, plain = run("none", False)
 assert all(torch.equal(a, b) for a, b in zip(guarded, plain, strict=True))
 faulty, callback, _ = run("input", True)
 assert [record.applied for record in callback.history] == [True, True, False, True, True]
-first = faulty.reports[0].first
-assert (faulty.reports[0].verdict, first.name, first.index, first.rank) == ("input_nonfinite", "batch[0][1]", support.INPUT, 1), faulty.reports[0]
+report = faulty.reports[0]
+first = report.first
+assert report.verdict == "input_nonfinite", report
+assert (first.name, first.index, first.rank) == ("batch[0][1]", support.INPUT, 1), report
 print("done")
 """
 

@@ -16,7 +16,7 @@ import torch
 from hallo_numguard.config import GuardConfig, OverflowCallback
 from hallo_numguard.errors import InvalidInput
 from hallo_numguard.integrations import Guard, engine_of
-from hallo_numguard.integrations.optimizer.guard import UNSCALED, Look, OptimizerGuard
+from hallo_numguard.integrations.optimizer.guard import Look, OptimizerGuard
 from hallo_numguard.integrations.optimizer.model import Named
 from hallo_numguard.integrations.optimizer.scaler import has_unscaled, scaling_of
 from hallo_numguard.integrations.seams import Seams

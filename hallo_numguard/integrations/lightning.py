@@ -18,7 +18,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from hallo_numguard.config import GuardConfig, OverflowCallback
 from hallo_numguard.errors import InvalidInput
 from hallo_numguard.integrations import Guard, engine_of
-from hallo_numguard.integrations.optimizer.guard import UNSCALED, OptimizerGuard
+from hallo_numguard.integrations.optimizer.guard import OptimizerGuard
 from hallo_numguard.integrations.optimizer.scaler import has_unscaled, scaling_of
 from hallo_numguard.integrations.seams import Seams
 from hallo_numguard.records import Finding, OverflowReport, StepRecord
@@ -75,7 +75,7 @@ class NumGuardCallback(Callback):
 
     # -- what the Trainer calls --------------------------------------------------------------------------------------
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """Attaches: the strategy has made its engine and the optimizers by now, and a checkpoint has been loaded."""
         self._take_off()
         if self._is_off:
@@ -95,7 +95,7 @@ class NumGuardCallback(Callback):
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         """Takes note of losses that `training_step` does not return."""
         if not pl_module.automatic_optimization:
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            scaler = _scaler_of(trainer)
             for guard in self._guards.values():
                 guard.saw_loss(loss if scaler is None else loss.detach() / scaler.get_scale())
 
@@ -107,7 +107,7 @@ class NumGuardCallback(Callback):
         guard = self._guards.get(optimizer)
         if guard is None:
             return
-        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        scaler = _scaler_of(trainer)
         if scaler is None:
             look = guard.look()
         else:
@@ -141,7 +141,7 @@ class NumGuardCallback(Callback):
             guard.done(applied=True)
         self._under_way.clear()
         if self._scale_to_keep is not None:
-            trainer.precision_plugin.scaler.update(self._scale_to_keep)
+            _scaler_of(trainer).update(self._scale_to_keep)
             self._scale_to_keep = None
 
     def _take_off(self) -> None:
@@ -202,6 +202,11 @@ class _TrainingSteps:
                 return self._original(**kwargs)
         finally:
             silence.restore()
+
+
+def _scaler_of(trainer: Trainer) -> Any:
+    """The GradScaler of automatic mixed precision, or None."""
+    return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def guard_trainer(trainer: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> NumGuardCallback:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from transformers import Trainer, TrainerCallback
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hallo_numguard.config import GuardConfig, OverflowCallback
 from hallo_numguard.errors import InvalidInput, NumericsError
@@ -78,7 +78,7 @@ class NumGuardCallback(TrainerCallback):
 
     # -- what the Trainer calls --------------------------------------------------------------------------------------
 
-    def on_train_begin(self, args: Any, state: Any, *_: Any, **__: Any) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Attaches: the Trainer has made its engine, or prepared its optimizer, by now."""
         if args.logging_nan_inf_filter and state.is_world_process_zero:
             _log.warning(_FILTER)
@@ -97,13 +97,13 @@ class NumGuardCallback(TrainerCallback):
         self._seams.wrap(trainer.optimizer, "step", self._unless_stopped)
         self._seams.wrap(trainer, "log", self._log_figures)
 
-    def on_step_end(self, _: Any, __: Any, control: Any, **___: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stops training where the guard has raised."""
         if self.stopped_by is not None:
             control.should_training_stop = True
             control.should_save = control.should_evaluate = False
 
-    on_epoch_end = on_step_end  # which comes once more, when training is stopped
+    on_epoch_end = on_step_end  # the Trainer calls it for the epoch that is broken off as well
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
         """Takes the guard off until training begins again."""

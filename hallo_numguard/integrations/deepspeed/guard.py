@@ -33,9 +33,9 @@ from hallo_numguard.integrations.deepspeed.engine import (
 )
 from hallo_numguard.integrations.deepspeed.monitor import monitor_sinks
 from hallo_numguard.integrations.deepspeed.replace import Replacement
-from hallo_numguard.integrations.seams import Seams
 from hallo_numguard.integrations.deepspeed.state import is_sliced, scan_state
 from hallo_numguard.integrations.deepspeed.version import version
+from hallo_numguard.integrations.seams import Seams
 from hallo_numguard.monitor import attribution
 from hallo_numguard.monitor.agreement import Ranks
 from hallo_numguard.monitor.session import Model, Scanned, Session

@@ -30,8 +30,8 @@ from typing import Any
 
 import torch
 
-from hallo_numguard.integrations.seams import Seams
 from hallo_numguard.integrations.deepspeed.version import kind_of
+from hallo_numguard.integrations.seams import Seams
 from hallo_numguard.monitor.agreement import Ranks
 from hallo_numguard.monitor.session import Scanned
 

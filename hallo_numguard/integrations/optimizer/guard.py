@@ -16,6 +16,7 @@ from hallo_numguard.integrations.optimizer.gradients import Gradients, Looked
 from hallo_numguard.integrations.optimizer.model import (
     Calls,
     Named,
+    Shown,
     distributed,
     inner,
     loss_in,
@@ -58,7 +59,7 @@ class OptimizerGuard:
         named: The model, or its named parameters.
         config: What to do.
         on_overflow: See `attach`.
-        calls: Shows the calls of the model; see `Calls`.
+        calls: Shows the calls of the model, made as `Calls` is.
 
     Attributes:
         session: Reports, history and findings.
@@ -71,12 +72,12 @@ class OptimizerGuard:
         named: Named,
         config: GuardConfig,
         on_overflow: OverflowCallback | None,
-        calls: Callable[..., Calls] = Calls,
+        calls: Callable[..., Shown] = Calls,
     ) -> None:
         parameters = named_parameters(named, optimizer)
         self._model = named if isinstance(named, nn.Module) else None
         self._gradients = Gradients(optimizer, parameters)
-        self._calls: Calls | None = None
+        self._calls: Shown | None = None
         if self._model is not None:
             refuse_flat_shards(self._model)
             self._calls = calls(self._model, self._saw_call, self._saw_output)

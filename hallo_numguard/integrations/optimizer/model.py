@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from hallo_numguard.errors import InvalidInput
 from hallo_numguard.integrations.optimizer.sharding import counts_here, is_sharded, local, place_of
 from hallo_numguard.monitor import attribution
 from hallo_numguard.monitor.attribution import NamedTensor
+from hallo_numguard.monitor.replay import Forward
 
 Named = nn.Module | Iterable[tuple[str, torch.Tensor]]
 
@@ -88,6 +89,17 @@ def _slice(tensor: torch.Tensor) -> Callable[[], tuple[torch.Tensor, int, int, i
         return held, *place_of(tensor)
 
     return slice_here
+
+
+class Shown(Protocol):
+    """Shows the calls of a model."""
+
+    @property
+    def again(self) -> Forward | None:
+        """Makes a call once more, without anybody seeing it; None if that must not be."""
+
+    def stop(self) -> None:
+        """Shows them no longer."""
 
 
 class Calls:
