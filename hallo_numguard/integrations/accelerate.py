@@ -16,6 +16,7 @@ import torch
 from hallo_numguard.config import GuardConfig, OverflowCallback
 from hallo_numguard.errors import InvalidInput
 from hallo_numguard.integrations import Guard, engine_of
+from hallo_numguard.integrations.optimizer import GuardedOptimizer
 from hallo_numguard.integrations.optimizer.guard import Look, OptimizerGuard
 from hallo_numguard.integrations.optimizer.model import Named
 from hallo_numguard.integrations.optimizer.scaler import has_unscaled, scaling_of
@@ -116,6 +117,8 @@ class _Steps:
         self._is_skipping = is_skipping
         self._accelerator = accelerator
         self._plain = _plain(optimizer)
+        if isinstance(self._plain, GuardedOptimizer):
+            raise InvalidInput("this Accelerator was given a GuardedOptimizer: its steps are guarded already")
         self.guard = OptimizerGuard(self._plain, _named(accelerator, self._plain), config, on_overflow)
         self._look: Look | None = None  # of this step, where something has asked for it before `step`
 
