@@ -165,6 +165,31 @@ def test_a_scaled_clean_run_has_the_same_bits(clip):
     support.assert_same_bits(*runs)
 
 
+def test_a_run_goes_back_to_its_last_healthy_checkpoint(tmp_path):
+    accelerator = accelerate.Accelerator(cpu=True)
+    torch.manual_seed(0)
+    model = nn.Linear(4, 1)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+    keeper = ng.CheckpointKeeper(tmp_path, healthy_after=1)
+    guard = ng.attach(accelerator, ng.GuardConfig(keeper=keeper, policy=ng.Policy(on_unrecoverable="rollback")))
+    kept = {}
+    for step in range(1, 7):
+        if step == 4:
+            with torch.no_grad():
+                model.weight[0, 1] = float("nan")
+        accelerator.backward(model(torch.ones(2, 4)).square().mean())
+        optimizer.step()
+        optimizer.zero_grad()
+        if step == 2:
+            kept = support.weights(model)
+            keeper.save(accelerator)
+        if step == 4:
+            support.assert_same_bits(support.weights(model), kept)
+    assert [record.applied for record in guard.history] == [True, True, True, False, True, True]
+    assert guard.last_report.verdict == ng.Verdict.WEIGHTS_NONFINITE
+    guard.detach()
+
+
 def test_what_cannot_be_guarded_is_told():
     accelerator = accelerate.Accelerator(cpu=True)
     with pytest.raises(ng.InvalidInput, match=r"after accelerator\.prepare"):

@@ -216,6 +216,25 @@ def test_attach_guards_every_fit_until_it_is_detached():
     assert guard.history == history
 
 
+def test_the_library_under_its_older_name():
+    older = pytest.importorskip("pytorch_lightning")
+
+    class Older(older.LightningModule):
+        training_step, configure_optimizers, train_dataloader = (
+            vars(Module)[name] for name in ("training_step", "configure_optimizers", "train_dataloader")
+        )
+
+        def __init__(self, faulty):
+            super().__init__()
+            self.net, self.faulty, self.kind = faulty.model, faulty, torch.optim.AdamW
+
+    faulty = support.Faulty("forward")
+    trainer = older.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False)
+    guard = ng.attach(trainer, None, faulty.reports.append)
+    trainer.fit(Older(faulty))
+    assert faulty.problems(guard, raised=False) == []
+
+
 def test_a_batch_that_is_run_again_logs_nothing_twice():
     faulty = support.Faulty("forward")
     logged = []

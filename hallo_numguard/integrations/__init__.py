@@ -26,6 +26,7 @@ _BUILT_IN = {
     ("accelerate", "Accelerator"): "accelerate:guard_accelerator",
     ("transformers", "Trainer"): "transformers:guard_trainer",
     ("lightning", "Trainer"): "lightning:guard_trainer",
+    ("pytorch_lightning", "Trainer"): "lightning:guard_trainer",
 }
 _CALLBACKS = {
     "NumGuardCallback": "transformers:NumGuardCallback",

@@ -119,7 +119,9 @@ class _Steps:
         self._plain = _plain(optimizer)
         if isinstance(self._plain, GuardedOptimizer):
             raise InvalidInput("this Accelerator was given a GuardedOptimizer: its steps are guarded already")
-        self.guard = OptimizerGuard(self._plain, _named(accelerator, self._plain), config, on_overflow)
+        self.guard = OptimizerGuard(
+            self._plain, _named(accelerator, self._plain), config, on_overflow, can_go_back=True
+        )
         self._look: Look | None = None  # of this step, where something has asked for it before `step`
 
     def before_backward(self, loss: torch.Tensor) -> None:
@@ -176,6 +178,7 @@ class _Steps:
                 self.optimizer._is_overflow = True
             else:
                 self._let_the_scaler_skip(original)
+        self.guard.session.go_back(self._accelerator)
 
     def _let_the_scaler_skip(self, original: Callable[..., Any]) -> None:
         scale = self._scaler.get_scale()

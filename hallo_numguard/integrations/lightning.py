@@ -13,7 +13,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+
+try:
+    from lightning.pytorch import Callback, LightningModule, Trainer
+except ImportError:  # its older name
+    from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]  # the same classes
 
 from hallo_numguard.config import GuardConfig, OverflowCallback
 from hallo_numguard.errors import InvalidInput

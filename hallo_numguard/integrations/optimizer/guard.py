@@ -60,6 +60,7 @@ class OptimizerGuard:
         config: What to do.
         on_overflow: See `attach`.
         calls: Shows the calls of the model, made as `Calls` is.
+        can_go_back: Whether whoever skips a step calls `session.go_back` after it.
 
     Attributes:
         session: Reports, history and findings.
@@ -73,6 +74,7 @@ class OptimizerGuard:
         config: GuardConfig,
         on_overflow: OverflowCallback | None,
         calls: Callable[..., Shown] = Calls,
+        can_go_back: bool = False,
     ) -> None:
         parameters = named_parameters(named, optimizer)
         self._model = named if isinstance(named, nn.Module) else None
@@ -84,7 +86,8 @@ class OptimizerGuard:
         if self._gradients.sharded:  # these are reduced before any hook would see them
             config = replace(config, local_gradients="never")
         self._ranks = self._find_ranks()
-        self.session = Session(self._described(parameters), self._ranks, config, on_overflow)
+        model = replace(self._described(parameters), can_go_back=can_go_back)
+        self.session = Session(model, self._ranks, config, on_overflow)
         self._loss_is_told = False
         self._steps = 0
         self._under_way = False
