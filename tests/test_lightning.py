@@ -289,6 +289,10 @@ faulty, callback, raised, _ = run("weight", True)
 assert raised
 report = callback.last_report
 assert (report.verdict, report.first.name) == ("weights_nonfinite", "net." + faulty.model.trainable), report
+faulty, callback, raised, _ = run("forward", True)
+report = callback.last_report
+assert not raised
+assert (report.verdict, report.first.name) == ("forward_nonfinite", "net." + faulty.model.module), report
 print("done")
 """
 

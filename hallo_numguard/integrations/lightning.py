@@ -7,9 +7,10 @@ optimizer without gradients changes nothing.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from hallo_numguard.integrations import Guard, engine_of
 from hallo_numguard.integrations.optimizer.guard import OptimizerGuard
 from hallo_numguard.integrations.optimizer.scaler import has_unscaled, scaling_of
 from hallo_numguard.integrations.seams import Seams
+from hallo_numguard.monitor.replay import Forward
 from hallo_numguard.records import Finding, OverflowReport, StepRecord
 
 
@@ -88,7 +90,8 @@ class NumGuardCallback(Callback):
         if engine is not None:
             from hallo_numguard.integrations.deepspeed.guard import DeepSpeedGuard
 
-            self._engine_guard = DeepSpeedGuard(engine, self._config, self._on_overflow)
+            again = _engine_again(trainer, pl_module, engine) if pl_module.automatic_optimization else None
+            self._engine_guard = DeepSpeedGuard(engine, self._config, self._on_overflow, again)
             return
         calls = functools.partial(_TrainingSteps, trainer, pl_module)
         self._guards = {
@@ -198,14 +201,34 @@ class _TrainingSteps:
         return output
 
     def _again(self, _: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        silence = Seams()
-        for name in ("log", "log_dict"):
-            silence.wrap(self._module, name, lambda *_, **__: None)
-        try:
-            with self._trainer.precision_plugin.train_step_context():
-                return self._original(**kwargs)
-        finally:
-            silence.restore()
+        with _silence(self._module), self._trainer.precision_plugin.train_step_context():
+            return self._original(**kwargs)
+
+
+def _engine_again(trainer: Any, module: LightningModule, engine: Any) -> Forward:
+    """Calls `training_step` once more as Lightning does: in place of the `forward` that the engine's module has."""
+    from hallo_numguard.integrations.deepspeed.engine import call_module
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return call_module(engine, args, kwargs)
+
+    def again(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        with _silence(module), trainer.precision_plugin.train_step_context():
+            return trainer.strategy._forward_redirection(call, module, "training_step", *args, **kwargs)
+
+    return again
+
+
+@contextlib.contextmanager
+def _silence(module: LightningModule) -> Iterator[None]:
+    """Lets a module log nothing."""
+    seams = Seams()
+    for name in ("log", "log_dict"):
+        seams.wrap(module, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        seams.restore()
 
 
 def _scaler_of(trainer: Trainer) -> Any:

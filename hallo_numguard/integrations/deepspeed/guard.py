@@ -14,6 +14,7 @@ alone: it is pickled into checkpoints.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -38,6 +39,7 @@ from hallo_numguard.integrations.deepspeed.version import version
 from hallo_numguard.integrations.seams import Seams
 from hallo_numguard.monitor import attribution
 from hallo_numguard.monitor.agreement import Ranks
+from hallo_numguard.monitor.replay import Forward
 from hallo_numguard.monitor.session import Model, Scanned, Session
 from hallo_numguard.records import Finding, OverflowReport, StepRecord
 
@@ -49,9 +51,17 @@ _guarded_engines: WeakSet[Any] = WeakSet()
 
 
 class DeepSpeedGuard:
-    """What `attach` returns; see there."""
+    """What `attach` returns; see there.
 
-    def __init__(self, engine: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> None:
+    Args:
+        engine: A `deepspeed.DeepSpeedEngine`.
+        config, on_overflow: See `attach`.
+        again: Calls the model once more with what the engine was called with, where `engine.module` does not.
+    """
+
+    def __init__(
+        self, engine: Any, config: GuardConfig, on_overflow: OverflowCallback | None, again: Forward | None = None
+    ) -> None:
         if engine in _guarded_engines:
             raise InvalidInput("this engine is guarded already; call detach() on its guard first")
         self._engine = engine
@@ -70,7 +80,7 @@ class DeepSpeedGuard:
             sliced_state=is_sliced(self._optimizer),
             device=torch.device(engine.device),
             module=engine.module,
-            forward=lambda args, kwargs: call_module(engine, args, kwargs),
+            forward=again or functools.partial(call_module, engine),
             settings=settings_of(engine),
             can_go_back=True,
         )
