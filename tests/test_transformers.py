@@ -7,6 +7,7 @@ import logging
 import math
 
 import adapter_support as support
+import deepspeed_support
 import pytest
 import torch
 import weights as minilm
@@ -220,3 +221,36 @@ def test_one_flipped_bit_of_a_real_file(tmp_path):
     report = callback.stopped_by.report
     assert (report.step, report.verdict) == (1, "weights_nonfinite")
     assert (report.first.name, report.first.index) == (f"body.{NAME}", (131, 77))
+
+
+RANKS = """
+import os
+import torch
+import adapter_support as support
+import deepspeed_support
+import test_transformers as harness
+import hallo_numguard as ng
+
+torch.set_num_threads(1)
+rank = int(os.environ["RANK"])
+faulty = support.Faulty("none", kind=support.WithLoss)
+trainer = harness.trainer_of(faulty, "OUT", max_steps=6, ddp_find_unused_parameters=False)
+ng.inject(trainer, "parameter", faulty.model.frozen, index=(4, 2), step=3, rank=1)
+guard = ng.attach(trainer)
+trainer.train()
+report = guard.stopped_by.report
+assert trainer.state.global_step == 3
+assert (report.verdict, report.first.name, report.first.index, report.first.rank) == (
+    "weights_nonfinite", faulty.model.frozen, (4, 2), 1
+), report
+logged = [row for row in trainer.state.log_history if "numguard/loss" in row]
+assert len(logged) == (3 if rank == 0 else 0), logged
+print("done")
+"""
+
+
+def test_two_ranks_stop_together(tmp_path):
+    for output in deepspeed_support.run_ranks(RANKS.replace("OUT", str(tmp_path / "out")), tmp_path):
+        assert "done" in output
+    written = sorted(path.name for path in (tmp_path / "out" / "numguard").iterdir())
+    assert written == ["overflow-step00000003-rank0.json", "overflow-step00000003-rank1.json"]
