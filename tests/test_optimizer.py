@@ -790,6 +790,93 @@ def test_what_is_compiled_is_guarded(where):
     assert report.first.name == "input"
 
 
+# -- fused optimizers on a device that works behind the host's back ---------------------------------------------------
+
+
+@pytest.fixture
+def waiting_costs(monkeypatch):
+    """The way that a GPU makes a fused step, on the CPU, whose kernels heed the same tensors."""
+    monkeypatch.setattr("hallo_numguard.integrations.optimizer.wrapper.waiting_costs", lambda _: True)
+
+
+@pytest.mark.parametrize("max_norm", [None, 0.05, 100.0])
+def test_steps_that_nobody_waits_for_are_torchs(waiting_costs, max_norm):
+    results = []
+    for guarded in (False, True):
+        model = small()
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+        if guarded:
+            optimizer = ng.GuardedOptimizer(optimizer, model, clip_norm=max_norm)
+        for step in range(5):
+            optimizer.zero_grad()
+            model(batch(step)).square().mean().backward()
+            if max_norm is not None and not guarded:
+                torch.nn.utils.clip_grad_norm_(model.parameters(), max_norm)
+            optimizer.step()
+        results.append(weights(model))
+    if max_norm == 0.05:
+        assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-6) for one, other in zip(*results, strict=True))
+    else:
+        assert same(*results)
+    optimizer.detach()
+    assert [record.applied for record in optimizer.history] == [True] * 5
+
+
+@pytest.mark.parametrize("fault", sorted(VERDICTS.keys() - {"forward", "backward"}))
+@pytest.mark.parametrize("name", MODELS)
+def test_a_bad_step_that_nobody_waits_for_is_named_a_step_later(waiting_costs, name, fault):
+    run = Run(name, "fp32", fault, fused=True)
+    expected, index = plant(run)
+    bad = first_bad_step(fault)
+    run.steps(bad - 1)
+    before = weights(run.model)
+    run.step(bad)
+    if run.is_finite():
+        assert same(before, weights(run.model))
+    assert run.reports == []
+    try:
+        run.step(bad + 1)
+    except ng.NumericsError:
+        run.raised = True
+    (report,) = run.reports
+    assert report.step == bad
+    assert report.verdict == VERDICTS[fault], str(report)
+    assert report.first.name == expected
+    if index is not None:
+        assert report.first.index == index
+    assert run.raised == (fault in ("weight", "frozen_weight", "buffer", "optimizer_state"))
+    run.optimizer.detach()
+    applied = [record.applied for record in run.optimizer.history]
+    assert applied == [True] * (bad - 1) + ([False] if run.raised else [False, True])
+
+
+def test_a_batch_is_run_again_a_step_later(waiting_costs):
+    model = nn.Sequential(nn.Linear(4, 8), Trap(), nn.Linear(8, 1))
+    optimizer = ng.GuardedOptimizer(torch.optim.AdamW(model.parameters(), fused=True), model)
+    verdicts = {}
+    for step in range(1, 6):
+        model[1].armed = step >= 4
+        optimizer.zero_grad()
+        scale = 1e38 if step == 2 else 1.0  # its square is not finite
+        optimizer.watch_loss(model(batch(step) * scale).square().mean()).backward()
+        optimizer.step()
+        if optimizer.last_report is not None:
+            report = optimizer.last_report
+            verdicts[report.step] = (report.verdict, report.first.name)
+    assert verdicts == {2: ("undetermined", "loss"), 4: ("backward_nonfinite", "1")}
+    optimizer.detach()
+    assert [record.applied for record in optimizer.history] == [True, False, True, False, False]
+
+
+def test_the_last_step_is_reported_when_the_guard_is_taken_off(waiting_costs, model):
+    optimizer = ng.GuardedOptimizer(torch.optim.AdamW(model.parameters(), fused=True), model)
+    model(batch() * float("nan")).sum().backward()
+    optimizer.step()
+    assert optimizer.last_report is None
+    optimizer.detach()
+    assert optimizer.last_report.verdict == "input_nonfinite"
+
+
 # -- what is kept, and failures of our own ----------------------------------------------------------------------------
 
 

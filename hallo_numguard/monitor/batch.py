@@ -164,6 +164,11 @@ class Batch:
             if room < 0:
                 call.forget_outputs()
 
+    def exchange(self, calls: Sequence[Call]) -> Sequence[Call]:
+        """Goes on with the calls of another step; returns those of this one."""
+        before, self._calls = self._calls, deque(calls, _MOST_CALLS)
+        return before
+
     def clear(self) -> None:
         """Lets go of them: the step is over."""
         self._calls.clear()

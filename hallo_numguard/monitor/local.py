@@ -28,8 +28,7 @@ class LocalGradients:
         self._parameters = parameters
         self._when = when
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._rows: list[torch.Tensor] = []
-        self._pieces: list[Piece] = []
+        self._seen: list[tuple[torch.Tensor, Piece]] = []
         self._calm = 0
         self.muted = False
         if when == "always":
@@ -42,13 +41,18 @@ class LocalGradients:
 
     def sums(self, device: torch.device) -> Sums:
         """What this rank's backward passes of the step made, a row a parameter."""
-        packed = torch.cat(self._rows) if self._rows else torch.empty((0, 8), dtype=torch.int64)
-        return by_parameter(packed.to(device), self._pieces, len(self._parameters))
+        rows = [row for row, _ in self._seen]
+        packed = torch.cat(rows) if rows else torch.empty((0, 8), dtype=torch.int64)
+        return by_parameter(packed.to(device), [piece for _, piece in self._seen], len(self._parameters))
+
+    def exchange(self, seen: list[tuple[torch.Tensor, Piece]]) -> list[tuple[torch.Tensor, Piece]]:
+        """Goes on with what was seen in another step; returns what was in this one."""
+        before, self._seen = self._seen, seen
+        return before
 
     def step_is_over(self, clean: bool) -> None:
         """Forgets the step, and looks in the next one, or no longer."""
-        self._rows.clear()
-        self._pieces.clear()
+        self._seen.clear()
         self._calm = self._calm + 1 if clean else 0
         if self._when != "on_alarm":
             return
@@ -74,7 +78,6 @@ class LocalGradients:
         def look(gradient: torch.Tensor) -> None:
             if self.muted:
                 return
-            self._rows.append(tensor_stats(gradient.detach()).packed)
-            self._pieces.append(Piece(position, 0))
+            self._seen.append((tensor_stats(gradient.detach()).packed, Piece(position, 0)))
 
         return look

@@ -29,7 +29,7 @@ from hallo_numguard.monitor.attribution import (
     bad_positions,
     only_negative_infinity,
 )
-from hallo_numguard.monitor.batch import Batch
+from hallo_numguard.monitor.batch import Batch, Call
 from hallo_numguard.monitor.bundle import Bundle, Bundles
 from hallo_numguard.monitor.evidence import Evidence, Scaling
 from hallo_numguard.monitor.layout import NONE, Piece, Sums, by_parameter
@@ -103,6 +103,22 @@ class Model:
     backward_again: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
     can_go_back: bool = False
+
+
+class Held(NamedTuple):
+    """What is known of a step while nobody has waited for whether it was clean.
+
+    Attributes:
+        step, scaling, scanned: See `Session.before_step`.
+        losses, calls, local: What was seen of it before.
+    """
+
+    step: int = 0
+    scaling: Scaling = Scaling(1.0, dynamic=False)
+    scanned: Scanned = Scanned(torch.empty((0, 8), dtype=torch.int64), ())
+    losses: Sequence[torch.Tensor] = ()
+    calls: Sequence[Call] = ()
+    local: Sequence[tuple[torch.Tensor, Piece]] = ()
 
 
 class _Local(NamedTuple):
@@ -244,6 +260,17 @@ class Session:
         loss = self._losses[-1] if self._losses else None
         self._recorder.begin(step, scaling.scale, scanned.packed, scanned.pieces, loss)
         self._watch.before_step(step, scaling.scale, scanned.packed, scanned.pieces)
+
+    def exchange(self, held: Held) -> Held:
+        """Turns to another step, which no `before_step` may be made in between for; returns what is known of this one.
+
+        So a step can be completed, or explained, when the next one's backward pass is over and its own result has
+        arrived without anybody waiting for it.
+        """
+        calls, local = self._batch.exchange(held.calls), self._local.exchange(list(held.local))
+        before = Held(self._step, self._scaling, self._scanned, self._losses, calls, local)
+        self._step, self._scaling, self._scanned, self._losses = *held[:3], list(held.losses)
+        return before
 
     def after_step(self, applied: bool) -> None:
         """Completes the step."""

@@ -27,7 +27,8 @@ from hallo_numguard.monitor import attribution
 from hallo_numguard.monitor.agreement import Ranks
 from hallo_numguard.monitor.attribution import NamedTensor
 from hallo_numguard.monitor.evidence import Scaling
-from hallo_numguard.monitor.session import Model, Session
+from hallo_numguard.monitor.session import Held, Model, Session
+from hallo_numguard.ops.device import Sent
 
 T = TypeVar("T")
 
@@ -91,6 +92,7 @@ class OptimizerGuard:
         self._loss_is_told = False
         self._steps = 0
         self._under_way = False
+        self._held: tuple[Sent, Held] | None = None
         self.active = True
         self.session.inspect_weights("the optimizer was guarded")
 
@@ -186,13 +188,26 @@ class OptimizerGuard:
             InvalidInput: If a gradient is sparse.
         """
         gradients = self._gradients.collect()
-        self._steps += 1
-        looked = self._guarded(lambda: self._read(gradients, scaling, are_scaled))
-        totals = _totals_without_us(gradients) if looked is None else looked.totals()
+        totals = self._totals(gradients, scaling, are_scaled)
         if self._gradients.sharded:
             totals = self._agree(totals)
         bad, squares = totals.tolist()
         return Look(gradients, bad > 0, math.sqrt(squares))
+
+    def look_without_waiting(self) -> torch.Tensor:
+        """Reads the gradients, which are not DTensors, and leaves it to the optimizer to apply them if they are finite.
+
+        When the step before is over, which is to be `settle`d first, and the optimizer has made its own: `hold`.
+
+        Returns:
+            float64 [2] on the device: how many of them are not finite, and the sum of the squares of all.
+        """
+        return self._totals(self._gradients.collect(), UNSCALED, are_scaled=True)
+
+    def _totals(self, gradients: list[torch.Tensor], scaling: Scaling, are_scaled: bool) -> torch.Tensor:
+        self._steps += 1
+        looked = self._guarded(lambda: self._read(gradients, scaling, are_scaled))
+        return _totals_without_us(gradients) if looked is None else looked.totals()
 
     def _read(self, gradients: list[torch.Tensor], scaling: Scaling, are_scaled: bool) -> Looked:
         looked = self._gradients.read(gradients)
@@ -225,6 +240,27 @@ class OptimizerGuard:
         self.done(applied=False)
         if error is not None:
             raise error
+
+    def hold(self, totals: torch.Tensor) -> None:
+        """Keeps the step for `settle`, with its batch, and goes on to the next. Nobody waits for `totals`."""
+        self._held = Sent(totals), self.session.exchange(Held())
+
+    def settle(self) -> None:
+        """Completes the step that is held, if any: like `skip` if it was bad. All ranks come here in the same step.
+
+        By now, a step later, the optimizer has not applied what is not finite, so the weights are what they were.
+        """
+        if self._held is None:
+            return
+        (totals, held), self._held = self._held, None
+        now = self.session.exchange(held)
+        try:
+            if totals.read()[0] > 0:
+                self.skip()
+            else:
+                self.done(applied=True)
+        finally:
+            self.session.exchange(now)
 
     def done(self, applied: bool) -> None:
         """The step that was looked at last is over."""

@@ -67,7 +67,9 @@ class GuardedOptimizer(torch.optim.Optimizer):
             is in FullyShardedDataParallel. By `step`: if a gradient is sparse.
 
     Cost: a scan of parameters, buffers and optimizer state now. A step: one pass over the gradients and, on a GPU, one
-    wait for its result; with `clip_norm`, one multiplication where the norm is larger, none with a fused optimizer.
+    wait for its result; with `clip_norm`, one multiplication where the norm is larger, none with a fused optimizer. On
+    a GPU a fused optimizer without a GradScaler is not waited for at all: it is told not to make a bad step, and the
+    report comes in the next `step` (or `detach`), for which the batch is kept as long.
     """
 
     state = _shared("state", "See torch.optim.Optimizer.")
@@ -130,6 +132,7 @@ class GuardedOptimizer(torch.optim.Optimizer):
         Reports and history stay readable.
         """
         if self._guard.active:
+            self._guard.settle()
             self._guard.take_off()
         return self._optimizer
 
@@ -166,7 +169,13 @@ class GuardedOptimizer(torch.optim.Optimizer):
             return self._optimizer.step() if closure is None else self._optimizer.step(closure)
         if closure is not None:
             return self._step_with(closure)
+        if self._divides and waiting_costs(self._device):
+            return self._step_without_waiting()
         return self._finish(self._guard.look())
+
+    @property
+    def _device(self) -> torch.device:
+        return self._optimizer.param_groups[0]["params"][0].device
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -221,15 +230,30 @@ class GuardedOptimizer(torch.optim.Optimizer):
             return scale
         return scale * max(1.0, (look.norm / scale + _EPSILON) / self._clip_norm)
 
-    def _step_fused(self, divisor: float) -> Any:
-        """Lets the kernel of a fused optimizer divide while it reads the gradients for its step."""
+    def _step_fused(self, divisor: float | torch.Tensor | None, found_inf: torch.Tensor | None = None) -> Any:
+        """Lets the kernel of a fused optimizer divide while it reads the gradients, and do nothing if they are bad."""
         optimizer: Any = self._optimizer
-        device = optimizer.param_groups[0]["params"][0].device
-        optimizer.grad_scale = torch.full((), divisor, dtype=torch.float32, device=device)
+        if divisor is not None:
+            optimizer.grad_scale = torch.as_tensor(divisor, dtype=torch.float32, device=self._device)
+        if found_inf is not None:
+            optimizer.found_inf = found_inf
         try:
             return optimizer.step()
         finally:
-            del optimizer.grad_scale
+            for name in ("grad_scale", "found_inf"):
+                vars(optimizer).pop(name, None)
+
+    def _step_without_waiting(self) -> Any:
+        """Leaves it to a fused optimizer to make the step or not; the guard asks for what became of it a step later."""
+        self._guard.settle()
+        totals = self._guard.look_without_waiting()
+        bad, squares = totals.unbind()
+        divisor = None
+        if self._clip_norm is not None:
+            divisor = ((squares.sqrt() + _EPSILON) / self._clip_norm).clamp(min=1.0).float()
+        result = self._step_fused(divisor, found_inf=(bad > 0).float())
+        self._guard.hold(totals)
+        return result
 
     def _step_with(self, closure: Closure) -> Any:
         """Looks after every evaluation of the closure. Those that are bad end the step."""
@@ -314,6 +338,11 @@ class GuardedOptimizer(torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"GuardedOptimizer({self._optimizer!r})"
+
+
+def waiting_costs(device: torch.device) -> bool:
+    """Whether whoever reads a result has to wait for what else the device has to do before."""
+    return device.type != "cpu"
 
 
 @torch.no_grad()
