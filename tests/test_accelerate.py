@@ -203,6 +203,10 @@ def test_what_cannot_be_guarded_is_told():
     with pytest.raises(ng.InvalidInput, match="takes no closure"):
         optimizer.step(lambda: None)
     guard.detach()
+    other = accelerate.Accelerator(cpu=True)
+    other.prepare(model, ng.GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model))
+    with pytest.raises(ng.InvalidInput, match="guarded already"):
+        ng.attach(other)
 
 
 RANKS = """

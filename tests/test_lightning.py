@@ -216,6 +216,44 @@ def test_attach_guards_every_fit_until_it_is_detached():
     assert guard.history == history
 
 
+def test_detached_in_the_middle_it_looks_no_more():
+    faulty = support.Faulty("forward")
+
+    class Detaches(pl.Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step == 2:
+                callback.detach()
+
+    callback = ng.integrations.LightningNumGuardCallback(None, faulty.reports.append)
+    fit(faulty, callback, Detaches())
+    assert len(callback.history) == 2
+    assert not any(torch.isfinite(item).all() for item in faulty.model.blocks.parameters())  # as without a guard
+
+
+def test_a_training_step_of_any_arguments():
+    faulty = support.Faulty("forward")
+
+    class Any(Module):
+        def training_step(self, *args):
+            return super().training_step(*args)
+
+    callback = ng.integrations.LightningNumGuardCallback(None, faulty.reports.append)
+    fit(faulty, callback, module=Any(faulty))
+    assert faulty.reports[0].verdict == ng.Verdict.FORWARD_NONFINITE
+
+
+def test_a_guarded_optimizer_is_not_guarded_twice():
+    faulty = support.Faulty("none")
+
+    class Guarded(Module):
+        def configure_optimizers(self):
+            return ng.GuardedOptimizer(super().configure_optimizers(), self)
+
+    with pytest.raises(ng.InvalidInput, match="guarded already"):
+        trainer_of(faulty, ng.integrations.LightningNumGuardCallback(), gradient_clip_val=None).fit(Guarded(faulty))
+    trainer_of(faulty, gradient_clip_val=None, max_steps=2).fit(Guarded(faulty))  # which alone is fine
+
+
 def test_the_library_under_its_older_name():
     older = pytest.importorskip("pytorch_lightning")
 

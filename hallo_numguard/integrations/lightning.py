@@ -23,6 +23,7 @@ except ImportError:  # its older name
 from hallo_numguard.config import GuardConfig, OverflowCallback
 from hallo_numguard.errors import InvalidInput
 from hallo_numguard.integrations import Guard, engine_of
+from hallo_numguard.integrations.optimizer import GuardedOptimizer
 from hallo_numguard.integrations.optimizer.guard import OptimizerGuard
 from hallo_numguard.integrations.optimizer.scaler import has_unscaled, scaling_of
 from hallo_numguard.integrations.seams import Seams
@@ -86,6 +87,7 @@ class NumGuardCallback(Callback):
         self._take_off()
         if self._is_off:
             return
+        self._engine_guard, self._guards, self._last_bad = None, {}, None
         engine = engine_of(trainer)
         if engine is not None:
             from hallo_numguard.integrations.deepspeed.guard import DeepSpeedGuard
@@ -93,6 +95,8 @@ class NumGuardCallback(Callback):
             again = _engine_again(trainer, pl_module, engine) if pl_module.automatic_optimization else None
             self._engine_guard = DeepSpeedGuard(engine, self._config, self._on_overflow, again)
             return
+        if any(isinstance(optimizer, GuardedOptimizer) for optimizer in trainer.optimizers):
+            raise InvalidInput("configure_optimizers has given a GuardedOptimizer: its steps are guarded already")
         calls = functools.partial(_TrainingSteps, trainer, pl_module)
         self._guards = {
             optimizer: OptimizerGuard(optimizer, trainer.model, self._config, self._on_overflow, calls)
@@ -112,7 +116,7 @@ class NumGuardCallback(Callback):
         """Looks at the gradients, and sees to it that they are not applied if they are bad."""
         self._steps_are_over(trainer)
         guard = self._guards.get(optimizer)
-        if guard is None:
+        if guard is None or not guard.active:
             return
         scaler = _scaler_of(trainer)
         if scaler is None:
@@ -165,7 +169,7 @@ class _TrainingSteps:
 
     Args:
         trainer, module: Whose.
-        saw_call: Takes the arguments, by name, before the call.
+        saw_call: Takes the arguments before the call, by name where they have one.
         saw_output: Takes what was returned.
 
     Attributes:
@@ -185,7 +189,8 @@ class _TrainingSteps:
         self._saw_call = saw_call
         self._saw_output = saw_output
         self._original = module.training_step
-        self._names = list(inspect.signature(self._original).parameters)
+        parameters = inspect.signature(self._original).parameters.values()
+        self._names = [item.name for item in parameters if item.kind is item.POSITIONAL_OR_KEYWORD]
         self._seams = Seams()
         self._seams.wrap(module, "training_step", self._step)
         self.again = self._again if module.automatic_optimization else None
@@ -195,14 +200,17 @@ class _TrainingSteps:
         self._seams.restore()
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._saw_call((), {**dict(zip(self._names, args, strict=False)), **kwargs})
+        if len(args) <= len(self._names):
+            self._saw_call((), {**dict(zip(self._names, args, strict=False)), **kwargs})
+        else:
+            self._saw_call(args, kwargs)
         output = original(*args, **kwargs)
         self._saw_output(output)
         return output
 
-    def _again(self, _: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _again(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         with _silence(self._module), self._trainer.precision_plugin.train_step_context():
-            return self._original(**kwargs)
+            return self._original(*args, **kwargs)
 
 
 def _engine_again(trainer: Any, module: LightningModule, engine: Any) -> Forward:
@@ -241,5 +249,5 @@ def guard_trainer(trainer: Any, config: GuardConfig, on_overflow: OverflowCallba
     if any(isinstance(callback, NumGuardCallback) for callback in trainer.callbacks):
         raise InvalidInput("this Trainer has a NumGuardCallback already")
     callback = NumGuardCallback(config, on_overflow)
-    trainer.callbacks.append(callback)
+    trainer.callbacks.insert(0, callback)  # behind those that write checkpoints nobody may stand
     return callback
