@@ -23,7 +23,8 @@ FAULTS = (
     "backward",
     "gradient",
 )
-INPUT = (2, 3, 1)
+INPUT = {"transformer": ("features", (2, 3, 1)), "unet": ("noisy", (2, 1, 6, 4))}
+BUFFER = {"transformer": (0, 1), "unet": (1,)}
 STATE = (3, 5)
 GRADIENT = (7, 2)
 
@@ -96,8 +97,8 @@ class Faulty:
             inject("optimizer_state", model.trainable, index=STATE)
             self.planted = (model.trainable, STATE)
         elif self.fault == "input":
-            inject("input", None, index=INPUT)
-            self.planted = ("features", INPUT)
+            self.planted = INPUT[self.name]
+            inject("input", None, index=self.planted[1])
         elif self.fault == "gradient":
             inject("gradient", model.trainable, index=GRADIENT)
             self.planted = (model.trainable, GRADIENT)
@@ -105,7 +106,7 @@ class Faulty:
             inject("activation", model.module, value=float("inf"))
             self.planted = (model.module, ())
         elif self.fault == "buffer":
-            self.planted = (model.buffer, (0, 1))
+            self.planted = (model.buffer, BUFFER[self.name])
         elif self.fault == "backward":
             self.planted = ("trap", ())
 
@@ -136,8 +137,8 @@ class Faulty:
 
     def _arm(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Arms the trap for the batch of one step, whoever runs it how often."""
-        tokens = args[0] if args else kwargs["tokens"]
-        model.trap.armed = torch.equal(tokens, self.batch(FAULTY_STEP)[0][0])
+        first = args[0] if args else kwargs["tokens"]
+        model.trap.armed = torch.equal(first, self.batch(FAULTY_STEP)[0][0])
 
 
 @dataclass

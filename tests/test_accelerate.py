@@ -45,9 +45,10 @@ def train(faulty, guarded=True, accumulate=1, precision="no", scaler=None, clip=
     return guard, raised, scheduler.get_last_lr()[0]
 
 
+@pytest.mark.parametrize("name", ["transformer", "unet"])
 @pytest.mark.parametrize("fault", support.FAULTS)
-def test_the_campaign(fault):
-    faulty = support.Faulty(fault)
+def test_the_campaign(fault, name):
+    faulty = support.Faulty(fault, name)
     guard, raised, rate = train(faulty)
     assert faulty.problems(guard, raised) == []
     applied = sum(record.applied for record in guard.history)

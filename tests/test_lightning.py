@@ -73,18 +73,24 @@ class Faulty(support.Faulty):
     def plant(self, optimizer, prefix=""):
         super().plant(optimizer, prefix)
         if self.fault == "input":
-            self.planted = ("batch[0][1]", support.INPUT)
+            self.planted = (f"batch[0][{self.position}]", support.INPUT[self.name][1])
+
+    @property
+    def position(self):
+        """Of the damaged tensor, among the arguments of the model."""
+        return 1 if self.name == "transformer" else 0
 
     def batch(self, step):
         arguments, target = super().batch(step)
         if self.fault == "input" and step == 3:
-            arguments[1][support.INPUT] = float("nan")
+            arguments[self.position][support.INPUT[self.name][1]] = float("nan")
         return arguments, target
 
 
+@pytest.mark.parametrize("name", ["transformer", "unet"])
 @pytest.mark.parametrize("fault", support.FAULTS)
-def test_the_campaign(fault):
-    faulty = Faulty(fault)
+def test_the_campaign(fault, name):
+    faulty = Faulty(fault, name)
     callback = ng.integrations.LightningNumGuardCallback(faulty.config, faulty.reports.append)
     raised = fit(faulty, callback)
     assert faulty.problems(callback, raised) == []
@@ -360,12 +366,13 @@ import hallo_numguard as ng
 
 rank, sharded = int(__import__("os").environ["RANK"]), "SHARDED" == "fsdp2"
 torch.set_num_threads(1)
+INPUT = support.INPUT["transformer"][1]
 
 class Faulty(support.Faulty):
     def batch(self, step):
         arguments, target = super().batch(step + 100 * rank)
         if self.fault == "input" and step == 3 and rank == 1:
-            arguments[1][support.INPUT] = float("nan")
+            arguments[1][INPUT] = float("nan")
         return arguments, target
 
 class Module(harness.Module):
@@ -398,7 +405,7 @@ assert [record.applied for record in callback.history] == [True, True, False, Tr
 report = faulty.reports[0]
 first = report.first
 assert report.verdict == "input_nonfinite", report
-assert (first.name, first.index, first.rank) == ("batch[0][1]", support.INPUT, 1), report
+assert (first.name, first.index, first.rank) == ("batch[0][1]", INPUT, 1), report
 print("done")
 """
 
