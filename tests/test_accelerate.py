@@ -117,6 +117,8 @@ def test_several_optimizers_are_guarded_each():
     assert [record.applied for record in guard.history] == [True, True, True, True, False, True]
     assert guard.last_report.step == 2
     guard.detach()
+    assert not {"backward", "clip_grad_norm_", "clip_grad_value_"} & vars(accelerator).keys()
+    assert not any("step" in vars(optimizer) for optimizer in prepared[2:])
     guard = ng.attach(accelerator)
     with pytest.raises(ng.InvalidInput, match="guarded already"):
         ng.attach(accelerator)

@@ -73,7 +73,8 @@ def attach(target: Any, config: GuardConfig | None = None, on_overflow: Overflow
             return an action ("continue", "warn", "skip", "rollback", "raise") in place of the policy's, or None.
 
     Returns:
-        The guard: `last_report`, `history`, `findings`, `detach()`.
+        The guard: `last_report`, `history`, `findings`, `detach()`. Where the policy says raise, `NumericsError` comes
+        out of the step; of a `transformers.Trainer` it stops the training, and `stopped_by` of the guard is that error.
 
     Raises:
         InvalidInput: If `target` is nothing of the kind, was not prepared, or is guarded already.

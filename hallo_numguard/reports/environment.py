@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-_DISTRIBUTIONS = ("hallo-numguard", "torch", "deepspeed", "accelerate", "transformers", "wandb")
+_DISTRIBUTIONS = ("hallo-numguard", "torch", "deepspeed", "accelerate", "transformers", "lightning", "wandb")
 _HIDES_NAN = {
     "transformers.trainer": (
         "transformers.Trainer writes the mean of earlier losses into its log where a loss is NaN or infinite, unless "
