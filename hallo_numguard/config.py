@@ -114,7 +114,7 @@ class GuardConfig:
             step is over; "csv:<path>"; "name:text" of what another package offers as an entry point
             `hallo_numguard.sinks`; or a `Sink` of your own. No run is ever started. Costs no synchronisation.
         keeper: A `CheckpointKeeper`, which is told of clean and bad steps, and goes back where the policy says so. The
-            script calls its `save`.
+            script calls its `save`; a `GuardedOptimizer` goes back with what that was last given.
     """
 
     mode: str = "replace"

@@ -350,3 +350,18 @@ def test_the_trace_is_measured_against_its_peers(tmp_path):
     assert rows.keys() == {"plain", "trace", "DebugUnderflowOverflow", "isfinite hook"}
     assert rows["plain"]["ratio"] is None
     assert all(row["milliseconds"] > 0 for row in rows.values())
+
+
+@needs_native
+def test_steps_of_a_plain_optimizer(tmp_path):
+    found = tmp_path / "found.json"
+    cases = ("fp32-25M-200-foreach", "bf16-25M-1-fused")
+    options = [option for case in cases for option in ("--case", case)]
+    done = run_python("optimizer_step.py", "--quick", *options, "--json", str(found))
+    assert done.returncode == 0, done.stderr
+    results = json.loads(found.read_text())["results"]
+    assert [result["case"] for result in results] == list(cases)
+    for result in results:
+        assert result["ratios"].keys() == {"step", "torch", "guard", "guard, clips", "guard, within"}
+        assert result["ratios"]["torch"] == 1.0
+        assert all(ratio > 0 for ratio in result["ratios"].values())

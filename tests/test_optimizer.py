@@ -951,3 +951,46 @@ def test_a_forward_pass_that_no_step_follows_is_not_held(model, optimizer):
     optimizer.detach()
     model(batch())
     assert not optimizer._guard.session._batch.calls
+
+
+# -- going back -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["plain", "scaled", "fused on a GPU"])
+@pytest.mark.parametrize(("kind", "where", "lost"), [("parameter", "2.weight", 7), ("optimizer_state", "0.bias", 8)])
+def test_a_damaged_run_goes_back_and_trains_on(tmp_path, monkeypatch, way, kind, where, lost):
+    late = way == "fused on a GPU"
+    monkeypatch.setattr("hallo_numguard.integrations.optimizer.wrapper.waiting_costs", lambda _: late)
+    model = small()
+    keeper = ng.CheckpointKeeper(tmp_path, healthy_after=2)
+    config = ng.GuardConfig(keeper=keeper, policy=ng.Policy(on_unrecoverable="rollback"))
+    optimizer = ng.GuardedOptimizer(torch.optim.AdamW(model.parameters(), fused=late), model, config)
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0, enabled=way == "scaled")
+    ng.inject(optimizer, kind, where, step=7)
+    saved = None
+    for step in range(1, 13):
+        optimizer.zero_grad()
+        scaler.scale(optimizer.watch_loss(model(batch(step)).square().mean())).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if step == 3:
+            keeper.save({"optimizer": optimizer, "model": model})
+            saved = weights(model)
+        if step == lost + late:
+            assert same(saved, weights(model))
+    assert optimizer.last_report.verdict in ("weights_nonfinite", "optimizer_state_nonfinite")
+    assert optimizer.findings == []
+    assert scaler.get_scale() == (64.0 if way == "scaled" else 1.0)
+    optimizer.detach()
+    steps = [step for step in range(1, 13) if not (late and step == lost + 1)]  # of no use after it went back
+    assert [record.applied for record in optimizer.history] == [step != lost for step in steps]
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+
+
+def test_without_a_checkpoint_it_raises(tmp_path, model):
+    config = ng.GuardConfig(keeper=ng.CheckpointKeeper(tmp_path), policy=ng.Policy(on_unrecoverable="rollback"))
+    optimizer = ng.GuardedOptimizer(torch.optim.AdamW(model.parameters()), model, config)
+    with torch.no_grad():
+        model[2].weight[0, 3] = float("nan")
+    with pytest.raises(ng.NumericsError):
+        train_step(model, optimizer)

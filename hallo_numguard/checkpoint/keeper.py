@@ -41,6 +41,9 @@ class CheckpointKeeper:
         keep: Number of the newest that are kept.
         healthy_after: Clean steps in a row until a checkpoint is looked at.
 
+    Attributes:
+        run: What `save` was last given, for a guard that goes back to it; None before.
+
     Raises:
         InvalidInput: If a number is not positive.
     """
@@ -54,6 +57,7 @@ class CheckpointKeeper:
         self._healthy_after = healthy_after
         self._waiting: dict[Checkpoint, int] = {}  # clean steps since each, the oldest first
         self._last: StepRecord | None = None
+        self.run: Any = None
 
     # -- saving ------------------------------------------------------------------------------------------------------
 
@@ -96,6 +100,7 @@ class CheckpointKeeper:
                 shutil.rmtree(begun.path, ignore_errors=True)
             raise
         self._waiting[saved] = 0
+        self.run = run
         if _rank() == 0:
             self._rotate()
         return saved

@@ -89,7 +89,8 @@ class Model:
         forward: Calls it once more, as the framework does; None if that cannot be.
         backward_again: Whether gradients with respect to its parameters can then be asked for by name.
         settings: The framework's configuration, to be kept with what was found.
-        can_go_back: Whether whoever carries out what the session says calls `go_back` when a step is over.
+        can_go_back: Tells whether whoever carries out what the session says can call `go_back` when a step is over; the
+            same on every rank.
     """
 
     parameters: list[NamedTensor]
@@ -102,7 +103,7 @@ class Model:
     forward: Forward | None = None
     backward_again: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
-    can_go_back: bool = False
+    can_go_back: Callable[[], bool] = lambda: False
 
 
 class Held(NamedTuple):
@@ -354,7 +355,7 @@ class Session:
 
     @property
     def _can_go_back(self) -> bool:
-        is_able = self._model.can_go_back and self._config.keeper is not None
+        is_able = self._config.keeper is not None and self._model.can_go_back()
         return is_able and self._rollbacks < self._config.policy.max_rollbacks
 
     @property

@@ -82,7 +82,7 @@ class DeepSpeedGuard:
             module=engine.module,
             forward=again or functools.partial(call_module, engine),
             settings=settings_of(engine),
-            can_go_back=True,
+            can_go_back=lambda: True,
         )
         self._session = Session(model, self._ranks, config, on_overflow, monitor_sinks(engine))
         self._config = config

@@ -61,11 +61,11 @@ class OptimizerGuard:
         config: What to do.
         on_overflow: See `attach`.
         calls: Shows the calls of the model, made as `Calls` is.
-        can_go_back: Whether whoever skips a step calls `session.go_back` after it.
 
     Attributes:
         session: Reports, history and findings.
         active: Whether it guards still.
+        went_back: Whether the last step that was skipped was undone with those since a checkpoint.
     """
 
     def __init__(
@@ -75,7 +75,6 @@ class OptimizerGuard:
         config: GuardConfig,
         on_overflow: OverflowCallback | None,
         calls: Callable[..., Shown] = Calls,
-        can_go_back: bool = False,
     ) -> None:
         parameters = named_parameters(named, optimizer)
         self._model = named if isinstance(named, nn.Module) else None
@@ -86,13 +85,14 @@ class OptimizerGuard:
             self._calls = calls(self._model, self._saw_call, self._saw_output)
         if self._gradients.sharded:  # these are reduced before any hook would see them
             config = replace(config, local_gradients="never")
+        self._keeper = config.keeper
         self._ranks = self._find_ranks()
-        model = replace(self._described(parameters), can_go_back=can_go_back)
-        self.session = Session(model, self._ranks, config, on_overflow)
+        self.session = Session(self._described(parameters), self._ranks, config, on_overflow)
         self._loss_is_told = False
         self._steps = 0
         self._under_way = False
         self._held: tuple[Sent, Held] | None = None
+        self.went_back = False
         self.active = True
         self.session.inspect_weights("the optimizer was guarded")
 
@@ -115,6 +115,7 @@ class OptimizerGuard:
             module=module,
             forward=None if self._calls is None else self._calls.again,
             backward_again=not sharded,
+            can_go_back=self._can_go_back,
         )
 
     def trained(self) -> list[tuple[str, torch.Tensor]]:
@@ -124,6 +125,10 @@ class OptimizerGuard:
     def knows_all(self) -> bool:
         """Returns whether all that the optimizer trains has a name."""
         return self._gradients.know_all()
+
+    def _can_go_back(self) -> bool:
+        """Whether the script has saved its run; rank 0 alone writes what has state dicts, of slices too few."""
+        return self._keeper.run is not None and not self._gradients.sharded
 
     def take_off(self) -> None:
         """Guards no longer. Reports and history stay readable."""
@@ -228,11 +233,14 @@ class OptimizerGuard:
         return summed[:2]
 
     def skip(self) -> None:
-        """Finds out why the gradients are bad. The optimizer must not make its step; all ranks come here.
+        """Finds out why the gradients are bad, and goes back to a checkpoint if that is to be done.
+
+        The optimizer must not make its step. All ranks come here.
 
         Raises:
             NumericsError: If that is what the policy says. Whatever `on_overflow` raises.
         """
+        self.went_back = False
         if not self.active:
             return
         error = self.session.overflow()
@@ -240,6 +248,18 @@ class OptimizerGuard:
         self.done(applied=False)
         if error is not None:
             raise error
+        if self.session.goes_back:
+            self._go_back()
+
+    def _go_back(self) -> None:
+        """Loads what the script has saved, in whatever order; it is looked at when all of it is there."""
+        self.active = False
+        try:
+            self.session.go_back(self._keeper.run)
+        finally:
+            self.active = True
+        self.went_back = True
+        self._guarded(lambda: self.session.inspect_weights("loaded from a checkpoint"))
 
     def hold(self, totals: torch.Tensor) -> None:
         """Keeps the step for `settle`, with its batch, and goes on to the next. Nobody waits for `totals`."""
@@ -248,8 +268,10 @@ class OptimizerGuard:
     def settle(self) -> None:
         """Completes the step that is held, if any: like `skip` if it was bad. All ranks come here in the same step.
 
-        By now, a step later, the optimizer has not applied what is not finite, so the weights are what they were.
+        By now, a step later, the optimizer has not applied what is not finite, so the weights are what they were. If
+        the run went back to a checkpoint, the present gradients are of no use any more.
         """
+        self.went_back = False
         if self._held is None:
             return
         (totals, held), self._held = self._held, None
@@ -260,7 +282,7 @@ class OptimizerGuard:
             else:
                 self.done(applied=True)
         finally:
-            self.session.exchange(now)
+            self.session.exchange(Held() if self.went_back else now)
 
     def done(self, applied: bool) -> None:
         """The step that was looked at last is over."""

@@ -198,7 +198,7 @@ class GuardedOptimizer(torch.optim.Optimizer):
         try:
             return self._finish(look, 1.0 if has_unscaled else scale)
         finally:
-            if look.bad and self._guard.session.keeps_scale:
+            if look.bad and (self._guard.went_back or self._guard.session.keeps_scale):
                 scalers.tell(scaler, self, bad=False)
 
     def _finish(self, look: Look, scale: float = 1.0) -> Any:
@@ -246,6 +246,8 @@ class GuardedOptimizer(torch.optim.Optimizer):
     def _step_without_waiting(self) -> Any:
         """Leaves it to a fused optimizer to make the step or not; the guard asks for what became of it a step later."""
         self._guard.settle()
+        if self._guard.went_back:
+            return None
         totals = self._guard.look_without_waiting()
         bad, squares = totals.unbind()
         divisor = None
