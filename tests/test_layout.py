@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import hallo_numguard as ng
+from hallo_numguard.monitor.layout import Piece, by_parameter
 
 
 def test_a_layout_describes_itself() -> None:
@@ -48,3 +49,13 @@ def test_padding_fits_and_more_does_not(end: int) -> None:
     layout.check_fits(end + 1)
     with pytest.raises(ng.InvalidInput, match=f"end at {end}.*only {end - 1} elements"):
         layout.check_fits(end - 1)
+
+
+def test_a_block_of_columns_has_the_whole_matrixs_index() -> None:
+    """Columns 4 to 7 of a 3 x 8 matrix, which this rank holds as 3 x 4."""
+    block = torch.zeros(3, 4)
+    block[2, 1] = block[2, 3] = float("nan")
+    packed = ng.tensor_stats(block).packed
+    for piece, index in ((Piece(0, 4, 4, 8), 2 * 8 + 5), (Piece(0, 5), 5 + 9)):
+        sums = by_parameter(packed, [piece], 1)
+        assert (sums.first.item(), sums.counts.tolist()) == (index, [[2, 0, 0]])

@@ -222,6 +222,24 @@ def test_attach_guards_every_fit_until_it_is_detached():
     assert guard.history == history
 
 
+@pytest.mark.parametrize("plugins", [[], [scaled()]], ids=["plain", "scaled"])
+def test_a_run_goes_back_to_its_last_healthy_checkpoint(plugins, tmp_path):
+    faulty = support.Faulty("weight")
+    keeper = ng.CheckpointKeeper(tmp_path, healthy_after=1)
+
+    class Saves(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if trainer.global_step == 1:
+                keeper.save({"module": module, "optimizer": trainer.optimizers[0]})
+
+    config = ng.GuardConfig(keeper=keeper, policy=ng.Policy(on_unrecoverable="rollback"))
+    callback = ng.integrations.LightningNumGuardCallback(config)
+    assert not fit(faulty, callback, Saves(), plugins=plugins)
+    assert [record.applied for record in callback.history] == [True, True, False, True, True, True]
+    assert all(torch.isfinite(item).all() for item in faulty.model.parameters())
+    assert len({record.loss_scale for record in callback.history}) == 1
+
+
 def test_detached_in_the_middle_it_looks_no_more():
     faulty = support.Faulty("forward")
 

@@ -119,9 +119,7 @@ class _Steps:
         self._plain = _plain(optimizer)
         if isinstance(self._plain, GuardedOptimizer):
             raise InvalidInput("this Accelerator was given a GuardedOptimizer: its steps are guarded already")
-        self.guard = OptimizerGuard(
-            self._plain, _named(accelerator, self._plain), config, on_overflow, caller_goes_back=True
-        )
+        self.guard = OptimizerGuard(self._plain, _named(accelerator, self._plain), config, on_overflow)
         self._look: Look | None = None  # of this step, where something has asked for it before `step`
 
     def before_backward(self, loss: torch.Tensor) -> None:
@@ -178,12 +176,11 @@ class _Steps:
                 self.optimizer._is_overflow = True
             else:
                 self._let_the_scaler_skip(original)
-        self.guard.session.go_back(self._accelerator)
 
     def _let_the_scaler_skip(self, original: Callable[..., Any]) -> None:
         scale = self._scaler.get_scale()
         original()
-        if self.guard.session.keeps_scale:
+        if self.guard.went_back or self.guard.session.keeps_scale:
             self._scaler.update(scale)
 
 

@@ -132,7 +132,7 @@ class NumGuardCallback(Callback):
         finally:
             if scaler is None:
                 optimizer.zero_grad(set_to_none=True)
-            elif guard.session.keeps_scale:
+            elif guard.went_back or guard.session.keeps_scale:
                 self._scale_to_keep = scaler.get_scale()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:

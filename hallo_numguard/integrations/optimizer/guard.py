@@ -62,7 +62,6 @@ class OptimizerGuard:
         config: What to do.
         on_overflow: See `attach`.
         calls: Shows the calls of the model, made as `Calls` is.
-        caller_goes_back: Whether whoever skips a step calls `session.go_back` after it, so that `skip` does not.
 
     Attributes:
         session: Reports, history and findings.
@@ -77,7 +76,6 @@ class OptimizerGuard:
         config: GuardConfig,
         on_overflow: OverflowCallback | None,
         calls: Callable[..., Shown] = Calls,
-        caller_goes_back: bool = False,
     ) -> None:
         parameters = named_parameters(named, optimizer)
         self._model = named if isinstance(named, nn.Module) else None
@@ -90,7 +88,6 @@ class OptimizerGuard:
             config = replace(config, local_gradients="never")
         self._keeper = config.keeper
         self._ranks = self._find_ranks()
-        self._caller_goes_back = caller_goes_back
         self.session = Session(self._described(parameters), self._ranks, config, on_overflow)
         self._loss_is_told = False
         self._steps = 0
@@ -132,7 +129,7 @@ class OptimizerGuard:
 
     def _can_go_back(self) -> bool:
         """Whether the script has saved its run; rank 0 alone writes what has state dicts, of slices too few."""
-        return self._caller_goes_back or (self._keeper.run is not None and not self._gradients.sharded)
+        return self._keeper.run is not None and not self._gradients.sharded
 
     def take_off(self) -> None:
         """Guards no longer. Reports and history stay readable."""
@@ -252,7 +249,7 @@ class OptimizerGuard:
         self.done(applied=False)
         if error is not None:
             raise error
-        if self.session.goes_back and not self._caller_goes_back:
+        if self.session.goes_back:
             self._go_back()
 
     def _go_back(self) -> None:
