@@ -23,6 +23,7 @@ from hallo_numguard.integrations.optimizer.model import (
     named_parameters,
     refuse_flat_shards,
 )
+from hallo_numguard.integrations.optimizer.scaler import scaling_of
 from hallo_numguard.monitor import attribution
 from hallo_numguard.monitor.agreement import Ranks
 from hallo_numguard.monitor.attribution import NamedTensor
@@ -43,11 +44,13 @@ class Look(NamedTuple):
         gradients: What this rank holds of them.
         bad: Whether any is not finite, on any rank.
         norm: Of all together, as they are; of no meaning if one is not finite.
+        scale: The loss scale that was given; 1 if none was.
     """
 
     gradients: list[torch.Tensor]
     bad: bool
     norm: float
+    scale: float
 
 
 class OptimizerGuard:
@@ -87,6 +90,7 @@ class OptimizerGuard:
         if self._gradients.sharded:  # these are reduced before any hook would see them
             config = replace(config, local_gradients="never")
         self._keeper = config.keeper
+        self._device = parameters[0].tensor.device
         self._ranks = self._find_ranks()
         self.session = Session(self._described(parameters), self._ranks, config, on_overflow)
         self._loss_is_told = False
@@ -112,7 +116,7 @@ class OptimizerGuard:
             sliced_gradients=sharded,
             scan_state=self._gradients.scan_state,
             sliced_state=sharded,
-            device=parameters[0].tensor.device,
+            device=self._device,
             module=module,
             forward=None if self._calls is None else self._calls.again,
             backward_again=not sharded,
@@ -183,22 +187,26 @@ class OptimizerGuard:
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
-    def look(self, scaling: Scaling = UNSCALED, are_scaled: bool = True) -> Look:
+    def look(self, scale: torch.Tensor | None = None, are_scaled: bool = True) -> Look:
         """Reads the gradients and waits for the result: the one synchronisation of a step.
 
         Args:
-            scaling: Of the loss.
+            scale: The loss scale of a GradScaler, on any device; it is read with the rest. None if there is none.
             are_scaled: Whether the gradients are still scaled like the loss.
 
         Raises:
             InvalidInput: If a gradient is sparse.
         """
         gradients = self._gradients.collect()
-        totals = self._totals(gradients, scaling, are_scaled)
+        looked = self._guarded(lambda: self._gradients.read(gradients))
+        totals = self._totals(gradients, looked)
         if self._gradients.sharded:
             totals = self._agree(totals)
-        bad, squares = totals.tolist()
-        return Look(gradients, bad > 0, math.sqrt(squares))
+        if scale is not None:
+            totals = torch.cat([totals, scale.to(totals).reshape(1)])
+        bad, squares, *scales = totals.tolist()
+        self._begin(looked, scaling_of(scales[0]) if scales else UNSCALED, are_scaled)
+        return Look(gradients, bad > 0, math.sqrt(squares), scales[0] if scales else 1.0)
 
     def look_without_waiting(self) -> torch.Tensor:
         """Reads the gradients, which are not DTensors, and leaves it to the optimizer to apply them if they are finite.
@@ -208,21 +216,24 @@ class OptimizerGuard:
         Returns:
             float64 [2] on the device: how many of them are not finite, and the sum of the squares of all.
         """
-        return self._totals(self._gradients.collect(), UNSCALED, are_scaled=True)
+        gradients = self._gradients.collect()
+        looked = self._guarded(lambda: self._gradients.read(gradients))
+        self._begin(looked, UNSCALED)
+        return self._totals(gradients, looked)
 
-    def _totals(self, gradients: list[torch.Tensor], scaling: Scaling, are_scaled: bool) -> torch.Tensor:
+    def _totals(self, gradients: list[torch.Tensor], looked: Looked | None) -> torch.Tensor:
+        totals = _totals_without_us(gradients) if looked is None else looked.totals()
+        return totals.to(self._device)  # a rank that holds nothing has them on the CPU
+
+    def _begin(self, looked: Looked | None, scaling: Scaling, are_scaled: bool = True) -> None:
         self._steps += 1
-        looked = self._guarded(lambda: self._read(gradients, scaling, are_scaled))
-        return _totals_without_us(gradients) if looked is None else looked.totals()
-
-    def _read(self, gradients: list[torch.Tensor], scaling: Scaling, are_scaled: bool) -> Looked:
-        looked = self._gradients.read(gradients)
+        if looked is None:
+            return
         scanned = looked.scanned
         if not are_scaled:
             scanned = replace(scanned, packed=_scaled(scanned.packed, scaling.scale))
-        self.session.before_step(self._steps, scaling, scanned)
         self._under_way = True
-        return looked
+        self._guarded(lambda: self.session.before_step(self._steps, scaling, scanned))
 
     def _agree(self, totals: torch.Tensor) -> torch.Tensor:
         """Adds up what the ranks hold; if the guard of one has failed, all take theirs off. Every rank is here."""
@@ -317,5 +328,7 @@ def _scaled(packed: torch.Tensor, scale: float) -> torch.Tensor:
 
 def _totals_without_us(gradients: list[torch.Tensor]) -> torch.Tensor:
     """What `Looked.totals` gives, by torch alone."""
+    if not gradients:
+        return torch.zeros(2, dtype=torch.float64)
     norms = torch.stack([torch.linalg.vector_norm(gradient.double()) for gradient in gradients])
     return torch.stack([(~norms.isfinite()).sum(dtype=torch.float64), norms.square().sum()])

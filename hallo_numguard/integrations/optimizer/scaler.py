@@ -17,6 +17,12 @@ from hallo_numguard.monitor.evidence import Scaling
 _SMALLEST = 2.0**-149  # what a scale has collapsed from when it is 0
 
 
+def scale_of(scaler: Any) -> torch.Tensor:
+    """Returns the loss scale, a number on the device. Does not wait for it."""
+    scale: torch.Tensor = scaler._get_scale_async()
+    return scale
+
+
 def scaling_of(scale: float) -> Scaling:
     """Returns what there is to be known. A GradScaler has no minimum, but below 1 nothing is gained any more."""
     return Scaling(
@@ -31,6 +37,6 @@ def has_unscaled(scaler: Any, optimizer: torch.optim.Optimizer) -> bool:
 
 def tell(scaler: Any, optimizer: torch.optim.Optimizer, bad: bool) -> None:
     """Lets `scaler.update()` know whether the scale is to be lowered."""
-    scale = scaler._get_scale_async()
+    scale = scale_of(scaler)
     found_inf = torch.full((), float(bad), dtype=torch.float32, device=scale.device)
     scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {scale.device: found_inf}

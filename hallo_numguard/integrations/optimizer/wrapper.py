@@ -100,6 +100,7 @@ class GuardedOptimizer(torch.optim.Optimizer):
             model_or_named_parameters = list(model_or_named_parameters)
         self._named = model_or_named_parameters
         self.scaler: Any = None
+        # That it hands itself over is what saves its pass over the gradients; without, it leaves attributes.
         warnings.filterwarnings("ignore", "GradScaler is going to stop passing itself", FutureWarning)
         self._guard = OptimizerGuard(optimizer, self._named, self._config, on_overflow)
 
@@ -190,13 +191,12 @@ class GuardedOptimizer(torch.optim.Optimizer):
                 "the loss scale cannot be told, because something has replaced the step of this optimizer: set its "
                 "attribute scaler to the GradScaler"
             )
-        scale = scaler.get_scale()
         has_unscaled = scalers.has_unscaled(scaler, self)
-        look = self._guard.look(scalers.scaling_of(scale), are_scaled=not has_unscaled)
+        look = self._guard.look(scalers.scale_of(scaler), are_scaled=not has_unscaled)
         if was_handed and not has_unscaled:
             scalers.tell(scaler, self, look.bad)
         try:
-            return self._finish(look, 1.0 if has_unscaled else scale)
+            return self._finish(look, 1.0 if has_unscaled else look.scale)
         finally:
             if look.bad and (self._guard.went_back or self._guard.session.keeps_scale):
                 scalers.tell(scaler, self, bad=False)
@@ -316,7 +316,7 @@ class GuardedOptimizer(torch.optim.Optimizer):
         """See torch.optim.Optimizer. With parameters that nobody has named the guard begins anew."""
         self._optimizer.add_param_group(param_group)
         if self._guard.active and not self._guard.knows_all():
-            self._guard.take_off()
+            self.detach()
             self._guard = OptimizerGuard(self._optimizer, self._named, self._config, self._on_overflow)
 
     def __getstate__(self) -> dict[str, Any]:
