@@ -19,7 +19,7 @@ from hallo_numguard.integrations import Guard, engine_of
 from hallo_numguard.integrations.optimizer import GuardedOptimizer
 from hallo_numguard.integrations.optimizer.guard import Look, OptimizerGuard
 from hallo_numguard.integrations.optimizer.model import Named
-from hallo_numguard.integrations.optimizer.scaler import has_unscaled, scaling_of
+from hallo_numguard.integrations.optimizer.scaler import has_unscaled, scale_of
 from hallo_numguard.integrations.seams import Seams
 from hallo_numguard.records import Finding, OverflowReport, StepRecord
 
@@ -165,7 +165,7 @@ class _Steps:
         if self._scaler is None:
             return self.guard.look()
         are_scaled = not has_unscaled(self._scaler, self._plain)
-        return self.guard.look(scaling_of(self._scaler.get_scale()), are_scaled)
+        return self.guard.look(scale_of(self._scaler), are_scaled)
 
     def _skip(self, original: Callable[..., Any]) -> None:
         self._is_skipping(self)

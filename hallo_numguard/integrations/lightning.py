@@ -25,7 +25,7 @@ from hallo_numguard.errors import InvalidInput
 from hallo_numguard.integrations import Guard, engine_of
 from hallo_numguard.integrations.optimizer import GuardedOptimizer
 from hallo_numguard.integrations.optimizer.guard import OptimizerGuard
-from hallo_numguard.integrations.optimizer.scaler import has_unscaled, scaling_of
+from hallo_numguard.integrations.optimizer.scaler import has_unscaled, scale_of
 from hallo_numguard.integrations.seams import Seams
 from hallo_numguard.monitor.replay import Forward
 from hallo_numguard.records import Finding, OverflowReport, StepRecord
@@ -122,7 +122,7 @@ class NumGuardCallback(Callback):
         if scaler is None:
             look = guard.look()
         else:
-            look = guard.look(scaling_of(scaler.get_scale()), are_scaled=not has_unscaled(scaler, optimizer))
+            look = guard.look(scale_of(scaler), are_scaled=not has_unscaled(scaler, optimizer))
         if not look.bad:
             self._under_way.append(guard)
             return
