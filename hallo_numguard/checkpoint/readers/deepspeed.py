@@ -53,6 +53,7 @@ _SCALER = (
     "cur_hysteresis",
     "delayed_shift",
 )
+_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}  # as some releases of Python write them
 _MOST_RANKS = 1 << 16  # that are looked for
 _LATEST_REMEDY = "Write the name of the newest whole checkpoint into it."
 _MISSING_REMEDY = "Copy the files of every rank, or go back to an earlier checkpoint."
@@ -350,6 +351,7 @@ def _metadata(folder: Path, weights: Sequence[Archive], shards: Sequence[Archive
 def _stage(optimizer: Mapping[str, Any], has_shards: bool) -> int:
     """The stage of ZeRO; the optimizer of bfloat16 with gradients in float32 is like stage 1, and does not say so."""
     stage = inert(optimizer.get("zero_stage"))
+    stage = _STAGES.get(stage, stage) if _is_text(stage) else stage
     if _is_count(stage):
         return int(stage)
     if "fp32_flat_groups" in optimizer:

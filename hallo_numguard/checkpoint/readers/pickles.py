@@ -167,17 +167,25 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(stream)
         self.foreign: set[str] = set()
         self._classes: dict[str, type[Inert]] = {}
+        self._member = _Call(self._member_of)
 
     def find_class(self, module: str, name: str) -> Any:
         """Returns our stand-in, or an empty class that is called so."""
         qualified = f"{_RENAMED.get(module, module)}.{name}"
-        known = _KNOWN.get(qualified)
+        known = self._member if qualified == "builtins.getattr" else _KNOWN.get(qualified)
         if known is not None:
             return known
         self.foreign.add(qualified)
         if qualified not in self._classes:
             self._classes[qualified] = type("Foreign", (Inert,), {"qualified": qualified})
         return self._classes[qualified]
+
+    def _member_of(self, cls: Any, name: Any, *_: Any) -> Inert:
+        """How Python 3.11.0 to 3.11.3 write a member of an enumeration; of anything else, it leads to code."""
+        qualified = getattr(cls, "qualified", "")
+        if qualified not in _ENUMERATIONS:
+            self.foreign.add("builtins.getattr")
+        return Inert(name)
 
     def persistent_load(self, reference: Any) -> StoredBytes:
         """Returns the storage that torch refers to."""
@@ -337,6 +345,9 @@ _KNOWN: dict[str, Any] = {
     **{f"torch.{name}Storage": StorageType(dtype) for name, dtype in _STORAGES.items()},
     **{str(dtype): StorageType(dtype) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)},
 }
+_ENUMERATIONS = frozenset(
+    {"deepspeed.runtime.zero.config.ZeroStageEnum", "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING"}
+)
 _DATA_NAMES = frozenset(
     {
         "argparse.Namespace",
