@@ -117,7 +117,8 @@ def wandb(monkeypatch, tmp_path):
 
 def test_the_active_run_of_wandb(train, wandb, tmp_path):
     """The run's own rows are where they would be without us; ours are in them."""
-    run = wandb.init(project="test", settings=wandb.Settings(console="off", x_disable_stats=True))
+    settings = wandb.Settings(console="off", x_disable_stats=True)
+    run = wandb.init(project="test", mode="offline", dir=str(tmp_path), settings=settings)
 
     class LogsItself:
         def write(self, step, figures):

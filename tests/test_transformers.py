@@ -245,6 +245,7 @@ assert (report.verdict, report.first.name, report.first.index, report.first.rank
 ), report
 logged = [row for row in trainer.state.log_history if "numguard/loss" in row]
 assert len(logged) == (3 if rank == 0 else 0), logged
+torch.distributed.destroy_process_group()
 print("done")
 """
 
