@@ -623,3 +623,16 @@ def test_a_distributed_checkpoint_of_one_process(tmp_path: Path) -> None:
 def test_bytes_that_safetensors_wrote_in_memory_are_the_same_file(tmp_path: Path) -> None:
     (tmp_path / "a.safetensors").write_bytes(save({"a": torch.ones(3)}))
     assert ng.scan(tmp_path / "a.safetensors").ok
+
+
+def member_of(module: str, cls: str, name: str) -> bytes:
+    """A member of an enumeration as Python 3.11.0 to 3.11.3 pickles it: by getattr."""
+    return f"cbuiltins\ngetattr\n(c{module}\n{cls}\nV{name}\ntR.".encode()
+
+
+def test_a_member_of_a_known_enumeration_is_no_code_and_that_of_anything_else_is() -> None:
+    stage = unpickle(member_of("deepspeed.runtime.zero.config", "ZeroStageEnum", "gradients"))
+    assert stage.value.args == ("gradients",)
+    assert "builtins.getattr" not in stage.foreign
+    assert "builtins.getattr" in unpickle(member_of("deepspeed.runtime.zero.config", "os", "system")).foreign
+    assert "builtins.getattr" in unpickle(member_of("builtins", "dict", "fromkeys")).foreign
