@@ -222,7 +222,7 @@ def test_a_checkpoint_of_another_run_is_refused_whole(keeper):
 @pytest.fixture
 def accelerate(monkeypatch):
     """Accelerate, with no state left by another test."""
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
     accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     yield accelerate

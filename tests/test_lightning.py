@@ -279,7 +279,7 @@ def test_a_guarded_optimizer_is_not_guarded_twice():
 
 
 def test_the_library_under_its_older_name():
-    older = pytest.importorskip("pytorch_lightning")
+    older = pytest.importorskip("pytorch_lightning", reason="the older package of Lightning is not installed")
 
     class Older(older.LightningModule):
         training_step, configure_optimizers, train_dataloader = (
@@ -360,7 +360,7 @@ print("done")
 
 
 def test_an_engine_of_deepspeed(tmp_path):
-    pytest.importorskip("deepspeed")
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
     (output,) = deepspeed_support.run_ranks(ENGINE, tmp_path, ranks=1)
     assert "done" in output
 

@@ -229,7 +229,7 @@ def test_damage_in_a_checkpoint_is_never_gone_back_to(attach):
 
 def test_an_accelerator_that_runs_deepspeed(attach, tmp_path, monkeypatch):
     """Its `backward` steps the engine from inside; what it saves is what the engine goes back to."""
-    accelerate = pytest.importorskip("accelerate")
+    accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
     support.single_process_environment()
