@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +17,7 @@ from hallo_numguard.monitor.layout import Sums
 from hallo_numguard.ops.stats import multi_tensor_stats
 from hallo_numguard.records import Offender
 from hallo_numguard.structure import floating_tensors_in, tensors_in
+from hallo_numguard.tracing.circumstances import Autocast, RandomState
 
 _LONGEST_NAME = 1000  # bytes
 _MOST_OUTPUT_BYTES = 1 << 30  # of a step
@@ -79,51 +79,6 @@ class Call:
                 self.seeds[position] = gradient.detach()
 
         return arrived
-
-
-@dataclass(frozen=True, eq=False)
-class RandomState:
-    """Of torch's generators, on the CPU and on the current GPU."""
-
-    cpu: torch.Tensor
-    cuda: torch.Tensor | None
-
-    @classmethod
-    def now(cls) -> RandomState:
-        """Returns the present one. Does not wait for the GPU."""
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None)
-
-    def by_device(self) -> dict[str, torch.Tensor]:
-        """Returns it as it is kept in files."""
-        return {"cpu": self.cpu} if self.cuda is None else {"cpu": self.cpu, "cuda": self.cuda}
-
-    def restore(self) -> None:
-        """Makes it the present one."""
-        torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda)
-
-
-@dataclass(frozen=True)
-class Autocast:
-    """The dtype that torch.autocast works in, a device type; those for which it is on."""
-
-    dtypes: Mapping[str, torch.dtype]
-
-    @classmethod
-    def now(cls) -> Autocast:
-        """Returns what is on."""
-        enabled = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
-        return cls({kind: torch.get_autocast_dtype(kind) for kind in enabled})
-
-    @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
-        """Has the same on, and nothing else."""
-        with contextlib.ExitStack() as stack:
-            for kind in ("cpu", "cuda"):
-                if kind in self.dtypes or torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, self.dtypes.get(kind), enabled=kind in self.dtypes))
-            yield
 
 
 class Batch:

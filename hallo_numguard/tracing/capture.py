@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from hallo_numguard.structure import floating_tensors_in
+from hallo_numguard.tracing.circumstances import Autocast, RandomState
 from hallo_numguard.tracing.replay import undisturbed
 
 _MOST_ATTRIBUTE_BYTES = 1 << 20  # of what a module holds beside its tensors
@@ -140,8 +141,8 @@ class _Taking:
         for inner in module.modules():
             self._take_weights(inner)
         device = next((t.device.type for _, t in floating_tensors_in("", (args, kwargs))), "cpu")
-        autocast = str(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else ""
-        self._called = (*_frozen((args, kwargs)), autocast, _random_state())
+        circumstances = Autocast.now().name_on(device), RandomState.now().by_device()
+        self._called = (*_frozen((args, kwargs)), *circumstances)
 
     def _take_weights(self, module: nn.Module) -> None:
         for weight in (*module._parameters.values(), *module._buffers.values()):
@@ -163,13 +164,6 @@ def _frozen(value: Any) -> Any:
     torch.save(value, file)
     file.seek(0)
     return torch.load(file, map_location="cpu", weights_only=False)  # what was pickled just now
-
-
-def _random_state() -> dict[str, torch.Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state()
-    return state
 
 
 def _plain(module: nn.Module, weights: dict[int, torch.Tensor]) -> nn.Module:
