@@ -38,4 +38,9 @@ def is_readable(tensor: torch.Tensor) -> bool:
     return type(tensor) in _PLAIN and tensor.dtype in FORMATS and tensor.layout is torch.strided and not tensor.is_meta
 
 
+def whole_bytes(parameter: torch.Tensor) -> int:
+    """Returns the size of a whole parameter, also of one that is elsewhere at the moment (ZeRO stage 3)."""
+    return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
+
+
 _PLAIN = (torch.Tensor, torch.nn.Parameter)

@@ -20,6 +20,7 @@ from hallo_numguard.monitor.agreement import Ranks
 from hallo_numguard.monitor.batch import Call
 from hallo_numguard.monitor.replay import Replayer
 from hallo_numguard.records import OverflowReport, Verdict
+from hallo_numguard.structure import whole_bytes
 from hallo_numguard.tracing.capture import Captured
 
 _log = logging.getLogger("hallo_numguard")
@@ -111,14 +112,14 @@ class Bundles:
             return "the same batch was finite when it was run again"
         if self._module is None or first.module not in dict(self._module.named_modules()):
             return f"{first.module} is no module of the model"
-        size = sum(map(_bytes_of, self._module.get_submodule(first.module).parameters()))
+        size = sum(map(whole_bytes, self._module.get_submodule(first.module).parameters()))
         return "the module is larger than 1 GiB" if size > _MOST_WEIGHT_BYTES else ""
 
     def _files(self, report: OverflowReport, bundle: Bundle) -> dict[str, bytes]:
         captured, call = bundle.captured, bundle.call
         parts: dict[str, bytes | str] = {
             "call": _pickled(vars(captured)) if isinstance(captured, Captured) else captured,
-            "batch": "it was not kept, or was changed since" if call is None else _pickled(self._batch(call, captured)),
+            "batch": "it was not kept, or was changed since" if call is None else _pickled(self._batch(call)),
         }
         about = {
             "step": report.step,
@@ -137,19 +138,15 @@ class Bundles:
             **{f"{name}.pt": part for name, part in parts.items() if isinstance(part, bytes)},
         }
 
-    def _batch(self, call: Call, captured: Captured | str) -> dict[str, Any]:
+    def _batch(self, call: Call) -> dict[str, Any]:
         return {
             "args": call.args,
             "kwargs": dict(call.kwargs),
             "random": call.random.by_device(),
             "seeds": call.seeds,
             "training": self._module is not None and self._module.training,
-            "autocast": captured.autocast if isinstance(captured, Captured) else "",
+            "autocast": call.autocast.name_on(self._device.type),
         }
-
-
-def _bytes_of(parameter: torch.Tensor) -> int:
-    return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
 
 
 def _main_file() -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils import checkpoint
 
-from hallo_numguard.structure import floating_tensors_in
+from hallo_numguard.structure import floating_tensors_in, whole_bytes
 from hallo_numguard.tracing.frames import Origin
 from hallo_numguard.tracing.tracer import Trace, trace
 
@@ -96,7 +96,7 @@ def _parts(module: nn.Module) -> list[list[torch.Tensor]]:
     parts: list[list[torch.Tensor]] = [[]]
     room = _MOST_GRADIENT_BYTES
     for parameter in reversed([item for item in module.parameters() if item.requires_grad]):
-        size = int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
+        size = whole_bytes(parameter)
         if parts[-1] and size > room:
             parts.append([])
             room = _MOST_GRADIENT_BYTES
