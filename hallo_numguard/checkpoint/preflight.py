@@ -16,9 +16,9 @@ from hallo_numguard.checkpoint.checks import keys, loaded, optimizer, precision,
 from hallo_numguard.checkpoint.checks.plan import Plan
 from hallo_numguard.checkpoint.keeping.store import META
 from hallo_numguard.checkpoint.manifests.verify import verify_manifest
-from hallo_numguard.checkpoint.readers import Source, UnknownLayout, open_source
+from hallo_numguard.checkpoint.readers import Source
 from hallo_numguard.checkpoint.report import PreflightReport, gravest_first, merge
-from hallo_numguard.checkpoint.scanning.scan import Progress, scan
+from hallo_numguard.checkpoint.scanning.scan import Progress, as_dtype, open_all, scan_opened
 from hallo_numguard.errors import InvalidInput
 from hallo_numguard.records import Finding
 
@@ -89,13 +89,14 @@ def run(inputs: Inputs, threads: int | None = None, progress: Progress | None = 
 
     Cost: two reads of every file, of which the second comes from the page cache if it fits there.
     """
-    sources, missing = _open(inputs.paths)
+    sources, unknown = open_all(inputs.paths)
     held = [source for source in sources if source.root != inputs.checkpoint]
     resumed = next((source for source in sources if source.root == inputs.checkpoint), None)
-    reports = [missing, *(_integrity(path, inputs.manifest) for path in inputs.paths if path.exists())]
-    if sources:
-        roots = [source.root for source in sources]
-        reports.append(scan(*roots, dtype=inputs.plan.precision, threads=threads, progress=progress))
+    reports = [
+        PreflightReport(unchecked=unknown),
+        *(_integrity(path, inputs.manifest) for path in inputs.paths if path.exists()),
+    ]
+    reports.append(scan_opened(sources, as_dtype(inputs.plan.precision), threads, progress))
     findings = _names(inputs.subject, held, resumed)
     if resumed is not None:
         findings += [*optimizer.check(resumed, inputs.plan), *topology.check(resumed, inputs.plan)]
@@ -127,16 +128,6 @@ def read_config(config: Mapping[str, Any] | str | os.PathLike[str] | None) -> Ma
     if not isinstance(read, Mapping):
         raise InvalidInput(f"the configuration {config} holds no object, but {type(read).__name__}")
     return read
-
-
-def _open(paths: Sequence[Path]) -> tuple[list[Source], PreflightReport]:
-    sources, unchecked = [], []
-    for path in paths:
-        try:
-            sources.append(open_source(path))
-        except UnknownLayout as error:
-            unchecked.append(f"{error}.")
-    return sources, PreflightReport(unchecked=tuple(unchecked))
 
 
 def _integrity(path: Path, manifest: Path | None) -> PreflightReport:

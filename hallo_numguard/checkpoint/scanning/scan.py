@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 
@@ -47,19 +47,31 @@ def scan(
     Cost: one read of every file; up to 8 MiB a thread and 8 bytes a page. No foreign code runs.
     """
     wanted = as_dtype(dtype)
+    opened, unchecked = open_all(map(Path, paths))
+    return merge([scan_opened(opened, wanted, threads, progress), PreflightReport(unchecked=unchecked)])
+
+
+def open_all(paths: Iterable[Path]) -> tuple[list[Source], tuple[str, ...]]:
+    """Returns the sources at the paths, and a sentence for each path that cannot be read or that no reader knows."""
     opened: list[Source] = []
     unchecked = []
-    for path in map(Path, paths):
+    for path in paths:
         try:
             opened.append(open_source(path))
         except UnknownLayout as error:
             unchecked.append(str(error))
         except OSError as error:
             unchecked.append(f"{path} cannot be read: {error.strerror}")
+    return opened, tuple(unchecked)
+
+
+def scan_opened(
+    opened: Sequence[Source], dtype: torch.dtype | None, threads: int | None, progress: Progress | None
+) -> PreflightReport:
+    """Scans sources that are open already; see `scan`."""
     total = sum(_size(file) for source in opened for file in _by_file(source.entries))
     report = progress or (lambda done, of: None)
-    reports = [_scan(source, wanted, threads, lambda done: report(done, total)) for source in opened]
-    return merge([*reports, PreflightReport(unchecked=tuple(unchecked))])
+    return merge([_scan(source, dtype, threads, lambda done: report(done, total)) for source in opened])
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
