@@ -18,7 +18,6 @@ import os
 import random
 import socket
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -29,7 +28,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import click
 import torch
-from machine import describe_cpu
+from machine import describe_cpu, require_native
 from rich.console import Console
 from rich.table import Table
 from timing import no_collections
@@ -37,7 +36,6 @@ from torch import nn
 
 import hallo_numguard as ng
 from hallo_numguard.integrations.deepspeed import DeepSpeedGuard
-from hallo_numguard.ops import native
 
 MODES = ("off", "observe", "replace")
 LAYERS, WIDTH, BATCH, ROUNDS = 24, 1024, 8, 15
@@ -301,10 +299,7 @@ def print_results(console: Console, results: Sequence[Result]) -> None:
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
 def main(names: tuple[str, ...], rounds: int | None, quick: bool, json_path: Path | None) -> None:
     """Parses the command line, runs, prints and writes."""
-    reason = native.unavailable("cpu")
-    if reason is not None:
-        click.echo(f"Error: there is nothing to measure: {reason}", err=True)
-        sys.exit(2)
+    require_native()
     prepare()
     layers, width = (QUICK_LAYERS, QUICK_WIDTH) if quick else (LAYERS, WIDTH)
     rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)

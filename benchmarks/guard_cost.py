@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import click
 import torch
 from deepspeed_step import CHECKS, Stopwatch, prepare
+from machine import require_native
 from rich.console import Console
 from rich.table import Table
 from timing import no_collections
@@ -29,7 +29,6 @@ from torch import nn
 
 import hallo_numguard as ng
 from hallo_numguard.integrations.deepspeed import DeepSpeedGuard
-from hallo_numguard.ops import native
 
 SIZE = 64
 
@@ -127,10 +126,7 @@ def _resident() -> int:
 @click.option("--steps", type=click.IntRange(min=4), default=12)
 def main(counts: tuple[int, ...], stages: tuple[int, ...], steps: int) -> None:
     """Parses the command line, runs and prints."""
-    reason = native.unavailable("cpu")
-    if reason is not None:
-        click.echo(f"Error: there is nothing to measure: {reason}", err=True)
-        sys.exit(2)
+    require_native()
     prepare()
     table = Table(title="The guard's own part of a clean step", title_justify="left", title_style="bold")
     for name in ("stage", "parameters", "guard ms", "us a parameter", "DeepSpeed's check + norm ms", "history MiB"):

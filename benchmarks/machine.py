@@ -51,6 +51,14 @@ def describe_cpu() -> dict[str, str]:
     )
 
 
+def require_native() -> None:
+    """Ends the script with exit code 2 if there is no native extension to measure."""
+    reason = native.unavailable("cpu")
+    if reason is not None:
+        print(f"Error: there is nothing to measure: {reason}", file=sys.stderr)
+        sys.exit(2)
+
+
 def describe_gpu(gpu: dict[str, str], backend: str) -> dict[str, str]:
     """Returns what is known of a GPU, of what launches on it, and of the software, ready to be printed.
 

@@ -21,7 +21,6 @@ import gc
 import json
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -29,14 +28,13 @@ from pathlib import Path
 
 import click
 import torch
-from machine import describe_cpu
+from machine import describe_cpu, require_native
 from rich.console import Console
 from rich.table import Table
 from timing import no_collections
 from torch import nn
 
 import hallo_numguard as ng
-from hallo_numguard.ops import native
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZES = {"25M": 25_000_000, "200M": 200_000_000}
@@ -189,10 +187,7 @@ def print_results(console: Console, results: list[Result]) -> None:
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
 def main(names: tuple[str, ...], rounds: int | None, quick: bool, json_path: Path | None) -> None:
     """Parses the command line, runs, prints and writes."""
-    reason = native.unavailable("cpu")
-    if reason is not None:
-        click.echo(f"Error: there is nothing to measure: {reason}", err=True)
-        sys.exit(2)
+    require_native()
     rounds = rounds or (QUICK_ROUNDS if quick else ROUNDS)
     console = Console(width=120)
     machine = describe_cpu()

@@ -16,7 +16,6 @@ import os
 import random
 import statistics
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -28,7 +27,7 @@ from pathlib import Path
 
 import click
 import torch
-from machine import describe_cpu
+from machine import describe_cpu, require_native
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
@@ -37,7 +36,6 @@ from safetensors.torch import save_file
 import hallo_numguard as ng
 from hallo_numguard.checkpoint.readers import open_source
 from hallo_numguard.checkpoint.scanning.reading import read_file
-from hallo_numguard.ops import native
 
 BUFFER = 1 << 20
 PLAIN = "plain preadv"
@@ -194,9 +192,7 @@ def main(
     mib: int, dtype: str, counts: tuple[int, ...], rounds: int, cold: bool, folder: Path | None, json_path: Path | None
 ) -> None:
     """Parses the command line, runs and prints."""
-    if native.extension() is None:
-        click.echo(f"Error: there is nothing to measure: {native.unavailable('cpu')}", err=True)
-        sys.exit(2)
+    require_native()
     console = Console(width=120)
     for name, value in describe_cpu().items():
         console.print(f"{name}: {value}", markup=False, highlight=False)

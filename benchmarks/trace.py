@@ -20,7 +20,6 @@ import json
 import os
 import random
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -31,7 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import click
 import torch
-from machine import describe_cpu
+from machine import describe_cpu, require_native
 from rich.console import Console
 from rich.table import Table
 from timing import no_collections
@@ -40,7 +39,6 @@ from torch.nn import functional
 from transformers.debug_utils import DebugUnderflowOverflow
 
 import hallo_numguard as ng
-from hallo_numguard.ops import native
 from hallo_numguard.structure import floating_tensors_in
 
 ROUNDS, QUICK_ROUNDS = 41, 3
@@ -199,10 +197,7 @@ def measure(name: str, rounds: int) -> list[Found]:
 @click.option("--json", "path", type=click.Path(path_type=Path), help="Also write what was found.")
 def main(names: tuple[str, ...], quick: bool, path: Path | None) -> None:
     """Parses the command line, runs and prints."""
-    reason = native.unavailable("cpu")
-    if reason is not None:
-        click.echo(f"Error: there is nothing to measure: {reason}", err=True)
-        sys.exit(2)
+    require_native()
     table = Table(title="Forward pass, and what looking at it costs", title_justify="left", title_style="bold")
     for column in ("model", "way", "ms", "overhead ms", "of the trace's"):
         table.add_column(column, justify="left" if column in ("model", "way") else "right")
