@@ -28,20 +28,20 @@ bench: $(READY)
 
 # Every fault in every engine; the tests run a quarter of it.
 campaign: $(READY)
-	cd tests && $(abspath $(BIN))/python -m campaign --markdown ../docs/campaign.md
+	cd tests && PYTHONPATH=support $(abspath $(BIN))/python -m campaign --markdown ../docs/campaign.md
 
 # Every reader of files, some minutes; needs atheris.
 fuzz: $(READY)
 	$(BIN)/pip install -q -e '.[fuzz]' --no-build-isolation
 	for kind in pickle safetensors torch legacy distributed deepspeed index; do \
-	  $(BIN)/python tests/fuzz_readers.py $$kind --seconds $(FUZZ_SECONDS) || exit 1; \
+	  $(BIN)/python tests/fuzz/fuzz_readers.py $$kind --seconds $(FUZZ_SECONDS) || exit 1; \
 	done
 
 # The guard on other releases; docs/deepspeed.md says what holds with which.
 older-deepspeed: $(READY)
 	for version in $(OLDER_DEEPSPEED); do \
 	  DS_BUILD_OPS=0 $(BIN)/pip install -q --no-deps --no-build-isolation --target .older/$$version deepspeed==$$version; \
-	  PYTHONPATH=.older/$$version $(BIN)/python -m pytest -q -n 2 --timeout 60 tests/test_deepspeed_kinds.py; \
+	  PYTHONPATH=.older/$$version $(BIN)/python -m pytest -q -n 2 --timeout 60 tests/integrations/deepspeed/test_deepspeed_kinds.py; \
 	done
 
 # DeepSpeed's own set-up needs torch at hand, and must not compile its operators.

@@ -13,8 +13,10 @@ from problem import Problem
 from timing import Call
 
 import hallo_numguard as ng
-from hallo_numguard.ops import dispatch, native, tensor_list
+from hallo_numguard.ops import dispatch, tensor_list
+from hallo_numguard.ops.backends import cpu as native
 from hallo_numguard.ops.formats import FORMATS
+from hallo_numguard.ops.native_extension import extension
 
 NATIVE = "ours_native"
 PUBLIC = "ours_public"
@@ -146,7 +148,7 @@ def gpu_backends(problem: Problem) -> dict[str, Made]:
 
 
 def _native_module() -> ModuleType:
-    module = native.extension()
+    module = extension()
     if module is None:
         raise RuntimeError("the native extension is missing")
     return module

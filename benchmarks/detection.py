@@ -28,7 +28,7 @@ from rich.progress import track
 from safetensors.torch import load_file, save_file
 
 import hallo_numguard as ng
-from hallo_numguard.checkpoint.readers import TensorEntry, open_source
+from hallo_numguard.files.formats import TensorEntry, open_source
 
 PAGE = 4096
 FLOAT_BITS = 32

@@ -17,8 +17,9 @@ from results import GIB, KIB, MIB, Run, Target
 from targets import cpu_targets, gpu_targets
 from timing import Clock, EventClock, HostClock, Stream
 
-from hallo_numguard.errors import BackendUnavailable
-from hallo_numguard.ops import dispatch, native
+from hallo_numguard.core.errors import BackendUnavailable
+from hallo_numguard.ops import dispatch
+from hallo_numguard.ops.backends import cpu as native
 
 
 class Unusable(Exception):

@@ -24,8 +24,8 @@ from gpu_figures import DTYPE_OF_CODE, Figures, Resources, Variant, figures_of
 from gpu_sass import UnknownCode, parse
 
 from hallo_numguard.ops import tensor_list
-from hallo_numguard.ops import triton as launcher
-from hallo_numguard.ops.chunks import CHUNK
+from hallo_numguard.ops.backends import triton as launcher
+from hallo_numguard.ops.backends.chunks import CHUNK
 from hallo_numguard.ops.formats import FORMATS
 from hallo_numguard.ops.layout import Layout
 

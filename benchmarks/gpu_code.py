@@ -42,7 +42,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from hallo_numguard.ops.triton import INTERPRET_VARIABLE, kernels
+from hallo_numguard.ops.backends.triton import INTERPRET_VARIABLE, kernels
 
 BACKENDS = ("triton", "cuda")
 ARCHITECTURES = (*map(str, architectures()), HIP_TARGET)

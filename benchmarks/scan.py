@@ -34,8 +34,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import hallo_numguard as ng
-from hallo_numguard.checkpoint.readers import open_source
-from hallo_numguard.checkpoint.scanning.reading import read_file
+from hallo_numguard.files.formats import open_source
+from hallo_numguard.files.scan.reading import read_file
 
 BUFFER = 1 << 20
 PLAIN = "plain preadv"

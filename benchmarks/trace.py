@@ -39,7 +39,7 @@ from torch.nn import functional
 from transformers.debug_utils import DebugUnderflowOverflow
 
 import hallo_numguard as ng
-from hallo_numguard.structure import floating_tensors_in
+from hallo_numguard.tracing.nested import floating_tensors_in
 
 ROUNDS, QUICK_ROUNDS = 41, 3
 Forward = Callable[[], object]

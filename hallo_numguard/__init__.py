@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hallo_numguard import integrations
-    from hallo_numguard.checkpoint.diff import diff
-    from hallo_numguard.checkpoint.keeping.keeper import CheckpointKeeper
-    from hallo_numguard.checkpoint.manifests.manifest import write_manifest
-    from hallo_numguard.checkpoint.manifests.verify import verify_manifest
-    from hallo_numguard.checkpoint.report import PreflightReport
-    from hallo_numguard.checkpoint.scanning.scan import scan
-    from hallo_numguard.config import GuardConfig, Policy
-    from hallo_numguard.errors import (
+    from hallo_numguard.core.config import GuardConfig, Policy
+    from hallo_numguard.core.errors import (
         BackendUnavailable,
         CheckpointFailed,
         InvalidInput,
@@ -26,58 +20,58 @@ if TYPE_CHECKING:
         NumGuardError,
         UnsupportedDeepSpeed,
     )
-    from hallo_numguard.injection import inject
+    from hallo_numguard.core.findings import Finding, PreflightReport
+    from hallo_numguard.core.frames import load as load_trace
+    from hallo_numguard.core.overflow_report import OverflowReport
+    from hallo_numguard.core.records import Offender, Record, StepRecord, Verdict
+    from hallo_numguard.files.diff import diff
+    from hallo_numguard.files.keeper.checkpoint_keeper import CheckpointKeeper
+    from hallo_numguard.files.manifest.verify import verify_manifest
+    from hallo_numguard.files.manifest.write import write_manifest
+    from hallo_numguard.files.scan.scan import scan
     from hallo_numguard.integrations import attach
-    from hallo_numguard.integrations.optimizer import GuardedOptimizer
+    from hallo_numguard.integrations.injection import inject
     from hallo_numguard.integrations.preflight import preflight
+    from hallo_numguard.integrations.torch_optim import GuardedOptimizer
+    from hallo_numguard.ops.api import multi_tensor_stats, tensor_stats
     from hallo_numguard.ops.layout import Layout
-    from hallo_numguard.ops.stats import multi_tensor_stats, tensor_stats
     from hallo_numguard.ops.table import StatsTable
-    from hallo_numguard.records import (
-        Finding,
-        Offender,
-        OverflowReport,
-        Record,
-        StepRecord,
-        Verdict,
-    )
-    from hallo_numguard.sinks.base import Sink
-    from hallo_numguard.tracing.frames import load as load_trace
     from hallo_numguard.tracing.tracer import trace
+    from hallo_numguard.trackers.base import Sink
 
 _HOMES = {
-    "BackendUnavailable": "errors",
-    "CheckpointFailed": "errors",
-    "CheckpointKeeper": "checkpoint.keeping.keeper",
-    "Finding": "records",
-    "GuardConfig": "config",
-    "GuardedOptimizer": "integrations.optimizer",
-    "InvalidInput": "errors",
+    "BackendUnavailable": "core.errors",
+    "CheckpointFailed": "core.errors",
+    "CheckpointKeeper": "files.keeper.checkpoint_keeper",
+    "Finding": "core.findings",
+    "GuardConfig": "core.config",
+    "GuardedOptimizer": "integrations.torch_optim",
+    "InvalidInput": "core.errors",
     "Layout": "ops.layout",
-    "NoActiveRun": "errors",
-    "NumGuardError": "errors",
-    "NumericsError": "errors",
-    "Offender": "records",
-    "OverflowReport": "records",
-    "Policy": "config",
-    "PreflightReport": "checkpoint.report",
-    "Record": "records",
-    "Sink": "sinks.base",
+    "NoActiveRun": "core.errors",
+    "NumGuardError": "core.errors",
+    "NumericsError": "core.errors",
+    "Offender": "core.records",
+    "OverflowReport": "core.overflow_report",
+    "Policy": "core.config",
+    "PreflightReport": "core.findings",
+    "Record": "core.records",
+    "Sink": "trackers.base",
     "StatsTable": "ops.table",
-    "StepRecord": "records",
-    "UnsupportedDeepSpeed": "errors",
-    "Verdict": "records",
+    "StepRecord": "core.records",
+    "UnsupportedDeepSpeed": "core.errors",
+    "Verdict": "core.records",
     "attach": "integrations",
-    "diff": "checkpoint.diff:diff",
-    "inject": "injection",
-    "load_trace": "tracing.frames:load",
-    "multi_tensor_stats": "ops.stats",
+    "diff": "files.diff:diff",
+    "inject": "integrations.injection",
+    "load_trace": "core.frames:load",
+    "multi_tensor_stats": "ops.api",
     "preflight": "integrations.preflight",
-    "scan": "checkpoint.scanning.scan:scan",
-    "tensor_stats": "ops.stats",
+    "scan": "files.scan.scan:scan",
+    "tensor_stats": "ops.api",
     "trace": "tracing.tracer",
-    "verify_manifest": "checkpoint.manifests.verify",
-    "write_manifest": "checkpoint.manifests.manifest",
+    "verify_manifest": "files.manifest.verify",
+    "write_manifest": "files.manifest.write",
 }
 
 __version__ = "0.1.0"

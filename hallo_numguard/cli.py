@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from hallo_numguard import __version__
-from hallo_numguard.errors import NumGuardError
+from hallo_numguard.core.errors import NumGuardError
 
 if TYPE_CHECKING:
-    from hallo_numguard.checkpoint.report import PreflightReport
-    from hallo_numguard.reports.files import Material
+    from hallo_numguard.core.findings import PreflightReport
+    from hallo_numguard.report.inputs import Material
 
 _SHOWN = {"cuda": "native"}  # a module that is not called so
 
@@ -62,7 +62,7 @@ def report(files: tuple[Path, ...], html: Path | None, perfetto: Path | None, st
 
     FILES are reports that the guard has written into its dump_dir, one a rank, and traces that were saved.
     """
-    from hallo_numguard.reports import files as reading
+    from hallo_numguard.report import inputs as reading
 
     try:
         material = reading.read(files)
@@ -86,7 +86,7 @@ def scan(paths: tuple[Path, ...], dtype: str | None, threads: int | None, style:
     PATHS are weights (safetensors, torch.save) and folders of models and checkpoints. Exits with 0 if nothing was
     found, 1 if something was, 2 if not all could be checked. No code in the files runs.
     """
-    from hallo_numguard.checkpoint.scanning.scan import scan as scan_paths
+    from hallo_numguard.files.scan.scan import scan as scan_paths
 
     with _failures(), _progress() as advance:
         found = scan_paths(*paths, dtype=dtype, threads=threads, progress=advance)
@@ -104,8 +104,8 @@ def manifest(folder: Path, md5: bool, sign: Path | None, style: str) -> None:
     SHA256SUMS for sha256sum -c, numguard.manifest.json as OpenSSF model signing has it, numguard.tensors.json with the
     digest and the statistics of every tensor.
     """
-    from hallo_numguard.checkpoint.manifests import signing
-    from hallo_numguard.checkpoint.manifests.manifest import write_manifest
+    from hallo_numguard.files.manifest import signing
+    from hallo_numguard.files.manifest.write import write_manifest
 
     with _failures(), _progress() as advance:
         written = write_manifest(folder, md5=md5, progress=advance)
@@ -126,9 +126,9 @@ def verify(folder: Path, listing: Path | None, key: Path | None, style: str) -> 
     Reads what `manifest` wrote, or a list of checksums that sha256sum or md5sum wrote, or the digests that the Hugging
     Face Hub gave.
     """
-    from hallo_numguard.checkpoint.manifests import signing
-    from hallo_numguard.checkpoint.manifests.verify import verify_manifest
-    from hallo_numguard.checkpoint.report import merge
+    from hallo_numguard.core.findings import merge
+    from hallo_numguard.files.manifest import signing
+    from hallo_numguard.files.manifest.verify import verify_manifest
 
     with _failures(), _progress() as advance:
         reports = [verify_manifest(folder, listing, progress=advance)]
@@ -168,8 +168,8 @@ def preflight(
 
     Exits with 0 if nothing was found, 1 if something was, 2 if not all could be checked.
     """
-    from hallo_numguard.checkpoint.checks.plan import Plan
-    from hallo_numguard.checkpoint.preflight import Inputs, read_config, run
+    from hallo_numguard.files.preflight.run import Inputs, read_config, run
+    from hallo_numguard.files.preflight.run_spec import Plan
     from hallo_numguard.integrations.preflight import subject_of
 
     if not models and checkpoint is None and config is None:
@@ -186,7 +186,7 @@ def _built(build: str | None, models: tuple[Path, ...]) -> tuple[Any, Any]:
     """The model that the user's function returns, with the weights of the files, and the batch if it returns one."""
     if build is None:
         return None, None
-    from hallo_numguard.checkpoint.checks.loaded import fill
+    from hallo_numguard.files.preflight.loaded import fill
 
     place, _, name = build.partition(":")
     sys.path.insert(0, "")
@@ -206,7 +206,7 @@ def _built(build: str | None, models: tuple[Path, ...]) -> tuple[Any, Any]:
 @click.option("--format", "style", type=click.Choice(["human", "json"]), default="human", help="How to print it.")
 def diff(a: Path, b: Path, style: str) -> None:
     """Compare two models or checkpoints, A and B, tensor by tensor."""
-    from hallo_numguard.checkpoint import diff as comparing
+    from hallo_numguard.files import diff as comparing
 
     with _failures():
         found = comparing.diff(a, b)
@@ -244,7 +244,7 @@ def _print_findings(found: PreflightReport, style: str) -> NoReturn:
     else:
         from rich.console import Console
 
-        from hallo_numguard.reports import findings
+        from hallo_numguard.report import findings_table as findings
 
         Console(highlight=False).print(findings.render(found))
     sys.exit(found.exit_code)
@@ -256,25 +256,25 @@ class _CannotCheck(click.ClickException):
     exit_code = 2
 
     def format_message(self) -> str:
-        from hallo_numguard.reports.names import harmless
+        from hallo_numguard.core.safe_text import harmless
 
         return harmless(self.message)
 
 
 def _write_page(material: Material, path: Path) -> None:
-    from hallo_numguard.reports import html
+    from hallo_numguard.report.html import render as html
 
     _write(path, html.render(material))
 
 
 def _write_timeline(material: Material, path: Path) -> None:
-    from hallo_numguard.reports import perfetto
+    from hallo_numguard.report import perfetto
 
     _write(path, json.dumps(perfetto.timeline(material), allow_nan=False))
 
 
 def _write(path: Path, text: str) -> None:
-    from hallo_numguard.files import write_whole
+    from hallo_numguard.core.atomic_files import write_whole
 
     try:
         write_whole(path, text.encode())
@@ -284,13 +284,13 @@ def _write(path: Path, text: str) -> None:
 
 def _print_report(material: Material, style: str) -> None:
     if style == "json":
-        from hallo_numguard.reports.merged import merged
+        from hallo_numguard.report.merged import merged
 
         click.echo(json.dumps(merged(material), allow_nan=False))
         return
     from rich.console import Console
 
-    from hallo_numguard.reports import terminal
+    from hallo_numguard.report import terminal
 
     Console(highlight=False).print(terminal.render(material))
 
@@ -299,7 +299,9 @@ def environment() -> dict[str, Any]:
     """Returns what `hallo-numguard env` prints."""
     import torch
 
-    from hallo_numguard.ops import cuda, native
+    from hallo_numguard.ops.backends import cpu as native
+    from hallo_numguard.ops.backends import cuda
+    from hallo_numguard.ops.native_extension import extension
 
     isas = native.isas()
     has_gpu = torch.cuda.is_available()
@@ -310,7 +312,7 @@ def environment() -> dict[str, Any]:
         "torch": torch.__version__,
         "deepspeed": _installed("deepspeed"),
         "triton": _installed("triton"),
-        "native extension": "built" if native.extension() is not None else "not built",
+        "native extension": "built" if extension() is not None else "not built",
         "instruction set": isas[native.isa()] if isas else "none",
         "instruction sets of this CPU": ", ".join(isas) or "none",
         "threads": torch.get_num_threads(),
@@ -321,7 +323,7 @@ def environment() -> dict[str, Any]:
 
 
 def _backends(device: str) -> dict[str, Any]:
-    from hallo_numguard.errors import BackendUnavailable
+    from hallo_numguard.core.errors import BackendUnavailable
     from hallo_numguard.ops import dispatch
 
     try:

@@ -2,51 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-import importlib.util
 import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
-from hallo_numguard.ops import dispatch, native
+from backends import BACKENDS, NATIVE, forced_backend
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Lets Triton's interpreter run the kernels, which looks when they are defined; but for GPU tests."""
     if config.getoption("markexpr") != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
-
-
-NATIVE = [f"native-{isa}" for isa in native.isas()]
-TRITON = ["triton-interpreted"] if importlib.util.find_spec("triton") else []
-BACKENDS = ["reference", *NATIVE, *TRITON]
-
-
-@contextlib.contextmanager
-def forced_backend(name: str) -> Iterator[str]:
-    """Makes every call go to one backend, and torch.empty give memory full of garbage."""
-    backend, _, variant = name.partition("-")
-    with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as cleanup:
-        patch.setenv(dispatch.BACKEND_VARIABLE, backend)
-        if backend == "native":
-            patch.setenv(native.ISA_VARIABLE, variant)
-        if backend == "triton":
-            import numpy
-
-            cleanup.enter_context(numpy.errstate(all="ignore"))
-        clear_choices()
-        cleanup.callback(clear_choices)
-        torch.use_deterministic_algorithms(True)
-        cleanup.callback(torch.use_deterministic_algorithms, False)
-        yield name
-
-
-def clear_choices() -> None:
-    """Makes the package look at the environment again."""
-    dispatch.backend_for.cache_clear()
-    native.isa.cache_clear()
 
 
 @pytest.fixture(params=BACKENDS)

@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hallo_numguard.ops import dispatch, native, triton
+from hallo_numguard.ops import dispatch
+from hallo_numguard.ops.backends import cpu as native
+from hallo_numguard.ops.backends import triton
+from hallo_numguard.ops.native_extension import extension
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TINY = ["--size", "0.00390625", "--size", "0.0625", "--seconds", "1", "--no-compile"]
@@ -27,9 +30,7 @@ PEERS = {
 OURS = {"ours_native", "ours_public", "ours_public_detail", "ours_public_one_segment", "ours_list"}
 ON_GPU = ["--device", "cuda", *TINY]
 
-needs_native = pytest.mark.skipif(
-    native.extension() is None, reason="the extension was not built, and it is what is measured"
-)
+needs_native = pytest.mark.skipif(extension() is None, reason="the extension was not built, and it is what is measured")
 
 
 def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -113,7 +114,7 @@ def test_missing_extension_is_said():
 
 
 def test_missing_matplotlib_is_said():
-    if native.extension() is None:
+    if extension() is None:
         pytest.skip("the extension was not built, and it is asked for before matplotlib is")
     hidden = "import sys; sys.modules['matplotlib'] = None; import overhead; overhead.main()"
     done = run_python("-c", hidden, "--quick", *TINY, "--plot", "never.png")
@@ -187,7 +188,7 @@ def test_gpu_run_from_option_to_picture(benchmarks, monkeypatch, tmp_path):
 
     assert run["device"] == "Fake GPU"
     assert run["machine"]["gpu"] == "Fake GPU"
-    assert run["machine"]["backend of the public calls"] == "hallo_numguard.ops.native"
+    assert run["machine"]["backend of the public calls"] == "hallo_numguard.ops.backends.cpu"
     assert "device-to-device copy" in run["limit"]
     measured = {sample["candidate"] for sample in run["samples"]}
     assert {"copy", "sum_int32", "ours_native_list"} | OURS | PEERS <= measured

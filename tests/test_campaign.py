@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from campaign.cases import FAULTS, KINDS, all_cases, problems, representative
 from campaign.ranks import Ranks
 

@@ -7,8 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import deepspeed_support as support
 import pytest
+
+import deepspeed_support as support
 
 FOLDER = Path(__file__).parent.parent / "examples"
 WEIGHT = ["weights_nonfinite", "parameter {prefix}0.weight[3, 5]: 1 NaN of 128 values"]

@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hallo_numguard.ops import native
+from hallo_numguard.ops.backends import cpu as native
+from hallo_numguard.ops.native_extension import extension
 
 ROOT = Path(__file__).parent.parent
 
@@ -98,7 +99,7 @@ def test_env_names_the_backend_and_why_the_others_were_not_chosen():
 
 
 def test_the_extension_links_no_torch_symbol():
-    module = native.extension()
+    module = extension()
     assert module is not None
     symbols = subprocess.run(
         ["nm", "-D", "--undefined-only", module.__file__], capture_output=True, text=True, check=True
@@ -139,7 +140,7 @@ def test_sdist_and_wheel_build_and_the_wheel_works_elsewhere(source, tmp_path):
     code = (
         "import hallo_numguard, torch\n"
         "from hallo_numguard.ops import native\n"
-        "print(hallo_numguard.__file__, native.extension().__file__)\n"
+        "print(hallo_numguard.__file__, extension().__file__)\n"
         "print(hallo_numguard.tensor_stats(torch.ones(4)).to_host()[0].norm)\n"
     )
     lines = python(code, PYTHONPATH=str(target)).splitlines()

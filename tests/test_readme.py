@@ -6,12 +6,13 @@ import contextlib
 import re
 from pathlib import Path
 
-import deepspeed_support
 import pytest
 import torch
 from torch import nn
 
 import hallo_numguard as ng
+
+import deepspeed_support
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BAD = 2  # step in which the weight goes bad

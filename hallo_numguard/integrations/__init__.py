@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, Protocol
 
-from hallo_numguard.config import GuardConfig, OverflowCallback
-from hallo_numguard.errors import InvalidInput
-from hallo_numguard.records import Finding, OverflowReport, StepRecord
+from hallo_numguard.core.config import GuardConfig, OverflowCallback
+from hallo_numguard.core.errors import InvalidInput
+from hallo_numguard.core.findings import Finding
+from hallo_numguard.core.overflow_report import OverflowReport
+from hallo_numguard.core.records import StepRecord
 
 if TYPE_CHECKING:
     from hallo_numguard.integrations.lightning import NumGuardCallback as LightningNumGuardCallback
@@ -22,7 +24,7 @@ GROUP = "hallo_numguard.integrations"
 
 # By package and class of the target, so that nothing has to be imported to find out what it is.
 _BUILT_IN = {
-    ("deepspeed", "DeepSpeedEngine"): "deepspeed.guard:DeepSpeedGuard",
+    ("deepspeed", "DeepSpeedEngine"): "deepspeed.engine_guard:DeepSpeedGuard",
     ("accelerate", "Accelerator"): "accelerate:guard_accelerator",
     ("transformers", "Trainer"): "transformers:guard_trainer",
     ("lightning", "Trainer"): "lightning:guard_trainer",

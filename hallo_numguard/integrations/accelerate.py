@@ -13,15 +13,17 @@ from weakref import WeakSet
 
 import torch
 
-from hallo_numguard.config import GuardConfig, OverflowCallback
-from hallo_numguard.errors import InvalidInput
+from hallo_numguard.core.config import GuardConfig, OverflowCallback
+from hallo_numguard.core.errors import InvalidInput
+from hallo_numguard.core.findings import Finding
+from hallo_numguard.core.overflow_report import OverflowReport
+from hallo_numguard.core.records import StepRecord
 from hallo_numguard.integrations import Guard, engine_of
-from hallo_numguard.integrations.optimizer import GuardedOptimizer
-from hallo_numguard.integrations.optimizer.guard import Look, OptimizerGuard
-from hallo_numguard.integrations.optimizer.model import Named
-from hallo_numguard.integrations.optimizer.scaler import has_unscaled, scale_of
-from hallo_numguard.integrations.seams import Seams
-from hallo_numguard.records import Finding, OverflowReport, StepRecord
+from hallo_numguard.integrations.patches import Seams
+from hallo_numguard.integrations.torch_optim import GuardedOptimizer
+from hallo_numguard.integrations.torch_optim.grad_scaler import has_unscaled, scale_of
+from hallo_numguard.integrations.torch_optim.model_hooks import Named
+from hallo_numguard.integrations.torch_optim.optimizer_guard import Look, OptimizerGuard
 
 _guarded: WeakSet[Any] = WeakSet()
 
@@ -31,7 +33,7 @@ def guard_accelerator(accelerator: Any, config: GuardConfig, on_overflow: Overfl
     engine = engine_of(accelerator)
     if engine is None:
         return AcceleratorGuard(accelerator, config, on_overflow)
-    from hallo_numguard.integrations.deepspeed.guard import DeepSpeedGuard
+    from hallo_numguard.integrations.deepspeed.engine_guard import DeepSpeedGuard
 
     return DeepSpeedGuard(engine, config, on_overflow)
 

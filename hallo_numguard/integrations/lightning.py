@@ -20,15 +20,17 @@ try:
 except ImportError:  # its older name
     from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]  # the same classes
 
-from hallo_numguard.config import GuardConfig, OverflowCallback
-from hallo_numguard.errors import InvalidInput
+from hallo_numguard.core.config import GuardConfig, OverflowCallback
+from hallo_numguard.core.errors import InvalidInput
+from hallo_numguard.core.findings import Finding
+from hallo_numguard.core.overflow_report import OverflowReport
+from hallo_numguard.core.records import StepRecord
+from hallo_numguard.guard.guarded_model import Forward
 from hallo_numguard.integrations import Guard, engine_of
-from hallo_numguard.integrations.optimizer import GuardedOptimizer
-from hallo_numguard.integrations.optimizer.guard import OptimizerGuard
-from hallo_numguard.integrations.optimizer.scaler import has_unscaled, scale_of
-from hallo_numguard.integrations.seams import Seams
-from hallo_numguard.monitor.replay import Forward
-from hallo_numguard.records import Finding, OverflowReport, StepRecord
+from hallo_numguard.integrations.patches import Seams
+from hallo_numguard.integrations.torch_optim import GuardedOptimizer
+from hallo_numguard.integrations.torch_optim.grad_scaler import has_unscaled, scale_of
+from hallo_numguard.integrations.torch_optim.optimizer_guard import OptimizerGuard
 
 
 class NumGuardCallback(Callback):
@@ -90,7 +92,7 @@ class NumGuardCallback(Callback):
         self._engine_guard, self._guards, self._last_bad = None, {}, None
         engine = engine_of(trainer)
         if engine is not None:
-            from hallo_numguard.integrations.deepspeed.guard import DeepSpeedGuard
+            from hallo_numguard.integrations.deepspeed.engine_guard import DeepSpeedGuard
 
             again = _engine_again(trainer, pl_module, engine) if pl_module.automatic_optimization else None
             self._engine_guard = DeepSpeedGuard(engine, self._config, self._on_overflow, again)

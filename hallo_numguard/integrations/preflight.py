@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from hallo_numguard.checkpoint import preflight as checking
-from hallo_numguard.checkpoint.checks.plan import Plan
-from hallo_numguard.checkpoint.preflight import Inputs, Paths, Subject, as_paths, read_config
-from hallo_numguard.checkpoint.report import PreflightReport
-from hallo_numguard.checkpoint.scanning.scan import Progress
-from hallo_numguard.errors import InvalidInput
+from hallo_numguard.core.errors import InvalidInput
+from hallo_numguard.core.findings import PreflightReport
+from hallo_numguard.files.preflight import run as checking
+from hallo_numguard.files.preflight.run import Inputs, Paths, Subject, as_paths, read_config
+from hallo_numguard.files.preflight.run_spec import Plan
+from hallo_numguard.files.scan.scan import Progress
 from hallo_numguard.integrations import engine_of
 from hallo_numguard.ops.formats import dtype_name
 

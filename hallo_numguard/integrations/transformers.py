@@ -14,12 +14,14 @@ from typing import Any
 
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from hallo_numguard.config import GuardConfig, OverflowCallback
-from hallo_numguard.errors import InvalidInput, NumericsError
+from hallo_numguard.core.config import GuardConfig, OverflowCallback
+from hallo_numguard.core.errors import InvalidInput, NumericsError
+from hallo_numguard.core.findings import Finding
+from hallo_numguard.core.overflow_report import OverflowReport
+from hallo_numguard.core.records import StepRecord
 from hallo_numguard.integrations import Guard, attach
-from hallo_numguard.integrations.seams import Seams
-from hallo_numguard.records import Finding, OverflowReport, StepRecord
-from hallo_numguard.sinks.base import tag
+from hallo_numguard.integrations.patches import Seams
+from hallo_numguard.trackers.base import tag
 
 _log = logging.getLogger("hallo_numguard")
 

@@ -10,7 +10,7 @@ from typing import Protocol, cast
 
 import torch
 
-from hallo_numguard.errors import BackendUnavailable
+from hallo_numguard.core.errors import BackendUnavailable
 from hallo_numguard.ops.layout import Layout
 from hallo_numguard.ops.tensor_list import TensorList
 
@@ -21,7 +21,7 @@ BACKENDS = ("native", "triton", "reference")
 # Triton's 13, the driver's launches left out), and its loops 14 to 42 % fewer instructions an element (docs/gpu.md);
 # Triton needs no compiler at installation and compiles for whatever GPU is there.
 _PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
-_MODULES = {("native", "cuda"): "cuda"}  # where the module has another name than the backend
+_MODULES = {("native", "cpu"): "cpu", ("native", "cuda"): "cuda"}  # "native" is one backend a device
 _log = logging.getLogger("hallo_numguard")
 
 
@@ -44,7 +44,7 @@ class Backend(Protocol):
 def backend(name: str, device_type: str = "cpu") -> Backend:
     """Returns the backend of that name for such devices, whether it can run or not."""
     module = _MODULES.get((name, device_type), name)
-    return cast(Backend, importlib.import_module(f"hallo_numguard.ops.{module}"))
+    return cast(Backend, importlib.import_module(f"hallo_numguard.ops.backends.{module}"))
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from hallo_numguard.errors import InvalidInput
+from hallo_numguard.core.errors import InvalidInput
 
 T = TypeVar("T")
 _LAYOUT_OF_TENSOR = "_hallo_numguard_layout"

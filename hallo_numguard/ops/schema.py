@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import library
 
-from hallo_numguard.errors import InvalidInput
+from hallo_numguard.core.errors import InvalidInput
+from hallo_numguard.core.records import RECORD_FIELDS
 from hallo_numguard.ops import dispatch, tensor_list
 from hallo_numguard.ops.formats import FORMATS
 from hallo_numguard.ops.layout import Layout
-from hallo_numguard.records import RECORD_FIELDS
 
 _LIBRARY = library.Library("hallo_numguard", "DEF")
 _LIBRARY.define("tensor_stats(Tensor flat, Tensor? offsets, bool detail) -> Tensor")

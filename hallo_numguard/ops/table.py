@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from hallo_numguard.errors import InvalidInput
-from hallo_numguard.records import RECORD_FIELDS, Record
+from hallo_numguard.core.errors import InvalidInput
+from hallo_numguard.core.records import RECORD_FIELDS, Record
 
 _COLUMN = {name: position for position, name in enumerate(RECORD_FIELDS)}
 _N_NONFINITE = 3  # the first three columns count NaN, +Inf and -Inf

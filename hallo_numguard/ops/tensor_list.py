@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from hallo_numguard.ops import native
 from hallo_numguard.ops.formats import FORMATS
+from hallo_numguard.ops.native_extension import extension
 
 _EXCHANGE = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)  # torch >= 2.10
 _DEVICE_TYPES = {1: "cpu", 2: "cuda"}  # DLPack's numbers
@@ -65,7 +65,7 @@ def read_plain(tensors: Sequence[torch.Tensor]) -> TensorList | None:
 
     Cost: no Python a tensor; 40 ns each, 70 where 100,000 of them do not fit the caches.
     """
-    module = native.extension()
+    module = extension()
     if module is None or _EXCHANGE is None or not tensors:
         return None
     found = module.read_tensors(tensors, _EXCHANGE, torch.Tensor, torch.nn.Parameter)

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from hallo_numguard.structure import floating_tensors_in
-from hallo_numguard.tracing.circumstances import Autocast, RandomState
-from hallo_numguard.tracing.replay import undisturbed
+from hallo_numguard.tracing.nested import floating_tensors_in
+from hallo_numguard.tracing.rerun import undisturbed
+from hallo_numguard.tracing.rng_and_autocast import Autocast, RandomState
 
 _MOST_ATTRIBUTE_BYTES = 1 << 20  # of what a module holds beside its tensors
 _OWN_STATE = frozenset(nn.Module().__dict__) - {"training"}  # hooks, parameters, buffers, modules

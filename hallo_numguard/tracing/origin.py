@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hallo_numguard.records import Record
-from hallo_numguard.tracing.frames import Frame, Origin, TensorRecord
+from hallo_numguard.core.frames import Frame, Origin, TensorRecord
+from hallo_numguard.core.records import Record
 from hallo_numguard.tracing.tape import Held, Tape
 
 Named = tuple[str, Held]

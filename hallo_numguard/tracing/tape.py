@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import torch
 
+from hallo_numguard.core.frames import TensorRecord
+from hallo_numguard.core.records import Record
+from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.ops.formats import dtype_name
 from hallo_numguard.ops.layout import unravel
-from hallo_numguard.ops.stats import multi_tensor_stats
-from hallo_numguard.records import Record
-from hallo_numguard.tracing.frames import TensorRecord
 
 BATCH = 64  # looks between two copies to the host
 _MOST_WAITING = 256 << 20  # bytes of tensors that live on because their records are not on the host yet

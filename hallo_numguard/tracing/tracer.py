@@ -13,10 +13,10 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from hallo_numguard.errors import InvalidInput
-from hallo_numguard.structure import floating_tensors_in, is_readable
-from hallo_numguard.tracing import frames
-from hallo_numguard.tracing.frames import Frame, Frames, Origin
+from hallo_numguard.core import frames
+from hallo_numguard.core.errors import InvalidInput
+from hallo_numguard.core.frames import Frame, Frames, Origin
+from hallo_numguard.tracing.nested import floating_tensors_in, is_readable
 from hallo_numguard.tracing.origin import Call, Named, Operation, first_in_backward, first_nonfinite, frame_of
 from hallo_numguard.tracing.tape import Held, Tape
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
 
-from deepspeed_support import free_port, rank_environment
-
 from campaign.cases import Case, Seen
+from deepspeed_support import free_port, rank_environment
+from paths import IMPORTABLE
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -68,6 +68,7 @@ class Ranks:
         port = free_port()
         for rank in range(self._world):
             environment = {**os.environ, **rank_environment(rank, self._world, port), "OMP_NUM_THREADS": "1"}
+            environment["PYTHONPATH"] = IMPORTABLE
             errors = TemporaryFile()  # noqa: SIM115 - stays open as long as the process lives
             process = subprocess.Popen(
                 [sys.executable, str(WORKER)],

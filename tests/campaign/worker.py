@@ -6,15 +6,13 @@ import json
 import logging
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-
-import deepspeed_support as support
 import torch
 
 import hallo_numguard as ng
+
+import deepspeed_support as support
 from campaign.cases import CLEAN_STEPS, FAULTY_STEP, STEPS, Case, Seen
 from campaign.models import MODELS
 

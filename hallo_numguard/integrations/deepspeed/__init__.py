@@ -1,5 +1,5 @@
 """The guard of a DeepSpeed engine."""
 
-from hallo_numguard.integrations.deepspeed.guard import DeepSpeedGuard
+from hallo_numguard.integrations.deepspeed.engine_guard import DeepSpeedGuard
 
 __all__ = ["DeepSpeedGuard"]

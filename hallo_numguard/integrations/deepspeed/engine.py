@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
-from hallo_numguard.errors import UnsupportedDeepSpeed
+from hallo_numguard.core.errors import UnsupportedDeepSpeed
+from hallo_numguard.guard import named_tensors as attribution
+from hallo_numguard.guard.loss_scaling import LossScaling
+from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.integrations.deepspeed import gradients
 from hallo_numguard.integrations.deepspeed.gradients import GradientSource, Positions
 from hallo_numguard.integrations.deepspeed.partition import slice_of
 from hallo_numguard.integrations.deepspeed.version import kind_of, require
-from hallo_numguard.monitor import attribution
-from hallo_numguard.monitor.attribution import NamedTensor
-from hallo_numguard.monitor.evidence import Scaling
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Kind:
     classes: tuple[str, ...]
     needs: tuple[str, ...]
     source: Callable[[Any, Positions], GradientSource]
-    scaling: Callable[[Any], Scaling]
+    scaling: Callable[[Any], LossScaling]
     looks: Callable[[Any], bool] = lambda _: True
 
 
-def _zero_scaling(optimizer: Any) -> Scaling:
+def _zero_scaling(optimizer: Any) -> LossScaling:
     scaler = optimizer.loss_scaler
-    return Scaling(
+    return LossScaling(
         scale=float(scaler.cur_scale),
         dynamic=bool(scaler.dynamic),
         minimum=float(getattr(scaler, "min_scale", 1.0)),
@@ -50,17 +50,17 @@ def _zero_scaling(optimizer: Any) -> Scaling:
     )
 
 
-def _fp16_scaling(optimizer: Any) -> Scaling:
+def _fp16_scaling(optimizer: Any) -> LossScaling:
     config = getattr(optimizer, "loss_scale_config", optimizer)  # a part of the optimizer itself before 0.18.6
-    return Scaling(
+    return LossScaling(
         scale=float(config.cur_scale),
         dynamic=bool(config.dynamic_loss_scale),
         minimum=float(getattr(config, "min_loss_scale", None) or 1.0),
     )
 
 
-def _no_scaling(_: Any) -> Scaling:
-    return Scaling(1.0, dynamic=False)
+def _no_scaling(_: Any) -> LossScaling:
+    return LossScaling(1.0, dynamic=False)
 
 
 def _checks_norm() -> bool:

@@ -12,13 +12,13 @@ from typing import Any, Protocol
 
 import torch
 
-from hallo_numguard.errors import UnsupportedDeepSpeed
+from hallo_numguard.core.errors import UnsupportedDeepSpeed
+from hallo_numguard.guard.guarded_model import Scanned
+from hallo_numguard.guard.parameter_stats import NOTHING, Piece
 from hallo_numguard.integrations.deepspeed.partition import slice_of
 from hallo_numguard.integrations.deepspeed.version import unknown_layout
-from hallo_numguard.monitor.layout import NOTHING, Piece
-from hallo_numguard.monitor.model import Scanned
+from hallo_numguard.ops.api import multi_tensor_stats, tensor_stats
 from hallo_numguard.ops.layout import Layout
-from hallo_numguard.ops.stats import multi_tensor_stats, tensor_stats
 
 Segment = tuple[int, int, Piece]
 """Begin and end inside a flat tensor, and what it is of."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from hallo_numguard.records import OverflowReport
+from hallo_numguard.core.overflow_report import OverflowReport
 
 _SERIES = ("gradient_norm", "gradient_absmax", "gradient_nonfinite", "loss_scale", "skipped_in_a_row")
 

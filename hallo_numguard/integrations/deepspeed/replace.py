@@ -30,10 +30,10 @@ from typing import Any
 
 import torch
 
+from hallo_numguard.guard.collectives import Ranks
+from hallo_numguard.guard.guarded_model import Scanned
 from hallo_numguard.integrations.deepspeed.version import kind_of
-from hallo_numguard.integrations.seams import Seams
-from hallo_numguard.monitor.agreement import Ranks
-from hallo_numguard.monitor.model import Scanned
+from hallo_numguard.integrations.patches import Seams
 
 _log = logging.getLogger("hallo_numguard")
 

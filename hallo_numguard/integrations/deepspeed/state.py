@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 
+from hallo_numguard.guard.guarded_model import Scanned
+from hallo_numguard.guard.parameter_stats import Piece
 from hallo_numguard.integrations.deepspeed.gradients import Positions
 from hallo_numguard.integrations.deepspeed.partition import slice_of
 from hallo_numguard.integrations.deepspeed.version import kind_of
-from hallo_numguard.monitor.layout import Piece
-from hallo_numguard.monitor.model import Scanned
-from hallo_numguard.ops.stats import multi_tensor_stats
+from hallo_numguard.ops.api import multi_tensor_stats
 
 Part = tuple[torch.Tensor, Piece]
 

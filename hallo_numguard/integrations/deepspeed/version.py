@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from hallo_numguard.errors import UnsupportedDeepSpeed
+from hallo_numguard.core.errors import UnsupportedDeepSpeed
 
 
 def version() -> str:

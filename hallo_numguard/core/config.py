@@ -1,0 +1,150 @@
+"""What the user may choose. Standard library only."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hallo_numguard.core.errors import InvalidInput
+from hallo_numguard.core.overflow_report import OverflowReport
+from hallo_numguard.core.records import Verdict
+
+ACTIONS = ("continue", "warn", "skip", "rollback", "raise")
+"""What can be done about an overflow, mildest first. The step itself is skipped in any case."""
+
+MODES = ("replace", "observe")
+LOCAL_GRADIENTS = ("never", "on_alarm", "always")
+
+OverflowCallback = Callable[[OverflowReport], str | None]
+Action = str | OverflowCallback
+
+
+def check_action(action: object, where: str) -> str:
+    """Returns `action` if it is one.
+
+    Raises:
+        InvalidInput: If it is not.
+    """
+    if not isinstance(action, str) or action not in ACTIONS:
+        raise InvalidInput(f"{where} must be one of {', '.join(ACTIONS)}, got {action!r}")
+    return action
+
+
+@dataclass(frozen=True, kw_only=True)
+class Policy:
+    """What to do about an overflow.
+
+    Attributes:
+        on_unrecoverable: Action where `report.recoverable` is False: "raise" (default) stops at once in place of
+            burning every halving of the loss scale; "rollback" puts the run back to the last healthy checkpoint of
+            `GuardConfig.keeper` and goes on with the next batch; "warn" lets DeepSpeed go on.
+        actions: Action by verdict, in place of the default: a name, or a callable that gets the report and returns a
+            name or None. "continue" logs one line, "warn" and "skip" log the report (the step
+            is skipped in any case), "rollback" goes back, "raise" raises `NumericsError` once DeepSpeed has dropped
+            the step's gradients.
+        max_consecutive_skips: Raise after so many skipped steps in a row, unless a lower loss scale is still to be
+            tried or `actions` says otherwise. Frameworks skip in silence where they do not scale the loss. A
+            `rank_fault` that comes back on the same rank is unrecoverable.
+        keep_scale: Do not lower the loss scale for what it is not to blame for: a loss that is not finite already.
+        max_rollbacks: Of one guard. Instead of going back once more it raises, as it does where there is no healthy
+            checkpoint.
+        enforce: Skip a step with non-finite gradients also where the framework's own configuration says that they
+            must not be looked for (DeepSpeed's `bf16.check_grad_overflow: false`); else it is reported only.
+    """
+
+    on_unrecoverable: str = "raise"
+    actions: Mapping[Verdict, Action] = field(default_factory=dict)
+    max_consecutive_skips: int = 10
+    keep_scale: bool = False
+    max_rollbacks: int = 3
+    enforce: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.max_consecutive_skips, int) or self.max_consecutive_skips < 1:
+            raise InvalidInput(
+                f"policy.max_consecutive_skips must be a positive number of steps, got {self.max_consecutive_skips!r}"
+            )
+        if not isinstance(self.max_rollbacks, int) or self.max_rollbacks < 0:
+            raise InvalidInput(f"policy.max_rollbacks must be a number of rollbacks, got {self.max_rollbacks!r}")
+        check_action(self.on_unrecoverable, "policy.on_unrecoverable")
+        for verdict, action in self.actions.items():
+            if verdict not in set(Verdict):
+                known = ", ".join(Verdict)
+                raise InvalidInput(f"policy.actions: expected a verdict of {known}, got {verdict!r}")
+            if not callable(action):
+                check_action(action, f"policy.actions[{verdict}]")
+
+    def action_for(self, report: OverflowReport) -> str:
+        """Returns the name of what to do about `report`."""
+        chosen = self.actions.get(report.verdict)
+        if callable(chosen):
+            chosen = chosen(report)
+            if chosen is not None:
+                chosen = check_action(chosen, f"what policy.actions[{report.verdict}] returned")
+        if chosen is not None:
+            return chosen
+        if report.recoverable is False:
+            return self.on_unrecoverable
+        if report.recoverable and report.verdict is not Verdict.INPUT_NONFINITE:
+            return "continue"
+        return "raise" if report.consecutive_skips >= self.max_consecutive_skips else "warn"
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuardConfig:
+    """How a guard works.
+
+    Attributes:
+        mode: "replace" (default): the guard's pass over the gradients stands in for the framework's own check and norm,
+            where it has such that can be replaced; "observe": the framework makes its own passes as well.
+        history: Number of steps that the flight recorder keeps.
+        local_gradients: When to look at gradients before the reduction as well, which tells whose they are: "never",
+            "on_alarm" (default: from the step after an overflow on, until 20 steps were clean) or "always". While it
+            looks it costs a small pass and a Python call a parameter.
+        policy: What to do about an overflow.
+        dump_dir: Folder that every report is written to, with the flight recorder's steps of each parameter, as
+            `overflow-step<number>-rank<number>.json`: by rank 0, and by the rank that is named. None for nowhere.
+        repro_dir: Folder for bundles that reproduce what is not the loss scale's fault in one process, without the
+            framework: the batch, the random state, the configuration, the report, the one bad call of the named module
+            with its weights, and a script. Costs a pass over the batch, on such an overflow only; 8 bundles a run.
+            None for nowhere.
+        sinks: Where rank 0's figures of every step and the reports go, each one of: a SummaryWriter that the run has
+            (torch.utils.tensorboard, tensorboardX); "wandb" or "mlflow", for the run that is active when the first
+            step is over; "csv:<path>"; "name:text" of what another package offers as an entry point
+            `hallo_numguard.sinks`; or a `Sink` of your own. No run is ever started. Costs no synchronisation.
+        keeper: A `CheckpointKeeper`, which is told of clean and bad steps, and goes back where the policy says so. The
+            script calls its `save`; a `GuardedOptimizer` goes back with what that was last given.
+    """
+
+    mode: str = "replace"
+    history: int = 64
+    local_gradients: str = "on_alarm"
+    policy: Policy = field(default_factory=Policy)
+    dump_dir: str | os.PathLike[str] | None = None
+    repro_dir: str | os.PathLike[str] | None = None
+    sinks: Sequence[Any] = ()
+    keeper: Any = None
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise InvalidInput(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        if self.local_gradients not in LOCAL_GRADIENTS:
+            raise InvalidInput(
+                f"local_gradients must be one of {', '.join(LOCAL_GRADIENTS)}, got {self.local_gradients!r}"
+            )
+        if not isinstance(self.history, int) or self.history < 1:
+            raise InvalidInput(f"history must be a positive number of steps, got {self.history!r}")
+        if not isinstance(self.policy, Policy):
+            raise InvalidInput(f"policy must be a Policy, got {type(self.policy).__name__}")
+        for name in ("dump_dir", "repro_dir"):
+            folder = getattr(self, name)
+            if folder is not None and not isinstance(folder, (str, os.PathLike)):
+                raise InvalidInput(f"{name} must be the path of a folder, got {folder!r}")
+        if not isinstance(self.sinks, (list, tuple)):
+            raise InvalidInput(f"sinks must be a list, got {self.sinks!r}")
+        if self.keeper is not None and not all(hasattr(self.keeper, name) for name in ("clean_step", "rollback")):
+            raise InvalidInput(f"keeper must be a CheckpointKeeper, got {type(self.keeper).__name__}")
+        if self.keeper is None and "rollback" in (self.policy.on_unrecoverable, *self.policy.actions.values()):
+            raise InvalidInput("the policy says rollback: give GuardConfig a keeper to go back with")

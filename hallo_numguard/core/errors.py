@@ -1,0 +1,40 @@
+"""What can go wrong, one class a cause. Messages say what happened, what was expected, and what to do."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from hallo_numguard.core.overflow_report import OverflowReport
+
+
+class NumGuardError(RuntimeError):
+    """Base of every error that this package raises on purpose."""
+
+
+class InvalidInput(NumGuardError, ValueError):
+    """An argument that cannot be worked with: a dtype, an offset, an option."""
+
+
+class BackendUnavailable(NumGuardError):
+    """HALLO_NUMGUARD_BACKEND or HALLO_NUMGUARD_ISA asks for something that cannot run here."""
+
+
+class UnsupportedDeepSpeed(NumGuardError):
+    """The engine, or the installed DeepSpeed, lacks something that the guard needs."""
+
+
+class NoActiveRun(NumGuardError):
+    """Figures were to go to a tracker that has no run to attach to; none is started for them."""
+
+
+class CheckpointFailed(NumGuardError):
+    """A checkpoint could not be saved, or there is none to go back to. Those that were there are untouched."""
+
+
+class NumericsError(NumGuardError):
+    """Training was stopped by policy, because of what `report` tells."""
+
+    def __init__(self, report: OverflowReport) -> None:
+        super().__init__(str(report))
+        self.report = report

@@ -1,0 +1,87 @@
+"""What was noticed beside overflows: in training, in files, before a run."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from hallo_numguard.core.documents import without_nonfinite
+from hallo_numguard.core.records import Offender
+
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was noticed that is no overflow, or not yet: in training, in a file, before a run.
+
+    Attributes:
+        kind: What it is, in a word or two. In training: "nonfinite" (a weight, buffer or optimizer state, outside of a
+            step), "loss_spike", "norm_spike", "update_ratio" (learning rate too high), "dead_gradient",
+            "exploding_gradient" or "input_range".
+        message: In a sentence: what was expected, and what was found.
+        step: Number of the step that it was seen in; None outside of one.
+        name: Of the tensor that it is about, "" if it is about none.
+        offender: What is not finite, if that is what was found.
+        severity: "error" (training will fail, or silently do the wrong thing), "warning" or "info".
+        file: That it is about, "" if it is about none.
+        remedy: What to do, in a sentence; "" if there is nothing to add.
+    """
+
+    kind: str
+    message: str
+    step: int | None = None
+    name: str = ""
+    offender: Offender | None = None
+    severity: str = "warning"
+    file: str = ""
+    remedy: str = ""
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class PreflightReport:
+    """What was found, and what was looked at.
+
+    Attributes:
+        findings: Gravest first.
+        checked: What was looked at and how much of it, a sentence each.
+        unchecked: What could not be looked at, and why, a sentence each.
+    """
+
+    findings: tuple[Finding, ...] = ()
+    checked: tuple[str, ...] = ()
+    unchecked: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything was looked at, and nothing found that needs a person."""
+        return self.exit_code == 0
+
+    @property
+    def exit_code(self) -> int:
+        """Of a command: 1 with findings (other than for information), 2 if something could not be checked, else 0."""
+        if any(finding.severity != "info" for finding in self.findings):
+            return 1
+        return 2 if self.unchecked else 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it as values that JSON has."""
+        document = {"schema_version": SCHEMA_VERSION, "ok": self.ok, "exit_code": self.exit_code, **asdict(self)}
+        return without_nonfinite(document)
+
+
+def merge(reports: list[PreflightReport]) -> PreflightReport:
+    """Returns one report of all that several have."""
+    return PreflightReport(
+        by_severity([finding for report in reports for finding in report.findings]),
+        tuple(sentence for report in reports for sentence in report.checked),
+        tuple(sentence for report in reports for sentence in report.unchecked),
+    )
+
+
+def by_severity(findings: list[Finding]) -> tuple[Finding, ...]:
+    """Returns the findings by severity; those of the same one in the order in which they came."""
+    return tuple(sorted(findings, key=lambda finding: ("error", "warning", "info").index(finding.severity)))

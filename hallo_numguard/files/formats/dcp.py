@@ -1,0 +1,125 @@
+"""Checkpoints of torch.distributed.checkpoint: blocks of tensors, and a pickle that says where they lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from hallo_numguard.core.findings import Finding
+from hallo_numguard.files.formats.file_access import check_inside, is_plain, opened, read_exactly
+from hallo_numguard.files.formats.pickles import Inert, StoredTensor, Unpickled, refusal, unpickle
+from hallo_numguard.files.formats.source import (
+    Checksum,
+    DamagedFile,
+    Source,
+    TensorEntry,
+    damaged,
+    role_of,
+)
+from hallo_numguard.files.formats.torch_zip import open_archive
+
+LAYOUT = "torch.distributed.checkpoint"
+METADATA = ".metadata"
+_SHARDS = "*.distcp"
+_LONGEST_METADATA = 64 << 20  # bytes
+_REMEDY = "Copy the files of every rank, or go back to an earlier checkpoint."
+
+
+@dataclass(frozen=True)
+class _Block:
+    """Where a block of a tensor lies: an archive of its own inside a file."""
+
+    name: str
+    corner: tuple[int, ...]
+    whole: tuple[int, ...]
+    file: str
+    offset: int
+    nbytes: int
+
+
+def recognises(path: Path) -> bool:
+    """Returns whether it is the folder of such a checkpoint."""
+    return path.is_dir() and ((path / METADATA).exists() or next(path.glob(_SHARDS), None) is not None)
+
+
+def read(path: Path) -> Source:
+    """Returns the blocks of all tensors. Objects that are no tensors are left out."""
+    index = path / METADATA
+    try:
+        unpickled = _unpickled(index)
+        blocks = list(_blocks(unpickled.value))
+    except DamagedFile as error:
+        return damaged(LAYOUT, index, error)
+    findings = [error.finding(index) for error in filter(None, map(refusal, sorted(unpickled.foreign)))]
+    entries: list[TensorEntry] = []
+    checksums: list[Checksum] = []
+    for block in blocks:
+        file = path / block.file
+        try:
+            entries.append(_read(file, path, block, checksums))
+        except DamagedFile as error:
+            findings.append(replace(error.finding(file), name=block.name))
+    files = sorted({path / block.file for block in blocks} & set(path.iterdir()))
+    return Source(LAYOUT, path, (index, *files), entries, _once(findings), checksums=tuple(checksums))
+
+
+def _unpickled(index: Path) -> Unpickled:
+    with opened(index) as descriptor:
+        size = index.stat().st_size
+        if size > _LONGEST_METADATA:
+            raise DamagedFile(f"is far larger ({size} bytes) than what describes a checkpoint")
+        return unpickle(read_exactly(descriptor, size, 0))
+
+
+def _blocks(metadata: Any) -> Iterator[_Block]:
+    state = _state(metadata)
+    tensors, places = state.get("state_dict_metadata"), state.get("storage_data")
+    if not isinstance(tensors, Mapping) or not isinstance(places, Mapping):
+        raise DamagedFile("does not describe a checkpoint")
+    for key, place in places.items():
+        index, where = _state(key), _state(place)
+        whole = _shape(_state(tensors.get(index.get("fqn"))).get("size"))
+        if whole is None:  # an object that is no tensor
+            continue
+        corner = _shape(index.get("offset"))
+        corner = (0,) * len(whole) if corner is None else corner
+        file, run = where.get("relative_path"), _shape([where.get("offset"), where.get("length")])
+        if len(corner) != len(whole) or not isinstance(file, str) or run is None:
+            raise DamagedFile(f"does not say where {index.get('fqn')} lies")
+        yield _Block(str(index.get("fqn")), corner, whole, file, *run)
+
+
+def _read(file: Path, root: Path, block: _Block, checksums: list[Checksum]) -> TensorEntry:
+    if not is_plain(block.file):
+        raise DamagedFile(f"leads out of the folder: {block.file}", kind="escape", remedy=_REMEDY)
+    if not file.exists():
+        raise DamagedFile("is missing", kind="missing_shard", remedy=_REMEDY)
+    check_inside(file, root)
+    archive = open_archive(file, block.offset, block.nbytes)
+    tensor = archive.value
+    if not isinstance(tensor, StoredTensor) or len(tensor.shape) != len(block.whole):
+        raise DamagedFile(f"does not hold {block.name} where the index says")
+    checksums += archive.checksums
+    is_piece = tensor.shape != block.whole
+    where = {"whole": block.whole, "corner": block.corner} if is_piece else {}
+    return archive.entry(block.name, role_of(block.name), tensor, **where)
+
+
+def _state(value: Any) -> Mapping[Any, Any]:
+    if not isinstance(value, Inert) or not isinstance(value.state, Mapping):
+        return {}
+    return value.state
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """The value as sizes; None if it is anything else."""
+    if not isinstance(value, (tuple, list)) or not all(type(size) is int and 0 <= size < 1 << 48 for size in value):
+        return None
+    return tuple(value)
+
+
+def _once(findings: list[Finding]) -> tuple[Finding, ...]:
+    """One finding a message: a missing file is missing for all tensors in it."""
+    return tuple({finding.message: finding for finding in findings}.values())

@@ -1,0 +1,99 @@
+"""Safetensors files. The library checks the header; here only the offsets are taken from it."""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hallo_numguard.files.formats.file_access import opened, read_exactly
+from hallo_numguard.files.formats.source import DamagedFile, Source, TensorEntry, damaged
+
+LAYOUT = "safetensors"
+_LENGTH = 8  # bytes that say how long the header is
+_LONGEST_HEADER = 100_000_000  # the library's limit
+_NOT_OURS = "__metadata__"
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U64": torch.uint64,
+    "U32": torch.uint32,
+    "U16": torch.uint16,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+def recognises(path: Path) -> bool:
+    """Returns whether it is such a file, by its name."""
+    return path.suffix == ".safetensors" and not path.is_dir()
+
+
+def read(path: Path) -> Source:
+    """Returns where the tensors lie."""
+    try:
+        header, data = _header(path)
+        _check_by_library(path)
+    except DamagedFile as error:
+        return damaged(LAYOUT, path, error)
+    metadata = header.pop(_NOT_OURS, None) or {}
+    entries = [_entry(path, name, item, data) for name, item in header.items() if item["dtype"] in _DTYPES]
+    entries.sort(key=lambda entry: entry.offset)
+    strange = sorted({item["dtype"] for item in header.values()} - _DTYPES.keys())
+    unchecked = tuple(f"{path.name}: tensors of dtype {dtype}, which torch does not read alone" for dtype in strange)
+    return Source(LAYOUT, path, (path,), entries, unchecked=unchecked, metadata=metadata)
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header as the file has it, and where the data begins; what is wrong with it, in words."""
+    with opened(path) as descriptor:
+        size = os.fstat(descriptor).st_size
+        if size == 0:
+            raise DamagedFile("is empty (0 bytes)")
+        (length,) = struct.unpack("<Q", read_exactly(descriptor, _LENGTH, 0))
+        if length == 0:
+            raise DamagedFile("has a header of 0 bytes: its beginning was overwritten, most likely with zeros")
+        if length > min(size, _LONGEST_HEADER):
+            raise DamagedFile(
+                f"says that its header takes {length} bytes, but it has {size}: cut off, or no safetensors"
+            )
+        text = read_exactly(descriptor, length, _LENGTH)
+    try:
+        header = json.loads(text)
+        ends = [item["data_offsets"][1] for name, item in header.items() if name != _NOT_OURS]
+        end = _LENGTH + length + max(ends, default=0)
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+        raise DamagedFile("has a header that is damaged, or no safetensors header") from None
+    if size < end:
+        raise DamagedFile(f"is cut off: it has {size} bytes, and its tensors need {end}")
+    return header, _LENGTH + length
+
+
+def _check_by_library(path: Path) -> None:
+    """Overlaps, holes, sizes that do not fit the shape, names twice, and whatever else the library knows."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt"):
+            pass
+    except (SafetensorError, OSError, UnicodeError) as error:
+        raise DamagedFile(f"is damaged: {error}") from None
+
+
+def _entry(path: Path, name: str, item: dict[str, Any], data: int) -> TensorEntry:
+    begin, end = item["data_offsets"]
+    dtype = _DTYPES[item["dtype"]]
+    return TensorEntry(name, "parameter", dtype, tuple(item["shape"]), path, data + begin, end - begin)

@@ -1,0 +1,85 @@
+"""Signatures of a folder. The work is model-signing's (OpenSSF): there is no cryptography in this package."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hallo_numguard.core.atomic_files import write_whole
+from hallo_numguard.core.errors import BackendUnavailable, InvalidInput, NumGuardError
+from hallo_numguard.core.findings import Finding, PreflightReport
+from hallo_numguard.files.manifest.file_names import DOWNLOADS, SIGNATURE
+
+
+class SigningFailed(NumGuardError):
+    """No signature was made; its text says why."""
+
+
+def sign(folder: str | os.PathLike[str], key: str | os.PathLike[str]) -> None:
+    """Signs all files of a folder, those of its manifest too, into `model.sig`, which `model_signing verify` reads.
+
+    Args:
+        folder: To be signed.
+        key: File of a private key (PEM, elliptic curve).
+
+    Raises:
+        BackendUnavailable: If model-signing is not installed.
+        SigningFailed: If it does not sign.
+        OSError: If the signature cannot be written; it is old or new then, and whole.
+
+    Cost: model-signing reads every file once more.
+    """
+    root = Path(folder)
+    config = _module("signing").Config().set_hashing_config(_hashing(root))
+    with tempfile.TemporaryDirectory() as scratch:
+        signature = Path(scratch, SIGNATURE)
+        try:
+            config.use_elliptic_key_signer(private_key=Path(key)).sign(root, signature)
+        except Exception as error:  # a key that is none fails in more ways than it lists
+            raise SigningFailed(f"{root} was not signed: {error}") from error
+        write_whole(root / SIGNATURE, signature.read_bytes())
+
+
+def check(folder: str | os.PathLike[str], key: str | os.PathLike[str]) -> PreflightReport:
+    """Returns whether `model.sig` is a signature of the folder by the owner of a key.
+
+    Args:
+        folder: That was signed.
+        key: File of the public key (PEM).
+
+    Raises:
+        BackendUnavailable: If model-signing is not installed.
+        InvalidInput: If there is no such signature or key.
+
+    Cost: model-signing reads every file.
+    """
+    root = Path(folder)
+    for file in (root / SIGNATURE, Path(key)):
+        if not file.is_file():
+            raise InvalidInput(f"{file} is not there, so no signature can be checked")
+    try:
+        _module("verifying").Config().use_elliptic_key_verifier(public_key=Path(key)).verify(root, root / SIGNATURE)
+    except Exception as error:  # noqa: BLE001 - a hostile signature can fail in any way, and none of them is a pass
+        message = f"{SIGNATURE} is no signature of these files by the owner of {Path(key).name}: {error}"
+        remedy = "Get the files from somebody whom you trust."
+        return PreflightReport((Finding("bad_signature", message, severity="error", file=SIGNATURE, remedy=remedy),))
+    return PreflightReport(checked=(f"{SIGNATURE} is a signature of these files by the owner of {Path(key).name}.",))
+
+
+def _hashing(root: Path) -> Any:
+    """Hashing of every file, those of the manifest too, but for signatures and what git and the Hub's cache keep."""
+    signatures = [path.relative_to(root) for path in root.rglob("*.sig")]
+    config = (
+        _module("hashing").Config().set_ignored_paths(paths=[SIGNATURE, DOWNLOADS, *signatures], ignore_git_paths=True)
+    )
+    return config.set_allow_symlinks(any(path.is_symlink() for path in root.rglob("*")))
+
+
+def _module(name: str) -> Any:
+    try:
+        return importlib.import_module(f"model_signing.{name}")
+    except ImportError as error:
+        raise BackendUnavailable(f"model-signing is missing ({error}): pip install 'hallo-numguard[sign]'") from error

@@ -1,0 +1,122 @@
+"""One small batch, forward and backward, before training: nothing that training will see is changed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hallo_numguard.core.findings import Finding, PreflightReport
+from hallo_numguard.tracing.nested import floating_tensors_in
+from hallo_numguard.tracing.rerun import make_again, undisturbed
+
+_FAR = 2.0  # times the loss of then
+
+LossFunction = Callable[[Any], torch.Tensor]
+
+
+class NoLoss(Exception):
+    """What the model returned has no loss in it, and no function was given that makes one."""
+
+
+@dataclass(frozen=True)
+class _Pass:
+    loss: float
+    outputs: list[torch.Tensor]
+    seeds: dict[int, torch.Tensor]
+
+
+def check(
+    module: nn.Module, call: Callable[[], Any], loss_fn: LossFunction | None, expected_loss: float | None
+) -> PreflightReport:
+    """Makes a forward and a backward pass, and looks at every activation and gradient.
+
+    Args:
+        module: The model.
+        call: Calls it with the batch.
+        loss_fn: Makes the loss of what it returned; left out, that has to be a loss, or have one as `loss`.
+        expected_loss: What the loss was when the checkpoint was saved.
+
+    Returns:
+        What was found. Weights, buffers, gradients, random numbers and optimizer are as before.
+
+    Cost: three forward passes and one to a few backward passes.
+    """
+    try:
+        first = _pass(module, call, loss_fn)
+        return _judge(module, call, first, expected_loss)
+    except NoLoss as error:
+        return PreflightReport(unchecked=(f"Smoke step: {error}.",))
+    except Exception as error:  # noqa: BLE001 - the model's own code, which would fail in training too
+        message = f"the smoke step failed: {type(error).__name__}: {error}"
+        return PreflightReport((Finding("smoke", message, severity="error", remedy="Training would fail alike."),))
+
+
+def call_with(module: Callable[..., Any], batch: Any) -> Any:
+    """Calls a model with a batch: a dict is given by name, a tuple or list by place, all else as it is."""
+    if isinstance(batch, Mapping):
+        return module(**batch)
+    return module(*batch) if isinstance(batch, (tuple, list)) else module(batch)
+
+
+def _pass(module: nn.Module, call: Callable[[], Any], loss_fn: LossFunction | None) -> _Pass:
+    with undisturbed(module):
+        output = call()
+        loss = _loss(output, loss_fn)
+        outputs = [tensor for _, tensor in floating_tensors_in("output", output)]
+        wanted = {position: tensor for position, tensor in enumerate(outputs) if tensor.requires_grad}
+        given = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True) if wanted else ()
+        seeds = {place: seed for place, seed in zip(wanted, given, strict=True) if seed is not None}
+        return _Pass(float(loss.detach()), [tensor.detach() for tensor in outputs], seeds)
+
+
+def _loss(output: Any, loss_fn: LossFunction | None) -> torch.Tensor:
+    loss = loss_fn(output) if loss_fn is not None else output
+    if loss_fn is None and isinstance(output, Mapping):
+        loss = output.get("loss")
+    elif loss_fn is None and not isinstance(output, torch.Tensor):
+        loss = getattr(output, "loss", None)
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        raise NoLoss("the model returns no loss: give loss_fn, which makes one of what it returns")
+    return loss.reshape(())
+
+
+def _judge(module: nn.Module, call: Callable[[], Any], first: _Pass, expected_loss: float | None) -> PreflightReport:
+    findings = []
+    is_finite = math.isfinite(first.loss)
+    again = make_again(module, call, first.outputs, first.seeds, 1.0 if is_finite else None)
+    if not is_finite:
+        where = f": {again.origin}" if again.origin is not None else ", and every module is: the loss function made it"
+        message = f"smoke step: the loss is {_words(first.loss)}{where}"
+        findings.append(_error(message, again.origin.name if again.origin is not None else ""))
+    elif again.origin is not None:
+        findings.append(
+            _error(f"smoke step: the loss is finite, its gradients are not: {again.origin}", again.origin.name)
+        )
+    elif expected_loss is not None and first.loss > _FAR * abs(expected_loss):
+        findings.append(
+            Finding(
+                "smoke",
+                f"smoke step: the loss is {first.loss:.4g}, and was {expected_loss:.4g} when the checkpoint was saved",
+                remedy="Check that the weights were loaded (names, strict=False), and the batch against those of then.",
+            )
+        )
+    if not again.same:
+        message = "smoke step: the model does not return the same for the same batch and random numbers"
+        findings.append(Finding("smoke", message, severity="info"))
+    trained = sum(parameter.requires_grad for parameter in module.parameters())
+    checked = f"Smoke step: loss {_words(first.loss)}; every activation, and the gradients of {trained} parameters"
+    return PreflightReport(tuple(findings), (checked,))
+
+
+def _error(message: str, name: str) -> Finding:
+    remedy = "Training would begin like this: look at that module's weights and at what it is given (ng.trace)."
+    return Finding("smoke", message, severity="error", name=name, remedy=remedy)
+
+
+def _words(loss: float) -> str:
+    return f"{loss:.4g}" if math.isfinite(loss) else ("NaN" if math.isnan(loss) else "Inf")

@@ -1,0 +1,110 @@
+"""Ranks that agree: every reduction is of a fixed size, so all ranks take the same path whatever each has seen."""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+import torch.distributed as dist
+
+from hallo_numguard.core.safe_text import printable
+from hallo_numguard.guard.parameter_stats import NONE, Sums
+
+_log = logging.getLogger("hallo_numguard")
+
+_TEXT_BYTES = 4096
+_NOBODY = 1 << 31  # greater than any rank
+
+
+class Ranks:
+    """The ranks among which gradients are reduced. With one process, everything here is the identity.
+
+    Args:
+        group: Process group; None for the default one.
+        alone: Whether this rank trains for itself, whatever others there are.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None, alone: bool = False) -> None:
+        ready = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if ready else 0
+        self.size = 1
+        self._group = group
+        if ready and not alone:
+            self.join(group)
+
+    def join(self, group: dist.ProcessGroup | None) -> None:
+        """From now on they are those of `group`: all of them must say so before the same reduction."""
+        self._group = group
+        self.size = dist.get_world_size(group)
+
+    def highest(self, value: int, device: torch.device) -> int:
+        """Returns the highest of the values that the ranks give. Synchronises."""
+        return int(self._reduce(torch.tensor([value], device=device), dist.ReduceOp.MAX).item())
+
+    def lowest(self, value: int, device: torch.device) -> int:
+        """Returns the lowest of the values that the ranks give. Synchronises."""
+        return int(self._reduce(torch.tensor([value], device=device), dist.ReduceOp.MIN).item())
+
+    def total(self, value: int, device: torch.device) -> int:
+        """Returns the sum of the values that the ranks give. Synchronises."""
+        return int(self._reduce(torch.tensor([value], device=device), dist.ReduceOp.SUM).item())
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """Returns the sum of the tensors that the ranks give. Does not wait for the device."""
+        return self._reduce(value, dist.ReduceOp.SUM)
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """Returns the mean of the tensors that the ranks give. Does not wait for the device."""
+        return self._reduce(value / self.size, dist.ReduceOp.SUM)
+
+    def any(self, marks: torch.Tensor) -> torch.Tensor:
+        """Returns the highest that any rank gives, element by element."""
+        return self._reduce(marks, dist.ReduceOp.MAX)
+
+    def combine(self, local: Sums, sliced: torch.Tensor) -> tuple[Sums, torch.Tensor]:
+        """Puts together what the ranks see.
+
+        Args:
+            local: This rank's view, a row a tensor.
+            sliced: bool [n]: whether every rank holds another slice of the tensor, which are added up; else every rank
+                holds a copy, of which the lowest rank's counts on which it is not finite.
+
+        Returns:
+            The sums, and int64 [n] the lowest rank on which the tensor is not finite (`NONE` if it is everywhere).
+        """
+        rank = self._reduce(torch.where(local.first != NONE, self.rank, NONE), dist.ReduceOp.MIN)
+        counts_here = sliced | (rank == self.rank)
+        return (
+            Sums(
+                self._reduce(torch.where(counts_here[:, None], local.counts, 0), dist.ReduceOp.SUM),
+                self._reduce(torch.where(counts_here, local.first, NONE), dist.ReduceOp.MIN),
+                self._reduce(torch.where(counts_here, local.absmax, 0.0), dist.ReduceOp.MAX),
+            ),
+            rank,
+        )
+
+    def lowest_told(self, text: str | None, device: torch.device) -> str | None:
+        """Returns the text of the lowest rank that has one, the same on all ranks; None if none has. Synchronises.
+
+        What is longer than 4096 bytes is not told: every rank sends as much, whatever it has to say. See `clip`.
+        """
+        words = b"" if text is None else text.encode()
+        if len(words) > _TEXT_BYTES:
+            _log.error("too much to tell other ranks: %d bytes", len(words))
+            words = b""
+        teller = self.lowest(self.rank if words else _NOBODY, device)
+        mine = words if teller == self.rank else b""
+        payload = torch.frombuffer(bytearray(mine.ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8).to(device)
+        said = bytes(self._reduce(payload, dist.ReduceOp.SUM).tolist()).rstrip(b"\0")
+        return said.decode() if said else None
+
+    def _reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
+        tensor = tensor.contiguous()
+        if self.size > 1:
+            dist.all_reduce(tensor, op=operation, group=self._group)
+        return tensor
+
+
+def clip(text: str, size: int) -> str:
+    """Returns the beginning of `text`, of at most `size` bytes, without control characters."""
+    return printable(text).encode()[:size].decode(errors="ignore")

@@ -1,0 +1,1 @@
+"""From what the ranks saw of a bad step to a verdict."""

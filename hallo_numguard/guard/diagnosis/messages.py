@@ -1,0 +1,408 @@
+"""A report for each verdict: what was seen, in sentences, and what to do about it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from hallo_numguard.core.overflow_report import OverflowReport
+from hallo_numguard.core.records import Offender, Verdict
+from hallo_numguard.guard.diagnosis.evidence import Evidence
+
+
+def _report(
+    seen: Evidence,
+    verdict: Verdict,
+    recoverable: bool | None,
+    first: Offender | None,
+    evidence: Sequence[str],
+    not_checked: Sequence[str],
+    advice: str,
+    settles_at: float | None = None,
+) -> OverflowReport:
+    return OverflowReport(
+        step=seen.step,
+        loss_scale=seen.scaling.scale,
+        verdict=verdict,
+        provisional=verdict is Verdict.SCALE_TOO_HIGH and (seen.answer is None or settles_at is None),
+        recoverable=recoverable,
+        first=first,
+        offenders=tuple(seen.gradients),
+        evidence=(*evidence, *_replay_lines(seen), *_common(seen)),
+        not_checked=tuple(not_checked),
+        advice=advice,
+        world_size=seen.world_size,
+        consecutive_skips=seen.skipped,
+        settles_at=settles_at,
+    )
+
+
+def _replay_lines(seen: Evidence) -> list[str]:
+    replay = seen.replay
+    if replay is None:
+        return []
+    if replay.why_not:
+        return [f"no answer from running the batch again: {replay.why_not}"]
+    if replay.origin is None:
+        return ["the same batch, run again on every rank, was finite in every module"]
+    where = f"on {replay.bad_ranks} of {seen.world_size} ranks" if seen.world_size > 1 else "likewise"
+    lines = [f"the batch (micro-batch {replay.micro_batch}), run again, was not finite {where}", *replay.details]
+    if replay.finite_unscaled:
+        lines.append("the same batch without loss scaling was finite")
+    elif replay.finite_unscaled is False:
+        lines.append("nor was it without loss scaling")
+    return lines
+
+
+def _common(seen: Evidence) -> list[str]:
+    lines = [_gradient_line(seen)]
+    if seen.bystanders:
+        names = ", ".join(f"{item.name} ({item.counts})" for item in seen.bystanders[:3])
+        more = f" and {len(seen.bystanders) - 3} more" if len(seen.bystanders) > 3 else ""
+        lines.append(f"also not finite, but not shown to be the cause: {names}{more}")
+    if seen.bad_ranks and seen.world_size > 1:
+        lines.append(_rank_line(seen, seen.bad_ranks))
+    if seen.state:
+        names = ", ".join(item.name for item in seen.state[:3])
+        lines.append(f"not finite in the optimizer's state: {names}")
+    if seen.skipped > 1:
+        lines.append(f"{seen.skipped} steps skipped in a row")
+    if seen.skipped == 0:
+        lines.append("the step is applied all the same: the configuration says not to look (policy.enforce skips it)")
+    return lines
+
+
+def _rank_line(seen: Evidence, bad_ranks: int) -> str:
+    if bad_ranks == seen.world_size:
+        return "before the reduction the gradients of every rank were not finite: the cause is one they share"
+    ranks = sorted({item.rank for item in seen.gradients if item.rank is not None})
+    whose = f" (rank {ranks[0]})" if len(ranks) == 1 else ""
+    return (
+        f"before the reduction the gradients of {bad_ranks} of {seen.world_size} ranks were not finite{whose}: look at "
+        "that rank's batch first, then at its hardware"
+    )
+
+
+def _gradient_line(seen: Evidence) -> str:
+    if not seen.gradients:
+        return "every gradient element is finite"
+    nan = sum(item.nan for item in seen.gradients)
+    inf = sum(item.pos_inf + item.neg_inf for item in seen.gradients)
+    tensors = plural(len(seen.gradients), "gradient")
+    return f"{tensors} not finite: {nan} NaN and {inf} Inf in all"
+
+
+def _finite_weights(seen: Evidence) -> str:
+    return f"all {seen.tensors} parameters and buffers that count are finite"
+
+
+def weights_nonfinite(seen: Evidence) -> OverflowReport:
+    """A weight was bad before the step."""
+    first = seen.suspects[0]
+    bad = len(seen.suspects)
+    evidence = [
+        f"{_the_loss(seen)} is not finite ({_loss_text(seen)}), and {plural(bad, 'weight tensor')} of {seen.tensors} "
+        f"{'is' if bad == 1 else 'are'} not: {', '.join(item.name for item in seen.suspects[:3])}"
+        + (f" and {bad - 3} more" if bad > 3 else ""),
+    ]
+    if seen.scaling.dynamic:
+        overflows = seen.scaling.halvings_left + seen.scaling.patience
+        evidence.append(
+            f"the loss scale cannot help: {seen.scaling.scaler} would skip {plural(overflows, 'step')} on the way from "
+            f"{seen.scaling.scale:g} down to {seen.scaling.minimum:g}, and then {seen.scaling.at_last}"
+        )
+    advice = (
+        f"Repair {first.name}: check the file it was loaded from (checksum, values, dtype), load an intact copy or go "
+        f"back to a healthy checkpoint."
+    )
+    if first.pos_inf + first.neg_inf and first.dtype in ("float16", "bfloat16", "float8_e5m2"):
+        advice += (
+            f" A number too large for {first.dtype} also becomes Inf when it is converted, so look at the values in "
+            f"the file's own dtype."
+        )
+    return _report(seen, Verdict.WEIGHTS_NONFINITE, False, first, evidence, (), advice)
+
+
+def weight_in_backward(seen: Evidence, origin: Offender) -> OverflowReport:
+    """A weight that the loss does not depend on made the gradients bad."""
+    return _report(
+        seen,
+        Verdict.WEIGHTS_NONFINITE,
+        False,
+        origin,
+        [f"{_the_loss(seen)} is finite, as it does not depend on what the bad weight makes; but 0 times NaN is NaN"],
+        (),
+        f"Repair {origin.name}: no loss scale can mend it.",
+    )
+
+
+def optimizer_state_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
+    """The optimizer wrote what was bad in its state into a weight."""
+    return _report(
+        seen,
+        Verdict.OPTIMIZER_STATE_NONFINITE,
+        False,
+        first,
+        [
+            f"{_the_loss(seen)} is not finite ({_loss_text(seen)}), nor is {seen.suspects[0]}",
+            f"nor is the optimizer's state of {first.name} (a moment or the float32 master copy): {first.counts}",
+            "steps with such gradients are skipped, so the state was bad before the weight",
+        ],
+        (),
+        f"Go back to a healthy checkpoint, or reset the optimizer's state of {first.name} and load its weights anew: "
+        "the next step that is applied would write it into the weights again.",
+    )
+
+
+def rank_fault(seen: Evidence) -> OverflowReport:
+    """One rank was wrong, and is not when it does the same again."""
+    first = seen.loss or seen.gradients[0]
+    rank, what = first.rank, "was finite"
+    if seen.replay is not None and seen.replay.differing_ranks:
+        rank, what = seen.replay.differing_rank, "returned something else"
+    before = None if rank is None else seen.rank_faults.get(rank)
+    again = [] if before is None else [f"it was so before on rank {rank}, in step {before}"]
+    return _report(
+        seen,
+        Verdict.RANK_FAULT,
+        None if before is None else False,
+        replace(first, rank=rank),
+        [
+            f"only rank {rank} was not finite, and the same batch, run again on it, {what}",
+            *again,
+            _finite_weights(seen),
+        ],
+        ("kernels that do not give the same bits twice", "a part of the loss that reads weights itself"),
+        f"Suspect the hardware of rank {rank}: look at its error counters and temperature, and run it without "
+        "that device. If it comes back with another batch on the same rank, it is the hardware.",
+    )
+
+
+def reduction_overflow(seen: Evidence) -> OverflowReport:
+    """Gradients were finite on every rank, and their sum is not."""
+    return _report(
+        seen,
+        Verdict.REDUCTION_OVERFLOW,
+        True,
+        replace(seen.gradients[0], kind="reduction"),
+        [
+            "every rank's own gradients were finite"
+            + ("" if seen.bad_ranks == 0 else ", when the batch was run again")
+            + ", their sum is not"
+        ],
+        (),
+        "The sum over the ranks is too large for the dtype that it is made in: divide before it (prescale_gradients, "
+        "gradient_predivide_factor), or reduce in a wider dtype (communication_data_type: bf16 or fp32). A lower loss "
+        "scale helps as well, and costs small gradients.",
+    )
+
+
+def backward_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
+    """The backward pass made it, whatever the scale."""
+    where = f"module {first.module}" if first.module else "the root module"
+    proved = seen.answer is not None
+    evidence = [f"{_the_loss(seen)} is finite", _finite_weights(seen)]
+    if seen.scaling.scale <= 1.0:
+        evidence.append(f"the loss scale is {seen.scaling.scale:g}: it cannot be too high")
+    return _report(
+        seen,
+        Verdict.BACKWARD_NONFINITE,
+        None,
+        first,
+        evidence,
+        () if proved else ("the operation behind it",),
+        f"The backward pass made it in {where}{'' if proved else ', or right behind it'}: look there for a division, a "
+        "square root, a logarithm or a norm at 0, and for a sum that is too large for the dtype.",
+    )
+
+
+def input_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
+    """The model was called with it."""
+    sample = f", sample {first.index[0]}" if len(first.index) > 1 else ""
+    return _report(
+        seen,
+        Verdict.INPUT_NONFINITE,
+        True,
+        first,
+        [
+            f"{_the_loss(seen)} is not finite ({_loss_text(seen)})",
+            _finite_weights(seen),
+            f"what the model was called with is not: {first.name}{sample}, micro-batch {seen.micro_batch} of the step",
+        ],
+        (),
+        f"This step is lost, the next batch is not. Find the sample in the data{_on_rank(seen, first.rank)} and look "
+        "at how it was read and normalised. The loss scale has no part in it: policy.keep_scale leaves it alone.",
+    )
+
+
+def loss_nonfinite(seen: Evidence, loss: Offender) -> OverflowReport:
+    """The loss is bad, and what the model was called with is not."""
+    if seen.answer is not None:
+        origin = seen.answer.origin
+        return _loss_code(seen, loss) if origin is None else _forward_nonfinite(seen, origin)
+    return _report(
+        seen,
+        Verdict.UNDETERMINED,
+        None,
+        loss,
+        _before_the_loss(seen),
+        (*_unseen_batch(seen), "labels that the model was not called with", "the outputs of the modules"),
+        ("A" if seen.batch_known else "A non-finite value came in with the batch, or a")
+        + " non-finite value arose in the forward pass or in the loss; the loss scale acts later, so lowering it will "
+        "hardly help. Check the labels of this batch, or run the forward pass in float32 or bfloat16.",
+    )
+
+
+_FORWARD_KINDS = {
+    "parameter": (Verdict.WEIGHTS_NONFINITE, False),
+    "buffer": (Verdict.WEIGHTS_NONFINITE, False),
+    "input": (Verdict.INPUT_NONFINITE, True),
+}
+
+
+def _forward_nonfinite(seen: Evidence, origin: Offender) -> OverflowReport:
+    verdict, recoverable = _FORWARD_KINDS.get(origin.kind, (Verdict.FORWARD_NONFINITE, None))
+    where = f"module {origin.name}" if origin.name else "the root module's own code"
+    rank = _on_rank(seen, origin.rank)
+    if verdict is Verdict.WEIGHTS_NONFINITE:
+        advice = f"Repair {origin.name}, or find out why this batch reads what no batch before has."
+    elif verdict is Verdict.INPUT_NONFINITE:
+        advice = f"This step is lost, the next batch is not. Find the sample in the data{rank}."
+    else:
+        advice = (
+            f"The forward pass made it in {where}{rank}. If the numbers there are near the largest that {origin.dtype} "
+            "can hold, run it in bfloat16 or float32, or clamp them; else look for a division, a square root, a "
+            "logarithm or a row that is masked throughout. The loss scale acts later: lowering it does not help."
+        )
+    return _report(seen, verdict, recoverable, origin, _before_the_loss(seen), (), advice)
+
+
+def _loss_code(seen: Evidence, loss: Offender) -> OverflowReport:
+    return _report(
+        seen,
+        Verdict.UNDETERMINED,
+        None,
+        loss,
+        _before_the_loss(seen),
+        ("labels that the model was not called with",),
+        "It was made after the model, where the loss is computed from what it returns: look there for a logarithm or a "
+        f"division, at the labels{_on_rank(seen, loss.rank)}, and at the dtype. Lowering the loss scale does not help.",
+    )
+
+
+def _before_the_loss(seen: Evidence) -> list[str]:
+    finite_inputs = ["what the model was called with is finite"] if seen.batch_known else []
+    return [f"{_the_loss(seen)} is not finite ({_loss_text(seen)})", _finite_weights(seen), *finite_inputs]
+
+
+def _unseen_batch(seen: Evidence) -> tuple[str, ...]:
+    return () if seen.batch_known else ("the batch: what the model was called with was not seen, or changed since",)
+
+
+def _unseen_loss(seen: Evidence) -> tuple[str, ...]:
+    return () if seen.loss_shown else ("the loss: show it with watch_loss(loss), or engine.backward(loss)",)
+
+
+def _on_rank(seen: Evidence, rank: int | None) -> str:
+    return "" if rank is None or seen.world_size == 1 else f" of rank {rank}"
+
+
+def scale_too_high(seen: Evidence) -> OverflowReport:
+    """At a lower loss scale the gradients would be finite."""
+    left = plural(seen.scaling.halvings_left, "halving")
+    evidence = [f"{_the_loss(seen)} is finite", _finite_weights(seen), f"the loss scale is {seen.scaling}"]
+    replayed = seen.replay.settles_at if seen.replay is not None else None
+    settles_at = replayed or seen.proved_before or seen.settles_at
+    if settles_at is None:
+        outlook = f"it will be lowered until a step is finite, {left} left"
+    else:
+        power = f"2^{math.log2(settles_at):g}"
+        outlook = f"it is expected to settle at {power}, {left} left"
+        if replayed:
+            evidence.append(f"run again, this batch was finite at {power}, and at no more than that")
+        elif seen.proved_before:
+            evidence.append(f"a batch that was skipped before was finite at {power}, when it was run again")
+        else:
+            evidence.append(f"the gradients of the last finite steps fit at {power}, and at no more than that")
+    advice = f"Let the loss scale go on: {outlook}."
+    if not seen.scaling.can_fall:
+        remedy = "lower it" if settles_at is None else f"set it to {settles_at:g}"
+        advice = f"The loss scale is fixed at {seen.scaling}: {remedy}."
+    return _report(
+        seen,
+        Verdict.SCALE_TOO_HIGH,
+        True if seen.scaling.can_fall else None,
+        seen.gradients[0] if seen.replay is None or seen.replay.origin is None else seen.replay.origin,
+        evidence,
+        () if replayed else (*_unseen_loss(seen), "whether this batch is finite at a lower scale"),
+        advice if replayed else f"{advice} The verdict is provisional until a step is finite.",
+        settles_at=settles_at,
+    )
+
+
+def not_again(seen: Evidence) -> OverflowReport:
+    """Gradients were bad, and are not when the batch is run again."""
+    return _report(
+        seen,
+        Verdict.UNDETERMINED,
+        None,
+        seen.gradients[0],
+        [f"{_the_loss(seen)} is finite", _finite_weights(seen)],
+        ("the gradients before the reduction",),
+        "One rank was wrong once, or the reduction, or code that changed gradients afterwards. If it comes back, "
+        'GuardConfig(local_gradients="always") tells which rank it is.',
+    )
+
+
+def gradients_nonfinite(seen: Evidence) -> OverflowReport:
+    """Gradients are bad, and more cannot be told."""
+    evidence = [f"{_the_loss(seen)} is finite" if seen.loss_known else "the loss was not seen"]
+    if seen.suspects:
+        evidence.append(f"not finite: {', '.join(item.name for item in seen.suspects[:3])}")
+    else:
+        evidence.append(_finite_weights(seen))
+    if not seen.scaling.dynamic:
+        evidence.append(f"the loss scale is {seen.scaling.scale:g} and does not change")
+    elif not seen.scaling.can_fall:
+        evidence.append(f"the loss scale is at its minimum, {seen.scaling.minimum:g}: it cannot be too high")
+    return _report(
+        seen,
+        Verdict.UNDETERMINED,
+        None,
+        seen.gradients[0],
+        evidence,
+        (*_unseen_loss(seen), "the backward pass, module by module", "the gradients before the reduction"),
+        f"The gradient of {seen.gradients[0].name} is the first that is not finite: look at the operations behind it "
+        f"(a division, a square root or a logarithm at 0), and at the batch.",
+    )
+
+
+def false_alarm(seen: Evidence) -> OverflowReport:
+    """The framework calls an overflow what is none."""
+    return _report(
+        seen,
+        Verdict.UNDETERMINED,
+        None,
+        seen.suspects[0] if seen.suspects else seen.loss,
+        ["the framework calls this step an overflow; the guard found no non-finite gradient to account for it"],
+        ("the framework's own check, which may have overflowed itself on large finite values",),
+        "Look at the largest gradients (guard.history), and upgrade DeepSpeed if it is older than 0.19.8.",
+    )
+
+
+def _the_loss(seen: Evidence) -> str:
+    return "the loss" if seen.loss_shown else "the model's output"
+
+
+def _loss_text(seen: Evidence) -> str:
+    if seen.loss is None:
+        return "finite"
+    rank = seen.loss.rank
+    where = "" if rank is None or seen.world_size == 1 else f" on rank {rank}"
+    return seen.loss.counts.partition(" ")[2] + where
+
+
+def plural(count: int, noun: str) -> str:
+    """Returns a number of things in words."""
+    return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -1,0 +1,253 @@
+"""The bad batch once more, by all ranks in step: which module it was, and whether a lower loss scale would do."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from hallo_numguard.core.frames import Origin
+from hallo_numguard.core.records import Offender
+from hallo_numguard.guard.collectives import Ranks, clip
+from hallo_numguard.guard.diagnosis.evidence import Replayed
+from hallo_numguard.guard.guarded_model import Forward
+from hallo_numguard.guard.step.batch import Batch, Call
+from hallo_numguard.ops.api import multi_tensor_stats
+from hallo_numguard.tracing.capture import Captured, NotCaptured, capture
+from hallo_numguard.tracing.rerun import Attempt, make_again
+
+_log = logging.getLogger("hallo_numguard")
+
+_LIMIT = float(torch.finfo(torch.float16).max)
+_FURTHER = 3  # halvings that are tried below the scale that ought to do
+_LONGEST = 300  # bytes of a name that is told to other ranks
+_LONGEST_LINE = 400
+_NONE = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """Of one pass, agreed."""
+
+    done: bool
+    differing_ranks: int
+    differing_rank: int
+    bad_ranks: int
+    told: str | None
+    absmax_power: int  # the lowest of the ranks: gradients fit if multiplied by two to it
+
+    @property
+    def why_not(self) -> str:
+        if not self.done:
+            return "the batch could not be run again (its own error is in the log)"
+        return "run again, the model returned something else" if self.differing_ranks else ""
+
+
+class Replayer:
+    """Makes passes of the current step again.
+
+    All methods are to be called by all ranks in the same step: they reduce, and under ZeRO stage 3 the model's forward
+    gathers its weights.
+
+    Args:
+        module: To be traced.
+        forward: Calls it as the framework does.
+        batch: The calls of the step.
+        ranks: Among which gradients are reduced.
+        device: Where small reductions are made.
+    """
+
+    def __init__(self, module: nn.Module, forward: Forward, batch: Batch, ranks: Ranks, device: torch.device) -> None:
+        self._module = module
+        self._forward = forward
+        self._batch = batch
+        self._ranks = ranks
+        self._device = device
+
+    def of_a_bad_loss(self, losses: Sequence[bool]) -> Replayed:
+        """Runs the first micro-batch again whose loss was not finite; all calls, where a loss comes of several.
+
+        Args:
+            losses: Of each micro-batch on this rank, whether its loss was finite.
+        """
+        calls = self._ranks.lowest(len(self._batch.calls), self._device)
+        a_call_a_loss = self._ranks.lowest(int(len(losses) == len(self._batch.calls)), self._device) == 1
+        first = next((position for position, finite in enumerate(losses) if not finite), _NONE)
+        micro_batch = self._ranks.lowest(first, self._device)
+        suspects = [micro_batch] if a_call_a_loss else range(calls)
+        why_not = self._cannot(suspects[-1] + 1 if suspects else 0)
+        if why_not:
+            return Replayed(why_not)
+        found = Replayed()
+        for position in suspects:
+            found = self._replayed(self._run(position, None), position)
+            if found.why_not or found.origin is not None:
+                break
+        return found
+
+    def of_bad_gradients(self, scale: float) -> Replayed:
+        """Runs the step's micro-batches again until one has gradients that are not finite, then looks for a scale.
+
+        Args:
+            scale: The loss scale.
+        """
+        count = self._ranks.lowest(len(self._batch.calls), self._device)
+        why_not = self._cannot(count)
+        if why_not:
+            return Replayed(why_not)
+        seeds = [seed for call in list(self._batch.calls)[:count] for seed in call.seeds.values()]
+        if self._ranks.highest(int(multi_tensor_stats(seeds).found_inf()), self._device):
+            return Replayed(
+                "the gradient that reached the model's output was not finite, so it was made after the model"
+            )
+        for micro_batch in range(count):
+            answer = self._run(micro_batch, 1.0)
+            found = self._replayed(answer, micro_batch)
+            if answer.why_not:
+                return found
+            if answer.bad_ranks:
+                return self._at_lower_scales(found, scale) if scale > 1 else found
+        return Replayed(micro_batch=count - 1)
+
+    def call(self, micro_batch: int) -> Call | None:
+        """Returns a call of the step; None if it was not kept, or was changed since."""
+        calls = self._batch.calls
+        return calls[micro_batch] if micro_batch < len(calls) and not calls[micro_batch].changed else None
+
+    def capture(self, name: str, number: int, micro_batch: int) -> Captured | str:
+        """Runs a micro-batch again and takes one call of one module out of it.
+
+        Args:
+            name: Of the module.
+            number: How often it had been called before.
+            micro_batch: Of the step.
+
+        Returns:
+            The call, or why it could not be taken.
+        """
+        why_not = self._cannot(micro_batch + 1)
+        if why_not:
+            return why_not
+        call = self._batch.calls[micro_batch]
+        try:
+            return capture(self._module, name, number, self._again(call), call.seeds)
+        except NotCaptured as error:
+            return str(error)
+        except Exception as error:  # noqa: BLE001 - the model's own code; training goes on
+            return f"the batch could not be run again: {error}"
+
+    def _at_lower_scales(self, found: Replayed, scale: float) -> Replayed:
+        unscaled = self._run(found.micro_batch, 1.0 / scale)
+        if unscaled.why_not:
+            return found
+        if unscaled.bad_ranks:
+            return replace(self._replayed(unscaled, found.micro_batch), finite_unscaled=False)
+        ought_to_do = min(unscaled.absmax_power, round(math.log2(scale)) - 1)
+        for power in range(ought_to_do, max(ought_to_do - _FURTHER, 0), -1):
+            if not self._run(found.micro_batch, 2.0**power / scale).bad_ranks:
+                return replace(found, finite_unscaled=True, settles_at=2.0**power)
+        return replace(found, finite_unscaled=True, settles_at=1.0)
+
+    def _cannot(self, count: int) -> str:
+        """Why these passes cannot be made again, agreed; "" if they can."""
+        calls = list(self._batch.calls)[:count]
+        able = 0 < count <= len(self._batch.calls) and all(_is_whole(call) for call in calls)
+        if self._ranks.lowest(int(able), self._device) == 1:
+            return ""
+        return "the batch was not seen, was changed since, or its outputs were too large to keep"
+
+    def _run(self, micro_batch: int, factor: float | None) -> _Answer:
+        attempt: Attempt | None = None
+        try:
+            attempt = self._attempt(self._batch.calls[micro_batch], factor)
+        except Exception:  # noqa: BLE001 - the model's own code; training goes on
+            _log.exception("hallo_numguard could not run the batch again")
+        return self._agree(attempt)
+
+    def _attempt(self, call: Call, factor: float | None) -> Attempt:
+        return make_again(self._module, self._again(call), call.outputs or (), call.seeds, factor)
+
+    def _again(self, call: Call) -> Callable[[], Any]:
+        def again() -> Any:
+            call.random.restore()
+            with call.autocast.again():
+                return self._forward(call.args, call.kwargs)
+
+        return again
+
+    def _agree(self, attempt: Attempt | None) -> _Answer:
+        ranks, device = self._ranks, self._device
+        done = ranks.lowest(int(attempt is not None), device) == 1
+        differs = attempt is not None and not attempt.same
+        bad = attempt is not None and attempt.origin is not None
+        absmax = attempt.gradient_absmax if attempt is not None else 0.0
+        room = math.floor(math.log2(_LIMIT / absmax)) if absmax > 0 else _NONE
+        return _Answer(
+            done,
+            ranks.total(int(differs), device),
+            ranks.lowest(ranks.rank if differs else _NONE, device),
+            ranks.total(int(bad), device),
+            ranks.lowest_told(_to_tell(attempt, ranks.rank) if bad else None, device),
+            ranks.lowest(room, device),
+        )
+
+    def _replayed(self, answer: _Answer, micro_batch: int) -> Replayed:
+        found = Replayed(
+            answer.why_not,
+            micro_batch,
+            bad_ranks=answer.bad_ranks,
+            differing_ranks=answer.differing_ranks,
+            differing_rank=answer.differing_rank,
+        )
+        if answer.told is None:
+            return found
+        origin, details, number = json.loads(answer.told)
+        return replace(found, origin=Offender.from_document(origin), details=tuple(details), number=number)
+
+
+def _is_whole(call: Call) -> bool:
+    return call.outputs is not None and not call.changed
+
+
+def _to_tell(attempt: Attempt | None, rank: int) -> str | None:
+    if attempt is None or attempt.origin is None:
+        return None
+    origin = attempt.origin
+    told = [asdict(_offender(origin, rank)), _details(origin, attempt.input_absmax), origin.call]
+    return json.dumps(told, ensure_ascii=False)
+
+
+def _offender(origin: Origin, rank: int) -> Offender:
+    tensor = origin.tensor
+    is_weight = origin.kind == "gradient" and not tensor.name.startswith(("input", "output"))
+    name = f"{origin.name}.{tensor.name}".lstrip(".") if is_weight else origin.name
+    return Offender(
+        kind=origin.kind,
+        name=clip(name, _LONGEST),
+        module=clip(origin.name, _LONGEST),
+        rank=rank,
+        index=origin.index,
+        nan=tensor.record.nan,
+        pos_inf=tensor.record.pos_inf,
+        neg_inf=tensor.record.neg_inf,
+        absmax=tensor.record.absmax,
+        numel=math.prod(tensor.shape),
+        shape=tensor.shape,
+        dtype=tensor.dtype,
+    )
+
+
+def _details(origin: Origin, input_absmax: float) -> list[str]:
+    details = [f"the first module that turned finite into non-finite is {origin}"]
+    if origin.kind == "activation" and input_absmax:
+        details.append(f"the largest number that it was given is {input_absmax:.4g}")
+    if origin.neighbours:
+        values = ", ".join(f"{value:.4g}" for value in origin.neighbours)
+        details.append(f"around that element: {values}")
+    return [clip(detail, _LONGEST_LINE) for detail in details]

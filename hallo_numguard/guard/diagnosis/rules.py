@@ -1,0 +1,113 @@
+"""What an overflow means. Pure: evidence in, report out; nothing is guessed, and what was not looked at is listed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from hallo_numguard.core.overflow_report import OverflowReport
+from hallo_numguard.core.records import Offender, Verdict
+from hallo_numguard.guard.diagnosis import messages as explain
+from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
+
+
+def needs_replay(seen: Evidence) -> bool:
+    """Returns whether to run the batch again would tell more."""
+    if seen.loss is not None:
+        return not seen.suspects and seen.input is None
+    if not seen.gradients or _overflowed_in_the_reduction(seen):
+        return False
+    return seen.proved_before is None or seen.scaling.scale <= seen.proved_before
+
+
+def judge(seen: Evidence) -> OverflowReport:
+    """Returns the report on an overflow, in the order of suspicion: what stands earlier in the step goes first."""
+    if seen.loss is not None and seen.suspects:
+        written = _written_by_the_optimizer(seen)
+        return explain.weights_nonfinite(seen) if written is None else explain.optimizer_state_nonfinite(seen, written)
+    if not seen.gradients:
+        return explain.false_alarm(seen)
+    if seen.loss is not None and seen.input is not None:
+        return explain.input_nonfinite(seen, seen.input)
+    if _is_one_ranks_fault(seen):
+        return explain.rank_fault(seen)
+    if seen.loss is not None:
+        return explain.loss_nonfinite(seen, seen.loss)
+    if _overflowed_in_the_reduction(seen):
+        return explain.reduction_overflow(seen)
+    if seen.answer is not None and seen.answer.origin is not None:
+        return _judge_by_replay(seen, seen.answer, seen.answer.origin)
+    if seen.answer is not None and seen.answer.micro_batch == 0:
+        return explain.not_again(seen)
+    if seen.loss_known and seen.scaling.can_fall:
+        return explain.scale_too_high(seen)
+    if _born_in_backward(seen):
+        return explain.backward_nonfinite(seen, seen.gradients[0])
+    return explain.gradients_nonfinite(seen)
+
+
+def _judge_by_replay(seen: Evidence, replay: Replayed, origin: Offender) -> OverflowReport:
+    if origin.kind in ("parameter", "buffer"):
+        return explain.weight_in_backward(seen, origin)
+    if replay.finite_unscaled:
+        return explain.scale_too_high(seen)
+    if replay.finite_unscaled is False or seen.scaling.scale <= 1.0:
+        return explain.backward_nonfinite(seen, origin)
+    return explain.gradients_nonfinite(seen)
+
+
+def settled(report: OverflowReport, scale: float, skipped: int) -> OverflowReport:
+    """Returns the report once a later step was finite: what was provisional is now known."""
+    if report.verdict is not Verdict.SCALE_TOO_HIGH:
+        return replace(report, provisional=False)
+    power = math.log2(scale)
+    told = ", as was expected" if scale == report.settles_at else ""
+    return replace(
+        report,
+        provisional=False,
+        evidence=(*report.evidence, f"a step at loss scale 2^{power:g} ({scale:g}) was finite{told}"),
+        not_checked=(),
+        advice=(
+            f"Nothing to mend: the loss scale settled at 2^{power:g} after {explain.plural(skipped, 'skipped step')}. "
+            f"If that happens at every start, begin there: initial_scale_power {power:g}, a GradScaler's init_scale "
+            f"{scale:g}."
+        ),
+    )
+
+
+def _written_by_the_optimizer(seen: Evidence) -> Offender | None:
+    """The optimizer state behind the first bad weight that has some.
+
+    Steps with bad gradients are skipped, so a bad weight does not reach the state: it is the other way round.
+    """
+    by_name = {item.name: item for item in seen.state}
+    return next((by_name[item.name] for item in seen.suspects if item.name in by_name), None)
+
+
+def _overflowed_in_the_reduction(seen: Evidence) -> bool:
+    """A sum of finite numbers may be infinite; NaN alone must have come from elsewhere (a hook that ran after ours)."""
+    if seen.loss is not None or not seen.gradients or seen.world_size == 1:
+        return False
+    first = seen.gradients[0]
+    finite_again = seen.bad_ranks is None and seen.answer is not None and seen.answer.origin is None
+    return (seen.bad_ranks == 0 or finite_again) and first.pos_inf + first.neg_inf > 0 and first.nan == 0
+
+
+def _is_one_ranks_fault(seen: Evidence) -> bool:
+    """One rank only was bad, and the same batch on it is clean now."""
+    replay = seen.replay
+    if replay is None or replay.bad_ranks:
+        return False
+    if replay.differing_ranks:
+        return replay.differing_ranks == 1
+    if seen.loss is not None or replay.why_not or replay.micro_batch > 0:  # several may overflow when they are added up
+        return False
+    return seen.world_size == 1 or seen.bad_ranks == 1
+
+
+def _born_in_backward(seen: Evidence) -> bool:
+    """Whether nothing but the backward pass is left: no scaling, and no reduction that could have overflowed."""
+    if not (seen.loss_known and seen.loss_shown) or seen.suspects or seen.scaling.scale > 1.0:
+        return False
+    # A sum of finite numbers may be infinite, never NaN.
+    return seen.world_size == 1 or seen.gradients[0].nan > 0 or bool(seen.bad_ranks)

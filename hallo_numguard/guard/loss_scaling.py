@@ -1,0 +1,40 @@
+"""The loss scaler's state, whoever scales."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LossScaling:
+    """The loss scaler, before it was told about this overflow.
+
+    Attributes:
+        scale: In force during the backward pass.
+        dynamic: Whether it is lowered on an overflow.
+        minimum: The lowest it will go to.
+        patience: Number of overflows that it will let pass before it is lowered (hysteresis).
+        scaler: Who scales.
+        at_last: What it does where the scale cannot be lowered any more.
+    """
+
+    scale: float
+    dynamic: bool
+    minimum: float = 1.0
+    patience: int = 0
+    scaler: str = "DeepSpeed"
+    at_last: str = "give up"
+
+    @property
+    def halvings_left(self) -> int:
+        """How often the scale can still be halved."""
+        return round(math.log2(self.scale / self.minimum)) if self.can_fall else 0
+
+    @property
+    def can_fall(self) -> bool:
+        """Whether a lower scale will be tried next."""
+        return self.dynamic and self.scale > self.minimum
+
+    def __str__(self) -> str:
+        return f"2^{math.log2(self.scale):g} ({self.scale:g})" if self.scale > 0 else f"{self.scale:g}"

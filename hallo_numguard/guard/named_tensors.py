@@ -1,0 +1,161 @@
+"""Who is not finite: names, positions and ranks for what the kernels counted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from hallo_numguard.core.records import Offender
+from hallo_numguard.guard.parameter_stats import NONE, Piece, Sums, by_parameter
+from hallo_numguard.ops.api import multi_tensor_stats
+from hallo_numguard.ops.formats import dtype_name
+from hallo_numguard.ops.layout import unravel
+
+
+@dataclass(frozen=True)
+class NamedTensor:
+    """A parameter or buffer of the model, with every name it goes by.
+
+    Attributes:
+        kind: "parameter", "buffer", "input" or "loss".
+        name: Fully qualified.
+        tensor: The tensor itself.
+        aliases: Other names of it.
+        shape: Of the whole tensor; its own if None.
+        slice: If ranks hold slices of it: gives this rank's, and where it lies in the whole tensor: where it begins,
+            and `Piece.run` and `Piece.stride` if that is not all.
+    """
+
+    kind: str
+    name: str
+    tensor: torch.Tensor
+    aliases: tuple[str, ...] = ()
+    shape: tuple[int, ...] | None = None
+    slice: Callable[[], tuple[torch.Tensor, int] | tuple[torch.Tensor, int, int, int]] | None = None
+
+    def offender(self, sums: Sums, position: int, rank: int | None) -> Offender:
+        """Returns this tensor (or its gradient, of the same shape) as an offender."""
+        nan, pos_inf, neg_inf = sums.counts[position].tolist()
+        shape = tuple(self.tensor.shape) if self.shape is None else self.shape
+        return Offender(
+            kind=self.kind,
+            name=self.name,
+            module=self.name.rpartition(".")[0] if self.kind in ("parameter", "buffer") else "",
+            rank=rank,
+            index=unravel(int(sums.first[position]), shape),
+            nan=nan,
+            pos_inf=pos_inf,
+            neg_inf=neg_inf,
+            absmax=float(sums.absmax[position]),
+            numel=math.prod(shape),
+            shape=shape,
+            dtype=dtype_name(self.tensor.dtype),
+            aliases=self.aliases,
+        )
+
+
+def named_parameters(model: nn.Module) -> list[NamedTensor]:
+    """Returns the parameters in registration order, tied ones once."""
+    return _unique("parameter", model.named_parameters(remove_duplicate=False))
+
+
+def named_buffers(model: nn.Module) -> list[NamedTensor]:
+    """Returns the floating-point buffers in registration order, shared ones once."""
+    buffers = model.named_buffers(remove_duplicate=False)
+    return _unique("buffer", ((name, value) for name, value in buffers if value.is_floating_point()))
+
+
+def _unique(kind: str, named: Iterable[tuple[str, torch.Tensor]]) -> list[NamedTensor]:
+    names: dict[torch.Tensor, list[str]] = {}
+    for name, tensor in named:
+        names.setdefault(tensor, []).append(name)
+    return [NamedTensor(kind, first, tensor, tuple(others)) for tensor, (first, *others) in names.items()]
+
+
+def look(tensors: Sequence[NamedTensor]) -> Sums:
+    """Scans what this rank holds of them: one pass, a row each."""
+    held = [(item.tensor, 0) if item.slice is None else item.slice() for item in tensors]
+    table = multi_tensor_stats([tensor.detach() for tensor, *_ in held])
+    pieces = [Piece(position, *place) for position, (_, *place) in enumerate(held)]
+    return by_parameter(table.packed, pieces, len(tensors))
+
+
+class LegalNonfinites:
+    """Remembers non-finite tensors that a clean step has been seen with: they are not what goes wrong later.
+
+    An embedding row that is never read may be NaN for ever, an attention mask holds -Inf on purpose. What changed since
+    is suspect again.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[int, ...]] = {}
+        self._legal: dict[int, tuple[int, ...]] = {}
+
+    def note(self, sums: Sums) -> None:
+        """Remembers what is not finite now."""
+        self._seen = {position: _signature(sums, position) for position in bad_positions(sums)}
+
+    def clean_step(self) -> None:
+        """A step was finite with all that was noted in place."""
+        if self._seen:
+            self._legal.update(self._seen)
+            self._seen = {}
+
+    def is_legal(self, sums: Sums, position: int) -> bool:
+        """Returns whether this tensor is as it was in a clean step."""
+        return self._legal.get(position) == _signature(sums, position)
+
+
+def bad_positions(sums: Sums) -> list[int]:
+    """Returns the positions of the tensors that are not finite, in order."""
+    positions: list[int] = (sums.first != NONE).nonzero().flatten().tolist()
+    return positions
+
+
+def only_negative_infinity(sums: Sums, position: int) -> bool:
+    """Returns whether -Inf is all that is not finite, as in an additive mask."""
+    nan, pos_inf, _ = sums.counts[position].tolist()
+    return nan == 0 and pos_inf == 0
+
+
+def _signature(sums: Sums, position: int) -> tuple[int, ...]:
+    return (*sums.counts[position].tolist(), int(sums.first[position]))
+
+
+@dataclass
+class ReadyOrder:
+    """Learns in which order gradients become ready, from the first backward pass; then costs nothing.
+
+    Attributes:
+        rank_of: Place in that order by position of the parameter. What took no part comes last.
+    """
+
+    rank_of: dict[int, int] = field(default_factory=dict)
+    _handles: list[torch.utils.hooks.RemovableHandle] = field(default_factory=list)
+
+    def learn(self, parameters: Sequence[NamedTensor]) -> None:
+        """Hooks every parameter that takes gradients, until `stop` is called."""
+        for position, item in enumerate(parameters):
+            if item.tensor.requires_grad:
+                self._handles.append(item.tensor.register_post_accumulate_grad_hook(self._recorder(position)))
+
+    def stop(self) -> None:
+        """Removes the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def sort(self, positions: Iterable[int]) -> list[int]:
+        """Returns the positions, earliest gradient first; unknown ones behind, the model's end first."""
+        last = len(self.rank_of)
+        return sorted(positions, key=lambda position: (self.rank_of.get(position, last), -position))
+
+    def _recorder(self, position: int) -> Callable[[torch.Tensor], None]:
+        def ready(_: torch.Tensor) -> None:
+            self.rank_of.setdefault(position, len(self.rank_of))
+
+        return ready

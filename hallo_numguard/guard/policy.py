@@ -1,0 +1,69 @@
+"""What is done about a report, agreed by all ranks before anyone acts."""
+
+from __future__ import annotations
+
+import logging
+from typing import NamedTuple
+
+import torch
+
+from hallo_numguard.core.config import ACTIONS, OverflowCallback, Policy, check_action
+from hallo_numguard.core.errors import NumericsError
+from hallo_numguard.core.overflow_report import OverflowReport, headline
+from hallo_numguard.guard.collectives import Ranks
+
+_log = logging.getLogger("hallo_numguard")
+
+_CALLBACK_FAILED = len(ACTIONS)  # graver than any action: some rank is going to raise
+
+
+class Answer(NamedTuple):
+    """What every rank has to do once the step's gradients are dropped: raise, go back to a checkpoint, or go on."""
+
+    error: BaseException | None = None
+    goes_back: bool = False
+
+
+def agree(
+    report: OverflowReport,
+    policy: Policy,
+    callback: OverflowCallback | None,
+    ranks: Ranks,
+    device: torch.device,
+    can_go_back: bool,
+) -> Answer:
+    """Asks the callback and the policy, and takes the gravest answer of all ranks.
+
+    If the run cannot go back to a checkpoint, or not once more, "rollback" is "raise".
+    """
+    error: BaseException | None = None
+    gravity = 0
+    try:
+        gravity = ACTIONS.index(_choose(report, policy, callback))
+    except BaseException as failure:  # noqa: BLE001 - user code; raised again below, when no rank waits for another
+        error, gravity = failure, _CALLBACK_FAILED
+    agreed = ranks.highest(gravity, device)
+    if agreed == _CALLBACK_FAILED:
+        if error is None:
+            _log.error("on_overflow or a policy callable raised on another rank")
+        return Answer(error or NumericsError(report))
+    action = ACTIONS[agreed]
+    if action == "raise" or (action == "rollback" and not can_go_back):
+        return Answer(NumericsError(report))
+    if ranks.rank == 0:
+        _announce(report, action)
+    return Answer(goes_back=action == "rollback")
+
+
+def _choose(report: OverflowReport, policy: Policy, callback: OverflowCallback | None) -> str:
+    answer = callback(report) if callback is not None else None
+    if answer is not None:
+        return check_action(answer, "what on_overflow returned")
+    return policy.action_for(report)
+
+
+def _announce(report: OverflowReport, action: str) -> None:
+    if action == "continue":
+        _log.info("%s", headline(report))
+    else:
+        _log.warning("%s", report)

@@ -1,0 +1,1 @@
+"""Bundles that make a fault again in one process."""

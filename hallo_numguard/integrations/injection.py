@@ -1,0 +1,240 @@
+"""Faults on purpose, to prove that an alarm works."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from hallo_numguard.core.errors import InvalidInput
+from hallo_numguard.tracing.rerun import is_again
+
+KINDS = ("parameter", "buffer", "optimizer_state", "input", "activation", "gradient")
+
+
+class Injection:
+    """A fault that is planted, or will be. `remove()` takes back what has not happened yet; damage done stays.
+
+    Attributes:
+        planted: Whether it has happened on this rank.
+    """
+
+    def __init__(self) -> None:
+        self.planted = False
+        self._handles: list[Any] = []
+
+    def remove(self) -> None:
+        """Takes every hook off."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+
+def inject(
+    target: Any,
+    kind: str,
+    where: str | None = None,
+    index: Sequence[int] | None = None,
+    value: float = float("nan"),
+    step: int = 1,
+    rank: int | None = None,
+) -> Injection:
+    """Plants a fault into a training run.
+
+    Args:
+        target: A model, or what holds one as `.module` or `.model`: a DeepSpeedEngine, a Trainer, a GuardedOptimizer.
+        kind: What is damaged. "parameter", "buffer" and "optimizer_state" (moments) stay damaged, as by a corrupted
+            file; "input" (the first floating-point tensor of the batch) and "activation" (the output of the module
+            `where`) are bad in one step only, and "gradient" (of the parameter `where`, before the reduction) in one
+            backward pass, as by a fault of the hardware: not when the batch is run again.
+        where: Fully qualified name of the parameter, buffer or module; not for "input".
+        index: Of the element, in the whole tensor's shape; the first one if left out.
+        value: What is written there.
+        step: When: in the forward pass of that number from now on, 1 for the next.
+        rank: Only on this rank; on all if None.
+
+    Returns:
+        The injection: whether it has happened, and a way to take it back before.
+
+    Raises:
+        InvalidInput: If there is no such kind, or nothing of that name.
+    """
+    if kind not in KINDS:
+        raise InvalidInput(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
+    model = _model_of(target)
+    injection = Injection()
+    if rank is not None and rank != _this_rank():
+        return injection
+    plant = _planter(target, model, kind, where, index, value)
+    passes = 0
+
+    def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        nonlocal passes
+        if is_again():
+            return None
+        passes += 1
+        if passes == step:
+            injection.planted = True
+            return plant(injection, args, kwargs)
+        if passes > step:
+            injection.remove()
+        return None
+
+    # An engine is called before its model is; by then ZeRO stage 3 has begun to gather what would be damaged.
+    called = target if isinstance(target, nn.Module) else model
+    injection._handles.append(called.register_forward_pre_hook(before_forward, prepend=True, with_kwargs=True))
+    return injection
+
+
+Planter = Callable[[Injection, tuple[Any, ...], dict[str, Any]], Any]
+
+
+def _planter(
+    target: Any, model: nn.Module, kind: str, where: str | None, index: Sequence[int] | None, value: float
+) -> Planter:
+    if kind == "input":
+        return lambda _, args, kwargs: _with_bad_input(args, kwargs, index, value)
+    if kind == "activation":
+        module = _find(dict(model.named_modules()), "module", where)
+
+        def plant_activation(injection: Injection, *_: Any) -> None:
+            def change(*call: Any) -> Any:
+                return _first_changed(call[-1], index, value)[0]
+
+            injection._handles.append(module.register_forward_hook(change, prepend=True))  # every other hook sees it
+
+        return plant_activation
+    if kind == "buffer":
+        buffer = _find(dict(model.named_buffers()), "buffer", where)
+        return lambda *_: _write(buffer, index, value)
+    parameter = _find(dict(model.named_parameters()), "parameter", where)
+    if kind == "gradient":
+
+        def plant_gradient(injection: Injection, *_: Any) -> None:
+            def once(gradient: torch.Tensor) -> torch.Tensor | None:
+                handle.remove()
+                return _changed(gradient, index, value)
+
+            hooks = dict(parameter._backward_hooks or {})
+            handle = parameter.register_hook(once)
+            injection._handles.append(handle)
+            for key, hook in hooks.items():  # behind ours, so that every one of them sees it
+                del parameter._backward_hooks[key]
+                parameter._backward_hooks[key] = hook
+
+        return plant_gradient
+    if kind == "optimizer_state":
+        return lambda *_: _write_state(target, parameter, index, value)
+    return lambda *_: _write_parameter(parameter, index, value)
+
+
+def _write_parameter(parameter: Any, index: Sequence[int] | None, value: float) -> None:
+    from hallo_numguard.integrations.torch_optim.sharding import is_sharded
+
+    if is_sharded(parameter):
+        _write_part(parameter, index, value)
+        return
+    if not hasattr(parameter, "ds_tensor"):
+        _write(parameter, index, value)
+        return
+    if parameter.numel() > 0:  # whole at the moment
+        _write(parameter, index, value)
+    from hallo_numguard.integrations.deepspeed.partition import slice_of
+
+    mine = slice_of(parameter)  # ZeRO stage 3: every rank has a slice
+    place = _flat(tuple(parameter.ds_shape), index) - mine.start
+    if 0 <= place < mine.real:
+        parameter.ds_tensor.data.view(-1)[place] = value
+
+
+def _write_part(tensor: Any, index: Sequence[int] | None, value: float) -> None:
+    from hallo_numguard.integrations.torch_optim.sharding import find, local
+
+    place = find(tensor, _flat(tuple(tensor.shape), index))
+    if place is not None:
+        local(tensor.detach()).view(-1)[place] = value
+
+
+def _write_state(target: Any, parameter: Any, index: Sequence[int] | None, value: float) -> None:
+    from hallo_numguard.integrations.deepspeed.state import moments_of
+    from hallo_numguard.integrations.torch_optim.sharding import is_sharded
+
+    optimizer = getattr(target, "optimizer", target)
+    if is_sharded(parameter):
+        for sharded in optimizer.state[parameter].values():
+            if is_sharded(sharded):
+                _write_part(sharded, index, value)
+        return
+    place = _flat(tuple(getattr(parameter, "ds_shape", parameter.shape)), index)
+    for moment, start in moments_of(optimizer, parameter):
+        if start <= place < start + moment.numel():
+            moment.data.view(-1)[place - start] = value
+
+
+def _with_bad_input(args: tuple[Any, ...], kwargs: dict[str, Any], index: Sequence[int] | None, value: float) -> Any:
+    changed, found = _first_changed(args, index, value)
+    if found:
+        return changed, kwargs
+    changed, found = _first_changed(kwargs, index, value)
+    if not found:
+        raise InvalidInput("inject(kind='input') found no floating-point tensor among the arguments of the model")
+    return args, changed
+
+
+def _first_changed(values: Any, index: Sequence[int] | None, value: float) -> tuple[Any, bool]:
+    """A copy of nested values with the first floating-point tensor changed, and whether there was one."""
+    if isinstance(values, torch.Tensor):
+        return (_changed(values, index, value), True) if values.is_floating_point() else (values, False)
+    if isinstance(values, dict):
+        items, found = _first_changed(list(values.values()), index, value)
+        return type(values)(zip(values, items, strict=True)), found
+    if isinstance(values, (list, tuple)):
+        items = list(values)
+        for position, item in enumerate(items):
+            items[position], found = _first_changed(item, index, value)
+            if found:
+                return type(values)(items), True
+    return values, False
+
+
+def _changed(tensor: torch.Tensor, index: Sequence[int] | None, value: float) -> torch.Tensor:
+    mask = torch.zeros_like(tensor, dtype=torch.bool)
+    mask[_element(tensor, index)] = True
+    return torch.where(mask, torch.full_like(tensor, value), tensor)
+
+
+def _write(tensor: torch.Tensor, index: Sequence[int] | None, value: float) -> None:
+    tensor.data[_element(tensor, index)] = value
+
+
+def _element(tensor: torch.Tensor, index: Sequence[int] | None) -> tuple[int, ...]:
+    return tuple(index) if index is not None else (0,) * tensor.dim()
+
+
+def _flat(shape: tuple[int, ...], index: Sequence[int] | None) -> int:
+    place = 0
+    for size, at in zip(shape, index if index is not None else (0,) * len(shape), strict=True):
+        place = place * size + at
+    return place
+
+
+def _find(named: dict[str, Any], what: str, where: str | None) -> Any:
+    if where not in named:
+        raise InvalidInput(
+            f"expected the name of a {what} of the model, got {where!r}; it has {', '.join(named)[:500]}"
+        )
+    return named[where]
+
+
+def _model_of(target: Any) -> nn.Module:
+    for candidate in (getattr(target, "module", None), getattr(target, "model", None), target):
+        if isinstance(candidate, nn.Module):
+            return candidate
+    raise InvalidInput(f"expected a model, or what has one as .module or .model, got {type(target).__name__}")
+
+
+def _this_rank() -> int:
+    ready = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return torch.distributed.get_rank() if ready else 0

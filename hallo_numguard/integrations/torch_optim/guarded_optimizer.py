@@ -1,0 +1,356 @@
+"""A drop-in `torch.optim.Optimizer`: the one that it wraps, and a guard that looks before every step."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch._compile import _disable_dynamo
+
+from hallo_numguard.core.config import GuardConfig, OverflowCallback
+from hallo_numguard.core.errors import InvalidInput
+from hallo_numguard.core.findings import Finding
+from hallo_numguard.core.overflow_report import OverflowReport
+from hallo_numguard.core.records import StepRecord
+from hallo_numguard.integrations.torch_optim import grad_scaler as scalers
+from hallo_numguard.integrations.torch_optim.model_hooks import Named, inner
+from hallo_numguard.integrations.torch_optim.optimizer_guard import Look, OptimizerGuard
+
+Closure = Callable[[], Any]
+
+_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+
+
+class _Skipped(Exception):
+    """Carries the loss out of an optimizer that must not go on."""
+
+    def __init__(self, loss: Any) -> None:
+        self.loss = loss
+
+
+def _shared(name: str, text: str) -> Any:
+    """An attribute that the wrapped optimizer has."""
+
+    def read(self: GuardedOptimizer) -> Any:
+        return getattr(self._optimizer, name)
+
+    def write(self: GuardedOptimizer, value: Any) -> None:
+        setattr(self._optimizer, name, value)
+
+    return property(read, write, doc=text)
+
+
+class GuardedOptimizer(torch.optim.Optimizer):
+    """Guards the steps of an optimizer: takes its place in the training script.
+
+    A step whose gradients are not finite is not made: the guard finds out why, and does what the policy says. All else
+    is the wrapped optimizer's, in whose state and parameter groups this one has none of its own: checkpoints of either
+    load into the other. Hooks are called with the wrapped optimizer, and not for a step that is skipped. A copy
+    (deepcopy, pickle) guards the parameters that are copied with it, by the same names.
+
+    Args:
+        optimizer: Any `torch.optim.Optimizer`.
+        model_or_named_parameters: The model, as the script calls it: its own, one in DistributedDataParallel, one with
+            `fully_shard` or tensor-parallel DTensors, what torch.compile returns. Or `model.named_parameters()`, which
+            names tensors, but shows neither batch nor buffers, nor can a batch be run again.
+        config: What to do; see `GuardConfig`. `mode` is of no matter here.
+        on_overflow: Called with the `OverflowReport` when a step's gradients are not finite; see `attach`.
+        clip_norm: Clip gradients to this norm, in place of `clip_grad_norm_`: by the norm that the guard has at hand.
+
+    Attributes:
+        scaler: The `torch.amp.GradScaler` that makes the steps. It hands itself over; to be set only where something
+            has replaced `step`, as Accelerate does.
+
+    Raises:
+        InvalidInput: If `optimizer` is none, trains nothing of the model, or trains what cannot be read; if the model
+            is in FullyShardedDataParallel. By `step`: if a gradient is sparse.
+
+    Cost: a scan of parameters, buffers and optimizer state now. A step: one pass over the gradients and, on a GPU, one
+    wait for its result; with `clip_norm`, one multiplication where the norm is larger, none with a fused optimizer. On
+    a GPU a fused optimizer without a GradScaler is not waited for at all: it is told not to make a bad step, and the
+    report comes in the next `step` (or `detach`), for which the batch is kept as long.
+    """
+
+    state = _shared("state", "See torch.optim.Optimizer.")
+    param_groups = _shared("param_groups", "See torch.optim.Optimizer.")
+    defaults = _shared("defaults", "See torch.optim.Optimizer.")
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model_or_named_parameters: Named,
+        config: GuardConfig | None = None,
+        on_overflow: OverflowCallback | None = None,
+        clip_norm: float | None = None,
+    ) -> None:
+        # Optimizer.__init__ would make state and groups of its own, and call every hook a second time.
+        if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, GuardedOptimizer):
+            raise InvalidInput(
+                f"GuardedOptimizer takes a plain torch.optim.Optimizer, got {type(optimizer).__name__}; the engine of "
+                "DeepSpeed is guarded by ng.attach(engine)"
+            )
+        if clip_norm is not None and not clip_norm > 0:
+            raise InvalidInput(f"clip_norm must be positive, got {clip_norm!r}")
+        self._optimizer = optimizer
+        self._config = config or GuardConfig()
+        self._on_overflow = on_overflow
+        self._clip_norm = clip_norm
+        if not isinstance(model_or_named_parameters, torch.nn.Module):
+            model_or_named_parameters = list(model_or_named_parameters)
+        self._named = model_or_named_parameters
+        self.scaler: Any = None
+        # That it hands itself over is what saves its pass over the gradients; without, it leaves attributes.
+        warnings.filterwarnings("ignore", "GradScaler is going to stop passing itself", FutureWarning)
+        self._guard = OptimizerGuard(optimizer, self._named, self._config, on_overflow)
+
+    @property
+    def model(self) -> torch.nn.Module | None:
+        """The model itself, out of what it was wrapped in; None if only names were given."""
+        return inner(self._named) if isinstance(self._named, torch.nn.Module) else None
+
+    @property
+    def last_report(self) -> OverflowReport | None:
+        """The report on the last step whose gradients were not finite, or None.
+
+        Replaced by one that is no longer provisional when a later step was finite.
+        """
+        return self._guard.session.last_report
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What was noticed that is no overflow, or not yet; see `Finding`. The last 1000."""
+        return self._guard.session.findings
+
+    @property
+    def history(self) -> list[StepRecord]:
+        """The flight recorder: the last steps, oldest first. Waits for the last row's copy."""
+        return self._guard.session.history()
+
+    def detach(self) -> torch.optim.Optimizer:
+        """Takes the guard off and returns the plain optimizer. This one then only passes calls on, and clips no more.
+
+        Reports and history stay readable.
+        """
+        if self._guard.active:
+            self._guard.settle()
+            self._guard.take_off()
+        return self._optimizer
+
+    def watch_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        """Shows the guard the loss, of one element, before its backward, and returns it: `watch_loss(loss).backward()`.
+
+        Not needed where the model returns the loss, alone or as `loss` of what else it returns, or a closure does.
+        Without it, the model's output tells whether what is not finite was made before the backward pass.
+        """
+        self._guard.saw_loss(loss)
+        return loss
+
+    # -- torch.optim.Optimizer -----------------------------------------------------------------------------------------
+
+    @_disable_dynamo
+    def step(self, closure: Closure | None = None, *, grad_scaler: Any = None) -> Any:
+        """Makes a step if the gradients are finite.
+
+        Args:
+            closure: See torch.optim.Optimizer. Every evaluation counts as a step of the guard.
+            grad_scaler: Given by `GradScaler.step`.
+
+        Returns:
+            What the optimizer returns; the loss of the closure, or None, if the step was skipped.
+
+        Raises:
+            NumericsError: If the policy says so.
+        """
+        if grad_scaler is not None:
+            self.scaler = grad_scaler
+        if grad_scaler is not None or "found_inf" in vars(self):
+            return self._step_scaled(was_handed=grad_scaler is not None)
+        if not self._guard.active:
+            return self._optimizer.step() if closure is None else self._optimizer.step(closure)
+        if closure is not None:
+            return self._step_with(closure)
+        if self._divides and waiting_costs(self._device):
+            return self._step_without_waiting()
+        return self._finish(self._guard.look())
+
+    @property
+    def _device(self) -> torch.device:
+        return self._optimizer.param_groups[0]["params"][0].device
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by a GradScaler: whether `step` unscales, and is to be called whatever the gradients are."""
+        return self._guard.active
+
+    def _step_scaled(self, was_handed: bool) -> Any:
+        """Unscales as the scaler would, unless the script has, and lets it know whether anything is not finite."""
+        scaler = self.scaler
+        if scaler is None:
+            raise InvalidInput(
+                "the loss scale cannot be told, because something has replaced the step of this optimizer: set its "
+                "attribute scaler to the GradScaler"
+            )
+        has_unscaled = scalers.has_unscaled(scaler, self)
+        look = self._guard.look(scalers.scale_of(scaler), are_scaled=not has_unscaled)
+        if was_handed and not has_unscaled:
+            scalers.tell(scaler, self, look.bad)
+        try:
+            return self._finish(look, 1.0 if has_unscaled else look.scale)
+        finally:
+            if look.bad and (self._guard.went_back or self._guard.session.keeps_scale):
+                scalers.tell(scaler, self, bad=False)
+
+    def _finish(self, look: Look, scale: float = 1.0) -> Any:
+        """Makes the step on gradients that are `scale` times too large, or does not."""
+        if look.bad:
+            self._guard.skip()
+            return None
+        divisor = self._divisor(look, scale)
+        try:
+            if divisor != 1.0 and self._divides:
+                result = self._step_fused(divisor)
+            else:
+                _divide(look.gradients, divisor)
+                result = self._optimizer.step()
+        except BaseException:
+            self._guard.done(applied=False)
+            raise
+        self._guard.done(applied=True)
+        return result
+
+    @property
+    def _divides(self) -> bool:
+        """Whether the optimizer's kernel does so itself, which it cannot where its tensors are DTensors."""
+        return getattr(self._optimizer, "_step_supports_amp_scaling", False) and not self._guard.sharded
+
+    def _divisor(self, look: Look, scale: float) -> float:
+        """What the gradients are to be divided by: the loss scale, and what it takes to clip them."""
+        if self._clip_norm is None:
+            return scale
+        return scale * max(1.0, (look.norm / scale + _EPSILON) / self._clip_norm)
+
+    def _step_fused(self, divisor: float | torch.Tensor | None, found_inf: torch.Tensor | None = None) -> Any:
+        """Lets the kernel of a fused optimizer divide while it reads the gradients, and do nothing if they are bad."""
+        optimizer: Any = self._optimizer
+        if divisor is not None:
+            optimizer.grad_scale = torch.as_tensor(divisor, dtype=torch.float32, device=self._device)
+        if found_inf is not None:
+            optimizer.found_inf = found_inf
+        try:
+            return optimizer.step()
+        finally:
+            for name in ("grad_scale", "found_inf"):
+                vars(optimizer).pop(name, None)
+
+    def _step_without_waiting(self) -> Any:
+        """Leaves it to a fused optimizer to make the step or not; the guard asks for what became of it a step later."""
+        self._guard.settle()
+        if self._guard.went_back:
+            return None
+        totals = self._guard.look_without_waiting()
+        bad, squares = totals.unbind()
+        divisor = None
+        if self._clip_norm is not None:
+            divisor = ((squares.sqrt() + _EPSILON) / self._clip_norm).clamp(min=1.0).float()
+        result = self._step_fused(divisor, found_inf=(bad > 0).float())
+        self._guard.hold(totals)
+        return result
+
+    def _step_with(self, closure: Closure) -> Any:
+        """Looks after every evaluation of the closure. Those that are bad end the step."""
+        before = self._weights() if isinstance(self._optimizer, torch.optim.LBFGS) else None
+        evaluations = 0
+
+        def watched() -> Any:
+            nonlocal evaluations
+            if evaluations:
+                self._guard.done(applied=True)
+            loss = closure()
+            self._guard.saw_result(loss)
+            look = self._guard.look()
+            if look.bad:
+                raise _Skipped(loss)
+            _divide(look.gradients, self._divisor(look, 1.0))
+            evaluations += 1
+            return loss
+
+        try:
+            result = self._optimizer.step(watched)
+        except _Skipped as skipped:
+            if before is not None and evaluations:
+                self._go_back(before)
+            self._guard.skip()
+            return skipped.loss
+        except BaseException:
+            self._guard.done(applied=False)
+            raise
+        self._guard.done(applied=True)
+        return result
+
+    def _weights(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        parameters = (parameter for group in self.param_groups for parameter in group["params"])
+        return [(parameter, parameter.detach().clone()) for parameter in parameters]
+
+    @torch.no_grad()
+    def _go_back(self, before: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Undoes what LBFGS did before the evaluation that was bad. What it knows of the curvature is lost."""
+        for parameter, value in before:
+            parameter.copy_(value)
+        self._optimizer.state.clear()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """See torch.optim.Optimizer."""
+        self._optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        """See torch.optim.Optimizer: the wrapped optimizer's, no more and no less."""
+        return self._optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See torch.optim.Optimizer. What was loaded is looked at, as are the weights."""
+        self._optimizer.load_state_dict(state_dict)
+        self._guard.state_was_loaded()
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See torch.optim.Optimizer. With parameters that nobody has named the guard begins anew."""
+        self._optimizer.add_param_group(param_group)
+        if self._guard.active and not self._guard.knows_all():
+            self.detach()
+            self._guard = OptimizerGuard(self._optimizer, self._named, self._config, self._on_overflow)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self._optimizer.__getstate__()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._optimizer.__setstate__(state)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        rest = (self._config, self._on_overflow, self._clip_norm)
+        return GuardedOptimizer, (self._optimizer, self._guard.trained(), *rest)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GuardedOptimizer:
+        optimizer, named = copy.deepcopy((self._optimizer, self._guard.trained()), memo)
+        return GuardedOptimizer(optimizer, named, self._config, self._on_overflow, self._clip_norm)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "_optimizer":  # in the middle of being made
+            raise AttributeError(name)
+        return getattr(self._optimizer, name)
+
+    def __repr__(self) -> str:
+        return f"GuardedOptimizer({self._optimizer!r})"
+
+
+def waiting_costs(device: torch.device) -> bool:
+    """Whether whoever reads a result has to wait for what else the device has to do before."""
+    return device.type != "cpu"
+
+
+@torch.no_grad()
+def _divide(gradients: list[torch.Tensor], divisor: float) -> None:
+    if divisor != 1.0 and gradients:
+        # The reciprocal in float32, as GradScaler has it: the same bits.
+        torch._foreach_mul_(gradients, float(torch.tensor(1.0 / divisor, dtype=torch.float32)))

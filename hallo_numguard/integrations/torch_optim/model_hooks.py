@@ -1,0 +1,177 @@
+"""What there is to be named, and who sees it being called."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch._compile import _disable_dynamo
+
+from hallo_numguard.core.errors import InvalidInput
+from hallo_numguard.guard import named_tensors as attribution
+from hallo_numguard.guard.guarded_model import Forward
+from hallo_numguard.guard.named_tensors import NamedTensor
+from hallo_numguard.integrations.torch_optim.sharding import counts_here, is_sharded, local, place_of
+
+Named = nn.Module | Iterable[tuple[str, torch.Tensor]]
+
+
+def inner(model: nn.Module) -> nn.Module:
+    """Returns the user's own model, out of DistributedDataParallel and torch.compile: its names are what he knows."""
+    found: Any = model
+    while True:
+        if isinstance(found, nn.parallel.DistributedDataParallel):
+            found = found.module
+        elif hasattr(found, "_orig_mod"):
+            found = found._orig_mod
+        else:
+            return found
+
+
+def distributed(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """Returns the DistributedDataParallel that `model` is, or that torch.compile has wrapped; None if there is none."""
+    found: Any = model
+    while hasattr(found, "_orig_mod"):
+        found = found._orig_mod
+    return found if isinstance(found, nn.parallel.DistributedDataParallel) else None
+
+
+def refuse_flat_shards(model: nn.Module) -> None:
+    """Raises InvalidInput for the first FSDP, whose ranks hold pieces of flat tensors that have no names."""
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        raise InvalidInput("FullyShardedDataParallel is not supported: shard with torch.distributed.fsdp.fully_shard")
+
+
+def loss_in(output: Any) -> torch.Tensor | None:
+    """Returns the loss, where the model returns it: alone, or as `loss` of what else it returns."""
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
+    is_loss = isinstance(found, torch.Tensor) and found.numel() == 1 and found.requires_grad
+    return found if is_loss else None
+
+
+def named_parameters(named: Named, optimizer: torch.optim.Optimizer) -> list[NamedTensor]:
+    """Returns the parameters of the model, or of the list, and what else the optimizer trains.
+
+    Raises:
+        InvalidInput: If the optimizer trains none of them, or what cannot be read.
+    """
+    if isinstance(named, nn.Module):
+        found = attribution.named_parameters(inner(named))
+    else:
+        found = [NamedTensor("parameter", name, tensor) for name, tensor in named]
+    known = {item.tensor for item in found}
+    trained = dict(_trained(optimizer))
+    if not known.intersection(trained):
+        raise InvalidInput("the optimizer trains no parameter of that model: give the model whose parameters it has")
+    found += [NamedTensor("parameter", name, tensor) for tensor, name in trained.items() if tensor not in known]
+    for item in found:
+        if not item.tensor.is_floating_point():
+            raise InvalidInput(f"{item.name} is {item.tensor.dtype}: the guard reads real floating-point numbers only")
+    return [replace(item, slice=_slice(item.tensor)) if is_sharded(item.tensor) else item for item in found]
+
+
+def _trained(optimizer: torch.optim.Optimizer) -> Iterator[tuple[torch.Tensor, str]]:
+    """The optimizer's parameters, and what they are called where nobody has named them."""
+    for number, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names") or [f"param_groups[{number}][{at}]" for at in range(len(group["params"]))]
+        yield from zip(group["params"], names, strict=True)
+
+
+def _slice(tensor: torch.Tensor) -> Callable[[], tuple[torch.Tensor, int, int, int]]:
+    def slice_here() -> tuple[torch.Tensor, int, int, int]:
+        held = local(tensor.detach())
+        if not counts_here(tensor):
+            held = held.reshape(-1)[:0]
+        return held, *place_of(tensor)
+
+    return slice_here
+
+
+class Shown(Protocol):
+    """Shows the calls of a model."""
+
+    @property
+    def again(self) -> Forward | None:
+        """Makes a call once more, without anybody seeing it; None if that must not be."""
+
+    def stop(self) -> None:
+        """Shows them no longer."""
+
+
+class Calls:
+    """Sees every call of a model in training; a copy of the model (deepcopy, pickle) has nobody who does.
+
+    Args:
+        model: As the script calls it, or as what it calls does.
+        saw_call: Takes the arguments, before the call.
+        saw_output: Takes what was returned.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        saw_call: Callable[[tuple[Any, ...], Mapping[str, Any]], None],
+        saw_output: Callable[[Any], None],
+    ) -> None:
+        while isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module  # which calls it
+        self._model = model
+        self._muted = False
+
+        @_disable_dynamo
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if module is model and not self._muted:
+                saw_call(args, kwargs)
+
+        @_disable_dynamo
+        def after(module: nn.Module, _: Any, output: Any) -> None:
+            if module is model and not self._muted:
+                saw_output(output)
+
+        # Behind every hook that changes what the model is given; before every one that changes what it returns.
+        self._handles = [
+            model.register_forward_pre_hook(_Hook(before), with_kwargs=True),
+            model.register_forward_hook(_Hook(after)),
+        ]
+
+    def again(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Calls the model without anybody seeing it; what torch.compile has made of it is left out."""
+        model = inner(self._model)
+        with self._mute():
+            output = model(*args, **kwargs)
+        parts: Iterable[Any] = model.modules()
+        for part in parts:
+            if hasattr(part, "unshard") and hasattr(part, "reshard"):  # FSDP2 waits for a backward pass to do so
+                part.reshard()
+        return output
+
+    def stop(self) -> None:
+        """Takes the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    @contextlib.contextmanager
+    def _mute(self) -> Iterator[None]:
+        self._muted = True
+        try:
+            yield
+        finally:
+            self._muted = False
+
+
+class _Hook:
+    """A hook that stays behind when its module is copied or pickled."""
+
+    def __init__(self, function: Callable[..., None] | None = None) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any) -> None:
+        if self._function is not None:
+            self._function(*args)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()

@@ -1,0 +1,103 @@
+"""The two public functions of this room."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+import torch
+
+from hallo_numguard.core.errors import InvalidInput
+from hallo_numguard.ops import tensor_list
+from hallo_numguard.ops.device import send
+from hallo_numguard.ops.dispatch import backend_for
+from hallo_numguard.ops.layout import Layout
+from hallo_numguard.ops.schema import multi_tensor_stats_op, tensor_stats_op
+from hallo_numguard.ops.table import StatsTable
+
+
+def tensor_stats(
+    flat: torch.Tensor,
+    offsets: Layout | Sequence[int] | torch.Tensor | None = None,
+    detail: bool = False,
+) -> StatsTable:
+    """Counts what is not finite in every segment of `flat`, and measures what is, in one pass.
+
+    Args:
+        flat: Tensor of any shape, of float32, float16, bfloat16, float64, float8_e4m3fn or float8_e5m2. Its elements
+            count in row-major order. One that is not contiguous is copied first.
+        offsets: Where the segments begin and end, in elements; the whole tensor is one segment if left out. Make a
+            `Layout` where the same offsets serve again.
+        detail: Also count zeros and subnormals. Free where memory is the limit, up to 1.6 times slower in cache.
+
+    Returns:
+        A table of one record a segment, on the device of `flat`.
+
+    Raises:
+        InvalidInput: If the dtype, the memory layout or the offsets are none that can be worked with.
+
+    Cost: every byte is read once; one allocation of 64 bytes a segment; no host synchronisation.
+    """
+    check_has_data(flat)
+    if offsets is None or isinstance(offsets, torch.Tensor):
+        where = offsets
+    else:
+        where = (offsets if isinstance(offsets, Layout) else Layout(offsets)).offsets
+    return StatsTable(tensor_stats_op(flat, where, detail), detail)
+
+
+def multi_tensor_stats(tensors: Sequence[torch.Tensor], detail: bool = False) -> StatsTable:
+    """Does what `tensor_stats` does for tensors that lie anywhere: one record each.
+
+    Args:
+        tensors: Tensors of any shapes; dtypes, strides and devices may differ.
+        detail: Also count zeros and subnormals.
+
+    Returns:
+        A table of one record a tensor, on the device of the first (on the CPU if there are none).
+
+    Raises:
+        InvalidInput: As `tensor_stats`, naming the position in the list.
+
+    Cost: every byte is read once; a pass a device and dtype; 40 to 70 ns a tensor on the host where all are plain
+    tensors (no subclass) on one device, dense and contiguous, with torch >= 2.10, else about 1 us.
+    """
+    tensors = list(tensors)
+    if _is_eager():
+        plain = tensor_list.read_plain(tensors)
+        if plain is not None:  # to the backend at once: the way through an operator takes 500 ns a tensor
+            return StatsTable(backend_for(plain.device.type).multi_tensor_stats(plain, detail), detail)
+    devices = set()
+    for position, tensor in enumerate(tensors):
+        check_has_data(tensor, f" at position {position}")
+        devices.add(tensor.device)
+    if len(devices) <= 1:
+        return StatsTable(multi_tensor_stats_op(tensors, detail), detail)
+    return StatsTable(_gather(tensors, sorted(devices, key=str), detail), detail)
+
+
+def _gather(tensors: list[torch.Tensor], devices: list[torch.device], detail: bool) -> torch.Tensor:
+    """The records of tensors on several devices, in their order, on the device of the first."""
+    home = tensors[0].device
+    rows: list[int] = []
+    parts = []
+    for device in devices:
+        of_device = [row for row, tensor in enumerate(tensors) if tensor.device == device]
+        part = multi_tensor_stats_op([tensors[row] for row in of_device], detail)
+        parts.append(part.to(home, non_blocking=home.type != "cpu"))  # to the CPU, not to wait would be to read garbage
+        rows += of_device
+    place = sorted(range(len(rows)), key=rows.__getitem__)
+    return torch.cat(parts).index_select(0, send(array("q", place).tobytes(), home))
+
+
+def _is_eager() -> bool:
+    """Whether nobody traces or intercepts operators."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+
+
+def check_has_data(tensor: torch.Tensor, where: str = "") -> None:
+    """Raises InvalidInput unless `tensor` is a tensor with memory behind it."""
+    if not isinstance(tensor, torch.Tensor):
+        raise InvalidInput(f"expected a tensor{where}, got {type(tensor).__name__}")
+    if tensor.is_meta:
+        raise InvalidInput(f"expected a tensor with data{where}, got one on the meta device")

@@ -1,0 +1,131 @@
+"""How the GPU kernels cut segments into chunks: tables that both of them read, and the memory that they write to."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from hallo_numguard.core.records import RECORD_FIELDS
+from hallo_numguard.ops.formats import FORMATS
+from hallo_numguard.ops.layout import Layout
+
+# Elements. Small enough for a few MiB to keep every multiprocessor busy, large enough for a record a chunk to cost a
+# thousandth of the traffic. csrc/cuda/kernels.cuh has the same number.
+CHUNK = 1 << 15
+
+_WORDS = len(RECORD_FIELDS)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """The chunks of a call. A chunk lies inside one segment; an empty segment has one, of no elements.
+
+    The kernels write to a buffer of `rows` records, of which the first ones are those of the segments. A segment of
+    one chunk has its record from that chunk; one of several has it from theirs, which stand behind.
+
+    Attributes:
+        table: int32 [chunks, 4]: segment, number inside the segment, length in elements, row of its record; sorted by
+            the dtype of the segment.
+        splits: int32 [splits, 3]: a segment of several chunks, the first row of theirs, and the one after their last.
+        launches: Of each dtype: its first chunk, and how many it has.
+        segments: How many.
+        rows: Records in the buffer.
+    """
+
+    table: torch.Tensor
+    splits: torch.Tensor
+    launches: tuple[tuple[torch.dtype, int, int], ...]
+    segments: int
+    rows: int
+
+    @functools.cached_property
+    def pointers(self) -> tuple[int, list[tuple[int, int, int]], int, int]:
+        """The tables as csrc/cuda/bindings.cpp takes them."""
+        launches = [(FORMATS[dtype].code, first, count) for dtype, first, count in self.launches]
+        return self.table.data_ptr(), launches, self.splits.data_ptr(), len(self.splits)
+
+    def buffer(self) -> torch.Tensor:
+        """int64 [rows, 8]: memory for the records, not initialised, on the device of the tables."""
+        return torch.empty((self.rows, _WORDS), dtype=torch.int64, device=self.table.device)
+
+
+def chunks_of(sizes: torch.Tensor, codes: torch.Tensor, device: torch.device) -> Chunks:
+    """Returns the chunks of segments.
+
+    Args:
+        sizes: int64 [segments] on the CPU, in elements.
+        codes: int64 [segments] on the CPU: `Format.code` of the dtype of each.
+        device: Where the tables are wanted.
+
+    Cost: a few passes over the tables, and a copy to the device that may wait; not for the hot path.
+    """
+    counts = ((sizes + CHUNK - 1) // CHUNK).clamp(min=1)
+    order = torch.argsort(codes, stable=True)
+    segment = torch.repeat_interleave(order, counts[order])  # of each chunk
+    before = (counts[order].cumsum(0) - counts[order]).repeat_interleave(counts[order])
+    number = torch.arange(segment.numel(), device="cpu") - before
+    length = (sizes[segment] - number * CHUNK).clamp(max=CHUNK)
+
+    split = counts > 1
+    row = segment.clone()
+    of_split = split[segment]
+    row[of_split] = sizes.numel() + torch.arange(int(of_split.sum()), device="cpu")
+    in_order = order[split[order]]
+    ends = sizes.numel() + counts[in_order].cumsum(0)
+    splits = torch.stack([in_order, ends - counts[in_order], ends], dim=1)
+
+    launches = []
+    first = 0
+    for code, dtype in enumerate(FORMATS):
+        n_chunks = int(counts[codes == code].sum())
+        if n_chunks > 0:
+            launches.append((dtype, first, n_chunks))
+        first += n_chunks
+    return Chunks(
+        table=torch.stack([segment, number, length, row], dim=1).to(device, torch.int32),
+        splits=splits.to(device, torch.int32),
+        launches=tuple(launches),
+        segments=sizes.numel(),
+        rows=sizes.numel() + int(of_split.sum()),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def chunks_of_one(numel: int, dtype: torch.dtype, device: torch.device) -> Chunks:
+    """Returns the chunks of a single segment."""
+    return chunks_of(_on_host([numel]), _on_host([FORMATS[dtype].code]), device)
+
+
+@functools.lru_cache(maxsize=16)
+def chunks_of_list(sizes: bytes, codes: bytes, device: torch.device) -> Chunks:
+    """Returns the chunks of a list of tensors. Gradients keep their sizes from step to step, not their addresses.
+
+    Args:
+        sizes: int64, in elements, as bytes: quick to compare and to hash.
+        codes: int8, `Format.code` of each.
+        device: Where the tables are wanted.
+    """
+    return chunks_of(
+        torch.frombuffer(bytearray(sizes), dtype=torch.int64),
+        torch.frombuffer(bytearray(codes), dtype=torch.int8).to(torch.int64),
+        device,
+    )
+
+
+def chunks_of_layout(layout: Layout, dtype: torch.dtype, device: torch.device) -> tuple[Chunks, torch.Tensor]:
+    """Returns the chunks of a layout, and where its segments begin: int64 [segments], in bytes, on the device."""
+
+    def make(offsets: list[int]) -> tuple[Chunks, torch.Tensor]:
+        ends = _on_host(offsets)
+        sizes = ends[1:] - ends[:-1]
+        codes = torch.full_like(sizes, FORMATS[dtype].code)
+        return chunks_of(sizes, codes, device), (ends[:-1] * dtype.itemsize).to(device)
+
+    return layout.table(f"chunks.{device}.{dtype}", make)
+
+
+def _on_host(values: Sequence[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")

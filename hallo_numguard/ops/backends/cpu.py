@@ -1,0 +1,153 @@
+"""The C++ kernels on the CPU: which instruction set, how many threads, and the calls."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import threading
+from array import array
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from hallo_numguard.core.errors import BackendUnavailable
+from hallo_numguard.core.records import RECORD_FIELDS
+from hallo_numguard.ops.formats import FORMATS
+from hallo_numguard.ops.layout import Layout
+from hallo_numguard.ops.native_extension import extension
+from hallo_numguard.ops.tensor_list import TensorList
+
+ISA_VARIABLE = "HALLO_NUMGUARD_ISA"
+
+_CODES = {dtype: spec.code for dtype, spec in FORMATS.items()}
+_WORDS = len(RECORD_FIELDS)
+_local = threading.local()
+
+
+def unavailable(device_type: str) -> str | None:
+    """Returns why this backend cannot run on such a device, or None if it can."""
+    if device_type != "cpu":
+        return f"runs on cpu, not on {device_type}"
+    if extension() is None:
+        return (
+            "the extension was not built: install a C++ compiler, then reinstall "
+            "with HALLO_NUMGUARD_BUILD_NATIVE=1 to see what fails"
+        )
+    return None
+
+
+def isas() -> list[str]:
+    """Returns the instruction sets that this CPU runs, slowest first."""
+    module = extension()
+    return [] if module is None else list(module.isas())
+
+
+@functools.cache
+def isa() -> int:
+    """Returns the number of the instruction set in use: HALLO_NUMGUARD_ISA, or the fastest.
+
+    Raises:
+        BackendUnavailable: If the variable names one that this CPU does not run.
+    """
+    available = isas()
+    wanted = os.environ.get(ISA_VARIABLE)
+    if not wanted:
+        return len(available) - 1
+    if wanted not in available:
+        raise BackendUnavailable(f"{ISA_VARIABLE}={wanted}, but this CPU runs {', '.join(available)}")
+    return available.index(wanted)
+
+
+def stay_on_this_thread() -> None:
+    """Makes all scans that this thread asks for run on it alone: for threads that share out the work themselves."""
+    _local.threads = 1
+
+
+def _threads() -> int:
+    return getattr(_local, "threads", None) or torch.get_num_threads()
+
+
+def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> torch.Tensor:
+    """See `stats.tensor_stats`. Cost: one pass, one allocation of 64 bytes a segment; a copy if not contiguous."""
+    module = _loaded()
+    flat = flat.contiguous()
+    options = (_CODES[flat.dtype], detail, isa(), _threads())
+    if layout is None:
+        packed = torch.empty((1, _WORDS), dtype=torch.int64, device="cpu")
+        module.scan_one(packed.data_ptr(), flat.data_ptr(), flat.numel(), *options)
+    else:
+        packed = torch.empty((layout.segments, _WORDS), dtype=torch.int64, device="cpu")
+        plan = layout.table("native", module.Plan)
+        module.scan_flat(packed.data_ptr(), flat.data_ptr(), plan, *options)
+    return packed
+
+
+def multi_tensor_stats(tensors: TensorList, detail: bool) -> torch.Tensor:
+    """See `stats.multi_tensor_stats`. Cost: one pass a dtype."""
+    module = _loaded()
+    packed = torch.empty((len(tensors), _WORDS), dtype=torch.int64, device="cpu")
+    dtypes = set(tensors.dtypes)
+    if len(dtypes) == 1:
+        _scan_list(module, packed, tensors.addresses, tensors.sizes, dtypes.pop(), detail)
+        return packed
+    addresses, sizes = memoryview(tensors.addresses).cast("Q"), memoryview(tensors.sizes).cast("q")
+    for dtype in dtypes:
+        rows = [row for row, code in enumerate(tensors.dtypes) if code == dtype]
+        part = torch.empty((len(rows), _WORDS), dtype=torch.int64, device="cpu")
+        some_addresses = array("Q", [addresses[row] for row in rows]).tobytes()
+        some_sizes = array("q", [sizes[row] for row in rows]).tobytes()
+        _scan_list(module, part, some_addresses, some_sizes, dtype, detail)
+        packed[rows] = part
+    return packed
+
+
+def scan_file(
+    descriptor: int, begin: int, end: int, runs: Sequence[tuple[int, int, torch.dtype]], words: torch.Tensor
+) -> torch.Tensor:
+    """Reads bytes of a file block by block, and scans each while it is in the cache. On the calling thread alone.
+
+    Args:
+        descriptor: Of the file.
+        begin: First byte; a multiple of 4096.
+        end: Behind the last byte.
+        runs: Of elements in the file: offset in bytes, number, dtype.
+        words: int64 [pages], filled: what stands for each whole page: its first 8 bytes, 1 if they are zeros, 0 if all
+            of the page is.
+
+    Returns:
+        int64 [runs, 8]: of each run, the record of the elements that begin there; indices count from the run's first.
+
+    Raises:
+        EOFError: If the file ends before.
+        OSError: If the disk fails.
+    """
+    packed = torch.empty((len(runs), _WORDS), dtype=torch.int64, device="cpu")
+    flat = array("q", [word for offset, count, dtype in runs for word in (offset, count, _CODES[dtype])])
+    failed = _loaded().scan_file(packed.data_ptr(), words.data_ptr(), descriptor, begin, end, flat.tobytes(), isa())
+    if failed > 0:
+        raise OSError(failed, os.strerror(failed))
+    if failed < 0:
+        raise EOFError(f"the file ends before byte {end}")
+    return packed
+
+
+def _loaded() -> ModuleType:
+    module = extension()
+    if module is None:
+        raise BackendUnavailable(f"the native backend cannot run: {unavailable('cpu')}")
+    return module
+
+
+def _scan_list(
+    module: ModuleType, packed: torch.Tensor, addresses: bytes, sizes: bytes, dtype: int, detail: bool
+) -> None:
+    module.scan_list(packed.data_ptr(), addresses, _plan_of_sizes(sizes), dtype, detail, isa(), _threads())
+
+
+@functools.lru_cache(maxsize=16)
+def _plan_of_sizes(sizes: bytes) -> Any:
+    """The chunk table of a list of tensors: gradients keep their sizes from step to step, not their addresses."""
+    return _loaded().Plan(list(itertools.accumulate(memoryview(sizes).cast("q"), initial=0)))

@@ -1,0 +1,36 @@
+"""What a look at files has found, as text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from hallo_numguard.core.findings import PreflightReport
+from hallo_numguard.core.safe_text import harmless
+
+_MOST = 50  # findings; JSON has all
+_STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
+
+
+def render(report: PreflightReport) -> Group:
+    """Returns it ready for `rich.console.Console.print`, the gravest first."""
+    table = Table.grid(padding=(0, 1))
+    for finding in report.findings[:_MOST]:
+        table.add_row(Text(finding.severity, style=_STYLES[finding.severity]), Text(harmless(finding.message)))
+        if finding.remedy:
+            table.add_row("", Text(harmless(finding.remedy), style="dim"))
+    return Group(*([table] if report.findings else []), *_lines(report))
+
+
+def _lines(report: PreflightReport) -> Iterator[Text]:
+    if len(report.findings) > _MOST:
+        yield Text(f"and {len(report.findings) - _MOST} findings more, which --format json shows")
+    for sentence in report.checked:
+        yield Text(harmless(sentence))
+    for sentence in report.unchecked:
+        yield Text(f"Not checked: {harmless(sentence)}", style="yellow")
+    if report.ok:
+        yield Text("Nothing was found.", style="green")

@@ -1,0 +1,131 @@
+"""What the guard notices before anything overflows: each rule with a run that breaks it, and clean runs that do not."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from test_session import PlainLoop
+from torch import nn
+
+import hallo_numguard as ng
+from hallo_numguard.guard.step.early_warnings import Spikes
+
+
+def make_loop(model=None, lr=1e-3, **config):
+    torch.manual_seed(0)
+    model = model or nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    return PlainLoop(model, torch.optim.AdamW(model.parameters(), lr=lr), ng.GuardConfig(**config))
+
+
+def train(loop, steps, scale=lambda step: 1.0, first=0):
+    for step in range(first, first + steps):
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(step))
+        loss = (loop.forward(x) - x.sum(1, keepdim=True)).square().mean()
+        loop.step(loss * scale(step))
+
+
+def kinds(loop):
+    return [(finding.kind, finding.name, finding.step) for finding in loop.session.findings]
+
+
+def test_a_clean_run_finds_nothing_in_2000_steps():
+    loop = make_loop()
+    train(loop, 2000)
+    assert loop.session.findings == []
+    assert loop.session.last_report is None
+
+
+def test_a_spike_of_loss_and_norm_is_told_once():
+    loop = make_loop()
+    train(loop, 60, scale=lambda step: 300.0 if step in (40, 41) else 1.0)
+    assert {kind for kind, *_ in kinds(loop)} == {"norm_spike", "loss_spike"}
+    assert [step for *_, step in kinds(loop)] == [41, 41], "steps count from 1, and the same is not said twice"
+    assert "where the median of the steps before is" in str(loop.session.findings[0])
+
+
+def test_spikes_know_a_noisy_figure_from_a_quiet_one():
+    chance = random.Random(0)
+    noisy = Spikes(least=0.1)
+    assert not any(noisy.median_before(chance.lognormvariate(0, 1.5)) for _ in range(5000))
+    signed = Spikes(least=0.05)
+    assert not any(signed.median_before(chance.gauss(0, 3)) for _ in range(5000))
+    assert signed.median_before(100.0) is not None
+    quiet = Spikes(least=0.05)
+    assert not any(quiet.median_before(chance.lognormvariate(0, 0.01)) for _ in range(50))
+    assert quiet.median_before(4.0) == pytest.approx(1.0, rel=0.02)
+    assert quiet.median_before(float("inf")) is None, "overflows are for reports"
+
+
+def test_a_learning_rate_too_high():
+    loop = make_loop(lr=0.5)
+    train(loop, 4)
+    finding = next(item for item in loop.session.findings if item.kind == "update_ratio")
+    assert finding.step == 1
+    assert finding.name in ("0.weight", "2.weight")
+    assert "the learning rate is too high" in finding.message
+
+
+class Dead(nn.Module):
+    """The hidden layer's ReLU never opens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = nn.Linear(4, 8)
+        self.output = nn.Linear(8, 1)
+        nn.init.constant_(self.hidden.bias, -1e3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(torch.relu(self.hidden(x)))
+
+
+def test_a_dead_layer():
+    loop = make_loop(Dead())
+    train(loop, 20)
+    found = [item for item in kinds(loop) if item[0] == "dead_gradient"]
+    assert ("dead_gradient", "hidden.weight", 8) in found
+    assert ("dead_gradient", "output.bias", 8) not in found
+
+
+def test_an_exploding_layer():
+    loop = make_loop()
+    grown = loop.model[0].weight.register_hook(lambda gradient: gradient * 1e5 if loop.steps >= 15 else gradient)
+    train(loop, 17)
+    grown.remove()
+    assert ("exploding_gradient", "0.weight", 16) in kinds(loop)
+
+
+def test_an_input_out_of_range():
+    loop = make_loop()
+    train(loop, 7)
+    loss = loop.forward(torch.full((16, 4), 255.0)).square().mean() * 1e-4
+    loop.step(loss)
+    found = [item for item in loop.session.findings if item.kind == "input_range"]
+    assert [(item.name, item.step) for item in found] == [("input", 8)]
+    assert "reaches 255" in found[0].message
+
+
+def test_an_input_that_clean_steps_had_as_well_is_not_to_blame():
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 1)
+
+        def forward(self, x: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+            known = ~torch.isnan(target)
+            return (self.layer(x)[known] - target[known]).square().mean()
+
+    loop = make_loop(Masked())
+    target = torch.full((16, 1), float("nan"))
+    target[:8] = 1.0
+    for step in range(4):
+        x = torch.randn(16, 4)
+        if step == 3:
+            x[5, 2] = float("inf")
+        loop.session.saw_call((x,), {"target": target})
+        loop.step(loop.model(x, target=target))
+    report = loop.session.last_report
+    assert report.verdict is ng.Verdict.INPUT_NONFINITE
+    assert (report.first.kind, report.first.name, report.first.index) == ("input", "x", (5, 2))
+    assert report.recoverable

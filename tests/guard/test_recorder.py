@@ -1,0 +1,67 @@
+"""The flight recorder where rows travel: on a GPU a step's figures arrive when a later one is under way."""
+
+from __future__ import annotations
+
+import torch
+
+from hallo_numguard.guard.parameter_stats import Piece
+from hallo_numguard.guard.step.recorder import Recorder
+from hallo_numguard.ops.api import multi_tensor_stats
+from hallo_numguard.ops.device import Readback
+
+
+class SlowRows(Readback):
+    """Rows that have not arrived yet unless somebody waits for them."""
+
+    def __init__(self, length):
+        super().__init__(length, 4, torch.device("cpu"))
+        self.under_way = set()
+
+    def read(self, index, wait):
+        return None if index in self.under_way and not wait else super().read(index, wait)
+
+
+def record(recorder, steps):
+    for step in steps:
+        packed = multi_tensor_stats([torch.full((4,), float(step))]).packed
+        recorder.begin(step, 1.0, packed, [Piece(0, 0)], None)
+        recorder.end(applied=True)
+
+
+def fresh(recorder, wait=False):
+    found = recorder.fresh(wait)
+    assert all(row.absmax == row.step for row in found), "each row with its own step"
+    return [row.step for row in found]
+
+
+def make(length):
+    recorder = Recorder(length, ["weight"], None)
+    recorder._rows = SlowRows(length)
+    return recorder, recorder._rows.under_way
+
+
+def test_every_step_is_fresh_once_and_in_order_whenever_it_arrives():
+    recorder, under_way = make(8)
+    assert fresh(recorder) == []
+    under_way |= {1, 2}
+    record(recorder, [1, 2, 3, 4])
+    assert fresh(recorder) == [1], "not 4, which would be out of order"
+    assert [row.step for row in recorder.read()] == [1, 2, 3, 4]
+    under_way -= {1}
+    assert fresh(recorder) == [2]
+    assert fresh(recorder, wait=True) == [3, 4]
+    assert fresh(recorder, wait=True) == []
+
+
+def test_steps_that_nobody_asked_for_in_time_are_gone_from_the_ring():
+    recorder, _ = make(3)
+    record(recorder, range(1, 8))
+    assert fresh(recorder) == [5, 6, 7]
+
+
+def test_steps_that_come_again_after_a_rollback_are_fresh_again():
+    recorder, _ = make(8)
+    record(recorder, [1, 2, 3])
+    assert fresh(recorder) == [1, 2, 3]
+    record(recorder, [2, 3])
+    assert fresh(recorder) == [2, 3]

@@ -1,0 +1,138 @@
+"""attach() to what holds a DeepSpeed engine: an Accelerator, a Trainer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import hallo_numguard as ng
+
+import deepspeed_support as support
+
+pytest.importorskip("accelerate", reason="accelerate is not installed")
+
+
+@pytest.fixture
+def alone(monkeypatch, tmp_path):
+    """One process, and no state left by another test."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    support.single_process_environment()
+    support.allow_fp16()
+    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")  # they set it to true, for the whole process
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    PartialState._reset_state()
+
+
+HALLO = {
+    "train_micro_batch_size_per_gpu": 4,
+    "zero_optimization": {"stage": 2},
+    "fp16": {"enabled": False, "initial_scale_power": 8, "hysteresis": 1},
+    "bf16": {"enabled": False},
+    "zero_allow_untested_optimizer": True,
+    "gradient_clipping": 1.0,
+}
+
+
+def test_an_accelerator_as_hallo_uses_it(alone):
+    """Half-precision parameters with the fp16 block off; `backward` steps the engine from inside."""
+    from accelerate import Accelerator
+    from accelerate.utils import DeepSpeedPlugin
+
+    accelerator = Accelerator(deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=dict(HALLO)))
+    torch.manual_seed(0)
+    model = support.Model().half()
+    with pytest.raises(ng.InvalidInput, match=r"after accelerator\.prepare"):
+        ng.attach(accelerator)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    model, optimizer = accelerator.prepare(model, optimizer)
+    guard = ng.attach(accelerator)
+
+    def step(number):
+        tokens = torch.randint(0, 7, (4, 6), generator=torch.Generator().manual_seed(number))
+        loss = nn.functional.cross_entropy(model(tokens).float().flatten(0, 1), tokens.flatten())
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for number in range(3):
+        step(number)
+    assert [record.applied for record in guard.history] == [True] * 3
+    assert guard.history[-1].loss is not None
+    support.plant(model, "norm.weight", (3,))
+    with pytest.raises(ng.NumericsError) as caught:
+        step(3)
+    assert (caught.value.report.first.name, caught.value.report.first.index) == ("norm.weight", (3,))
+    guard.detach()
+
+
+class Regression(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 8)
+        self.second = nn.Linear(8, 1)
+
+    def forward(self, x, labels):
+        predicted = self.second(torch.tanh(self.first(x))).squeeze(-1)
+        return {"loss": (predicted - labels).square().mean(), "logits": predicted}
+
+
+@pytest.fixture
+def trainer(alone, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"x": torch.randn(4), "labels": torch.randn(())} for _ in range(32)]
+    config = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True, "gradient_clipping": 1.0}
+    config |= {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        deepspeed=config,
+        per_device_train_batch_size=4,
+        max_steps=4,
+        report_to=[],
+        save_strategy="no",
+        optim="adamw_torch",
+    )
+    torch.manual_seed(0)
+    return Trainer(model=Regression(), args=arguments, train_dataset=data)
+
+
+def test_a_trainer_before_it_trains(trainer):
+    guard = ng.attach(trainer)
+    assert guard.history == []
+    assert guard.last_report is None
+    trainer.train()
+    assert [record.step for record in guard.history] == [1, 2, 3, 4]
+    assert all(record.applied for record in guard.history)
+    guard.detach()
+    assert len(guard.history) == 4
+
+
+def test_a_trainer_whose_model_is_damaged(trainer, tmp_path):
+    guard = ng.attach(trainer)
+    with torch.no_grad():
+        trainer.model.second.weight[0, 5] = float("nan")
+    trainer.train()  # returns
+    assert trainer.state.global_step == 1
+    report = guard.stopped_by.report
+    assert report.step == 1
+    assert (report.first.name, report.first.index) == ("second.weight", (0, 5))
+    assert [finding.offender.name for finding in guard.findings] == ["second.weight"]
+    (file,) = (tmp_path / "numguard").iterdir()
+    assert ng.OverflowReport.from_json(file.read_text()).first == report.first
+    guard.detach()
+
+
+def test_a_trainer_that_is_given_the_callback(trainer):
+    callback = ng.integrations.NumGuardCallback()
+    trainer.add_callback(callback)
+    ng.inject(trainer, "activation", "first", step=2)
+    trainer.train()
+    assert [record.applied for record in callback.history] == [True, False, True, True]
+    assert (callback.last_report.verdict, callback.last_report.first.name) == ("forward_nonfinite", "first")
+    assert callback.stopped_by is None

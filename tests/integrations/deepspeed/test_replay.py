@@ -1,0 +1,264 @@
+"""Running the bad batch again: what it proves, and that training never notices."""
+
+from __future__ import annotations
+
+import deepspeed
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import hallo_numguard as ng
+
+import deepspeed_support as support
+from deepspeed_support import name_of, plant_in_gradient, weights
+
+STAGES = [
+    ("fp32", 0, False, None),
+    ("bf16", 0, False, None),
+    ("bf16_fp32", 1, False, None),
+    ("half", 2, False, None),
+    ("fp16", 2, True, None),
+    ("fp16", 3, False, None),
+    ("bf16", 3, True, None),
+]
+
+
+class Noisy(nn.Module):
+    """Dropout, running statistics, and a loss inside of the model or outside."""
+
+    def __init__(self, checkpointing: str = "") -> None:
+        super().__init__()
+        self.enter = nn.Linear(6, 12)
+        self.norm = nn.BatchNorm1d(12)
+        self.block = nn.Sequential(nn.Linear(12, 12), nn.Dropout(0.3), nn.GELU(), nn.Linear(12, 12))
+        self.leave = nn.Linear(12, 3)
+        self.checkpointing = checkpointing
+
+    def forward(self, x: torch.Tensor, target: torch.Tensor | None = None) -> torch.Tensor:
+        x = self.norm(self.enter(x))
+        if self.checkpointing == "deepspeed":
+            x = deepspeed.checkpointing.checkpoint(self.block, x)
+        elif self.checkpointing:
+            x = checkpoint(self.block, x, use_reentrant=self.checkpointing == "reentrant")
+        else:
+            x = self.block(x)
+        x = self.leave(x)
+        return x if target is None else (x - target).float().square().mean()
+
+
+def make(kind, model=None, **options):
+    setup, stage, offload, _ = kind
+    torch.manual_seed(0)
+    dtype = {"fp32": torch.float32, "fp16": torch.float16, "half": torch.float16}.get(setup, torch.bfloat16)
+    return support.make_engine(setup, stage=stage, offload=offload, model=(model or Noisy()).to(dtype), **options)
+
+
+def batch(engine, step):
+    dtype = next(engine.module.parameters()).dtype
+    return torch.randn(8, 6, generator=torch.Generator().manual_seed(step)).to(dtype)
+
+
+def train(engine, step, inside=False, poison=1.0):
+    x = batch(engine, step)
+    loss = engine(x, torch.zeros(8, 3, dtype=x.dtype)) if inside else engine(x).float().square().mean()
+    engine.backward(loss * poison)
+    engine.step()
+    return loss.item()
+
+
+def run(kind, guarded, bad_loss):
+    """Six steps, the third of them bad; returns losses, weights and statistics."""
+    engine = make(kind)
+    guard = ng.attach(engine, ng.GuardConfig(local_gradients="never")) if guarded else None
+    torch.manual_seed(7)
+    losses = []
+    for step in range(6):
+        handle = None
+        if step == 2 and not bad_loss:
+            handle = engine.module.enter.weight.register_hook(plant_in_gradient((1, 2)))
+        losses.append(train(engine, step, poison=float("inf") if step == 2 and bad_loss else 1.0))
+        if handle is not None:
+            handle.remove()
+    report = guard.last_report if guard is not None else None
+    if guard is not None:
+        guard.detach()
+    return losses, weights(engine), engine.module.norm.running_mean.clone(), torch.get_rng_state(), report
+
+
+# What DeepSpeed skips by itself in the same way, so that the only difference is that the batch was run again.
+COMPARABLE = [kind for kind in STAGES if kind[0] != "fp32" and not kind[2]]
+
+
+@pytest.mark.parametrize("bad_loss", [True, False], ids=["loss", "gradient"])
+@pytest.mark.parametrize("kind", COMPARABLE, ids=name_of)
+def test_the_continued_run_is_the_same_bits_as_one_that_was_never_run_again(kind, bad_loss):
+    losses, trained, mean, random, _ = run(kind, False, bad_loss)
+    guarded_losses, guarded, guarded_mean, guarded_random, report = run(kind, True, bad_loss)
+    assert any("run again" in line for line in report.evidence)
+    assert not any("no answer" in line for line in report.evidence), "dropout must be the same again"
+    assert guarded_losses == losses
+    assert torch.equal(guarded_mean, mean)
+    assert torch.equal(guarded_random, random)
+    assert all(torch.equal(value, guarded[name]) for name, value in trained.items())
+
+
+@pytest.mark.parametrize("kind", STAGES, ids=name_of)
+@pytest.mark.parametrize("inside", [True, False], ids=["loss inside", "loss outside"])
+@pytest.mark.parametrize("checkpointing", ["", "reentrant", "not reentrant", "deepspeed"])
+def test_a_module_is_named_in_both_passes(kind, inside, checkpointing):
+    class Faulty(nn.Linear):
+        fault = ""
+
+        def forward(self, x):
+            y = super().forward(x)
+            if self.fault == "forward":
+                return torch.log(-y.abs() - 1)
+            return y + (y - y).sqrt() if self.fault == "backward" else y
+
+    model = Noisy(checkpointing)
+    model.block[0] = Faulty(12, 12)
+    engine = make(kind, model, scale_power=4)
+    guard = ng.attach(engine)
+    train(engine, 0, inside)
+    for step, (fault, verdict) in enumerate(
+        [("forward", ng.Verdict.FORWARD_NONFINITE), ("backward", ng.Verdict.BACKWARD_NONFINITE)], start=1
+    ):
+        model.block[0].fault = fault
+        train(engine, step, inside)
+        report = guard.last_report
+        assert (report.verdict, report.first.module) == (verdict, "block.0"), str(report)
+        assert not report.provisional
+        assert not guard.history[-1].applied
+    model.block[0].fault = ""
+    train(engine, 3, inside)
+    assert guard.history[-1].applied
+    guard.detach()
+
+
+def test_the_operation_is_named_in_the_report():
+    class Faulty(nn.Linear):
+        def forward(self, x):
+            return torch.log(super().forward(x) * 0 - 1)
+
+    model = Noisy()
+    model.block[0] = Faulty(12, 12)
+    engine = make(("bf16", 2, False, None), model)
+    guard = ng.attach(engine)
+    train(engine, 0)
+    assert any("aten.log.default at" in line and "test_replay.py" in line for line in guard.last_report.evidence)
+    guard.detach()
+
+
+def test_a_model_that_is_not_the_same_twice_proves_nothing_but_that():
+    class Moody(Noisy):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            return super().forward(x) + self.calls
+
+    engine = make(("half", 2, False, None), Moody())
+    guard = ng.attach(engine)
+    train(engine, 0, poison=float("nan"))
+    report = guard.last_report
+    assert report.verdict is ng.Verdict.RANK_FAULT, "one process, and what was NaN is not so when it is run again"
+    assert any("returned something else" in line for line in report.evidence)
+    guard.detach()
+
+
+def test_a_model_that_fails_when_it_is_run_again_stops_nothing(caplog):
+    class Once(Noisy):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if self.calls == 2:
+                raise KeyError("mine")
+            return super().forward(x)
+
+    engine = make(("half", 2, False, None), Once())
+    guard = ng.attach(engine)
+    train(engine, 0, poison=float("nan"))
+    assert guard.last_report.verdict is ng.Verdict.UNDETERMINED
+    assert any("its own error is in the log" in line for line in guard.last_report.evidence)
+    assert "could not run the batch again" in caplog.text
+    train(engine, 1)
+    assert guard.history[-1].applied
+    guard.detach()
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_micro_batch_that_was_bad_is_the_one_that_is_run_again(stage):
+    class Picky(Noisy):
+        def forward(self, x):
+            return super().forward(x) / (x.amax() < 50)  # a division by zero, of one batch
+
+    engine = make(("bf16", stage, False, None), Picky(), gradient_accumulation_steps=3)
+    guard = ng.attach(engine)
+    for micro_step in range(3):
+        x = batch(engine, micro_step) * (100 if micro_step == 1 else 1)
+        engine.backward(engine(x).float().square().mean())
+        engine.step()
+    report = guard.last_report
+    assert report.verdict is ng.Verdict.FORWARD_NONFINITE
+    assert report.first.name == "", "the division is the root module's own code"
+    assert any("micro-batch 1" in line for line in report.evidence)
+    guard.detach()
+
+
+def test_a_static_scale_that_is_too_high_is_named_with_one_that_is_not():
+    fp16 = {"enabled": True, "loss_scale": 2.0**17}
+    model = Noisy()
+    engine = support.make_engine("static", stage=2, model=model.half(), fp16=fp16)
+    guard = ng.attach(engine)
+    x = batch(engine, 0) * 30
+    engine.backward(engine(x, torch.full((8, 3), 300.0).half()))
+    engine.step()
+    report = guard.last_report
+    assert report.verdict is ng.Verdict.SCALE_TOO_HIGH
+    assert report.recoverable is None
+    assert f"set it to {report.settles_at:g}" in report.advice
+    guard.detach()
+
+
+def test_a_fault_that_comes_back_on_the_same_rank_stops_the_run():
+    engine = make(("bf16", 2, False, None), nn.Linear(6, 3))
+    guard = ng.attach(engine)
+    ng.inject(engine, "gradient", "weight", index=(1, 2))
+    ng.inject(engine, "gradient", "weight", index=(1, 2), step=3)
+    train(engine, 0)
+    assert (guard.last_report.verdict, guard.last_report.recoverable) == (ng.Verdict.RANK_FAULT, None)
+    train(engine, 1)
+    with pytest.raises(ng.NumericsError) as caught:
+        train(engine, 2)
+    assert "it was so before on rank 0, in step 1" in caught.value.report.evidence
+    guard.detach()
+
+
+RANK_FAULT = """
+import deepspeed_support as support, hallo_numguard as ng, torch, os, logging
+import deepspeed
+from deepspeed_support import plant_in_gradient
+logging.disable(logging.CRITICAL)
+RANK = int(os.environ["RANK"])
+for stage in (0, 2, 3):
+    engine = support.make_engine("bf16", stage=stage)
+    guard = ng.attach(engine, ng.GuardConfig(local_gradients="always"))
+    support.train_step(engine, 0)
+    ng.inject(engine, "gradient", "hidden.weight", index=(20, 5), rank=1)
+    support.train_step(engine, 1)
+    report = guard.last_report
+    print("SAID", stage, report.verdict, report.first.name, report.first.index, report.first.rank)
+    support.train_step(engine, 2)
+    assert guard.history[-1].applied
+    guard.detach()
+deepspeed.comm.barrier()
+deepspeed.comm.destroy_process_group()
+"""
+
+
+def test_a_rank_that_was_wrong_once_is_named(tmp_path):
+    for output in support.run_ranks(RANK_FAULT, tmp_path):
+        for stage in (0, 2, 3):
+            assert f"SAID {stage} rank_fault hidden.weight (20, 5) 1" in output

@@ -1,0 +1,258 @@
+"""The callback of a Hugging Face Trainer without DeepSpeed: the campaign's faults, real weights, logs, stopping."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+
+import pytest
+import torch
+
+import hallo_numguard as ng
+
+import adapter_support as support
+import deepspeed_support
+import weights as minilm
+
+transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+pytestmark = pytest.mark.usefixtures("cpu_alone")
+
+
+def trainer_of(faulty, folder, **arguments):
+    """A Trainer that gets the campaign's batches, a sample each of a batch."""
+
+    def collate(samples):
+        (number,) = samples
+        (tokens, features), target = faulty.batch(number + 1)
+        return {"tokens": tokens, "features": features, "target": target}
+
+    accumulated = arguments.get("gradient_accumulation_steps", 1)
+    settings = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 1,
+        "max_steps": faulty.steps,
+        "learning_rate": 1e-3,
+        "train_sampling_strategy": "sequential",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "use_cpu": True,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        **arguments,
+    }
+    return transformers.Trainer(
+        model=faulty.model,
+        args=transformers.TrainingArguments(**settings),
+        train_dataset=list(range(faulty.steps * accumulated)),
+        data_collator=collate,
+    )
+
+
+class PlantsWhenItBegins(transformers.TrainerCallback):
+    """The optimizer is made by the Trainer, when it begins to train."""
+
+    def __init__(self, faulty):
+        self.faulty = faulty
+
+    def on_train_begin(self, *_, optimizer, **__):
+        self.faulty.plant(optimizer)
+
+
+@pytest.mark.parametrize("fault", support.FAULTS)
+def test_the_campaign(fault, tmp_path):
+    faulty = support.Faulty(fault, kind=support.WithLoss)
+    trainer = trainer_of(faulty, tmp_path)
+    callback = ng.integrations.NumGuardCallback(faulty.config, faulty.reports.append)
+    trainer.add_callback(callback)
+    trainer.add_callback(PlantsWhenItBegins(faulty))
+    trainer.train()
+    assert faulty.problems(callback, raised=callback.stopped_by is not None) == []
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}])
+def test_a_clean_run_has_the_same_bits(precision, tmp_path):
+    runs = []
+    for guarded in (True, False):
+        faulty = support.Faulty("none", kind=support.WithLoss)
+        trainer = trainer_of(faulty, tmp_path, gradient_accumulation_steps=2, max_steps=6, **precision)
+        if guarded:
+            guard = ng.attach(trainer)
+        trainer.train()
+        runs.append(support.weights(faulty.model))
+    support.assert_same_bits(*runs)
+    assert [record.step for record in guard.history] == list(range(1, 7))
+
+
+def test_figures_join_what_the_trainer_logs(tmp_path):
+    faulty = support.Faulty("none", kind=support.WithLoss)
+    trainer = trainer_of(faulty, tmp_path, max_grad_norm=1e-3)
+    guard = ng.attach(trainer)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["step"] for row in rows] == [record.step for record in guard.history]
+    for row, record in zip(rows, guard.history, strict=True):
+        assert row["numguard/loss"] == pytest.approx(row["loss"], abs=1e-3)
+        assert row["numguard/gradient_norm"] == record.norm == pytest.approx(row["grad_norm"])
+    assert not any(name.startswith("numguard") for name in trainer.state.log_history[-1])  # the summary
+
+
+def test_training_stops_as_callbacks_stop_it_and_the_report_is_kept(tmp_path):
+    faulty = support.Faulty("weight", kind=support.WithLoss)
+    trainer = trainer_of(faulty, tmp_path / "out", save_strategy="steps", save_steps=1)
+    faulty.plant(None)
+    callback = ng.attach(trainer, ng.GuardConfig(dump_dir=tmp_path / "dump"))
+    result = trainer.train()
+    assert result.global_step == 3
+    assert trainer.control.should_training_stop
+    assert callback.stopped_by.report.first.name == faulty.model.trainable
+    (file,) = (tmp_path / "dump").iterdir()
+    assert json.loads(file.read_text())["verdict"] == "weights_nonfinite"
+    saved = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert saved == ["checkpoint-1", "checkpoint-2"]  # none of what is damaged
+
+
+def test_an_epoch_that_ends_with_the_stop_is_not_saved_either(tmp_path):
+    faulty = support.Faulty("weight", kind=support.WithLoss)
+    trainer = trainer_of(faulty, tmp_path, save_strategy="epoch", max_steps=-1, num_train_epochs=1)
+    faulty.plant(None)
+    ng.attach(trainer)
+    trainer.train()
+    assert [path.name for path in tmp_path.iterdir()] == ["numguard"]
+
+
+def test_the_filter_that_hides_nan_losses_is_named(tmp_path, caplog):
+    told = {}
+    for filtered in (True, False):
+        caplog.clear()
+        faulty = support.Faulty("forward", kind=support.WithLoss)
+        trainer = trainer_of(faulty, tmp_path, logging_nan_inf_filter=filtered)
+        faulty.plant(None)
+        ng.attach(trainer)
+        with caplog.at_level(logging.WARNING, "hallo_numguard"):
+            trainer.train()
+        told[filtered] = any("logging_nan_inf_filter" in record.getMessage() for record in caplog.records)
+        row = next(row for row in trainer.state.log_history if row["step"] == 3)
+        assert math.isfinite(row["loss"]) is filtered
+        assert not math.isfinite(row["numguard/loss"])
+    assert told == {True: True, False: False}
+
+
+def test_the_learning_rate_waits_for_a_skipped_step(tmp_path):
+    faulty = support.Faulty("forward", kind=support.WithLoss)
+    trainer = trainer_of(faulty, tmp_path)
+    faulty.plant(None)
+    ng.attach(trainer)
+    trainer.train()
+    assert trainer.lr_scheduler.last_epoch == faulty.steps - 1
+
+
+def test_a_callback_guards_every_train_until_it_is_detached(tmp_path):
+    faulty = support.Faulty("none", kind=support.WithLoss)
+    trainer = trainer_of(faulty, tmp_path, max_steps=2)
+    guard = ng.attach(trainer)
+    with pytest.raises(ng.InvalidInput, match="guarded already"):
+        ng.attach(trainer)
+    trainer.train()
+    first = guard.history
+    trainer.train()
+    assert len(guard.history) == len(first)
+    assert guard.history != first
+    guard.detach()
+    assert "log" not in vars(trainer)
+    history = guard.history
+    trainer.train()
+    assert guard.history == history
+    ng.attach(trainer).detach()
+
+
+def test_attach_in_the_middle_of_training(tmp_path):
+    guards = []
+
+    class AttachesLate(transformers.TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 2:
+                guards.append(ng.attach(trainer))
+
+    faulty = support.Faulty("none", kind=support.WithLoss)
+    trainer = trainer_of(faulty, tmp_path, max_steps=4)
+    trainer.add_callback(AttachesLate())
+    trainer.train()
+    assert len(guards[0].history) == 2
+
+
+def test_a_callback_without_a_trainer_says_so():
+    arguments = transformers.TrainingArguments("out", use_cpu=True, report_to=[])
+    with pytest.raises(ng.InvalidInput, match="callback of a transformers"):
+        ng.integrations.NumGuardCallback().on_train_begin(arguments, transformers.TrainerState(), None)
+
+
+NAME = "encoder.layer.2.attention.self.query.weight"
+
+
+def test_one_flipped_bit_of_a_real_file(tmp_path):
+    """MiniLM in half precision, loaded from a file with one bit of an exponent flipped."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file in minilm.model_folder().iterdir():
+        if file.is_file():
+            (folder / file.name).write_bytes(file.read_bytes())
+    path = folder / "model.safetensors"
+    begin, _ = minilm.place_of(path, NAME)
+    minilm.flip_bit(path, begin + (131 * 384 + 77) * 4, 30)
+    body = transformers.AutoModel.from_pretrained(folder).half()
+
+    class Pooled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = body
+
+        def forward(self, input_ids):
+            return {"loss": self.body(input_ids).last_hidden_state.float().square().mean()}
+
+    trainer = transformers.Trainer(
+        model=Pooled(),
+        args=transformers.TrainingArguments(str(tmp_path / "out"), max_steps=3, report_to=[], use_cpu=True),
+        train_dataset=[{"input_ids": torch.randint(100, 2000, (8,))} for _ in range(24)],
+    )
+    callback = ng.integrations.NumGuardCallback()
+    trainer.add_callback(callback)
+    trainer.train()
+    report = callback.stopped_by.report
+    assert (report.step, report.verdict) == (1, "weights_nonfinite")
+    assert (report.first.name, report.first.index) == (f"body.{NAME}", (131, 77))
+
+
+RANKS = """
+import os
+import torch
+import adapter_support as support
+import deepspeed_support
+import test_transformers as harness
+import hallo_numguard as ng
+
+torch.set_num_threads(1)
+rank = int(os.environ["RANK"])
+faulty = support.Faulty("none", kind=support.WithLoss)
+trainer = harness.trainer_of(faulty, "OUT", max_steps=6, ddp_find_unused_parameters=False)
+ng.inject(trainer, "parameter", faulty.model.frozen, index=(4, 2), step=3, rank=1)
+guard = ng.attach(trainer)
+trainer.train()
+report = guard.stopped_by.report
+assert trainer.state.global_step == 3
+assert (report.verdict, report.first.name, report.first.index, report.first.rank) == (
+    "weights_nonfinite", faulty.model.frozen, (4, 2), 1
+), report
+logged = [row for row in trainer.state.log_history if "numguard/loss" in row]
+assert len(logged) == (3 if rank == 0 else 0), logged
+torch.distributed.destroy_process_group()
+print("done")
+"""
+
+
+def test_two_ranks_stop_together(tmp_path):
+    for output in deepspeed_support.run_ranks(RANKS.replace("OUT", str(tmp_path / "out")), tmp_path):
+        assert "done" in output
+    written = sorted(path.name for path in (tmp_path / "out" / "numguard").iterdir())
+    assert written == ["overflow-step00000003-rank0.json", "overflow-step00000003-rank1.json"]

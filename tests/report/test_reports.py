@@ -1,0 +1,430 @@
+"""What `hallo-numguard report` prints and writes, but for the page."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import jsonschema
+import pytest
+import torch
+from click.testing import CliRunner
+from rich.console import Console
+
+import hallo_numguard as ng
+from hallo_numguard.cli import main
+from hallo_numguard.core import environment, frames
+from hallo_numguard.core import safe_text as names
+from hallo_numguard.core.atomic_files import write_whole
+from hallo_numguard.core.overflow_report import OverflowReport, headline
+from hallo_numguard.core.records import Offender, StepRecord, Verdict
+from hallo_numguard.report import inputs as files
+from hallo_numguard.report import perfetto, terminal
+from hallo_numguard.report.html import page
+from hallo_numguard.report.sparkline import sparkline
+
+import report_support as support
+from paths import ROOT
+
+DOCS = ROOT / "docs"
+
+
+def run(*arguments):
+    return CliRunner().invoke(main, ["report", *map(str, arguments)], env={"COLUMNS": "200"})
+
+
+def printed(material):
+    console = Console(width=110, color_system=None)
+    with console.capture() as capture:
+        console.print(terminal.render(material))
+    return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
+
+
+@pytest.fixture
+def trace_file(tmp_path):
+    return support.write_trace(tmp_path, support.trace())
+
+
+# -- what is printed -------------------------------------------------------------------------------------------------
+
+
+def test_a_terminal_shows_what_it_did_before(trace_file):
+    support.compare("terminal.txt", printed(files.read([*support.REAL, trace_file])))
+
+
+def test_verdict_evidence_advice_offenders_and_history_are_printed():
+    done = run(*support.REAL)
+    assert done.exit_code == 0
+    for part in ("weights_nonfinite", "hidden.weight[3, 4]", "evidence", "what to do", "384 NaN", "loss scale", "▁"):
+        assert part in done.output
+    assert "step 19 was skipped: scale_too_high" in done.output
+
+
+def test_what_hides_nan_is_told():
+    done = run(support.LAST_STEP[0])
+    assert "Beware: transformers.Trainer writes the mean of earlier losses" in " ".join(done.output.split())
+
+
+def test_a_trace_names_the_first_call_and_what_followed(trace_file):
+    done = run(trace_file)
+    assert done.exit_code == 0
+    assert "encoder.1.proj (Linear, call 1, forward): output[0][0, 5] holds 2 +Inf" in " ".join(done.output.split())
+    assert done.output.index("encoder.1.proj") < done.output.index("gradient of output")
+
+
+def test_a_trace_that_stayed_finite_says_so(tmp_path):
+    path = support.write_trace(tmp_path, frames.Frames((), None, dropped=3), "finite.jsonl")
+    assert "everything stayed finite" in run(path).output
+
+
+def test_json_holds_every_document(trace_file):
+    document = json.loads(run(*support.REAL, trace_file, "--format", "json").stdout)
+    assert [(one["file"], one["rank"]) for one in document["reports"]] == [
+        (path.name, rank) for path, rank in zip(support.REAL, (0, 0, 1), strict=True)
+    ]
+    for one, path in zip(document["reports"], support.REAL, strict=True):
+        assert one["report"] == json.loads(path.read_text())
+    (trace,) = document["traces"]
+    assert trace["first_nonfinite"]["name"] == "encoder.1.proj"
+    assert len(trace["frames"]) == 18
+
+
+def test_it_works_where_torch_is_not_installed(tmp_path, trace_file):
+    code = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name.partition('.')[0] in {'torch', 'numpy', 'deepspeed', 'triton', 'transformers'}:\n"
+        "            raise ImportError(f'{name} is blocked')\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "from hallo_numguard.cli import main\n"
+        "main()\n"
+    )
+    written, timeline = tmp_path / "page.html", tmp_path / "timeline.json"
+    arguments = ["report", *support.REAL, trace_file, "--html", written, "--perfetto", timeline]
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "weights_nonfinite" in done.stdout
+    assert "hidden.weight" in written.read_text(encoding="utf-8")
+    assert json.loads(timeline.read_text(encoding="utf-8"))["traceEvents"]
+
+
+def test_without_plotly_the_extra_is_named_and_the_rest_works(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    monkeypatch.setitem(sys.modules, "plotly.offline", None)
+    done = run(support.REAL[0], "--html", tmp_path / "page.html")
+    assert done.exit_code == 2
+    assert "pip install 'hallo-numguard[report]'" in done.stderr
+    assert run(support.REAL[0]).exit_code == 0
+
+
+# -- files that are no good ------------------------------------------------------------------------------------------
+
+
+DAMAGED = {
+    "empty": b"",
+    "not_json": b"PK\x03\x04",
+    "another_json": b'{"answer": 42}',
+    "a_list": b"[1, 2]",
+    "of_a_later_version": b'{"schema_version": 99}',
+    "not_utf8": b'{"schema_version": 1, "step": "\xff"}',
+    "deep": b"[" * 100_000,
+    "gzip_of_nothing": b"\x1f\x8b",
+    "a_trace_cut_short": b'{"schema_version": 1, "kind": "trace", "dropped": 0, "first_nonfinite": null}\n{"pos',
+    "a_trace_of_a_later_version": b'{"schema_version": 2, "kind": "trace"}\n',
+}
+
+
+@pytest.mark.parametrize("data", DAMAGED.values(), ids=DAMAGED)
+def test_a_file_that_cannot_be_read_is_named_with_the_cause(tmp_path, data):
+    path = tmp_path / "odd.json"
+    path.write_bytes(data)
+    done = run(support.REAL[0], path)
+    assert done.exit_code == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith(f"Error: {path}")
+    assert len(done.stderr) < 1100
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path):
+    done = run(tmp_path / "missing\x1b[2J.json")
+    assert done.exit_code == 2
+    assert "No such file" in done.stderr
+    assert "\x1b" not in done.stderr
+
+
+def test_a_page_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    done = run(support.REAL[0], "--html", tmp_path / "file" / "page.html")
+    assert done.exit_code == 2
+    assert "cannot be written" in done.stderr
+
+
+def damaged_documents():
+    """A real report with one value at a time replaced by one of another type."""
+    document = json.loads(support.LAST_STEP[0].read_text())
+    for key in document:
+        for value in ("odd", ["odd"], {"odd": 1}, None, 1e400):
+            yield {**document, key: value}
+    for key in document["offenders"][0]:
+        yield {**document, "offenders": [{**document["offenders"][0], key: {"odd": []}}]}
+    for key in document["history"]["steps"][0]:
+        steps = [{**document["history"]["steps"][0], key: ["odd"]}]
+        yield {**document, "history": {**document["history"], "steps": steps}}
+
+
+def test_values_of_other_types_are_refused_or_shown_but_never_break_anything(tmp_path):
+    path = tmp_path / "damaged.json"
+    for document in damaged_documents():
+        path.write_text(json.dumps(document))
+        done = run(path)
+        assert done.exit_code in (0, 2), done.exception
+        assert done.exit_code == 0 or str(path) in done.stderr
+
+
+def test_a_trace_with_values_of_other_types_is_refused(tmp_path):
+    path = support.write_trace(tmp_path, support.trace(), "trace.jsonl")
+    header, first, *rest = path.read_text().splitlines()
+    for key in ("position", "name", "call", "parent"):
+        path.write_text("\n".join([header, json.dumps({**json.loads(first), key: ["odd"]}), *rest]))
+        done = run(path)
+        assert done.exit_code == 2
+        assert "is damaged" in done.stderr
+
+
+# -- names that mean harm ----------------------------------------------------------------------------------------------
+
+
+def test_hostile_names_reach_a_terminal_as_text(tmp_path):
+    path = support.write_report(tmp_path, support.hostile_report())
+    done = run(path, support.write_trace(tmp_path, support.trace(prefix=support.HOSTILE[3])))
+    assert done.exit_code == 0
+    assert "[/x][bold]shout" in done.output
+    assert "<script>alert(1)</script>" in done.output
+    for character in "\x1b\x07\x00\u202e":
+        assert character not in done.output
+    assert len(done.output) < 40_000
+
+
+def test_hostile_names_reach_a_log_as_text():
+    text = str(support.hostile_report())
+    assert "[/x][bold]shout" in text
+    assert not any(character in text for character in "\x1b\x07\x00\u202e\ud800")
+    assert len(text) < 20_000
+
+
+def test_hostile_names_survive_the_json_documents(tmp_path):
+    path = support.write_report(tmp_path, support.hostile_report())
+    document = json.loads(run(path, "--format", "json").stdout)
+    assert [one["name"] for one in document["reports"][0]["report"]["offenders"]] == list(support.HOSTILE)
+
+
+@pytest.mark.parametrize("width", [1, 2, 10, 100])
+def test_a_shortened_text_keeps_its_ends(width):
+    text = "".join(map(chr, range(65, 91))) * 4
+    short = names.shortened(text, width)
+    assert len(short) == min(width, len(text))
+    if 10 <= width < len(text):
+        assert short.startswith("ABC")
+        assert short.endswith("XYZ")
+    assert names.shortened("abc", 3) == "abc"
+
+
+# -- sparklines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("values", "logarithmic", "line"),
+    [
+        ([], False, ""),
+        ([1.0, 1.0], False, "▁▁"),
+        ([0.0, 7.0, 3.0], False, "▁█▄"),
+        ([None, 1.0, float("nan"), float("-inf"), 2.0], False, " ▁××█"),
+        ([1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0], True, "▁▂▃▄▅▆▇█"),
+        ([0.0, 1.0, 2.0], True, "▁▁█"),
+        ([-1.7e308, 1.7e308], False, "▁█"),
+        ([float("nan")], True, "×"),
+    ],
+)
+def test_a_sparkline_has_a_character_a_value(values, logarithmic, line):
+    assert sparkline(values, logarithmic) == line
+
+
+# -- the timeline ------------------------------------------------------------------------------------------------------
+
+
+def timeline(*paths):
+    return perfetto.timeline(files.read(paths))
+
+
+def test_the_timeline_is_what_it_was_before(trace_file):
+    support.compare("timeline.json", json.dumps(timeline(*support.LAST_STEP, trace_file), indent=1) + "\n")
+
+
+def test_calls_lie_inside_of_the_call_that_made_them(trace_file):
+    trace = frames.load(trace_file)
+    events = [event for event in timeline(trace_file)["traceEvents"] if event["ph"] == "X"]
+    for thread in (1, 2):
+        spans = [(event["ts"], event["ts"] + event["dur"]) for event in events if event["tid"] == thread]
+        assert len(spans) == len(trace.frames)
+        for frame, (begin, end) in zip(trace.frames, spans, strict=True):
+            assert begin < end
+            if frame.parent is not None:
+                outer = spans[frame.parent]
+                assert outer[0] <= begin
+                assert end <= outer[1]
+    forward = max(event["ts"] + event["dur"] for event in events if event["tid"] == 1)
+    assert forward <= min(event["ts"] for event in events if event["tid"] == 2)
+
+
+def test_the_first_nonfinite_call_is_marked_in_the_timeline(trace_file):
+    (mark,) = [event for event in timeline(trace_file)["traceEvents"] if event["ph"] == "i"]
+    assert mark["name"].startswith("first not finite: encoder.1.proj")
+    red = [event["name"] for event in timeline(trace_file)["traceEvents"] if event.get("cname") == "terrible"]
+    assert red[0] == "encoder.0.norm (LayerNorm)", "its gradient came back as NaN"
+
+
+def test_counters_leave_out_what_is_not_finite():
+    events = timeline(*support.LAST_STEP)["traceEvents"]
+    norms = [event for event in events if event["ph"] == "C" and event["name"] == "norm" and event["pid"] == 0]
+    assert len(norms) == 11
+    assert "step 21 (skipped)" in [event["name"] for event in events]
+    json.dumps(events, allow_nan=False)
+
+
+# -- schemas -----------------------------------------------------------------------------------------------------------
+
+
+def validator(name):
+    schema = json.loads((DOCS / name).read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
+
+
+def test_real_reports_follow_the_schema():
+    check = validator("report.schema.json")
+    for path in support.REAL:
+        check.validate(json.loads(path.read_text()))
+    check.validate(json.loads(support.hostile_report().to_json()))
+
+
+def test_the_schema_names_every_field_and_every_verdict():
+    schema = json.loads((DOCS / "report.schema.json").read_text())
+    assert set(schema["properties"]) == {"schema_version", *OverflowReport.__dataclass_fields__}
+    assert set(schema["$defs"]["offender"]["properties"]) == set(Offender.__dataclass_fields__)
+    assert set(schema["$defs"]["step"]["properties"]) == set(StepRecord.__dataclass_fields__)
+    assert schema["properties"]["verdict"]["enum"] == list(map(str, Verdict))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": "21"},
+        {"verdict": "fine"},
+        {"recoverable": "no"},
+        {"loss_scale": "large"},
+        {"offenders": [{"name": "x"}]},
+        {"evidence": "one"},
+        {"schema_version": 2},
+        {"more": 1},
+        {"environment": {"hides_nan": "all"}},
+    ],
+    ids=str,
+)
+def test_broken_reports_do_not_follow_the_schema(change):
+    document = json.loads(support.LAST_STEP[0].read_text())
+    assert not validator("report.schema.json").is_valid({**document, **change})
+
+
+def test_traces_follow_the_schema(tmp_path):
+    check = validator("trace.schema.json")
+    lines = support.write_trace(tmp_path, support.trace(), "trace.jsonl").read_text().splitlines()
+    for line in lines:
+        check.validate(json.loads(line))
+    header, frame = json.loads(lines[0]), json.loads(lines[1])
+    assert not check.is_valid({**header, "kind": "report"})
+    assert not check.is_valid({**header, "first_nonfinite": {}})
+    assert not check.is_valid({**frame, "position": "0"})
+    assert not check.is_valid({**frame, "outputs": [{"name": "output[0]"}]})
+    assert not check.is_valid({key: value for key, value in frame.items() if key != "cls"})
+
+
+def test_a_trace_of_a_real_model_follows_the_schema_and_is_shown(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+    with torch.no_grad():
+        model[1].weight[2] = float("nan")
+    with ng.trace(model) as tracer:
+        model(torch.ones(3, 4)).sum().backward()
+    path = tmp_path / "trace.jsonl"
+    tracer.save(path)
+    check = validator("trace.schema.json")
+    for line in path.read_text().splitlines():
+        check.validate(json.loads(line))
+    done = run(path, "--perfetto", tmp_path / "timeline.json")
+    assert done.exit_code == 0
+    assert "holds 1 NaN" in done.output
+    (drawn,) = page.content(files.read([path]))["figures"]["grids"]
+    assert [drawn["rows"][row] for row in drawn["first"]] == ["1"]
+
+
+# -- the environment ---------------------------------------------------------------------------------------------------
+
+
+def test_the_environment_is_collected_without_importing_anything():
+    code = (
+        "import sys, json\n"
+        "from hallo_numguard.core.environment import collect\n"
+        "facts = collect(3)\n"
+        "assert not {'torch', 'deepspeed', 'transformers', 'accelerate', 'wandb'} & set(sys.modules)\n"
+        "print(json.dumps(facts))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    facts = json.loads(done.stdout)
+    assert facts["rank"] == 3
+    assert facts["torch"]
+    assert facts["deepspeed"]
+    assert facts["hides_nan"] == []
+
+
+def test_loaded_modules_that_hide_nan_are_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers.trainer", object())
+    monkeypatch.setitem(sys.modules, "wandb", object())
+    first, second = environment.collect()["hides_nan"]
+    assert "logging_nan_inf_filter" in first
+    assert "wandb.watch" in second
+
+
+def test_the_environment_is_read_back_and_does_not_count_in_comparisons():
+    real = OverflowReport.from_json(support.LAST_STEP[0].read_text())
+    assert real.environment["hostname"] == "node-0"
+    assert replace(real, environment={}) == real
+    older = {key: value for key, value in json.loads(real.to_json()).items() if key != "environment"}
+    assert OverflowReport.from_json(json.dumps(older)).environment == {}
+
+
+def test_a_step_that_was_applied_all_the_same_is_not_called_skipped():
+    (last, _) = (OverflowReport.from_json(path.read_text()) for path in support.LAST_STEP)
+    report = replace(last, consecutive_skips=0)
+    overflow = files.Overflow((files.RankReport("file", 0, report),))
+    banner = page.content(files.Material((overflow,), ()))["banner"]["step"]
+    for shown in (str(report), headline(report), banner):
+        assert "was applied all the same" in shown
+        assert "was skipped" not in shown
+
+
+def test_only_what_is_undetermined_is_called_not_proved():
+    report = OverflowReport.from_json(support.LAST_STEP[0].read_text())
+    proved = replace(report, verdict=Verdict.FORWARD_NONFINITE, recoverable=None)
+    assert "forward_nonfinite (it may come back)" in str(proved)
+    assert "undetermined (cause not proved)" in str(replace(proved, verdict=Verdict.UNDETERMINED))
+
+
+def test_files_have_the_permissions_that_new_files_have(tmp_path):
+    write_whole(tmp_path / "ours", b"data")
+    (tmp_path / "any").touch()
+    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "any").stat().st_mode
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["any", "ours"]

@@ -1,0 +1,250 @@
+"""Real DeepSpeed engines on the CPU: a small model, its configuration, and runs of several processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from paths import IMPORTABLE
+
+os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import torch
+from torch import nn
+
+
+class Model(nn.Module):
+    """Embedding (one row is never read), frozen projection, tied output, a mask that holds -Inf on purpose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(8, 16)
+        self.frozen = nn.Linear(16, 16).requires_grad_(False)
+        self.hidden = nn.Linear(16, 24)
+        self.norm = nn.LayerNorm(24)
+        self.output = nn.Linear(24, 16)
+        self.head = nn.Linear(16, 8, bias=False)
+        self.head.weight = self.embedding.weight
+        self.register_buffer("mask", torch.tensor([0.0, float("-inf")]))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.frozen(self.embedding(tokens))
+        x = x + self.output(torch.tanh(self.norm(self.hidden(x))))
+        return self.head(x)[..., :7]  # row 7 of the embedding is multiplied, but no loss depends on it
+
+
+def free_port() -> int:
+    """Returns a port that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+def rank_environment(rank: int, world: int, port: int) -> dict[str, str]:
+    """Returns what a launcher would tell a process."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "MASTER_PORT": port}
+    return {"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in values.items()}}
+
+
+def single_process_environment() -> None:
+    """Lets deepspeed.initialize start alone, on a free port."""
+    for name, value in rank_environment(0, 1, free_port()).items():
+        os.environ.setdefault(name, value)
+
+
+def allow_fp16() -> None:
+    """DeepSpeed asks the CPU for a fast path to fp16, not for a right one; and it need not compile its shared-memory
+    collective for tests."""
+    from deepspeed.accelerator import get_accelerator, set_accelerator
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    class Fp16CpuAccelerator(CPU_Accelerator):
+        def is_fp16_supported(self) -> bool:
+            return True
+
+        def supported_dtypes(self) -> list[torch.dtype]:
+            return [torch.float, torch.half, torch.bfloat16]
+
+        def create_op_builder(self, class_name: str) -> Any:
+            return None if class_name == "ShareMemCommBuilder" else super().create_op_builder(class_name)
+
+    if type(get_accelerator()).__name__ != "Fp16CpuAccelerator":
+        set_accelerator(Fp16CpuAccelerator())
+
+
+def make_engine(
+    setup: str = "fp16",
+    scale_power: int = 8,
+    stage: int = 2,
+    offload: bool = False,
+    model: nn.Module | None = None,
+    **config: Any,
+) -> Any:
+    """Returns an engine.
+
+    Args:
+        setup: fp16 (DeepSpeed's block), half (its block off, half parameters), bf16, bf16_fp32 (gradients in float32)
+            or fp32.
+        scale_power: Where a dynamic loss scale begins.
+        stage: Of ZeRO.
+        offload: Whether the optimizer's state lies on the CPU.
+        model: A `Model` if left out.
+        config: More of DeepSpeed's configuration.
+    """
+    single_process_environment()
+    allow_fp16()
+    import deepspeed
+
+    torch.manual_seed(0)
+    model = Model() if model is None else model
+    scaler = {"initial_scale_power": scale_power, "hysteresis": 1, "min_loss_scale": 1, "loss_scale_window": 100}
+    settings: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 4,
+        "zero_optimization": {"stage": stage, "reduce_bucket_size": 500, "allgather_bucket_size": 1000},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        **config,
+    }
+    if setup == "half":
+        model.half()
+        settings["fp16"] = {"enabled": False, **scaler}
+    elif setup == "fp16":
+        settings["fp16"] = {"enabled": True, "loss_scale": 0, **scaler}
+    elif setup.startswith("bf16"):
+        settings.setdefault("bf16", {"enabled": True})
+    if setup == "bf16_fp32":
+        settings["data_types"] = {"grad_accum_dtype": "fp32"}
+    if offload:
+        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
+    if stage == 3:  # so that small parameters stay whole, and others do not
+        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 30
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    return engine
+
+
+def train_step(engine: Any, step: int = 0, poison: float = 1.0) -> float:
+    """One forward, backward and step; the loss is multiplied by `poison`."""
+    generator = torch.Generator().manual_seed(step + 100 * int(os.environ["RANK"]))
+    tokens = torch.randint(0, 7, (4, 6), generator=generator)
+    logits = engine(tokens)
+    loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten()) * poison
+    engine.backward(loss)
+    engine.step()
+    return loss.item()
+
+
+def plant(engine: Any, name: str, index: tuple[int, ...], value: float = float("nan")) -> None:
+    """Writes a value into a parameter or buffer, as a corrupted file would have."""
+    tensor = {**dict(engine.module.named_parameters()), **dict(engine.module.named_buffers())}[name]
+    with torch.no_grad():
+        if tensor.numel() > 0:  # not so of one that stage 3 has partitioned
+            tensor[index] = value
+        if not hasattr(tensor, "ds_tensor"):
+            return
+        flat = 0
+        for size, at in zip(tensor.ds_shape, index, strict=True):
+            flat = flat * size + at
+        rank, place = divmod(flat, tensor.partition_numel())
+        if rank == int(os.environ["RANK"]):
+            tensor.ds_tensor.view(-1)[place] = value
+
+
+def run_ranks(script: str, folder: Path, ranks: int = 2, timeout: float = 200) -> list[str]:
+    """Runs a script in several gloo processes; returns what each printed. Fails if one fails or hangs."""
+    path = folder / "script.py"
+    path.write_text(script, encoding="utf-8")
+    port = free_port()
+    processes = []
+    for rank in range(ranks):
+        environment = {
+            **os.environ,
+            **rank_environment(rank, ranks, port),
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": os.pathsep.join(filter(None, [IMPORTABLE, os.environ.get("PYTHONPATH")])),
+        }
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, str(path)],
+                env=environment,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    outputs = []
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=timeout)
+            outputs.append(output)
+    finally:
+        for process in processes:
+            process.kill()
+    for process, output in zip(processes, outputs, strict=True):
+        assert process.returncode == 0, output
+    return outputs
+
+
+# setup, stage, offload, class of the optimizer
+KINDS = [
+    ("fp16", 0, False, "FP16_UnfusedOptimizer"),
+    ("bf16", 0, False, "FP16_UnfusedOptimizer"),
+    ("bf16_fp32", 1, False, "BF16_Optimizer"),
+    ("fp16", 1, False, "DeepSpeedZeroOptimizer"),
+    ("fp16", 2, False, "DeepSpeedZeroOptimizer"),
+    ("half", 2, False, "DeepSpeedZeroOptimizer"),
+    ("bf16", 2, False, "DeepSpeedZeroOptimizer"),
+    ("bf16_fp32", 2, False, "DeepSpeedZeroOptimizer"),
+    ("fp32", 2, False, "DeepSpeedZeroOptimizer"),
+    ("fp16", 1, True, "DeepSpeedZeroOptimizer"),
+    ("fp16", 2, True, "DeepSpeedZeroOptimizer"),
+    ("bf16", 2, True, "DeepSpeedZeroOptimizer"),
+    ("fp16", 3, False, "DeepSpeedZeroOptimizer_Stage3"),
+    ("bf16", 3, False, "DeepSpeedZeroOptimizer_Stage3"),
+    ("fp32", 3, False, "DeepSpeedZeroOptimizer_Stage3"),
+    ("fp16", 3, True, "DeepSpeedZeroOptimizer_Stage3"),
+    ("bf16", 3, True, "DeepSpeedZeroOptimizer_Stage3"),
+]
+
+
+def name_of(kind):
+    setup, stage, offload, _ = kind
+    return f"{setup}-stage{stage}{'-offload' if offload else ''}"
+
+
+def weights(engine):
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    found = {}
+    for name, parameter in engine.module.named_parameters():
+        whole = safe_get_full_fp32_param(parameter)
+        found[name] = (parameter.detach() if whole is None else whole).clone()
+    return found
+
+
+def plant_in_gradient(index, value=float("nan")):
+    def hook(gradient):
+        planted = gradient.clone()
+        planted[index] = value
+        return planted
+
+    return hook
+
+
+def plant_in_state(engine, name, index, key="exp_avg"):
+    """Writes NaN into the optimizer's state, as a damaged checkpoint or memory would."""
+    from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+
+    parameter = dict(engine.module.named_parameters())[name]
+    optimizer = engine.optimizer
+    if type(optimizer).__name__ == "FP16_UnfusedOptimizer":
+        masters = dict(zip(optimizer.fp16_groups[0], optimizer.fp32_groups[0], strict=True))
+        optimizer.optimizer.state[masters[parameter]][key][index] = float("nan")
+        return
+    whole = safe_get_full_optimizer_state(parameter, key)
+    whole[index] = float("nan")
+    safe_set_full_optimizer_state(parameter, whole, key)
