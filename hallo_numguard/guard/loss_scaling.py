@@ -38,3 +38,7 @@ class LossScaling:
 
     def __str__(self) -> str:
         return f"2^{math.log2(self.scale):g} ({self.scale:g})" if self.scale > 0 else f"{self.scale:g}"
+
+
+UNSCALED = LossScaling(1.0, dynamic=False)
+"""Where nobody scales the loss."""

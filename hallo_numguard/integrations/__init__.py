@@ -5,19 +5,17 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, cast
 
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.errors import InvalidInput
-from hallo_numguard.core.findings import Finding
-from hallo_numguard.core.overflow_report import OverflowReport
-from hallo_numguard.core.records import StepRecord
 
 if TYPE_CHECKING:
+    from hallo_numguard.guard.guard import Guard
     from hallo_numguard.integrations.lightning import NumGuardCallback as LightningNumGuardCallback
     from hallo_numguard.integrations.transformers import NumGuardCallback
 
-__all__ = ["GROUP", "Guard", "LightningNumGuardCallback", "NumGuardCallback", "attach", "engine_of"]
+__all__ = ["GROUP", "LightningNumGuardCallback", "NumGuardCallback", "attach", "engine_of"]
 
 GROUP = "hallo_numguard.integrations"
 """Of entry points: each is called with what `attach` was, and returns a `Guard`, or None if the target is not its."""
@@ -41,25 +39,6 @@ _ENGINE_PATHS = (
     "deepspeed",
     "strategy.model",
 )
-
-
-class Guard(Protocol):
-    """What `attach` returns."""
-
-    @property
-    def last_report(self) -> OverflowReport | None:
-        """The report on the last step whose gradients were not finite, or None."""
-
-    @property
-    def history(self) -> list[StepRecord]:
-        """The flight recorder: the last steps of what this rank owns, oldest first."""
-
-    @property
-    def findings(self) -> list[Finding]:
-        """What was noticed that is no overflow, or not yet; see `Finding`."""
-
-    def detach(self) -> None:
-        """Takes the guard off. Reports and history stay readable."""
 
 
 def attach(target: Any, config: GuardConfig | None = None, on_overflow: OverflowCallback | None = None) -> Guard:
@@ -136,7 +115,7 @@ def _checked(guard: Any, offered: str) -> Guard:
     missing = [name for name in ("last_report", "history", "findings", "detach") if not hasattr(guard, name)]
     if missing:
         raise InvalidInput(f"the integration {offered!r} gave a {type(guard).__name__}, which lacks {missing[0]}")
-    return guard
+    return cast("Guard", guard)
 
 
 def _others() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from hallo_numguard.core.errors import InvalidInput
-from hallo_numguard.tracing.rerun import is_again
+from hallo_numguard.tracing.rerun import is_rerunning
 
 KINDS = ("parameter", "buffer", "optimizer_state", "input", "activation", "gradient")
 
@@ -72,7 +73,7 @@ def inject(
 
     def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal passes
-        if is_again():
+        if is_rerunning():
             return None
         passes += 1
         if passes == step:
@@ -158,7 +159,7 @@ def _write_part(tensor: Any, index: Sequence[int] | None, value: float) -> None:
 
 
 def _write_state(target: Any, parameter: Any, index: Sequence[int] | None, value: float) -> None:
-    from hallo_numguard.integrations.deepspeed.state import moments_of
+    from hallo_numguard.integrations.deepspeed.adapters import adapter_for
     from hallo_numguard.integrations.torch_optim.sharding import is_sharded
 
     optimizer = getattr(target, "optimizer", target)
@@ -168,9 +169,10 @@ def _write_state(target: Any, parameter: Any, index: Sequence[int] | None, value
                 _write_part(sharded, index, value)
         return
     place = _flat(tuple(getattr(parameter, "ds_shape", parameter.shape)), index)
-    for moment, start in moments_of(optimizer, parameter):
-        if start <= place < start + moment.numel():
-            moment.data.view(-1)[place - start] = value
+    only_this = defaultdict(lambda: -1, {parameter: 0})
+    for tensor, piece in adapter_for(optimizer, only_this).state_parts():
+        if piece.parameter == 0 and piece.start <= place < piece.start + tensor.numel():
+            tensor.data.view(-1)[place - piece.start] = value
 
 
 def _with_bad_input(args: tuple[Any, ...], kwargs: dict[str, Any], index: Sequence[int] | None, value: float) -> Any:

@@ -53,7 +53,7 @@ def send(words: bytes, device: torch.device) -> torch.Tensor:
     return _staging(device).send(host)
 
 
-class Readback:
+class HostRing:
     """Rows of float64 that travel from a device to the host, and that nobody waits for until he must.
 
     On a GPU a row is copied to pinned memory behind the work that made it, with an event; by the next step it has
@@ -97,7 +97,7 @@ class Readback:
         return values
 
 
-class Sent:
+class AsyncHostCopy:
     """A tensor on its way to the host, which nobody waits for. For what is sent now and then: it allocates.
 
     Args:

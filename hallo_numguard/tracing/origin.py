@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from hallo_numguard.core.frames import Frame, Origin, TensorRecord
 from hallo_numguard.core.records import Record
-from hallo_numguard.tracing.tape import Held, Tape
+from hallo_numguard.tracing.tape import Tape, TensorSnapshot
 
-Named = tuple[str, Held]
+Named = tuple[str, TensorSnapshot]
 
 
 @dataclass(eq=False)
@@ -45,8 +45,8 @@ class Operation:
     """
 
     what: str
-    inputs: Sequence[Held]
-    outputs: Sequence[Held]
+    inputs: Sequence[TensorSnapshot]
+    outputs: Sequence[TensorSnapshot]
 
 
 def frame_of(call: Call, tape: Tape) -> Frame:

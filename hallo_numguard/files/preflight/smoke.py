@@ -12,7 +12,7 @@ from torch import nn
 
 from hallo_numguard.core.findings import Finding, PreflightReport
 from hallo_numguard.tracing.nested import floating_tensors_in
-from hallo_numguard.tracing.rerun import make_again, undisturbed
+from hallo_numguard.tracing.rerun import rerun, undisturbed
 
 _FAR = 2.0  # times the loss of then
 
@@ -88,7 +88,7 @@ def _loss(output: Any, loss_fn: LossFunction | None) -> torch.Tensor:
 def _judge(module: nn.Module, call: Callable[[], Any], first: _Pass, expected_loss: float | None) -> PreflightReport:
     findings = []
     is_finite = math.isfinite(first.loss)
-    again = make_again(module, call, first.outputs, first.seeds, 1.0 if is_finite else None)
+    again = rerun(module, call, first.outputs, first.seeds, 1.0 if is_finite else None)
     if not is_finite:
         where = f": {again.origin}" if again.origin is not None else ", and every module is: the loss function made it"
         message = f"smoke step: the loss is {_words(first.loss)}{where}"

@@ -14,7 +14,7 @@ class Replayed:
     """What all ranks found together, the same on each.
 
     Attributes:
-        why_not: Why there is no answer; "" if there is one.
+        failure_reason: Why there is no answer; "" if there is one.
         micro_batch: Which of the step's was made again, the last one of those that were.
         origin: Where it turned non-finite on the lowest rank where it did; None if it did nowhere.
         details: About the origin, in sentences.
@@ -26,7 +26,7 @@ class Replayed:
         number: How often the module of `origin` had been called before in the same pass.
     """
 
-    why_not: str = ""
+    failure_reason: str = ""
     micro_batch: int = 0
     origin: Offender | None = None
     details: tuple[str, ...] = ()
@@ -91,4 +91,4 @@ class Evidence:
     @property
     def answer(self) -> Replayed | None:
         """What the batch has shown when it was run again, if it was the same."""
-        return None if self.replay is None or self.replay.why_not else self.replay
+        return None if self.replay is None or self.replay.failure_reason else self.replay

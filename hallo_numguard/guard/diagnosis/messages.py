@@ -42,8 +42,8 @@ def _replay_lines(seen: Evidence) -> list[str]:
     replay = seen.replay
     if replay is None:
         return []
-    if replay.why_not:
-        return [f"no answer from running the batch again: {replay.why_not}"]
+    if replay.failure_reason:
+        return [f"no answer from running the batch again: {replay.failure_reason}"]
     if replay.origin is None:
         return ["the same batch, run again on every rank, was finite in every module"]
     where = f"on {replay.bad_ranks} of {seen.world_size} ranks" if seen.world_size > 1 else "likewise"
@@ -341,7 +341,7 @@ def scale_too_high(seen: Evidence) -> OverflowReport:
     )
 
 
-def not_again(seen: Evidence) -> OverflowReport:
+def not_reproduced(seen: Evidence) -> OverflowReport:
     """Gradients were bad, and are not when the batch is run again."""
     return _report(
         seen,
