@@ -57,18 +57,8 @@ def write(upgrade: bool) -> None:
 
 def resolve(source: str, *options: str, given: str | None = None) -> str:
     """Returns the lines that uv resolves `source` to."""
-    command = [
-        sys.executable,
-        "-m",
-        "uv",
-        "pip",
-        "compile",
-        "--quiet",
-        "--universal",
-        "--python-version",
-        OLDEST_PYTHON,
-    ]
-    command += ["--no-header", "--no-annotate", "--constraint", str(CONSTRAINTS), *options, source]
+    command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--no-header", "--no-annotate", "--universal"]
+    command += ["--python-version", OLDEST_PYTHON, "--constraint", str(CONSTRAINTS), *options, source]
     environment = {**os.environ, "UV_PYTHON_DOWNLOADS": "never"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, input=given, stdout=subprocess.PIPE, text=True, check=True
