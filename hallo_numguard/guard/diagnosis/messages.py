@@ -46,7 +46,7 @@ def _replay_lines(seen: Evidence) -> list[str]:
         return [f"no answer from running the batch again: {replay.failure_reason}"]
     if replay.origin is None:
         return ["the same batch, run again on every rank, was finite in every module"]
-    where = f"on {replay.bad_ranks} of {seen.world_size} ranks" if seen.world_size > 1 else "likewise"
+    where = f"on {replay.bad_ranks} of {seen.world_size} ranks" if seen.world_size > 1 else "either"
     lines = [f"the batch (micro-batch {replay.micro_batch}), run again, was not finite {where}", *replay.details]
     if replay.finite_unscaled:
         lines.append("the same batch without loss scaling was finite")
@@ -69,7 +69,9 @@ def _common(seen: Evidence) -> list[str]:
     if seen.skipped > 1:
         lines.append(f"{seen.skipped} steps skipped in a row")
     if seen.skipped == 0:
-        lines.append("the step is applied all the same: the configuration says not to look (policy.enforce skips it)")
+        lines.append(
+            "the step is applied all the same: the configuration switches the check off (policy.enforce skips it)"
+        )
     return lines
 
 
@@ -379,7 +381,7 @@ def gradients_nonfinite(seen: Evidence) -> OverflowReport:
 
 
 def false_alarm(seen: Evidence) -> OverflowReport:
-    """The framework calls an overflow what is none."""
+    """The framework reports an overflow that the guard cannot find."""
     return _report(
         seen,
         Verdict.UNDETERMINED,
