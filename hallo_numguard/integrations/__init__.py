@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 __all__ = ["GROUP", "LightningNumGuardCallback", "NumGuardCallback", "attach", "engine_of"]
 
 GROUP = "hallo_numguard.integrations"
-"""Group of entry points: each is called as `attach` was, and returns a `Guard`, or None for a target of another kind."""
+"""Group of entry points: each is called as `attach` was, and returns a `Guard`, or None for another kind of target."""
 
 # Module with the function `attach(target, config, on_overflow)`, by package and class of the target: nothing has to be
 # imported to find out what a target is.
