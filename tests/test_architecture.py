@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections import Counter
 from importlib import metadata
 
@@ -44,3 +46,9 @@ def test_an_older_release_is_refused_with_the_remedy(
         return
     with pytest.raises(ng.InvalidInput, match=r"accelerate 1\.1\.0 is installed.* 1\.2 and later: pip install"):
         check_version("accelerate")
+
+
+def test_the_tables_of_the_documents_are_those_of_the_code() -> None:
+    check = [sys.executable, str(ROOT / "tools" / "write_tables.py"), "--check"]
+    done = subprocess.run(check, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
