@@ -35,7 +35,7 @@ class OptimizerAdapter(ABC):
     Attributes:
         class_names: Names of the class, or of one that it is derived from.
         required_attributes: Attributes without which the guard cannot work.
-        unsupported_features: What the guard cannot guard, by the attribute that says so.
+        unsupported_features: Features that the guard does not work with, by the attribute that tells them.
         state_is_sliced: Whether every rank holds another slice of the optimizer's state; else each holds all of it.
     """
 
