@@ -47,7 +47,7 @@ def write(upgrade: bool) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         unused = Path(scratch, "unused.txt")
         unused.write_text("".join(f"{name}; python_version < '0'\n" for name in UNUSED), encoding="utf-8")
-        shared = []
+        shared: list[str] = []
         for extra in EXTRAS:
             target = FOLDER / f"{extra}.txt"
             options = [*left_out, *shared, "--override", str(unused), "--extra", extra, "--output-file", str(target)]
