@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check --quiet
+# Python compiles what it imports; to compile all of torch takes longer than to install it.
+INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet --no-compile
 READY := $(VENV)/development $(VENV)/cuda
 
 OLDER_DEEPSPEED ?= 0.18.2 0.19.3
@@ -43,7 +44,7 @@ campaign: $(READY)
 
 # Every reader of files, some minutes; needs atheris.
 fuzz: $(READY)
-	$(PIP) install -c constraints.txt atheris
+	$(INSTALL) -c constraints.txt atheris
 	for kind in pickle safetensors torch legacy distributed deepspeed index; do \
 	  $(BIN)/python tests/fuzz/fuzz_readers.py $$kind --seconds $(FUZZ_SECONDS) || exit 1; \
 	done
@@ -51,7 +52,7 @@ fuzz: $(READY)
 # The guard on other releases; docs/deepspeed.md says what holds with which.
 older-deepspeed: $(READY)
 	for version in $(OLDER_DEEPSPEED); do \
-	  DS_BUILD_OPS=0 $(PIP) install --no-deps --no-build-isolation --target .older/$$version deepspeed==$$version; \
+	  DS_BUILD_OPS=0 $(INSTALL) --no-deps --no-build-isolation --target .older/$$version deepspeed==$$version; \
 	  PYTHONPATH=.older/$$version $(BIN)/python -m pytest -q -n 2 --timeout 60 tests/integrations/deepspeed/test_deepspeed_kinds.py; \
 	done
 
@@ -59,20 +60,20 @@ older-deepspeed: $(READY)
 # DeepSpeed's own set-up needs torch at hand, and must not compile its operators.
 $(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt torch setuptools wheel ninja packaging pybind11
+	$(INSTALL) -c constraints.txt torch setuptools wheel ninja packaging pybind11
 	touch $@
 
 $(VENV)/demo: $(VENV)/torch requirements/demo.txt
-	DS_BUILD_OPS=0 $(PIP) install --no-deps --no-build-isolation -r requirements/demo.txt
+	DS_BUILD_OPS=0 $(INSTALL) --no-deps --no-build-isolation -r requirements/demo.txt
 	touch $@
 
 $(VENV)/development: $(VENV)/demo $(addprefix requirements/,test.txt bench.txt lint.txt)
-	$(PIP) install -c constraints.txt triton
-	DS_BUILD_OPS=0 $(PIP) install --no-deps --no-build-isolation $(addprefix -r requirements/,test.txt bench.txt lint.txt)
+	$(INSTALL) -c constraints.txt triton
+	DS_BUILD_OPS=0 $(INSTALL) --no-deps --no-build-isolation $(addprefix -r requirements/,test.txt bench.txt lint.txt)
 	touch $@
 
 $(VENV)/package: $(VENV)/demo pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
-	HALLO_NUMGUARD_CUDA=0 $(PIP) install --no-build-isolation --no-deps -e .
+	HALLO_NUMGUARD_CUDA=0 $(INSTALL) --no-build-isolation --no-deps -e .
 	touch $@
 
 # Takes a minute of nvcc where there is one, and the demo needs no GPU.
@@ -81,7 +82,7 @@ $(VENV)/cuda: $(VENV)/package
 	touch $@
 
 $(VENV)/release: $(VENV)/torch requirements/release.txt
-	$(PIP) install --no-deps -r requirements/release.txt
+	$(INSTALL) --no-deps -r requirements/release.txt
 	touch $@
 
 # Writes requirements/; `make lock LOCK=--upgrade` moves to the newest versions, `make lock LOCK=--check` asks pip only.
