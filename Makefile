@@ -19,7 +19,7 @@ test: lint
 
 # What most changes need, in under a minute.
 quick: lint
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not deepspeed and not multiprocess and not browser" \
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not deepspeed and not multiprocess and not browser and not gpu" \
 	  tests/ops tests/guard tests/files
 
 # Processes that tests start are measured too.
