@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from results import MANY, MANY_ONE, MIB, Run, Sample, join, size_label, threads_label
+from figures import MANY, MANY_ONE, MIB, Run, Sample, size_label, threads_label
 
-CACHED = 4 * MIB  # or less: what a bucket that stays in a cache is shown by
+MAX_CACHED_BYTES = 4 * MIB  # size that stands for buckets that stay in a cache
 
 _OURS, _PEER, _INK = "#0b6e4f", "#b8bec6", "#30363d"
 _SHOWN = ("ours", "peer")
 _LEFT_OUT = {MANY, MANY_ONE}
-_NEAR_LIMIT = 0.2  # a label right of such a bar would lie on the line of the limit
+_MIN_INSIDE = 0.2  # fraction; the label right of a longer bar would lie on the line of the limit
 _FACTS = ("instruction set", "driver", "cuda", "torch", "triton", "deepspeed")
 
 
@@ -49,7 +49,7 @@ def draw(run: Run, path: Path) -> None:
             shown = {sample.candidate: sample for sample in samples if sample.size == size and sample.dtype == dtype}
             _draw_panel(panels[row][column], labels, shown, leftmost)
             panels[row][column].set_title(f"{dtype}, {size_label(size)}", fontsize=10, color=_INK)
-    conditions = join(run.device, threads_label(threads))
+    conditions = ", ".join([run.device, *threads_label(threads)])
     figure.suptitle(f"Speed, as a fraction of the read limit; longer is faster\n{conditions}", fontsize=12, color=_INK)
     figure.supxlabel(_caption(run), fontsize=8, color=_INK)
     figure.savefig(path, dpi=150)
@@ -62,7 +62,7 @@ def _draw_panel(axes: Any, labels: dict[str, str], shown: dict[str, Sample], lef
         sample = shown[key]
         ours = sample.kind == "ours"
         axes.barh(row, sample.fraction, color=_OURS if ours else _PEER, height=0.72)
-        inside = sample.fraction > _NEAR_LIMIT
+        inside = sample.fraction > _MIN_INSIDE
         axes.annotate(
             f"{sample.fraction:.2g}",
             (sample.fraction, row),
@@ -89,7 +89,7 @@ def _draw_panel(axes: Any, labels: dict[str, str], shown: dict[str, Sample], lef
 
 def _sizes(measured: set[int]) -> list[int]:
     """The largest that stays in a cache, if any was measured, and the largest of all."""
-    cached = [size for size in measured if size <= CACHED]
+    cached = [size for size in measured if size <= MAX_CACHED_BYTES]
     return sorted({max(measured), *([max(cached)] if cached else [])})
 
 

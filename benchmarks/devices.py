@@ -1,24 +1,23 @@
-"""The devices that can be measured: what sets the limit there, how calls are timed, what else does the work."""
+"""The devices that can be measured: what sets the limit there, how calls are timed, and the candidates."""
 
 from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
-from candidates import Candidate, Made, copies, gpu_backends, memory_reads, native_entry, public
+from candidates import GPU_PEERS, Candidate, Candidates, copies, gpu_backends, memory_reads, native_entry, peers, public
 from cuda_runtime import CudaRuntime
-from machine import cpu_model, describe_cpu, describe_gpu, keep_freed_memory
-from peers import ON_GPU, peers
-from problem import Problem, memory_needed
-from results import GIB, KIB, MIB, Run, Target
-from targets import cpu_targets, gpu_targets
-from timing import Clock, EventClock, HostClock, Stream
+from figures import GIB, KIB, MIB, Run, Target, cpu_targets, gpu_targets
+from machine import describe_cpu, describe_gpu, keep_freed_memory
+from problems import Problem, memory_needed
+from timing import Clock, event_clock, host_clock
 
 from hallo_numguard.errors import BackendUnavailable
 from hallo_numguard.ops import dispatch, native
+
+_MAX_CACHED_BYTES = 32 * MIB  # no cache that one core reads alone is much larger
 
 
 class Unusable(Exception):
@@ -29,12 +28,15 @@ class Device(ABC):
     """One kind of device.
 
     Attributes:
-        torch_device: Where the buffers are.
-        sizes, quick_sizes: Bytes of the buffers, if nobody asks for others.
+        fact: Name of the fact about the machine that says which device it is.
+        torch_device: Device of the buffers.
+        sizes: Default sizes of the buffers, bytes.
+        quick_sizes: Default sizes of a quick run, bytes.
         limit: What a fraction of 1 stands for.
         time: What the columns of times mean.
     """
 
+    fact: str
     torch_device: torch.device
     sizes: Sequence[int]
     quick_sizes: Sequence[int]
@@ -54,16 +56,12 @@ class Device(ABC):
         """
 
     @abstractmethod
-    def name(self) -> str:
-        """Returns what its maker calls it."""
-
-    @abstractmethod
     def prepare(self) -> dict[str, str]:
         """Makes the process ready to measure, and returns what is known of the machine."""
 
     @abstractmethod
-    def no_room(self, size: int, segments: int) -> str | None:
-        """Returns why a buffer of that size cannot be measured, or None if it can."""
+    def shortage(self, size: int, segments: int) -> str | None:
+        """Returns why a buffer of that size does not fit into memory, or None if it does."""
 
     @abstractmethod
     def clock(self, problem: Problem) -> Clock:
@@ -74,31 +72,23 @@ class Device(ABC):
         """Returns what sets the limit, and hints beside it. The first is what all others are paired with."""
 
     @abstractmethod
-    def ours(self, problem: Problem) -> dict[str, Made]:
-        """Returns our own entries."""
-
-    @abstractmethod
-    def peers(self, problem: Problem, with_compile: bool) -> dict[str, Made]:
-        """Returns what else does the work, or a part of it."""
+    def candidates(self, problem: Problem, with_compile: bool) -> Candidates:
+        """Returns our own calls, and what else does the work or a part of it."""
 
     @abstractmethod
     def targets(self, run: Run) -> list[Target]:
-        """Holds a run against what was promised."""
+        """Compares a run with the targets."""
 
 
-class Cpu(Device):
-    """The CPU, on a number of threads."""
-
+class _Cpu(Device):
+    fact = "cpu"
     torch_device = torch.device("cpu")
     sizes = (4 * KIB, 64 * KIB, 1 * MIB, 4 * MIB, 256 * MIB)
     quick_sizes = (64 * KIB, 4 * MIB)
     limit = "time to read the same memory on as many threads"
     time = "us: microseconds of a call."
 
-    _CACHED = 32 * MIB  # no cache that one core reads alone is much larger
-
     def require(self) -> None:
-        """See `Device`."""
         reason = native.unavailable("cpu")
         if reason is not None:
             raise Unusable(f"there is nothing to measure: {reason}")
@@ -106,66 +96,31 @@ class Cpu(Device):
             raise Unusable(f"{dispatch.BACKEND_VARIABLE} names another backend than native: unset it")
 
     def thread_counts(self, asked: Sequence[int], quick: bool) -> Sequence[int | None]:
-        """See `Device`."""
         return asked or ([1] if quick or (os.cpu_count() or 1) == 1 else [1, 2])
 
-    def name(self) -> str:
-        """See `Device`."""
-        return cpu_model()
-
     def prepare(self) -> dict[str, str]:
-        """See `Device`. Where the allocator can be told so, it keeps what is freed."""
         kept = keep_freed_memory()
         return describe_cpu() | {"freed memory": "kept by the allocator" if kept else "as the allocator likes"}
 
-    def no_room(self, size: int, segments: int) -> str | None:
-        """See `Device`. What the system has free, and what it would swap, is hard to tell."""
-        return None
+    def shortage(self, size: int, segments: int) -> str | None:
+        return None  # what the system has free, and what it would swap, is hard to tell
 
     def clock(self, problem: Problem) -> Clock:
-        """See `Device`."""
-        return HostClock(warm=problem.bytes <= self._CACHED)
+        return host_clock(warm=problem.bytes <= _MAX_CACHED_BYTES)
 
     def limits(self, problem: Problem) -> list[Candidate]:
-        """See `Device`."""
         return memory_reads(problem)
 
-    def ours(self, problem: Problem) -> dict[str, Made]:
-        """See `Device`."""
-        return {candidate.key: candidate for candidate in [native_entry(problem), *public(problem)]}
-
-    def peers(self, problem: Problem, with_compile: bool) -> dict[str, Made]:
-        """See `Device`."""
-        return peers(problem, with_compile, {})
+    def candidates(self, problem: Problem, with_compile: bool) -> Candidates:
+        entry = native_entry(problem)
+        return {entry.key: entry, **public(problem), **peers(problem, with_compile, {})}
 
     def targets(self, run: Run) -> list[Target]:
-        """See `Device`."""
         return cpu_targets(run)
 
 
-class Runtime(Stream, Protocol):
-    """What only a GPU can do and tell."""
-
-    @property
-    def device(self) -> torch.device:
-        """Where its tensors are."""
-
-    def unavailable(self) -> str | None:
-        """Returns why there is no GPU, and what to do, or None if there is one."""
-
-    def free_memory(self) -> int:
-        """Returns the bytes that can be allocated."""
-
-    def name(self) -> str:
-        """Returns the GPU's name."""
-
-    def describe(self) -> dict[str, str]:
-        """Returns what is known of the GPU."""
-
-
-class Gpu(Device):
-    """A GPU, on its current stream."""
-
+class _Gpu(Device):
+    fact = "gpu"
     sizes = (64 * KIB, 1 * MIB, 16 * MIB, 256 * MIB, 1 * GIB)
     quick_sizes = (1 * MIB, 256 * MIB)
     limit = "half the time of a device-to-device copy of the same memory"
@@ -174,12 +129,11 @@ class Gpu(Device):
         "launches queued ahead. host us: microseconds until the call returns, the GPU idle."
     )
 
-    def __init__(self, runtime: Runtime) -> None:
+    def __init__(self, runtime: CudaRuntime) -> None:
         self._runtime = runtime
         self.torch_device = runtime.device
 
     def require(self) -> None:
-        """See `Device`."""
         reason = self._runtime.unavailable()
         if reason is not None:
             raise Unusable(f"there is no GPU to measure: {reason}. Or measure the CPU, with --device cpu")
@@ -190,46 +144,36 @@ class Gpu(Device):
             raise Unusable(f"calls would go to the slow fallback ({others}; see {dispatch.BACKEND_VARIABLE})")
 
     def thread_counts(self, asked: Sequence[int], quick: bool) -> Sequence[int | None]:
-        """See `Device`."""
         if asked:
             raise Unusable("--threads makes no difference on a GPU: leave it out")
         return [None]
 
-    def name(self) -> str:
-        """See `Device`."""
-        return self._runtime.name()
-
     def prepare(self) -> dict[str, str]:
-        """See `Device`."""
         module = getattr(_backend(self.torch_device.type), "__name__", "unknown")
         return describe_gpu(self._runtime.describe(), module)
 
-    def no_room(self, size: int, segments: int) -> str | None:
-        """See `Device`."""
+    def shortage(self, size: int, segments: int) -> str | None:
         needed, free = memory_needed(size, segments), self._runtime.free_memory()
         if needed <= free:
             return None
         return f"takes about {needed / GIB:.1f} GiB with all temporaries, and {free / GIB:.1f} GiB are free"
 
     def clock(self, problem: Problem) -> Clock:
-        """See `Device`."""
-        return EventClock(self._runtime)
+        return event_clock(self._runtime)
 
     def limits(self, problem: Problem) -> list[Candidate]:
-        """See `Device`."""
         return copies(problem)
 
-    def ours(self, problem: Problem) -> dict[str, Made]:
-        """See `Device`."""
-        return {candidate.key: candidate for candidate in public(problem)} | gpu_backends(problem)
-
-    def peers(self, problem: Problem, with_compile: bool) -> dict[str, Made]:
-        """See `Device`."""
-        return peers(problem, with_compile, ON_GPU)
+    def candidates(self, problem: Problem, with_compile: bool) -> Candidates:
+        return {**public(problem), **gpu_backends(problem), **peers(problem, with_compile, GPU_PEERS)}
 
     def targets(self, run: Run) -> list[Target]:
-        """See `Device`."""
         return gpu_targets(run)
+
+
+def gpu(runtime: CudaRuntime) -> Device:
+    """Returns a GPU, on its current stream."""
+    return _Gpu(runtime)
 
 
 def _backend(device_type: str) -> dispatch.Backend:
@@ -240,4 +184,4 @@ def _backend(device_type: str) -> dispatch.Backend:
         raise Unusable(str(error)) from error
 
 
-DEVICES: dict[str, Device] = {"cpu": Cpu(), "cuda": Gpu(CudaRuntime())}
+DEVICES: dict[str, Device] = {"cpu": _Cpu(), "cuda": gpu(CudaRuntime())}
