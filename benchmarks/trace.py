@@ -4,7 +4,7 @@
 
 Four copies of a model take turns on the same batch, in a new order every round, so that noise hits all alike. An
 overhead is what a forward pass takes longer than the plain one of the same round; a figure is the median over the
-rounds. All look at the same tensors: inputs, parameters and outputs of every call of a module, forward only.
+rounds. All scan the same tensors: inputs, parameters and outputs of every call of a module, forward only.
 
 - trace: `ng.trace(model, gradients=False)`, with entering and leaving its block, once a forward pass.
 - DebugUnderflowOverflow: of transformers; smallest and largest magnitude, NaN and Inf of every tensor, as text.
@@ -16,13 +16,9 @@ Exit code: 0 done, 2 wrong usage or no native extension.
 from __future__ import annotations
 
 import copy
-import json
 import os
-import random
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -31,9 +27,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import click
 import torch
 from machine import describe_cpu, require_native
-from rich.console import Console
-from rich.table import Table
-from timing import no_collections
+from output import json_option, make_console, print_facts, print_table, quick_option, write_json
+from timing import Call, alternate
 from torch import nn
 from torch.nn import functional
 from transformers.debug_utils import DebugUnderflowOverflow
@@ -42,7 +37,6 @@ import hallo_numguard as ng
 from hallo_numguard.structure import floating_tensors_in
 
 ROUNDS, QUICK_ROUNDS = 41, 3
-Forward = Callable[[], object]
 
 
 class Residual(nn.Module):
@@ -108,12 +102,12 @@ def unet() -> tuple[nn.Module, dict[str, torch.Tensor]]:
 MODELS = {"minilm": minilm, "unet": unet}
 
 
-def plain(model: nn.Module, batch: dict[str, torch.Tensor]) -> Forward:
-    """Returns a forward pass that nobody looks at."""
+def plain(model: nn.Module, batch: dict[str, torch.Tensor]) -> Call:
+    """Returns a forward pass that nothing scans."""
     return lambda: model(**batch)
 
 
-def traced(model: nn.Module, batch: dict[str, torch.Tensor]) -> Forward:
+def traced(model: nn.Module, batch: dict[str, torch.Tensor]) -> Call:
     """Returns one under `ng.trace`."""
 
     def forward() -> None:
@@ -123,38 +117,39 @@ def traced(model: nn.Module, batch: dict[str, torch.Tensor]) -> Forward:
     return forward
 
 
-def debugged(model: nn.Module, batch: dict[str, torch.Tensor]) -> Forward:
+def debugged(model: nn.Module, batch: dict[str, torch.Tensor]) -> Call:
     """Returns one under transformers' DebugUnderflowOverflow; its hooks stay on."""
     DebugUnderflowOverflow(model)
-    return lambda: model(**batch)
+    return plain(model, batch)
 
 
-def hooked(model: nn.Module, batch: dict[str, torch.Tensor]) -> Forward:
+def hooked(model: nn.Module, batch: dict[str, torch.Tensor]) -> Call:
     """Returns one under a hook that asks `torch.isfinite` of every tensor."""
 
-    def look(module: nn.Module, args: object, output: object) -> None:
+    def check(module: nn.Module, args: object, output: object) -> None:
         weights = [(name, weight.detach()) for name, weight in module.named_parameters(recurse=False)]
         for name, tensor in [*weights, *floating_tensors_in("input", args), *floating_tensors_in("output", output)]:
             if not torch.isfinite(tensor).all():
                 raise FloatingPointError(f"{name} of {type(module).__name__} is not finite")
 
     for module in model.modules():
-        module.register_forward_hook(look)
-    return lambda: model(**batch)
+        module.register_forward_hook(check)
+    return plain(model, batch)
 
 
 WAYS = {"plain": plain, "trace": traced, "DebugUnderflowOverflow": debugged, "isfinite hook": hooked}
 
 
 @dataclass(frozen=True)
-class Found:
-    """One way to look at one model.
+class Result:
+    """One way to scan one model.
 
     Attributes:
-        model, way: Which.
-        milliseconds: Of a forward pass, median.
+        model: Key of `MODELS`.
+        way: Key of `WAYS`.
+        milliseconds: Forward pass, median.
         overhead: Milliseconds more than the plain pass of the same round, median.
-        ratio: Of its overhead to the trace's, median over the rounds; None for the plain pass.
+        ratio: Overhead over that of the trace; None for the plain pass.
     """
 
     model: str
@@ -164,50 +159,48 @@ class Found:
     ratio: float | None
 
 
-def measure(name: str, rounds: int) -> list[Found]:
-    """Times every way to look at a model."""
+def measure(name: str, rounds: int) -> list[Result]:
+    """Times every way to scan a model."""
     model, batch = MODELS[name]()
-    ways = {way: make(copy.deepcopy(model), batch) for way, make in WAYS.items()}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    order = random.Random(0)
-    with torch.no_grad(), no_collections():
-        for _ in range(rounds + 2):
-            for way in order.sample(list(ways), len(ways)):
-                begin = time.perf_counter()
-                ways[way]()
-                seconds[way].append(time.perf_counter() - begin)
-    rows = {way: taken[2:] for way, taken in seconds.items()}  # the first rounds warm up
-    more = {way: [x - y for x, y in zip(taken, rows["plain"], strict=True)] for way, taken in rows.items()}
-    ours = statistics.median(more["trace"])
+    with torch.no_grad():
+        seconds = alternate({way: make(copy.deepcopy(model), batch) for way, make in WAYS.items()}, rounds)
+    overheads = {
+        way: 1e3 * statistics.median(one - other for one, other in zip(taken, seconds["plain"], strict=True))
+        for way, taken in seconds.items()
+    }
     return [
-        Found(
+        Result(
             name,
             way,
             1e3 * statistics.median(taken),
-            1e3 * statistics.median(more[way]),
-            None if way == "plain" else statistics.median(more[way]) / ours,
+            overheads[way],
+            None if way == "plain" else overheads[way] / overheads["trace"],
         )
-        for way, taken in rows.items()
+        for way, taken in seconds.items()
     ]
 
 
-@click.command(help="Measures what a trace of the forward pass costs.")
-@click.option("--model", "names", type=click.Choice(list(MODELS)), multiple=True, default=tuple(MODELS))
-@click.option("--quick", is_flag=True, help="A few rounds: to see that it works.")
-@click.option("--json", "path", type=click.Path(path_type=Path), help="Also write what was found.")
-def main(names: tuple[str, ...], quick: bool, path: Path | None) -> None:
-    """Parses the command line, runs and prints."""
+@click.command()
+@click.option("--model", "names", type=click.Choice(list(MODELS)), multiple=True, default=tuple(MODELS), help="Repeat.")
+@quick_option
+@json_option
+def main(names: tuple[str, ...], quick: bool, json_path: Path | None) -> None:
+    """Measure what a trace of the forward pass costs."""
     require_native()
-    table = Table(title="Forward pass, and what looking at it costs", title_justify="left", title_style="bold")
-    for column in ("model", "way", "ms", "overhead ms", "of the trace's"):
-        table.add_column(column, justify="left" if column in ("model", "way") else "right")
-    found = [item for name in names for item in measure(name, QUICK_ROUNDS if quick else ROUNDS)]
-    for item in found:
-        ratio = "" if item.ratio is None else f"{item.ratio:.1f}x"
-        table.add_row(item.model, item.way, f"{item.milliseconds:.2f}", f"{item.overhead:.2f}", ratio)
-    Console(width=120).print(table)
-    if path is not None:
-        path.write_text(json.dumps({"machine": describe_cpu(), "found": [asdict(item) for item in found]}, indent=2))
+    console, machine = make_console(), describe_cpu()
+    print_facts(console, machine)
+    results = [result for name in names for result in measure(name, QUICK_ROUNDS if quick else ROUNDS)]
+    rows = [
+        [
+            f"{one.model}, {one.way}",
+            f"{one.milliseconds:.2f}",
+            f"{one.overhead:.2f}",
+            "" if one.ratio is None else f"{one.ratio:.1f}x",
+        ]
+        for one in results
+    ]
+    print_table(console, "Forward passes", ["", "ms", "overhead ms", "over the trace's"], rows)
+    write_json(json_path, machine, results)
 
 
 if __name__ == "__main__":
