@@ -9,13 +9,7 @@ from typing import Any
 import torch
 
 _MAX_CACHE_BYTES = 128 << 20  # where torch does not know the size of the L2 cache; no GPU's is much larger
-_SMI_FIELDS = {
-    "driver": "driver_version",
-    "sm clock at the start": "clocks.sm",
-    "highest sm clock": "clocks.max.sm",
-    "highest memory clock": "clocks.max.mem",
-    "power limit": "power.limit",
-}
+_SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.max.mem", "power.limit")
 
 
 class CudaRuntime:
@@ -83,10 +77,15 @@ class CudaRuntime:
 
     def _driver_facts(self) -> dict[str, str]:
         """What only nvidia-smi tells; nothing where there is none."""
-        query = ["--query-gpu=" + ",".join(_SMI_FIELDS.values()), "--format=csv,noheader"]
-        command = ["nvidia-smi", f"--id=GPU-{getattr(self._properties, 'uuid', '')}", *query]
+        command = ["nvidia-smi", f"--id=GPU-{getattr(self._properties, 'uuid', '')}", "--format=csv,noheader"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
+            done = subprocess.run(
+                [*command, f"--query-gpu={','.join(_SMI_FIELDS)}"],
+                capture_output=True,
+                text=True,
+                timeout=30,
+                check=True,
+            )
         except (OSError, subprocess.SubprocessError):
             return {}
         return dict(zip(_SMI_FIELDS, (value.strip() for value in done.stdout.split(",")), strict=False))

@@ -2,7 +2,7 @@
 
     python benchmarks/detection.py [--trials 40] [--intact PATH ...] [--json FILE]
 
-Every trial damages a copy of MiniLM's weights (float32, 90 MB) in one place, scans it and mends it. A fault counts as
+Every trial writes MiniLM's weights (float32, 90 MB) with damage in one place, and scans them. A fault counts as
 seen if a scan reports anything but information. A manifest sees every change of a byte. docs/preflight.md has the
 tables.
 
@@ -13,11 +13,9 @@ from __future__ import annotations
 
 import importlib.util
 import random
-import shutil
-import struct
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,124 +34,108 @@ PAGE = 4096
 FLOAT_BITS = 32
 DTYPES = (None, "float16", "bfloat16")  # that a scan may be asked for
 
-Damage = Callable[["Weights", random.Random], None]
+Damage = Callable[[bytearray, "Places"], None]
 
 
-class Weights:
-    """A copy of the weights that is damaged and mended again and again."""
+class Places:
+    """Random places in a file of weights."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.data = path.read_bytes()
-        self.entries = [entry for entry in open_source(path).entries if entry.dtype is torch.float32]
-        self.matrices = [entry for entry in self.entries if len(entry.shape) == 2 and ".layer." in entry.name]
-        self._changes: list[tuple[int, int]] = []
+    def __init__(self, entries: Sequence[TensorEntry], size: int, seed: int) -> None:
+        self.random = random.Random(seed)
+        self._entries = [entry for entry in entries if entry.dtype is torch.float32]
+        self._matrices = [entry for entry in self._entries if len(entry.shape) == 2 and ".layer." in entry.name]
+        self._first_page = -(-self._entries[0].offset // PAGE)
+        self._pages = size // PAGE
 
-    def write(self, offset: int, data: bytes) -> None:
-        """Writes bytes, as a fault would."""
-        self._changes.append((offset, len(data)))
-        self._put(offset, data)
+    def element(self) -> int:
+        """Returns the offset of any element of any tensor, all elements being equally likely."""
+        (entry,) = self.random.choices(self._entries, weights=[entry.numel for entry in self._entries])
+        return entry.offset + 4 * self.random.randrange(entry.numel)
 
-    def mend(self) -> None:
-        """Makes it intact again."""
-        for offset, size in self._changes:
-            self._put(offset, self.data[offset : offset + size])
-        self._changes.clear()
+    def page(self) -> slice:
+        """Returns any whole page of the file, but for the header's."""
+        begin = PAGE * self.random.randrange(self._first_page, self._pages)
+        return slice(begin, begin + PAGE)
 
-    def element(self, randomly: random.Random) -> int:
-        """Returns where any element of any tensor lies, all elements being equally likely."""
-        (entry,) = randomly.choices(self.entries, weights=[entry.numel for entry in self.entries])
-        return entry.offset + 4 * randomly.randrange(entry.numel)
+    def matrix(self) -> slice:
+        """Returns the bytes of any matrix of a layer."""
+        return _bytes_of(self.random.choice(self._matrices))
 
-    def page(self, randomly: random.Random) -> int:
-        """Returns where any whole page of the file lies, but for the header's."""
-        first = -(-self.entries[0].offset // PAGE)
-        return PAGE * randomly.randrange(first, len(self.data) // PAGE)
+    def two_matrices(self) -> tuple[slice, slice]:
+        """Returns the bytes of any two matrices of the same shape."""
+        one = self.random.choice(self._matrices)
+        others = [entry for entry in self._matrices if entry.shape == one.shape and entry != one]
+        return _bytes_of(one), _bytes_of(self.random.choice(others))
 
-    def bytes_of(self, entry: TensorEntry) -> bytes:
-        """Returns a tensor's bytes, intact."""
-        return self.data[entry.offset : entry.offset + entry.nbytes]
 
-    def _put(self, offset: int, data: bytes) -> None:
-        with self.path.open("r+b") as file:
-            file.truncate(len(self.data))
-            file.seek(offset)
-            file.write(data)
+def _bytes_of(entry: TensorEntry) -> slice:
+    return slice(entry.offset, entry.offset + entry.nbytes)
 
 
 def flip(bit: int) -> Damage:
     """Returns what flips this bit of any element."""
 
-    def damage(weights: Weights, randomly: random.Random) -> None:
-        offset = weights.element(randomly)
-        (value,) = struct.unpack_from("<I", weights.data, offset)
-        weights.write(offset, struct.pack("<I", value ^ (1 << bit)))
+    def damage(data: bytearray, places: Places) -> None:
+        data[places.element() + bit // 8] ^= 1 << bit % 8
 
     return damage
 
 
-def zero_page(weights: Weights, randomly: random.Random) -> None:
+def zero_page(data: bytearray, places: Places) -> None:
     """A page was never written."""
-    weights.write(weights.page(randomly), bytes(PAGE))
+    data[places.page()] = bytes(PAGE)
 
 
-def noise_page(weights: Weights, randomly: random.Random) -> None:
+def noise_page(data: bytearray, places: Places) -> None:
     """A page holds something else."""
-    weights.write(weights.page(randomly), randomly.randbytes(PAGE))
+    data[places.page()] = places.random.randbytes(PAGE)
 
 
-def repeat_page(weights: Weights, randomly: random.Random) -> None:
+def repeat_page(data: bytearray, places: Places) -> None:
     """A page was written to the place of another as well."""
-    source = weights.page(randomly)
-    weights.write(weights.page(randomly), weights.data[source : source + PAGE])
+    data[places.page()] = data[places.page()]
 
 
-def swap_pages(weights: Weights, randomly: random.Random) -> None:
+def swap_pages(data: bytearray, places: Places) -> None:
     """Two pages are in each other's place."""
-    one, other = weights.page(randomly), weights.page(randomly)
-    weights.write(one, weights.data[other : other + PAGE])
-    weights.write(other, weights.data[one : one + PAGE])
+    one, other = places.page(), places.page()
+    data[one], data[other] = data[other], data[one]
 
 
-def zero_tail(weights: Weights, randomly: random.Random) -> None:
+def zero_tail(data: bytearray, places: Places) -> None:
     """The end of the file was never written."""
-    begin = weights.page(randomly)
-    weights.write(begin, bytes(len(weights.data) - begin))
+    begin = places.page().start
+    data[begin:] = bytes(len(data) - begin)
 
 
-def cut_off(weights: Weights, randomly: random.Random) -> None:
+def cut_off(data: bytearray, places: Places) -> None:
     """The file ends too early."""
-    weights.write(0, weights.data[:8])
-    with weights.path.open("r+b") as file:
-        file.truncate(randomly.randrange(len(weights.data)))
-    weights._changes.append((0, len(weights.data)))
+    del data[places.random.randrange(len(data)) :]
 
 
-def wrong_layer(weights: Weights, randomly: random.Random) -> None:
+def wrong_layer(data: bytearray, places: Places) -> None:
     """A matrix holds the values of another layer's."""
-    target = randomly.choice(weights.matrices)
-    others = [entry for entry in weights.matrices if entry.shape == target.shape and entry != target]
-    weights.write(target.offset, weights.bytes_of(randomly.choice(others)))
+    target, other = places.two_matrices()
+    data[target] = data[other]
 
 
-def zero_matrix(weights: Weights, randomly: random.Random) -> None:
+def zero_matrix(data: bytearray, places: Places) -> None:
     """A matrix is all zeros."""
-    target = randomly.choice(weights.matrices)
-    weights.write(target.offset, bytes(target.nbytes))
+    target = places.matrix()
+    data[target] = bytes(target.stop - target.start)
 
 
-def fresh_matrix(weights: Weights, randomly: random.Random) -> None:
+def fresh_matrix(data: bytearray, places: Places) -> None:
     """A matrix was never loaded: it has the values of a new model."""
-    target = randomly.choice(weights.matrices)
-    fresh = torch.randn(target.shape, generator=torch.Generator().manual_seed(randomly.randrange(1 << 30))) * 0.02
-    weights.write(target.offset, fresh.numpy().tobytes())
+    target = places.matrix()
+    generator = torch.Generator().manual_seed(places.random.randrange(1 << 30))
+    data[target] = (torch.randn((target.stop - target.start) // 4, generator=generator) * 0.02).numpy().tobytes()
 
 
-def scaled_matrix(weights: Weights, randomly: random.Random) -> None:
+def scaled_matrix(data: bytearray, places: Places) -> None:
     """A matrix is a thousand times as large."""
-    target = randomly.choice(weights.matrices)
-    values = torch.frombuffer(bytearray(weights.bytes_of(target)), dtype=torch.float32) * 1000
-    weights.write(target.offset, values.numpy().tobytes())
+    target = places.matrix()
+    data[target] = (torch.frombuffer(data[target], dtype=torch.float32) * 1000).numpy().tobytes()
 
 
 FAULTS: dict[str, Damage] = {
@@ -187,14 +169,20 @@ class Result:
     seen_half: int | None = None
 
 
-def times_seen(weights: Weights, damage: Damage, trials: int, dtype: str | None) -> int:
+def times_seen(weights: Path, damage: Damage, trials: int, dtype: str | None) -> int:
     """Returns in how many trials a scan sees this fault."""
-    randomly = random.Random(0)
+    intact = weights.read_bytes()
+    places = Places(open_source(weights).entries, len(intact), seed=0)
     seen = 0
-    for _ in range(trials):
-        damage(weights, randomly)
-        seen += not ng.scan(weights.path, dtype=dtype).ok
-        weights.mend()
+    with tempfile.NamedTemporaryFile(suffix=weights.suffix) as file:
+        for _ in range(trials):
+            data = bytearray(intact)
+            damage(data, places)
+            file.seek(0)
+            file.truncate()
+            file.write(data)
+            file.flush()
+            seen += not ng.scan(file.name, dtype=dtype).ok
     return seen
 
 
@@ -213,7 +201,7 @@ def alarms(path: Path, dtype: str | None) -> list[str]:
     return [finding.message for finding in ng.scan(path, dtype=dtype).findings if finding.severity != "info"]
 
 
-def bit_results(weights: Weights, trials: int, console: Console) -> list[Result]:
+def bit_results(weights: Path, trials: int, console: Console) -> list[Result]:
     """Flips each bit of an element. Neighbouring bits that are seen as often share a result."""
     results: list[Result] = []
     first = FLOAT_BITS - 1
@@ -244,12 +232,11 @@ def main(trials: int, intact: tuple[Path, ...], json_path: Path | None) -> None:
         scans = [(file, dtype) for file in intact_files(Path(scratch), original) for dtype in DTYPES]
         scans += [(file, None) for file in intact]
         false = [alarm for file, dtype in scans for alarm in alarms(file, dtype)]
-        weights = Weights(Path(shutil.copy(original, Path(scratch) / "model.safetensors")))
-        results = [
-            Result(name, trials, times_seen(weights, damage, trials, None))
-            for name, damage in track(FAULTS.items(), "faults", console=progress)
-        ]
-        results += bit_results(weights, trials, progress)
+    results = [
+        Result(name, trials, times_seen(original, damage, trials, None))
+        for name, damage in track(FAULTS.items(), "faults", console=progress)
+    ]
+    results += bit_results(original, trials, progress)
     rows = [[one.fault, *(_percentage(count, trials) for count in (one.seen, one.seen_half))] for one in results]
     print_table(make_console(), "Faults that a scan sees", ["fault", "scan", "scan --dtype float16"], rows)
     write_json(json_path, describe_cpu(), results)

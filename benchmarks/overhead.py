@@ -21,12 +21,11 @@ from pathlib import Path
 import click
 import plot
 import torch
-from candidates import PUBLIC, PUBLIC_ONE, Candidate, public
+from candidates import Candidate
 from devices import DEVICES, Device, Unusable
 from figures import (
-    KIB,
-    MANY,
-    MANY_ONE,
+    MANY_SEGMENT_BYTES,
+    MANY_SEGMENTS,
     MIB,
     Run,
     Sample,
@@ -38,7 +37,7 @@ from figures import (
     size_label,
 )
 from output import json_option, make_console, quick_option
-from problems import DTYPES, Problem, make_problem
+from problems import DTYPES, make_problem
 from rich.console import Console
 from timing import Effort, measure
 from verify import WrongResult, check
@@ -51,8 +50,6 @@ MAX_ROUNDS = 300
 
 LARGE_BYTES = 32 * MIB
 LARGE_SHARE = 5.0  # time for a larger size, over that for a smaller one
-MANY_SEGMENTS, MANY_SEGMENT_BYTES = 10_000, 8 * KIB
-MANY_SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -60,33 +57,22 @@ class Options:
     """What to measure.
 
     Attributes:
-        sizes: Sizes of the buffers, bytes.
-        dtypes: Keys of `DTYPES`.
-        segments: Segments of each buffer.
-        threads: Numbers of threads; None where it makes no difference.
+        settings: Buffers, in the order of the tables.
         seconds: Time to measure in all, checks excluded.
         min_rounds: Fewest rounds.
         with_compile: Whether torch.compile is measured.
-        with_many: Whether many small segments are measured against one.
     """
 
-    sizes: Sequence[int]
-    dtypes: Sequence[str]
-    segments: int
-    threads: Sequence[int | None]
+    settings: Sequence[Setting]
     seconds: float
     min_rounds: int
     with_compile: bool
-    with_many: bool
 
-    def effort(self, seconds: float) -> Effort:
+    def effort(self, setting: Setting) -> Effort:
         """Returns how long to measure one buffer."""
+        shares = [LARGE_SHARE if each.size > LARGE_BYTES else 1.0 for each in self.settings]
+        seconds = self.seconds * shares[self.settings.index(setting)] / sum(shares)
         return Effort(seconds, self.min_rounds, min(MIN_SLOW_ROUNDS, self.min_rounds), MAX_ROUNDS)
-
-    def seconds_for(self, size: int) -> float:
-        """Returns the part of the time for one buffer of that size."""
-        shares = {each: LARGE_SHARE if each > LARGE_BYTES else 1.0 for each in self.sizes}
-        return self.seconds * shares[size] / (sum(shares.values()) * len(self.threads) * len(self.dtypes))
 
 
 @click.command()
@@ -118,16 +104,14 @@ def main(
         device.require()
         if plot_path is not None:
             plot.require_matplotlib()
-        options = Options(
-            sizes=[max(1, round(size * MIB)) for size in sizes] or (device.quick_sizes if quick else device.sizes),
-            dtypes=dtypes or (QUICK_DTYPE_NAMES if quick else DTYPE_NAMES),
-            segments=segments,
-            threads=device.thread_counts(threads, quick),
-            seconds=seconds if seconds is not None else (QUICK_SECONDS if quick else SECONDS),
-            min_rounds=QUICK_MIN_ROUNDS if quick else MIN_ROUNDS,
-            with_compile=with_compile,
-            with_many=not quick,
-        )
+        dtypes = dtypes or (QUICK_DTYPE_NAMES if quick else DTYPE_NAMES)
+        byte_sizes = [max(1, round(size * MIB)) for size in sizes] or (device.quick_sizes if quick else device.sizes)
+        counts = device.thread_counts(threads, quick)
+        settings = [Setting(*each, segments) for each in itertools.product(byte_sizes, counts, dtypes)]
+        if not quick:
+            settings += [Setting(MANY_SEGMENTS * MANY_SEGMENT_BYTES, count, "fp32", MANY_SEGMENTS) for count in counts]
+        seconds = seconds if seconds is not None else (QUICK_SECONDS if quick else SECONDS)
+        options = Options(settings, seconds, QUICK_MIN_ROUNDS if quick else MIN_ROUNDS, with_compile)
         run = run_all(device, options, make_console())
     except (Unusable, plot.MissingPlotting) as error:
         click.echo(f"Error: {error}", err=True)
@@ -143,16 +127,17 @@ def main(
 def run_all(device: Device, options: Options, console: Console) -> Run:
     """Measures and prints everything."""
     machine = device.prepare()
-    run = Run(machine[device.fact], device.limit, machine, vars(options).copy())
+    run = Run(machine[device.fact], device.limit, machine, {"seconds": options.seconds})
     print_header(console, run, device.time)
-    for size, threads in itertools.product(_fitting_sizes(device, options, run), options.threads):
-        samples = [
-            sample for dtype in options.dtypes for sample in _measure_buffer(device, options, size, dtype, threads, run)
-        ]
-        print_samples(console, samples)
-        run.samples += samples
-    for threads in options.threads if options.with_many else ():
-        samples = _measure_many(device, options, threads)
+    shortages = {setting: device.shortage(setting.size, setting.segments) for setting in options.settings}
+    run.skipped.update(
+        {size_label(setting.size): reason for setting, reason in shortages.items() if reason is not None}
+    )
+    settings = [setting for setting, reason in shortages.items() if reason is None]
+    if not settings:
+        raise Unusable("; ".join(f"{size} {reason}" for size, reason in run.skipped.items()))
+    for _, group in itertools.groupby(settings, lambda setting: (setting.size, setting.threads)):
+        samples = [sample for setting in group for sample in _measure_buffer(device, options, setting, run)]
         print_samples(console, samples)
         run.samples += samples
     run.targets = device.targets(run)
@@ -160,55 +145,20 @@ def run_all(device: Device, options: Options, console: Console) -> Run:
     return run
 
 
-def _fitting_sizes(device: Device, options: Options, run: Run) -> list[int]:
-    """The sizes that fit into memory. Adds to the run what is left out."""
-    shortages = {size: device.shortage(size, options.segments) for size in options.sizes}
-    too_large = {size_label(size): reason for size, reason in shortages.items() if reason is not None}
-    if len(too_large) == len(shortages):
-        raise Unusable("; ".join(f"{size} {reason}" for size, reason in too_large.items()))
-    run.skipped.update(too_large)
-    return [size for size, reason in shortages.items() if reason is None]
-
-
-def _measure_buffer(
-    device: Device, options: Options, size: int, dtype: str, threads: int | None, run: Run
-) -> list[Sample]:
+def _measure_buffer(device: Device, options: Options, setting: Setting, run: Run) -> list[Sample]:
     """Measures everything on one buffer. Adds to the run what is left out."""
-    _use_threads(threads)
-    problem = make_problem(size, dtype, options.segments, device.torch_device)
+    if setting.threads is not None:
+        torch.set_num_threads(setting.threads)
+    problem = make_problem(setting.size, setting.dtype, setting.segments, device.torch_device)
     made = device.candidates(problem, options.with_compile)
     run.skipped.update({key: reason for key, reason in made.items() if isinstance(reason, str)})
-    candidates = [candidate for candidate in made.values() if isinstance(candidate, Candidate)]
-    return _samples(device, problem, threads, candidates, options.effort(options.seconds_for(size)))
-
-
-def _measure_many(device: Device, options: Options, threads: int | None) -> list[Sample]:
-    """Measures many small segments against one of the same bytes."""
-    _use_threads(threads)
-    problem = make_problem(MANY_SEGMENTS * MANY_SEGMENT_BYTES, "fp32", MANY_SEGMENTS, device.torch_device)
-    known = public(problem)
-    candidates = [
-        replace(known[PUBLIC], key=MANY, label="ours: tensor_stats, 10,000 segments of 8 KiB"),
-        replace(known[PUBLIC_ONE], key=MANY_ONE, label="ours: tensor_stats, one segment"),
-    ]
-    return _samples(device, problem, threads, candidates, options.effort(MANY_SECONDS))
-
-
-def _use_threads(count: int | None) -> None:
-    if count is not None:
-        torch.set_num_threads(count)
-
-
-def _samples(
-    device: Device, problem: Problem, threads: int | None, candidates: list[Candidate], effort: Effort
-) -> list[Sample]:
     limits = device.limits(problem)
-    candidates = [*limits, *candidates]
+    candidates = [*limits, *(candidate for candidate in made.values() if isinstance(candidate, Candidate))]
     norm_errors = check(problem, candidates)
     calls = {candidate.key: candidate.call for candidate in candidates}
-    series = measure(device.clock(problem), limits[0].call, calls, effort)
-    setting = Setting(problem.bytes, problem.dtype, threads, problem.layout.segments)
-    return samples_of(setting, candidates, series, norm_errors)
+    series = measure(device.clock(problem), limits[0].call, calls, options.effort(setting))
+    measured = replace(setting, size=problem.bytes, segments=problem.layout.segments)
+    return samples_of(measured, candidates, series, norm_errors)
 
 
 if __name__ == "__main__":

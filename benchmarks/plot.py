@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from figures import MANY, MANY_ONE, MIB, Run, Sample, size_label, threads_label
+from figures import MANY_SEGMENTS, MIB, Run, Sample, size_label, threads_label
 
 MAX_CACHED_BYTES = 4 * MIB  # size that stands for buckets that stay in a cache
 
 _OURS, _PEER, _INK = "#0b6e4f", "#b8bec6", "#30363d"
 _SHOWN = ("ours", "peer")
-_LEFT_OUT = {MANY, MANY_ONE}
 _MIN_INSIDE = 0.2  # fraction; the label right of a longer bar would lie on the line of the limit
-_FACTS = ("instruction set", "driver", "cuda", "torch", "triton", "deepspeed")
+_FACTS = ("instruction set", "driver_version", "cuda", "torch", "triton", "deepspeed")
 
 
 class MissingPlotting(Exception):
@@ -33,7 +32,7 @@ def draw(run: Run, path: Path) -> None:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    samples = [sample for sample in run.samples if sample.kind in _SHOWN and sample.candidate not in _LEFT_OUT]
+    samples = [sample for sample in run.samples if sample.kind in _SHOWN and sample.segments != MANY_SEGMENTS]
     threads = min((sample.threads for sample in samples if sample.threads is not None), default=None)
     samples = [sample for sample in samples if sample.threads == threads]
     sizes = _sizes({sample.size for sample in samples})

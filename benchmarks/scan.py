@@ -12,12 +12,10 @@ Exit code: 0 done, 2 no native extension.
 from __future__ import annotations
 
 import os
-import random
 import statistics
 import subprocess
 import tempfile
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -29,7 +27,7 @@ from machine import describe_cpu, require_native
 from output import json_option, make_console, print_facts, print_table, write_json
 from safetensors import safe_open
 from safetensors.torch import save_file
-from timing import Call
+from timing import Call, Effort, alternate, host_clock, measure, median_ratio
 
 import hallo_numguard as ng
 from hallo_numguard.checkpoint.readers import open_source
@@ -108,55 +106,42 @@ def isfinite(path: Path, threads: int) -> bool:
         return all(bool(torch.isfinite(file.get_tensor(name)).all()) for name in file.keys())  # noqa: SIM118 - no mapping
 
 
-def candidates(files: dict[str, Path], threads: int) -> dict[str, tuple[Path, Call]]:
-    """Returns what is timed: the file that it reads, and the call."""
+def candidates(files: dict[str, Path], threads: int) -> dict[str, Call]:
+    """Returns what is timed, by name."""
     weights, archive = files["safetensors"], files["torch"]
     entries = open_source(weights).entries
     return {
-        "scan, safetensors": (weights, lambda: ng.scan(weights, threads=threads)),
-        "read_file, no digests": (weights, lambda: read_file(weights, entries, (), threads=threads)),
-        "scan, torch.save (CRC-32 too)": (archive, lambda: ng.scan(archive, threads=threads)),
-        "read_file with sha256": (weights, lambda: read_file(weights, entries, threads=threads)),
-        "safetensors + torch.isfinite": (weights, lambda: isfinite(weights, threads)),
-        "sha256sum": (weights, lambda: subprocess.run(["sha256sum", weights], check=True, capture_output=True)),
+        "scan, safetensors": lambda: ng.scan(weights, threads=threads),
+        "read_file, no digests": lambda: read_file(weights, entries, (), threads=threads),
+        "scan, torch.save (CRC-32 too)": lambda: ng.scan(archive, threads=threads),
+        "read_file with sha256": lambda: read_file(weights, entries, threads=threads),
+        "safetensors + torch.isfinite": lambda: isfinite(weights, threads),
+        "sha256sum": lambda: subprocess.run(["sha256sum", weights], check=True, capture_output=True),
     }
 
 
-def measure(files: dict[str, Path], threads: int, rounds: int, cold: bool) -> list[Result]:
+def measure_files(files: dict[str, Path], threads: int, rounds: int, cold: bool) -> list[Result]:
     """Times all candidates in turns, each between two plain reads; cold, a plain read is one of them."""
-    calls = candidates(files, threads)
-    plain = {path: partial(plain_read, path, threads) for path in files.values()}
+    calls, plain = candidates(files, threads), partial(plain_read, files["safetensors"], threads)
     if cold:
-        calls[PLAIN] = (files["safetensors"], plain[files["safetensors"]])
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    fractions: dict[str, list[float]] = {name: [] for name in calls}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample(list(calls), len(calls)):
-            path, call = calls[name]
-            before = 0.0 if cold else seconds(plain[path], path, cold)
-            times[name].append(seconds(call, path, cold))
-            after = 0.0 if cold else seconds(plain[path], path, cold)
-            fractions[name].append((before + after) / 2 / times[name][-1])
-        if cold:
-            for name in calls:
-                fractions[name][-1] = times[PLAIN][-1] / times[name][-1]
+        seconds = alternate({**calls, PLAIN: plain}, rounds, prepare=partial(drop_from_cache, files))
+        fractions = {name: 1 / median_ratio(taken, seconds[PLAIN]) for name, taken in seconds.items()}
+    else:
+        series = measure(host_clock(warm=False), plain, calls, Effort(0.0, rounds, rounds, rounds))
+        seconds = {name: [each / 1e9 for each in found.nanoseconds] for name, found in series.items()}
+        fractions = {name: statistics.median(found.fractions) for name, found in series.items()}
     size = files["safetensors"].stat().st_size
-    medians = {name: statistics.median(taken) for name, taken in times.items()}
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     return [
-        Result(name, threads, cold, median, size / median / 1e9, statistics.median(fractions[name]))
-        for name, median in medians.items()
+        Result(name, threads, cold, median, size / median / 1e9, fractions[name]) for name, median in medians.items()
     ]
 
 
-def seconds(call: Call, path: Path, cold: bool) -> float:
-    """Times one call; cold, after the file was dropped from the page cache."""
-    if cold:
+def drop_from_cache(files: dict[str, Path]) -> None:
+    """Makes the next read of the files come from the disk."""
+    for path in files.values():
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
 
 
 @click.command()
@@ -179,7 +164,7 @@ def main(
         files = make_file(Path(scratch), mib, getattr(torch, dtype))
         for is_cold in (False, True) if cold else (False,):
             for threads in counts:
-                found = measure(files, threads, max(3, rounds // 3) if is_cold else rounds, is_cold)
+                found = measure_files(files, threads, max(3, rounds // 3) if is_cold else rounds, is_cold)
                 title = f"{'cold' if is_cold else 'warm'}, threads: {threads}"
                 rows = [
                     [one.candidate, f"{1e3 * one.seconds:,.0f}", f"{one.gb_per_s:.2f}", f"{one.fraction:.2f}"]

@@ -32,9 +32,6 @@ from gpu_compilers import (
     triton_figures,
 )
 from kernel_checks import Figures, HipFigures
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 from sass import UnknownCode
 
 from hallo_numguard.ops.triton import INTERPRET_VARIABLE, kernels
@@ -42,7 +39,6 @@ from hallo_numguard.ops.triton import INTERPRET_VARIABLE, kernels
 BACKENDS = {"triton": triton_figures, "cuda": cuda_figures}
 ARCHITECTURES = (*map(str, CUDA_ARCHITECTURES), HIP_TARGET)
 PROCESSES = 2
-REDIRECTED_WIDTH = 120  # columns of output that does not go to a terminal
 
 
 @dataclass
@@ -77,9 +73,6 @@ class Report:
 def main(archs: tuple[str, ...], backends: tuple[str, ...], json_path: Path | None) -> None:
     """Compile the GPU kernels, read their machine code and check it. Needs no GPU."""
     os.environ.pop(INTERPRET_VARIABLE, None)  # else nothing would be compiled
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=REDIRECTED_WIDTH)
     try:
         report = check(archs or ARCHITECTURES, backends)
     except (CannotCheck, UnknownCode) as error:
@@ -87,7 +80,13 @@ def main(archs: tuple[str, ...], backends: tuple[str, ...], json_path: Path | No
         sys.exit(2)
     if json_path is not None:
         json_path.write_text(_as_json(report), encoding="utf-8")
-    _print(console, report)
+    click.echo(", ".join(f"{name} {version}" for name, version in report.versions.items()))
+    for name, reason in report.left_out.items():
+        click.echo(f"left out: {name}: {reason}")
+    for violation in report.violations:
+        click.echo(violation)
+    if not report.violations:
+        click.echo(f"clean: {len(report.nvidia)} kernels for NVIDIA, {len(report.amd)} for AMD")
     sys.exit(1 if report.violations else 0)
 
 
@@ -132,35 +131,6 @@ def _as_json(report: Report) -> str:
     kernels = [asdict(one) | {"variant": str(one.variant), "violations": one.violations} for one in everything]
     document = {"versions": report.versions, "left_out": report.left_out, "kernels": kernels}
     return json.dumps(document, indent=1) + "\n"
-
-
-def _print(console: Console, report: Report) -> None:
-    console.print(", ".join(f"{name} {version}" for name, version in report.versions.items()), style="dim")
-    for arch in dict.fromkeys(one.arch for one in report.nvidia):
-        console.print(_table(arch, [one for one in report.nvidia if one.arch == arch]))
-    for name, reason in report.left_out.items():
-        console.print(f"[yellow]left out[/yellow]: {name}: {reason}", highlight=False)
-    for violation in report.violations:
-        console.print(Text(violation, style="red"))
-    if not report.violations:
-        amd = f", {len(report.amd)} for AMD" if report.amd else ""
-        console.print(f"[green]clean[/green]: {len(report.nvidia)} kernels for NVIDIA{amd}", highlight=False)
-
-
-def _table(arch: int, figures: Sequence[Figures]) -> Table:
-    table = Table(title=f"sm_{arch}", title_justify="left", title_style="bold")
-    table.add_column("kernel", no_wrap=True)
-    for name in ("registers", "budget", "loads in the main loop", "instructions in it"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for one in figures:
-        table.add_row(
-            Text(str(one.variant), style="red" if one.violations else ""),
-            str(one.resources.registers),
-            str(one.variant.budget),
-            " + ".join(f"{count} x {width} B" for width, count in one.loads.items()),
-            str(one.instructions),
-        )
-    return table
 
 
 if __name__ == "__main__":

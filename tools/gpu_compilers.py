@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_checks import Figures, HipFigures, Resources, Variant, figures_of
+from kernel_checks import Figures, HipFigures, Variant, figures_of
 from sass import UnknownCode, functions_in
 
 from hallo_numguard.ops import tensor_list
@@ -111,7 +111,9 @@ def read_cubin(cubin: bytes, arch: int, variant_of: Callable[[str], Variant]) ->
         usage = _output([str(_triton_tool("cuobjdump")), "-res-usage", file.name])
         listing = _output([str(_triton_tool("nvdisasm")), "-json", file.name])
     functions = {function.name: function for function in functions_in(listing)}
-    resources = {name: Resources(*map(int, numbers)) for name, *numbers in _USAGE.findall(usage)}
+    resources = {
+        name: (int(registers), int(stack), int(local)) for name, registers, stack, local in _USAGE.findall(usage)
+    }
     if functions.keys() != resources.keys():
         raise UnknownCode(f"machine code of {sorted(functions)}, but resources of {sorted(resources)}")
     return [figures_of(variant_of(name), arch, resources[name], functions[name]) for name in sorted(functions)]

@@ -65,28 +65,15 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Resources:
-    """What a thread takes, as the compiler reports it.
-
-    Attributes:
-        registers: Number of registers.
-        stack: Bytes of stack.
-        local: Bytes of local memory.
-    """
-
-    registers: int
-    stack: int
-    local: int
-
-
-@dataclass(frozen=True)
 class Figures:
     """A kernel on one architecture of NVIDIA.
 
     Attributes:
         variant: Kernel and what it was compiled for.
         arch: Compute capability, as 90.
-        resources: What a thread takes.
+        registers: Registers of a thread.
+        stack: Bytes of stack of a thread.
+        local: Bytes of local memory of a thread.
         spills: Number of instructions that access local memory.
         loads: Loads of the main loop, by width in bytes.
         generic_loads: Loads of the main loop that do not know that their address is global.
@@ -96,7 +83,9 @@ class Figures:
 
     variant: Variant
     arch: int
-    resources: Resources
+    registers: int
+    stack: int
+    local: int
     spills: int
     loads: dict[int, int]
     generic_loads: int
@@ -109,14 +98,13 @@ class Figures:
         return [*self._resource_violations(), *(self._loop_violations() if self.variant.kernel == "chunk" else ())]
 
     def _resource_violations(self) -> Iterator[str]:
-        resources = self.resources
-        if self.spills or resources.stack or resources.local:
+        if self.spills or self.stack or self.local:
             yield (
                 f"keeps values in local memory: {self.spills} instructions that spill, "
-                f"{resources.stack} bytes of stack, {resources.local} of local memory"
+                f"{self.stack} bytes of stack, {self.local} of local memory"
             )
-        if resources.registers > self.variant.budget:
-            yield f"takes {resources.registers} registers, more than {self.variant.budget}"
+        if self.registers > self.variant.budget:
+            yield f"takes {self.registers} registers, more than {self.variant.budget}"
 
     def _loop_violations(self) -> Iterator[str]:
         narrow = [f"{count} of {width} bytes" for width, count in self.loads.items() if width < MIN_LOAD_BYTES]
@@ -143,8 +131,14 @@ class HipFigures:
         return [f"spills {self.spills} registers"] if self.spills else []
 
 
-def figures_of(variant: Variant, arch: int, resources: Resources, function: Function) -> Figures:
+def figures_of(variant: Variant, arch: int, usage: tuple[int, int, int], function: Function) -> Figures:
     """Returns the figures of a kernel.
+
+    Args:
+        variant: Kernel and what it was compiled for.
+        arch: Compute capability, as 90.
+        usage: Registers, bytes of stack and bytes of local memory that a thread takes.
+        function: Machine code.
 
     Raises:
         UnknownCode: If its machine code is not understood, or several loops could be the main one.
@@ -156,7 +150,7 @@ def figures_of(variant: Variant, arch: int, resources: Resources, function: Func
     return Figures(
         variant,
         arch,
-        resources,
+        *usage,
         spills=function.count(*_LOCAL_ACCESSES),
         loads=dict(sorted(Counter(one.width for one in loop.loads).items())),
         generic_loads=loop.count("LD"),

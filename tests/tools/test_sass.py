@@ -11,7 +11,7 @@ import pytest
 
 sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
-from kernel_checks import Resources, Variant, figures_of, main_loop
+from kernel_checks import Variant, figures_of, main_loop
 from sass import Function, Loop, UnknownCode, functions_in
 
 
@@ -117,7 +117,7 @@ def test_what_is_not_understood_is_refused(lines, message):
 def test_figures_of_a_loop():
     body = ["LDG.E.128 R4, [R2.64]", "LD.E.64 R8, [R2.64]", "FADD R0, R4, R8", "IADD3 R2, R2, 0x20, RZ"]
     code = function(*body, "@P0 BRA 0x0", "EXIT")
-    figures = figures_of(Variant("triton", "chunk", "float32"), 90, Resources(32, 0, 0), code)
+    figures = figures_of(Variant("triton", "chunk", "float32"), 90, (32, 0, 0), code)
     assert figures.loads == {8: 1, 16: 1}
     assert (figures.generic_loads, figures.instructions) == (1, 5)
     assert code.loops[0].loaded_bytes == 24
