@@ -30,7 +30,8 @@ import click
 import psutil  # type: ignore[import-untyped, unused-ignore]
 import torch
 from machine import describe_cpu, require_native
-from output import json_option, make_console, print_facts, print_table, quick_option, rounds_option, write_json
+from output import json_option, make_console, print_facts, quick_option, rounds_option, write_json
+from page import print_results
 from timing import alternate, median_ratio
 from torch import nn
 
@@ -287,19 +288,7 @@ def main(
     for name in names:
         results.append(measure(CASES[name], layers, width, rounds or (QUICK_ROUNDS if quick else ROUNDS)))
         gc.collect()
-    columns = ("case", "step ms", "observe", "replace", "DeepSpeed's check and norm ms", "guard ms")
-    rows = [
-        [
-            one.case,
-            f"{one.step_ms:.0f}",
-            f"{one.observe:.3f}",
-            f"{one.replace:.3f}",
-            f"{one.theirs_ms:.2f}",
-            f"{one.ours_ms:.2f}",
-        ]
-        for one in results
-    ]
-    print_table(console, "Guarded steps", columns, rows)
+    print_results(console, "deepspeed_step", results)
     write_json(json_path, machine, results)
     if growth_steps is not None:
         console.print(f"growth: {growth(growth_steps):.2f} KiB a step")

@@ -25,7 +25,8 @@ from pathlib import Path
 import click
 import torch
 from machine import describe_cpu, require_native
-from output import json_option, make_console, print_facts, print_table, quick_option, rounds_option, write_json
+from output import json_option, make_console, print_facts, quick_option, rounds_option, write_json
+from page import print_results
 from timing import Call, alternate, median_ratio
 from torch import nn
 
@@ -147,9 +148,7 @@ def main(names: tuple[str, ...], rounds: int | None, quick: bool, json_path: Pat
         size = QUICK_SIZE if quick else SIZES[CASES[name].size]
         results.append(measure(CASES[name], size, rounds or (QUICK_ROUNDS if quick else ROUNDS)))
         gc.collect()
-    ways = [way for way in results[0].ratios if way != "torch"]
-    rows = [[one.case, f"{one.torch_ms:.1f}", *[f"{one.ratios[way]:.3f}" for way in ways]] for one in results]
-    print_table(console, "A step, over clip_grad_norm_ and step", ["case", "torch ms", *ways], rows)
+    print_results(console, "optimizer_step", results)
     write_json(json_path, machine, results)
 
 

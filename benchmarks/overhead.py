@@ -39,14 +39,13 @@ from figures import (
 from output import json_option, make_console, quick_option
 from problems import DTYPES, make_problem
 from rich.console import Console
-from timing import Effort, measure
+from timing import measure
 from verify import WrongResult, check
 
 DTYPE_NAMES = ("fp32", "bf16", "fp16")
 QUICK_DTYPE_NAMES = ("fp32", "bf16")
 SECONDS, QUICK_SECONDS = 100.0, 6.0
-MIN_ROUNDS, MIN_SLOW_ROUNDS, QUICK_MIN_ROUNDS = 15, 3, 3
-MAX_ROUNDS = 300
+MIN_ROUNDS, QUICK_MIN_ROUNDS = 15, 3
 
 LARGE_BYTES = 32 * MIB
 LARGE_SHARE = 5.0  # time for a larger size, over that for a smaller one
@@ -68,11 +67,10 @@ class Options:
     min_rounds: int
     with_compile: bool
 
-    def effort(self, setting: Setting) -> Effort:
-        """Returns how long to measure one buffer."""
+    def seconds_for(self, setting: Setting) -> float:
+        """Returns the part of the time for one buffer."""
         shares = [LARGE_SHARE if each.size > LARGE_BYTES else 1.0 for each in self.settings]
-        seconds = self.seconds * shares[self.settings.index(setting)] / sum(shares)
-        return Effort(seconds, self.min_rounds, min(MIN_SLOW_ROUNDS, self.min_rounds), MAX_ROUNDS)
+        return self.seconds * shares[self.settings.index(setting)] / sum(shares)
 
 
 @click.command()
@@ -156,7 +154,8 @@ def _measure_buffer(device: Device, options: Options, setting: Setting, run: Run
     candidates = [*limits, *(candidate for candidate in made.values() if isinstance(candidate, Candidate))]
     norm_errors = check(problem, candidates)
     calls = {candidate.key: candidate.call for candidate in candidates}
-    series = measure(device.clock(problem), limits[0].call, calls, options.effort(setting))
+    seconds = options.seconds_for(setting)
+    series = measure(device.clock(problem), limits[0].call, calls, seconds, options.min_rounds)
     measured = replace(setting, size=problem.bytes, segments=problem.layout.segments)
     return samples_of(measured, candidates, series, norm_errors)
 

@@ -1,18 +1,22 @@
-"""Writes the tables of docs/benchmarks.md from the figures in docs/figures.
+"""The tables of the benchmarks, on the terminal and in docs/benchmarks.md, whose figures lie in docs/figures.
 
     python benchmarks/page.py
 
-The figures are what the benchmarks write with --json. A table stands between `<!-- table: NAME -->` and `<!-- end -->`.
+The figures are what the benchmarks write with --json. A table stands between `<!-- table: NAME -->` and `<!-- end -->`
+in the page, and is made anew.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from output import print_table
+from rich.console import Console
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 PAGE = DOCS / "benchmarks.md"
@@ -40,9 +44,8 @@ class Table:
     shown: Callable[[Row], bool] = lambda _: True
     key: str = "results"
 
-    def render(self) -> str:
-        """Returns the table as Markdown."""
-        found = json.loads((DOCS / "figures" / f"{self.file}.json").read_text(encoding="utf-8"))[self.key]
+    def lines(self, found: Iterable[Row]) -> list[list[str]]:
+        """Returns the headings, and a line for each value of the label."""
         headings: dict[str, None] = {}
         rows: dict[str, dict[str, str]] = {}
         for figures in filter(self.shown, found):
@@ -50,9 +53,13 @@ class Table:
             for heading, cell in self.cells.items():
                 headings[heading.format(**figures)] = None
                 row[heading.format(**figures)] = _formatted(cell, figures)
-        lines = [["", *headings], ["---"] * (1 + len(headings))]
-        lines += [[label, *(row.get(heading, "") for heading in headings)] for label, row in rows.items()]
-        return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+        return [["", *headings], *([label, *(row.get(name, "") for name in headings)] for label, row in rows.items())]
+
+    def markdown(self) -> str:
+        """Returns the table of the page."""
+        found = json.loads((DOCS / "figures" / f"{self.file}.json").read_text(encoding="utf-8"))
+        headings, *rows = self.lines(found[self.key])
+        return "".join(f"| {' | '.join(cells)} |\n" for cells in (headings, ["---"] * len(headings), *rows))
 
 
 def _formatted(cell: str, figures: Row) -> str:
@@ -77,7 +84,7 @@ TABLES = {
         lambda row: not row["cold"],
     ),
     "scan-cold": Table("scan", "{candidate}", {"{threads}T": "{fraction:.2f}"}, lambda row: bool(row["cold"])),
-    "deepspeed": Table(
+    "guarded-steps": Table(
         "deepspeed_step",
         "{case}",
         {
@@ -89,19 +96,19 @@ TABLES = {
         },
         lambda row: "x64" not in row["case"],
     ),
-    "parameters": Table(
+    "guarded-steps-by-parameters": Table(
         "deepspeed_step",
         "{case}",
         {"DeepSpeed's check and norm ms": "{theirs_ms:.3g}", "guard ms": "{ours_ms:.2f}"},
         lambda row: "x64" in row["case"],
     ),
-    "trace": Table(
+    "forward-passes": Table(
         "trace",
         "{way}",
         {"{model}, ms more": "{overhead:.1f}", "{model}, over the trace's": "{ratio:.1f}"},
         lambda row: row["way"] != "plain",
     ),
-    "optimizer": Table(
+    "optimizer-steps": Table(
         "optimizer_step",
         "{case}",
         {
@@ -112,9 +119,17 @@ TABLES = {
 }
 
 
+def print_results(console: Console, file: str, results: Sequence[Any]) -> None:
+    """Prints the tables of a file that have any of the results, which are dataclasses."""
+    for name, table in TABLES.items():
+        headings, *rows = table.lines(map(asdict, results)) if table.file == file else [[]]
+        if rows:
+            print_table(console, name.replace("-", " ").capitalize(), headings, rows)
+
+
 def render(text: str) -> str:
     """Returns the page with its tables made anew."""
-    return _TABLE.sub(lambda found: f"{found['begin']}{TABLES[found['name']].render()}{found['end']}", text)
+    return _TABLE.sub(lambda found: f"{found['begin']}{TABLES[found['name']].markdown()}{found['end']}", text)
 
 
 if __name__ == "__main__":

@@ -24,10 +24,11 @@ from pathlib import Path
 import click
 import torch
 from machine import describe_cpu, require_native
-from output import json_option, make_console, print_facts, print_table, write_json
+from output import json_option, make_console, print_facts, write_json
+from page import print_results
 from safetensors import safe_open
 from safetensors.torch import save_file
-from timing import Call, Effort, alternate, host_clock, measure, median_ratio
+from timing import Call, alternate, host_clock, measure, median_ratio
 
 import hallo_numguard as ng
 from hallo_numguard.checkpoint.readers import open_source
@@ -127,7 +128,7 @@ def measure_files(files: dict[str, Path], threads: int, rounds: int, cold: bool)
         seconds = alternate({**calls, PLAIN: plain}, rounds, prepare=partial(drop_from_cache, files))
         fractions = {name: 1 / median_ratio(taken, seconds[PLAIN]) for name, taken in seconds.items()}
     else:
-        series = measure(host_clock(warm=False), plain, calls, Effort(0.0, rounds, rounds, rounds))
+        series = measure(host_clock(warm=False), plain, calls, seconds=0.0, min_rounds=rounds)
         seconds = {name: [each / 1e9 for each in found.nanoseconds] for name, found in series.items()}
         fractions = {name: statistics.median(found.fractions) for name, found in series.items()}
     size = files["safetensors"].stat().st_size
@@ -164,14 +165,8 @@ def main(
         files = make_file(Path(scratch), mib, getattr(torch, dtype))
         for is_cold in (False, True) if cold else (False,):
             for threads in counts:
-                found = measure_files(files, threads, max(3, rounds // 3) if is_cold else rounds, is_cold)
-                title = f"{'cold' if is_cold else 'warm'}, threads: {threads}"
-                rows = [
-                    [one.candidate, f"{1e3 * one.seconds:,.0f}", f"{one.gb_per_s:.2f}", f"{one.fraction:.2f}"]
-                    for one in found
-                ]
-                print_table(console, title, ["", "ms", "GB/s", "of a plain read"], rows)
-                results += found
+                results += measure_files(files, threads, max(3, rounds // 3) if is_cold else rounds, is_cold)
+    print_results(console, "scan", results)
     write_json(json_path, machine, results)
 
 

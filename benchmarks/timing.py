@@ -20,8 +20,10 @@ Call = Callable[[], Any]
 WARM_UP_ROUNDS = 2
 
 SAMPLE_NS = 200_000  # a sample of the host's clock repeats its call until it lasts about this long
+MAX_ROUNDS = 300
+MIN_SLOW_ROUNDS = 3
 SLOW_RATIO = 20  # over a sample of the reference; beyond it, a candidate gets fewer rounds
-SLOW_SHARE = 0.5  # part of the time that slow candidates may take, beyond their fewest rounds
+MAX_SLOW_SHARE = 0.1  # part of the time that a slow candidate may take, beyond its fewest rounds
 
 GPU_WARM_UP_CALLS = 3  # kernels are compiled or loaded, memory is allocated
 TIMED_FLUSHES = 10
@@ -84,12 +86,10 @@ class Sampler:
     Attributes:
         take: Takes one.
         repeats: Calls that a sample is the mean of.
-        cost: Nanoseconds that taking one costs, roughly.
     """
 
     take: Callable[[], Spent]
     repeats: int
-    cost: float
 
 
 Clock = Callable[[Call], Sampler]
@@ -116,7 +116,7 @@ def host_clock(warm: bool) -> Clock:
                 _nanoseconds(call, repeats)
             return Spent(_nanoseconds(call, repeats), None)
 
-        return Sampler(take, repeats, cost * repeats * (2 if warm else 1))
+        return Sampler(take, repeats)
 
     return sampler
 
@@ -151,7 +151,7 @@ def event_clock(runtime: CudaRuntime) -> Clock:
             runtime.synchronize()
             return Spent(runtime.elapsed(begin, end), host)
 
-        return Sampler(take, 1, _nanoseconds(take, 1))
+        return Sampler(take, 1)
 
     return sampler
 
@@ -179,42 +179,46 @@ class Series:
         if spent.host is not None:
             self.host.append(spent.host)
 
-
-@dataclass(frozen=True)
-class Effort:
-    """How long to measure.
-
-    Attributes:
-        seconds: Time for all rounds together; the fewest rounds are done in any case.
-        min_rounds: Fewest rounds.
-        min_slow_rounds: Fewest rounds of slow candidates.
-        max_rounds: Most rounds.
-    """
-
-    seconds: float
-    min_rounds: int
-    min_slow_rounds: int
-    max_rounds: int
+    def exceeds_share(self, elapsed: float) -> bool:
+        """Whether these are the samples of a slow call that has had enough of the elapsed seconds."""
+        if len(self.nanoseconds) < MIN_SLOW_ROUNDS or self.fractions[-1] * SLOW_RATIO >= 1:
+            return False
+        return sum(self.nanoseconds) * self.repeats > MAX_SLOW_SHARE * elapsed * 1e9
 
 
-def measure(clock: Clock, reference: Call, calls: Mapping[str, Call], effort: Effort) -> dict[str, Series]:
+def measure(
+    clock: Clock,
+    reference: Call,
+    calls: Mapping[str, Call],
+    seconds: float,
+    min_rounds: int,
+    max_rounds: int = MAX_ROUNDS,
+) -> dict[str, Series]:
     """Times calls in rounds, each in a new order, every sample between two of the reference.
+
+    Slow calls are left out of rounds, evenly, where they would take more than their share of the time.
 
     Args:
         clock: Clock of the device that they work on.
         reference: Call that moves the memory that all work on.
         calls: What to time, by key; each has been called before.
-        effort: How long.
+        seconds: Time for all rounds together.
+        min_rounds: Rounds that are done in any case.
+        max_rounds: Rounds that are enough in any case.
     """
     with no_collections():
         paired = clock(reference)
         samplers = {key: clock(call) for key, call in calls.items()}
         series = {key: Series(sampler.repeats) for key, sampler in samplers.items()}
         order = random.Random(0)
-        for keys in _rounds({key: sampler.cost for key, sampler in samplers.items()}, paired.cost, effort):
-            order.shuffle(keys)
+        begin = time.perf_counter()
+        for number in range(max_rounds):
+            elapsed = time.perf_counter() - begin
+            if number >= min_rounds and elapsed > seconds:
+                break
+            due = [key for key, found in series.items() if not found.exceeds_share(elapsed)]
             before = paired.take().work
-            for key in keys:
+            for key in order.sample(due, len(due)):
                 spent = samplers[key].take()
                 after = paired.take().work
                 series[key].add(spent, (before + after) / 2)
@@ -239,25 +243,6 @@ def _nanoseconds(call: Call, repeats: int) -> float:
 
 def _repeats(cost: float) -> int:
     return max(1, math.ceil(SAMPLE_NS / max(cost, 1.0)))
-
-
-def _rounds(costs: Mapping[str, float], reference_cost: float, effort: Effort) -> Iterator[list[str]]:
-    """The keys of every round; the slow ones are missing from most, evenly."""
-    slow = {key for key, cost in costs.items() if cost > SLOW_RATIO * reference_cost}
-
-    def seconds(keys: set[str]) -> float:
-        return sum(costs[key] + reference_cost for key in keys) / 1e9
-
-    def affordable(time_left: float, a_round: float, fewest: int) -> int:
-        count = int(time_left / a_round) if a_round > 0 else effort.max_rounds
-        return min(max(count, fewest), effort.max_rounds)
-
-    slow_rounds = affordable(SLOW_SHARE * effort.seconds, seconds(slow), effort.min_slow_rounds)
-    rest = max(effort.seconds - slow_rounds * seconds(slow), (1 - SLOW_SHARE) * effort.seconds)
-    total = affordable(rest, seconds(set(costs) - slow), effort.min_rounds)
-    stride = max(1, total // slow_rounds)
-    for number in range(total):
-        yield [key for key in costs if key not in slow or number % stride == 0]
 
 
 @contextmanager

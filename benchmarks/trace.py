@@ -27,7 +27,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import click
 import torch
 from machine import describe_cpu, require_native
-from output import json_option, make_console, print_facts, print_table, quick_option, write_json
+from output import json_option, make_console, print_facts, quick_option, write_json
+from page import print_results
 from timing import Call, alternate
 from torch import nn
 from torch.nn import functional
@@ -190,16 +191,7 @@ def main(names: tuple[str, ...], quick: bool, json_path: Path | None) -> None:
     console, machine = make_console(), describe_cpu()
     print_facts(console, machine)
     results = [result for name in names for result in measure(name, QUICK_ROUNDS if quick else ROUNDS)]
-    rows = [
-        [
-            f"{one.model}, {one.way}",
-            f"{one.milliseconds:.2f}",
-            f"{one.overhead:.2f}",
-            "" if one.ratio is None else f"{one.ratio:.1f}x",
-        ]
-        for one in results
-    ]
-    print_table(console, "Forward passes", ["", "ms", "overhead ms", "over the trace's"], rows)
+    print_results(console, "trace", results)
     write_json(json_path, machine, results)
 
 
