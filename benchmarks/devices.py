@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
 import torch
@@ -24,8 +23,8 @@ class Unusable(Exception):
     """Nothing can be measured as asked; the text says why and what to do."""
 
 
-class Device(ABC):
-    """One kind of device.
+class Device:
+    """What is measured: the CPU; a GPU replaces what differs.
 
     Attributes:
         fact: Name of the fact about the machine that says which device it is.
@@ -36,59 +35,15 @@ class Device(ABC):
         time: What the columns of times mean.
     """
 
-    fact: str
-    torch_device: torch.device
-    sizes: Sequence[int]
-    quick_sizes: Sequence[int]
-    limit: str
-    time: str
-
-    @abstractmethod
-    def require(self) -> None:
-        """Raises Unusable where the numbers would be those of nothing, or of the slow fallback."""
-
-    @abstractmethod
-    def thread_counts(self, asked: Sequence[int], quick: bool) -> Sequence[int | None]:
-        """Returns the numbers of threads to measure with, None where it makes no difference.
-
-        Raises:
-            Unusable: If some were asked for and it makes no difference.
-        """
-
-    @abstractmethod
-    def prepare(self) -> dict[str, str]:
-        """Makes the process ready to measure, and returns what is known of the machine."""
-
-    @abstractmethod
-    def shortage(self, size: int, segments: int) -> str | None:
-        """Returns why a buffer of that size does not fit into memory, or None if it does."""
-
-    @abstractmethod
-    def clock(self, problem: Problem) -> Clock:
-        """Returns what times calls on the buffer."""
-
-    @abstractmethod
-    def limits(self, problem: Problem) -> list[Candidate]:
-        """Returns what sets the limit, and hints beside it. The first is what all others are paired with."""
-
-    @abstractmethod
-    def candidates(self, problem: Problem, with_compile: bool) -> Candidates:
-        """Returns our own calls, and what else does the work or a part of it."""
-
-    @abstractmethod
-    def targets(self, run: Run) -> list[Target]:
-        """Compares a run with the targets."""
-
-
-class _Cpu(Device):
     fact = "cpu"
     torch_device = torch.device("cpu")
-    sizes = (4 * KIB, 64 * KIB, 1 * MIB, 4 * MIB, 256 * MIB)
-    quick_sizes = (64 * KIB, 4 * MIB)
+    sizes: Sequence[int] = (4 * KIB, 64 * KIB, 1 * MIB, 4 * MIB, 256 * MIB)
+    quick_sizes: Sequence[int] = (64 * KIB, 4 * MIB)
     limit = "time to read the same memory on as many threads"
     time = "us: microseconds of a call."
 
     def require(self) -> None:
+        """Raises Unusable where the numbers would be those of nothing, or of the slow fallback."""
         reason = native.unavailable("cpu")
         if reason is not None:
             raise Unusable(f"there is nothing to measure: {reason}")
@@ -96,26 +51,37 @@ class _Cpu(Device):
             raise Unusable(f"{dispatch.BACKEND_VARIABLE} names another backend than native: unset it")
 
     def thread_counts(self, asked: Sequence[int], quick: bool) -> Sequence[int | None]:
+        """Returns the numbers of threads to measure with, None where it makes no difference.
+
+        Raises:
+            Unusable: If some were asked for and it makes no difference.
+        """
         return asked or ([1] if quick or (os.cpu_count() or 1) == 1 else [1, 2])
 
     def prepare(self) -> dict[str, str]:
+        """Makes the process ready to measure, and returns what is known of the machine."""
         kept = keep_freed_memory()
         return describe_cpu() | {"freed memory": "kept by the allocator" if kept else "as the allocator likes"}
 
     def shortage(self, size: int, segments: int) -> str | None:
-        return None  # what the system has free, and what it would swap, is hard to tell
+        """Returns why a buffer of that size does not fit into memory; None if it does, or if that is hard to tell."""
+        return None
 
     def clock(self, problem: Problem) -> Clock:
+        """Returns what times calls on the buffer."""
         return host_clock(warm=problem.bytes <= _MAX_CACHED_BYTES)
 
     def limits(self, problem: Problem) -> list[Candidate]:
+        """Returns what sets the limit, and hints beside it. The first is what all others are paired with."""
         return memory_reads(problem)
 
     def candidates(self, problem: Problem, with_compile: bool) -> Candidates:
+        """Returns our own calls, and what else does the work or a part of it."""
         entry = native_entry(problem)
         return {entry.key: entry, **public(problem), **peers(problem, with_compile, {})}
 
     def targets(self, run: Run) -> list[Target]:
+        """Compares a run with the targets."""
         return cpu_targets(run)
 
 
@@ -184,4 +150,4 @@ def _backend(device_type: str) -> dispatch.Backend:
         raise Unusable(str(error)) from error
 
 
-DEVICES: dict[str, Device] = {"cpu": _Cpu(), "cuda": gpu(CudaRuntime())}
+DEVICES: dict[str, Device] = {"cpu": Device(), "cuda": gpu(CudaRuntime())}

@@ -70,13 +70,13 @@ def _formatted(cell: str, figures: Row) -> str:
         return "-"
 
 
-def _large_or_cached(sample: Row) -> bool:
-    size_and_dtype = sample["size"] >> 20, sample["dtype"]
-    return sample["threads"] == 1 and (size_and_dtype[0] == 256 or size_and_dtype == (4, "fp32"))
+def _in_statistics(sample: Row) -> bool:
+    size, dtype = sample["size"] >> 20, sample["dtype"]
+    return sample["threads"] == 1 and sample["kind"] != "limit" and (size == 256 or (size, dtype) == (4, "fp32"))
 
 
 TABLES = {
-    "statistics": Table("overhead", "{label}", {"{size:,} B, {dtype}": "{fraction:#.2g}"}, _large_or_cached, "samples"),
+    "statistics": Table("overhead", "{label}", {"{size:,} B, {dtype}": "{fraction:#.2g}"}, _in_statistics, "samples"),
     "scan-warm": Table(
         "scan",
         "{candidate}",

