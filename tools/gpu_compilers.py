@@ -148,7 +148,8 @@ def _compiled_for(backend: str, arch: int | str) -> Iterator[tuple[Variant, Any]
     if os.environ.get(launcher.INTERPRET_VARIABLE) == "1":
         raise CannotCheck(f"{launcher.INTERPRET_VARIABLE}=1 is set: nothing is compiled then")
     driver.set_active(CompilingDriver(GPUTarget(backend, arch, _WARP[backend])))
-    run, found = JITFunction.run, {}
+    run = JITFunction.run
+    found: dict[str, Any] = {}
 
     def compile_only(kernel: Any, *arguments: Any, warmup: bool, **options: Any) -> None:
         compiled = run(kernel, *arguments, warmup=True, **options)
