@@ -9,6 +9,7 @@ from typing import Any
 
 from candidates import AMINMAX, AMINMAX_PER_SEGMENT, ISFINITE, NATIVE, PUBLIC, PUBLIC_ONE, Candidate
 from output import print_facts, print_table
+from page import Table
 from rich.console import Console
 from rich.markup import escape
 from timing import Series, percentiles
@@ -18,7 +19,13 @@ MANY_SEGMENTS, MANY_SEGMENT_BYTES = 10_000, 8 * KIB
 
 _UNITS = ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"))
 _MAX_NORM_ERROR = 0.01  # relative; beyond it a norm is named as inaccurate. bfloat16 itself resolves 0.004
-_STYLES = {"limit": "dim", "hint": "dim", "ours": "bold green", "peer": ""}
+_COLUMNS = {
+    "{dtype} us": "{median_us:,.2f}",
+    "{dtype} of limit": "{fraction:#.2g}",
+    "{dtype} ours x": "{speedup:,.2f}",
+}
+_TABLE = Table("overhead", "{label}", _COLUMNS)
+_GPU_TABLE = Table("overhead", "{label}", {**_COLUMNS, "{dtype} host us": "{host_us:,.2f}"})
 _MET = {True: "met", False: "missed", None: "not measured"}
 
 
@@ -261,24 +268,13 @@ def print_header(console: Console, run: Run, time: str) -> None:
 def print_samples(console: Console, samples: Sequence[Sample]) -> None:
     """Prints the samples of one size and number of threads: a row each, 3 or 4 columns a dtype."""
     first = samples[0]
-    dtypes = list(dict.fromkeys(sample.dtype for sample in samples))
-    cells = {(sample.candidate, sample.dtype): sample for sample in samples}
-    known = {sample.candidate: sample for sample in samples}
-    names = ["us", "of limit", "ours x", *([] if first.host_us is None else ["host us"])]
-    print_table(
-        console,
-        ", ".join([size_label(first.size), *threads_label(first.threads), f"{first.segments:,} segments"]),
-        ["", *(f"{dtype} {name}" for dtype in dtypes for name in names)],
-        [
-            [sample.label, *(cell for dtype in dtypes for cell in _cells(cells.get((key, dtype)))[: len(names)])]
-            for key, sample in known.items()
-        ],
-        [_STYLES[sample.kind] for sample in known.values()],
-    )
+    title = ", ".join([size_label(first.size), *threads_label(first.threads), f"{first.segments:,} segments"])
+    table = _TABLE if first.host_us is None else _GPU_TABLE
+    headings, *rows = table.lines(map(asdict, samples))
+    print_table(console, title, headings, rows)
     for sample in samples:
         if sample.norm_error is not None and sample.norm_error > _MAX_NORM_ERROR:
-            text = f"norm off by {sample.norm_error:.1%}: {escape(sample.label)}, {sample.dtype}"
-            console.print(text, style="yellow", highlight=False)
+            console.print(f"norm off by {sample.norm_error:.1%}: {escape(sample.label)}, {sample.dtype}")
 
 
 def print_targets(console: Console, run: Run) -> None:
@@ -300,19 +296,3 @@ def threads_label(count: int | None) -> list[str]:
     if count is None:
         return []
     return ["1 thread" if count == 1 else f"{count} threads"]
-
-
-def _cells(sample: Sample | None) -> list[str]:
-    if sample is None:
-        return ["-"] * 4
-    fraction = f"{sample.fraction:.2f}" if sample.fraction >= 0.1 else f"{sample.fraction:.2g}"
-    return [_significant(sample.median_us), fraction, _significant(sample.speedup), _significant(sample.host_us)]
-
-
-def _significant(value: float | None) -> str:
-    """Three digits or all before the point; a dash if there is no value."""
-    if value is None:
-        return "-"
-    if value >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.1f}" if value >= 10 else f"{value:.2f}"

@@ -34,27 +34,13 @@ def print_facts(console: Console, facts: Mapping[str, str]) -> None:
         console.print(f"[bold]{escape(name)}[/bold]: {escape(value)}", highlight=False)
 
 
-def print_table(
-    console: Console,
-    title: str,
-    columns: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    styles: Sequence[str] = (),
-) -> None:
-    """Prints a table: text in the first column, numbers in the others.
-
-    Args:
-        console: Where to print.
-        title: Line above the table.
-        columns: Names.
-        rows: Cells, one for each column.
-        styles: Style of each row; none if left out.
-    """
+def print_table(console: Console, title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Prints a table: text in the first column, numbers in the others."""
     table = Table(title=title, title_justify="left", title_style="bold")
-    for number, name in enumerate(columns):
+    for number, name in enumerate(headings):
         table.add_column(escape(name), justify="right" if number else "left", no_wrap=True)
-    for number, cells in enumerate(rows):
-        table.add_row(*map(escape, cells), style=styles[number] if styles else None)
+    for cells in rows:
+        table.add_row(*map(escape, cells))
     console.print(table)
 
 

@@ -11,7 +11,6 @@ MAX_CACHED_BYTES = 4 * MIB  # size that stands for buckets that stay in a cache
 
 _OURS, _PEER, _INK = "#0b6e4f", "#b8bec6", "#30363d"
 _SHOWN = ("ours", "peer")
-_MIN_INSIDE = 0.2  # fraction; the label right of a longer bar would lie on the line of the limit
 _FACTS = ("instruction set", "driver_version", "cuda", "torch", "triton", "deepspeed")
 
 
@@ -55,24 +54,15 @@ def draw(run: Run, path: Path) -> None:
 
 
 def _draw_panel(axes: Any, labels: dict[str, str], shown: dict[str, Sample], leftmost: float) -> None:
-    for row, key in enumerate(labels):
-        if key not in shown:
-            continue
-        sample = shown[key]
-        ours = sample.kind == "ours"
-        axes.barh(row, sample.fraction, color=_OURS if ours else _PEER, height=0.72)
-        inside = sample.fraction > _MIN_INSIDE
-        axes.annotate(
-            f"{sample.fraction:.2g}",
-            (sample.fraction, row),
-            xytext=(-3 if inside else 3, 0),
-            textcoords="offset points",
-            ha="right" if inside else "left",
-            va="center",
-            fontsize=7.5,
-            fontweight="bold" if ours else "normal",
-            color="white" if inside and ours else _INK,
-        )
+    rows = {row: shown[key] for row, key in enumerate(labels) if key in shown}
+    bars = axes.barh(
+        list(rows),
+        [sample.fraction for sample in rows.values()],
+        color=[_OURS if sample.kind == "ours" else _PEER for sample in rows.values()],
+        height=0.72,
+    )
+    opaque = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # some lie on the line of the limit
+    axes.bar_label(bars, fmt="%.2g", padding=3, fontsize=7.5, color=_INK, bbox=opaque)
     axes.axvline(1.0, color="#c0392b", linewidth=1, linestyle="--", zorder=0.9)
     axes.set_xscale("log")
     axes.set_xlim(leftmost, 4.0)
