@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from candidates import GPU_PEERS, Candidate, Candidates, copies, gpu_backends, memory_reads, native_entry, peers, public
 from cuda_runtime import CudaRuntime
-from figures import GIB, KIB, MIB, Run, Target, cpu_targets, gpu_targets
+from figures import Run, Target, cpu_targets, gpu_targets
 from machine import describe_cpu, describe_gpu, keep_freed_memory
+from output import GIB, KIB, MIB
 from problems import Problem, memory_needed
 from timing import Clock, event_clock, host_clock
 

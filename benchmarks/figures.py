@@ -8,16 +8,14 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from candidates import AMINMAX, AMINMAX_PER_SEGMENT, ISFINITE, NATIVE, PUBLIC, PUBLIC_ONE, Candidate
-from output import print_facts, print_table
+from output import KIB, MIB, print_facts, print_table, size_label
 from page import Table
 from rich.console import Console
 from rich.markup import escape
 from timing import Series, percentiles
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 MANY_SEGMENTS, MANY_SEGMENT_BYTES = 10_000, 8 * KIB
 
-_UNITS = ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"))
 _MAX_NORM_ERROR = 0.01  # relative; beyond it a norm is named as inaccurate. bfloat16 itself resolves 0.004
 _COLUMNS = {
     "{dtype} us": "{median_us:,.2f}",
@@ -283,12 +281,6 @@ def print_targets(console: Console, run: Run) -> None:
         console.print(f"[yellow]left out[/yellow]: {escape(name)}: {escape(reason)}")
     rows = [[target.promise, target.figure, _MET[target.met]] for target in run.targets]
     print_table(console, "Targets", ["promise", "found", ""], rows)
-
-
-def size_label(size: int) -> str:
-    """Returns a size as people write it."""
-    unit, name = next((unit, name) for unit, name in _UNITS if size >= unit or unit == KIB)
-    return f"{size / unit:g} {name}"
 
 
 def threads_label(count: int | None) -> list[str]:

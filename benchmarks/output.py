@@ -13,7 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 WIDTH = 176  # columns of output that does not go to a terminal
+
+_UNITS = ((GIB, "GiB"), (MIB, "MiB"), (KIB, "KiB"))
 
 json_option = click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="File for machine and figures."
@@ -49,3 +52,9 @@ def write_json(path: Path | None, machine: Mapping[str, str], results: Iterable[
     if path is not None:
         document = {"machine": machine, "results": [asdict(result) for result in results]}
         path.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def size_label(size: int) -> str:
+    """Returns a size as people write it."""
+    unit, name = next((unit, name) for unit, name in _UNITS if size >= unit or unit == KIB)
+    return f"{size / unit:g} {name}"

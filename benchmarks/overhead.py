@@ -26,7 +26,6 @@ from devices import DEVICES, Device, Unusable
 from figures import (
     MANY_SEGMENT_BYTES,
     MANY_SEGMENTS,
-    MIB,
     Run,
     Sample,
     Setting,
@@ -34,9 +33,8 @@ from figures import (
     print_samples,
     print_targets,
     samples_of,
-    size_label,
 )
-from output import json_option, make_console, quick_option
+from output import MIB, json_option, make_console, quick_option, size_label
 from problems import DTYPES, make_problem
 from rich.console import Console
 from timing import measure

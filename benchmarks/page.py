@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from output import print_table
+from output import print_table, size_label
 from rich.console import Console
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -49,6 +49,8 @@ class Table:
         headings: dict[str, None] = {}
         rows: dict[str, dict[str, str]] = {}
         for figures in filter(self.shown, found):
+            if "size" in figures:
+                figures = {**figures, "size": size_label(figures["size"])}
             row = rows.setdefault(self.label.format(**figures), {})
             for heading, cell in self.cells.items():
                 headings[heading.format(**figures)] = None
@@ -76,7 +78,7 @@ def _in_statistics(sample: Row) -> bool:
 
 
 TABLES = {
-    "statistics": Table("overhead", "{label}", {"{size:,} B, {dtype}": "{fraction:#.2g}"}, _in_statistics, "samples"),
+    "statistics": Table("overhead", "{label}", {"{size}, {dtype}": "{fraction:#.2g}"}, _in_statistics, "samples"),
     "scan-warm": Table(
         "scan",
         "{candidate}",
@@ -105,14 +107,14 @@ TABLES = {
     "forward-passes": Table(
         "trace",
         "{way}",
-        {"{model}, ms more": "{overhead:.1f}", "{model}, over the trace's": "{ratio:.1f}"},
+        {"{model}, ms more": "{overhead:.3g}", "{model}, ratio": "{ratio:.2g}"},
         lambda row: row["way"] != "plain",
     ),
     "optimizer-steps": Table(
         "optimizer_step",
         "{case}",
         {
-            "torch ms": "{torch_ms:.1f}",
+            "torch ms": "{torch_ms:.4g}",
             **{way: f"{{ratios[{way}]:.3f}}" for way in ("step", "guard", "guard, clips", "guard, within")},
         },
     ),

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from figures import MANY_SEGMENTS, MIB, Run, Sample, size_label, threads_label
+from figures import MANY_SEGMENTS, Run, Sample, threads_label
+from output import MIB, size_label
 
 MAX_CACHED_BYTES = 4 * MIB  # size that stands for buckets that stay in a cache
 

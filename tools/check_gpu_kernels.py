@@ -15,9 +15,9 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import click
@@ -34,36 +34,11 @@ from gpu_compilers import (
 from kernel_checks import Figures, HipFigures
 from sass import UnknownCode
 
-from hallo_numguard.ops.triton import INTERPRET_VARIABLE, kernels
+from hallo_numguard.ops import triton as launcher
 
 BACKENDS = {"triton": triton_figures, "cuda": cuda_figures}
 ARCHITECTURES = (*map(str, CUDA_ARCHITECTURES), HIP_TARGET)
 PROCESSES = 2
-
-
-@dataclass
-class Report:
-    """What was compiled, and what was not.
-
-    Attributes:
-        versions: Versions of the compilers, by name.
-        left_out: Why a backend was not checked, by name.
-        nvidia: Kernels for NVIDIA GPUs.
-        amd: Kernels for an AMD GPU.
-    """
-
-    versions: dict[str, str]
-    left_out: dict[str, str]
-    nvidia: list[Figures]
-    amd: list[HipFigures]
-
-    @property
-    def violations(self) -> list[str]:
-        """What is wrong, a line each."""
-        return [
-            *(f"{one.variant}, sm_{one.arch}: {text}" for one in self.nvidia for text in one.violations),
-            *(f"{one.variant}, {one.target}: {text}" for one in self.amd for text in one.violations),
-        ]
 
 
 @click.command()
@@ -72,35 +47,43 @@ class Report:
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="File for the figures.")
 def main(archs: tuple[str, ...], backends: tuple[str, ...], json_path: Path | None) -> None:
     """Compile the GPU kernels, read their machine code and check it. Needs no GPU."""
-    os.environ.pop(INTERPRET_VARIABLE, None)  # else nothing would be compiled
+    os.environ.pop(launcher.INTERPRET_VARIABLE, None)  # else nothing would be compiled
+    missing = _missing()
     try:
-        report = check(archs or ARCHITECTURES, backends)
+        kernels = check(archs or ARCHITECTURES, backends, missing)
+        versions = compiler_versions()
     except (CannotCheck, UnknownCode) as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
+    left_out = {} if backends else missing
+    violations = [f"{kernel}: {text}" for kernel in kernels for text in kernel.violations]
     if json_path is not None:
-        json_path.write_text(_as_json(report), encoding="utf-8")
-    click.echo(", ".join(f"{name} {version}" for name, version in report.versions.items()))
-    for name, reason in report.left_out.items():
+        listed = [
+            asdict(kernel) | {"variant": str(kernel.variant), "violations": kernel.violations} for kernel in kernels
+        ]
+        document = {"versions": versions, "left_out": left_out, "kernels": listed}
+        json_path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    click.echo(", ".join(f"{name} {version}" for name, version in versions.items()))
+    for name, reason in left_out.items():
         click.echo(f"left out: {name}: {reason}")
-    for violation in report.violations:
+    for violation in violations:
         click.echo(violation)
-    if not report.violations:
-        click.echo(f"clean: {len(report.nvidia)} kernels for NVIDIA, {len(report.amd)} for AMD")
-    sys.exit(1 if report.violations else 0)
+    if not violations:
+        click.echo(f"clean: {len(kernels)} kernels")
+    sys.exit(1 if violations else 0)
 
 
-def check(archs: Sequence[str], backends: Sequence[str]) -> Report:
+def check(archs: Sequence[str], backends: Sequence[str], missing: Mapping[str, str]) -> list[Figures | HipFigures]:
     """Compiles and reads the kernels.
 
     Args:
         archs: Members of `ARCHITECTURES`.
         backends: Backends that must be checked; if empty, those that can be.
+        missing: Why a backend cannot be compiled here, by name.
 
     Raises:
         CannotCheck: If a named backend cannot be checked, or none can.
     """
-    missing = _missing()
     unchecked = [name for name in backends if name in missing]
     if unchecked or len(missing) == len(BACKENDS):
         raise CannotCheck("; ".join(missing[name] for name in unchecked or missing))
@@ -109,28 +92,21 @@ def check(archs: Sequence[str], backends: Sequence[str]) -> Report:
     with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("spawn")) as pool:
         jobs = [pool.submit(BACKENDS[name], int(arch)) for name in chosen for arch in archs if arch != HIP_TARGET]
         hip_jobs = [pool.submit(hip_figures)] if "triton" in chosen and HIP_TARGET in archs else []
-        nvidia = [one for job in jobs for one in job.result()]
-        amd = [one for job in hip_jobs for one in job.result()]
-    if not nvidia and not amd:
+        found: list[Figures | HipFigures] = [one for job in jobs for one in job.result()]
+        found += [one for job in hip_jobs for one in job.result()]
+    if not found:
         raise CannotCheck(f"nothing is compiled by {', '.join(chosen)} for {', '.join(archs)}")
-    return Report(compiler_versions(), {} if backends else missing, nvidia, amd)
+    return found
 
 
 def _missing() -> dict[str, str]:
     """Returns why a backend cannot be compiled here, by name."""
-    if kernels() is None:
+    if launcher.kernels() is None:
         reason = "triton is not installed, and its wheel has the tools that read machine code"
         return dict.fromkeys(BACKENDS, reason)
     if nvcc_command() is None:
         return {"cuda": "nvcc is not installed (set CUDACXX or CUDA_HOME)"}
     return {}
-
-
-def _as_json(report: Report) -> str:
-    everything: list[Figures | HipFigures] = [*report.nvidia, *report.amd]
-    kernels = [asdict(one) | {"variant": str(one.variant), "violations": one.violations} for one in everything]
-    document = {"versions": report.versions, "left_out": report.left_out, "kernels": kernels}
-    return json.dumps(document, indent=1) + "\n"
 
 
 if __name__ == "__main__":

@@ -97,6 +97,9 @@ class Figures:
         """What is wrong with the kernel, a sentence each."""
         return [*self._resource_violations(), *(self._loop_violations() if self.variant.kernel == "chunk" else ())]
 
+    def __str__(self) -> str:
+        return f"{self.variant}, sm_{self.arch}"
+
     def _resource_violations(self) -> Iterator[str]:
         if self.spills or self.stack or self.local:
             yield (
@@ -129,6 +132,9 @@ class HipFigures:
     def violations(self) -> list[str]:
         """What is wrong with the kernel, a sentence each."""
         return [f"spills {self.spills} registers"] if self.spills else []
+
+    def __str__(self) -> str:
+        return f"{self.variant}, {self.target}"
 
 
 def figures_of(variant: Variant, arch: int, usage: tuple[int, int, int], function: Function) -> Figures:

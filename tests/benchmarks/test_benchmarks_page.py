@@ -24,6 +24,6 @@ def test_a_figure_is_put_in_the_place_of_the_one_before(page):
     stale = "before\n<!-- table: forward-passes -->\n| stale |\n<!-- end -->\nafter\n"
     made = page.render(stale)
     assert "stale" not in made
-    assert "| DebugUnderflowOverflow | 263.0 | 17.0 | 57.0 | 6.9 |" in made
+    assert "| DebugUnderflowOverflow | 263 | 17 | 57 | 6.9 |" in made
     assert made.startswith("before\n<!-- table: forward-passes -->\n")
     assert made.endswith("<!-- end -->\nafter\n")
