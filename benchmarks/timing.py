@@ -196,7 +196,7 @@ def measure(
 ) -> dict[str, Series]:
     """Times calls in rounds, each in a new order, every sample between two of the reference.
 
-    Slow calls are left out of rounds, evenly, where they would take more than their share of the time.
+    Slow calls are left out of rounds in which they have had their share of the time.
 
     Args:
         clock: Clock of the device that they work on.
