@@ -108,7 +108,7 @@ class Run:
         device: What did the work, as its maker calls it.
         limit: What a fraction of 1 stands for.
         machine: All that is known of it and of the software.
-        options: What was asked for.
+        options: How much was asked for.
         samples: One for each candidate on each buffer.
         skipped: Why something was left out, by name.
         targets: Comparison with the targets.
@@ -134,10 +134,6 @@ class Run:
             and dtype in (None, sample.dtype)
             and threads in (None, sample.threads)
         ]
-
-    def as_json(self) -> dict[str, Any]:
-        """Returns everything as plain values."""
-        return asdict(self)
 
 
 def samples_of(

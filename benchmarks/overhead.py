@@ -15,7 +15,7 @@ import itertools
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import click
@@ -115,7 +115,7 @@ def main(
     except WrongResult as error:
         raise click.ClickException(f"wrong result, so nothing was timed: {error}") from error
     if json_path is not None:
-        json_path.write_text(json.dumps(run.as_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        json_path.write_text(json.dumps(asdict(run), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if plot_path is not None:
         plot.draw(run, plot_path)
 
@@ -123,7 +123,9 @@ def main(
 def run_all(device: Device, options: Options, console: Console) -> Run:
     """Measures and prints everything."""
     machine = device.prepare()
-    run = Run(machine[device.fact], device.limit, machine, {"seconds": options.seconds})
+    run = Run(
+        machine[device.fact], device.limit, machine, {"seconds": options.seconds, "min_rounds": options.min_rounds}
+    )
     print_header(console, run, device.time)
     shortages = {setting: device.shortage(setting.size, setting.segments) for setting in options.settings}
     run.skipped.update(
