@@ -55,7 +55,6 @@ CHECKS = (
     "complete_grad_norm_calculation_for_cpu_offload",
     "_constant_buffered_norm2",
 )
-GUARD_METHODS = ("_before_step", "_after_step")
 
 
 @dataclass(frozen=True)
@@ -172,8 +171,9 @@ class Trained:
         self.stopwatch.watch(self._engine.optimizer, *CHECKS)
         if mode != "off":
             guard = DeepSpeedGuard(self._engine, ng.GuardConfig(mode=mode), None)
-            self.stopwatch.watch(guard, *GUARD_METHODS)
-            self.stopwatch.watch(guard._replacement, "begin")
+            self.stopwatch.watch(guard, "_scan_gradients")
+            self.stopwatch.watch(guard._session, "after_step")
+            self.stopwatch.watch(guard._adapter, "begin_step")
 
     def step(self) -> None:
         """Trains a step, and times this one's passes alone."""

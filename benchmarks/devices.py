@@ -14,8 +14,9 @@ from output import GIB, KIB, MIB
 from problems import Problem, memory_needed
 from timing import Clock, event_clock, host_clock
 
-from hallo_numguard.errors import BackendUnavailable
-from hallo_numguard.ops import dispatch, native
+from hallo_numguard.core.errors import BackendUnavailable
+from hallo_numguard.ops import dispatch
+from hallo_numguard.ops.backends import cpu as native
 
 _MAX_CACHED_BYTES = 32 * MIB  # no cache that one core reads alone is much larger
 

@@ -34,7 +34,7 @@ from gpu_compilers import (
 from kernel_checks import Figures, HipFigures
 from sass import UnknownCode
 
-from hallo_numguard.ops import triton as launcher
+from hallo_numguard.ops.backends import triton as launcher
 
 BACKENDS = {"triton": triton_figures, "cuda": cuda_figures}
 ARCHITECTURES = (*map(str, CUDA_ARCHITECTURES), HIP_TARGET)

@@ -24,8 +24,8 @@ from kernel_checks import Figures, HipFigures, Variant, figures_of
 from sass import UnknownCode, functions_in
 
 from hallo_numguard.ops import tensor_list
-from hallo_numguard.ops import triton as launcher
-from hallo_numguard.ops.chunks import CHUNK
+from hallo_numguard.ops.backends import triton as launcher
+from hallo_numguard.ops.backends.chunks import CHUNK
 from hallo_numguard.ops.formats import FORMATS
 
 CUDA_SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "cuda" / "stats.cu"

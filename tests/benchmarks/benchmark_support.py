@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from hallo_numguard.ops import dispatch, native
+from hallo_numguard.ops import dispatch
+from hallo_numguard.ops.backends import cpu as native
+from hallo_numguard.ops.native_extension import extension
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
-needs_native = pytest.mark.skipif(
-    native.extension() is None, reason="the extension was not built, and it is what is measured"
-)
+needs_native = pytest.mark.skipif(extension() is None, reason="the extension was not built, and it is what is measured")
 
 
 def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

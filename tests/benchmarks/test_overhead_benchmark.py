@@ -10,7 +10,9 @@ import pytest
 import torch
 from benchmark_support import BENCHMARKS, needs_native, run_python
 
-from hallo_numguard.ops import dispatch, native, triton
+from hallo_numguard.ops import dispatch
+from hallo_numguard.ops.backends import triton
+from hallo_numguard.ops.native_extension import extension
 
 TINY = ["--size", "0.00390625", "--size", "0.0625", "--seconds", "1", "--no-compile"]
 PEERS = {
@@ -89,7 +91,7 @@ def test_missing_extension_is_said():
 
 
 def test_missing_matplotlib_is_said():
-    if native.extension() is None:
+    if extension() is None:
         pytest.skip("the extension was not built, and it is asked for before matplotlib is")
     hidden = "import sys; sys.modules['matplotlib'] = None; import overhead; overhead.main()"
     done = run_python("-c", hidden, "--quick", *TINY, "--plot", "never.png")
@@ -160,7 +162,7 @@ def test_gpu_run_from_option_to_picture(benchmarks, monkeypatch, tmp_path):
 
     assert run["device"] == "Fake GPU"
     assert run["machine"]["gpu"] == "Fake GPU"
-    assert run["machine"]["backend of the public calls"] == "hallo_numguard.ops.native"
+    assert run["machine"]["backend of the public calls"] == "hallo_numguard.ops.backends.cpu"
     assert "device-to-device copy" in run["limit"]
     measured = {sample["candidate"] for sample in run["samples"]}
     assert {"copy", "sum_int32", "ours_native_list"} | OURS | PEERS <= measured
