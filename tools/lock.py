@@ -8,7 +8,7 @@ A lock holds what one extra needs, for every Python and platform. torch, triton 
 chooses those, because wheels of torch for CPUs and for GPUs bring different packages.
 """
 
-# ruff: noqa: S603, T201 - runs pip and uv, and prints
+# ruff: noqa: T201 - runs pip and uv, and prints
 from __future__ import annotations
 
 import argparse

@@ -43,7 +43,7 @@ class Chunks:
 
     @functools.cached_property
     def pointers(self) -> tuple[int, list[tuple[int, int, int]], int, int]:
-        """The tables as csrc/cuda/bindings.cpp takes them."""
+        """The tables as csrc/python/cuda_bindings.cpp takes them."""
         launches = [(FORMATS[dtype].code, first, count) for dtype, first, count in self.launches]
         return self.table.data_ptr(), launches, self.splits.data_ptr(), len(self.splits)
 

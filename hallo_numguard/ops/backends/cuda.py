@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from types import ModuleType
 
 import torch
@@ -11,17 +10,8 @@ from hallo_numguard.core.errors import BackendUnavailable
 from hallo_numguard.ops import device as runtime
 from hallo_numguard.ops.backends.chunks import Chunks, chunks_of_layout, chunks_of_list, chunks_of_one
 from hallo_numguard.ops.layout import Layout
+from hallo_numguard.ops.native_extension import cuda_extension as extension
 from hallo_numguard.ops.tensor_list import TensorList, aligned
-
-
-@functools.cache
-def extension() -> ModuleType | None:
-    """Returns the extension module, or None if this installation has none."""
-    try:
-        from hallo_numguard import _native_cuda
-    except ImportError:
-        return None
-    return _native_cuda
 
 
 def unavailable(device_type: str) -> str | None:

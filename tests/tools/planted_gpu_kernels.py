@@ -11,15 +11,14 @@ import sys
 from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
-sys.path.append(str(Path(__file__).parent.parent / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[2] / "tools"))
 
 import torch
 import triton
 import triton.language as tl
-from gpu_binaries import CompilingDriver, read_cubin
-from gpu_figures import Variant
-from gpu_gate import violations
-from gpu_sass import UnknownCode
+from gpu_compilers import CompilingDriver, read_cubin
+from kernel_checks import Variant
+from sass import UnknownCode
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -84,7 +83,7 @@ def main() -> None:
         compiled = kernel.warmup(data, data, N, grid=(1,), num_warps=4, enable_fp_fusion=False, **options)
         try:
             (figures,) = read_cubin(compiled.asm["cubin"], ARCH, lambda _: Variant("triton", "chunk", "float32"))
-            found[name] = violations(figures)
+            found[name] = figures.violations
         except UnknownCode as error:
             found[name] = [str(error)]
     json.dump(found, sys.stdout)

@@ -1,4 +1,4 @@
-"""The buffer that all candidates work on, what is true of it, and values planted into it."""
+"""The buffer that all candidates work on, its expected statistics, and values planted into it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ DTYPES = {
     "fp64": torch.float64,
 }
 
-_SCALE = 1e-3  # of the values: gradients are small
-_PATTERN = 1 << 22  # elements after which the values come again
-_LARGE = 96.0
+_VALUE_SCALE = 1e-3  # gradients are small
+_PATTERN_NUMEL = 1 << 22  # elements after which the values repeat
+_PLANTED_ABSMAX = 96.0
 
-_BUFFERS = 6  # the buffer, its copy, and what the greediest peer has at a time
-_SEGMENT_BUFFERS = 10  # one segment as float64, squared
+_LIVE_BUFFERS = 6  # the buffer, its copy, and what the greediest peer has at a time
+_LIVE_SEGMENTS = 10  # one segment as float64, squared
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Problem:
     """One buffer, cut into segments.
 
     Attributes:
-        dtype: Its name, a key of `DTYPES`.
-        flat: The buffer.
-        layout: Its segments.
-        views: A view a segment.
-        spare: A copy of the buffer, for candidates that write.
-        scratch: A view a segment of it.
+        dtype: Key of `DTYPES`.
+        flat: The buffer. Shape [n].
+        layout: Segments of the buffer.
+        views: Views of the segments.
+        spare: Copy of the buffer, for candidates that write. Shape [n].
+        scratch: Views of the copy's segments.
     """
 
     dtype: str
@@ -54,13 +54,14 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Truth:
-    """What is true of one segment, or of all.
+class Expected:
+    """The statistics of one segment, or of all.
 
     Attributes:
         nonfinite: Number of NaN and infinities.
         first: Index of the first of them, or -1.
-        absmax, norm: Of the finite elements.
+        absmax: Largest magnitude of the finite elements.
+        norm: Euclidean norm of the finite elements.
     """
 
     nonfinite: int
@@ -73,8 +74,8 @@ def make_problem(size: int, dtype: str, segments: int, device: torch.device) -> 
     """Returns a buffer of `size` bytes in nearly equal segments, at any alignment; all devices get the same."""
     count = max(1, size // DTYPES[dtype].itemsize)
     segments = min(segments, count)
-    pattern = torch.randn(min(count, _PATTERN), generator=torch.Generator().manual_seed(0))
-    pattern = (pattern * _SCALE).to(device, DTYPES[dtype])
+    pattern = torch.randn(min(count, _PATTERN_NUMEL), generator=torch.Generator().manual_seed(0))
+    pattern = (pattern * _VALUE_SCALE).to(device, DTYPES[dtype])
     flat = torch.empty(count, dtype=DTYPES[dtype], device=device)
     for part in flat.split(pattern.numel()):
         part.copy_(pattern[: part.numel()])
@@ -84,18 +85,18 @@ def make_problem(size: int, dtype: str, segments: int, device: torch.device) -> 
 
 
 def memory_needed(size: int, segments: int) -> int:
-    """Returns about how many bytes a problem of `size` takes, with the temporaries of the peers and of the truth."""
-    return _BUFFERS * size + _SEGMENT_BUFFERS * size // segments
+    """Returns about how many bytes a problem of `size` takes, temporaries included."""
+    return _LIVE_BUFFERS * size + _LIVE_SEGMENTS * size // segments
 
 
-def truths(problem: Problem) -> list[Truth]:
-    """Returns what is true of every segment, found in float64."""
-    return [_truth(view) for view in problem.views]
+def expected_of(problem: Problem) -> list[Expected]:
+    """Returns the statistics of every segment, computed in float64."""
+    return [_expected(view) for view in problem.views]
 
 
-def together(parts: Sequence[Truth]) -> Truth:
-    """Returns what is true of all segments as one, but for the first index, which is -1 or 0."""
-    return Truth(
+def together(parts: Sequence[Expected]) -> Expected:
+    """Returns the statistics of all segments as one, but for the first index, which is -1 or 0."""
+    return Expected(
         nonfinite=sum(part.nonfinite for part in parts),
         first=0 if any(part.nonfinite for part in parts) else -1,
         absmax=max(part.absmax for part in parts),
@@ -104,17 +105,17 @@ def together(parts: Sequence[Truth]) -> Truth:
 
 
 @contextmanager
-def planted(problem: Problem, known: Sequence[Truth]) -> Iterator[list[Truth]]:
-    """Plants NaN, infinities and a large number, gives what is true meanwhile, and removes them.
+def planted(problem: Problem, known: Sequence[Expected]) -> Iterator[list[Expected]]:
+    """Plants NaN, infinities and a large number, gives the statistics with them, and removes them.
 
     Args:
-        problem: Where.
-        known: What is true of it without them.
+        problem: Buffer to change.
+        known: Statistics without them.
     """
     last = problem.layout.segments - 1
     plants = [  # segment, how far inside it, value
         (0, 1.0, math.nan),
-        (last // 3, 0.3, -_LARGE),
+        (last // 3, 0.3, -_PLANTED_ABSMAX),
         (last // 2, 0.0, math.inf),
         (last // 2, 0.7, math.nan),
         (last, 0.5, -math.inf),
@@ -127,7 +128,7 @@ def planted(problem: Problem, known: Sequence[Truth]) -> Iterator[list[Truth]]:
         problem.scratch[segment][index] = value
     changed = list(known)
     for segment in touched:
-        changed[segment] = _truth(problem.views[segment])
+        changed[segment] = _expected(problem.views[segment])
     try:
         yield changed
     finally:
@@ -141,11 +142,11 @@ def _views(flat: torch.Tensor, layout: ng.Layout) -> list[torch.Tensor]:
     return [flat[begin:end] for begin, end in pairwise(offsets)]
 
 
-def _truth(segment: torch.Tensor) -> Truth:
+def _expected(segment: torch.Tensor) -> Expected:
     bad = ~torch.isfinite(segment)
     nonfinite = int(bad.sum())
     values = segment.masked_fill(bad, 0).double()
-    return Truth(
+    return Expected(
         nonfinite=nonfinite,
         first=int(bad.nonzero()[0]) if nonfinite else -1,
         absmax=float(values.abs().max()),

@@ -2,22 +2,18 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 import time
 import types
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_support import BENCHMARKS, needs_native, run_python
 
 from hallo_numguard.ops import dispatch
-from hallo_numguard.ops.backends import cpu as native
 from hallo_numguard.ops.backends import triton
 from hallo_numguard.ops.native_extension import extension
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 TINY = ["--size", "0.00390625", "--size", "0.0625", "--seconds", "1", "--no-compile"]
 PEERS = {
     "isfinite_all",
@@ -29,25 +25,6 @@ PEERS = {
 }
 OURS = {"ours_native", "ours_public", "ours_public_detail", "ours_public_one_segment", "ours_list"}
 ON_GPU = ["--device", "cuda", *TINY]
-
-needs_native = pytest.mark.skipif(extension() is None, reason="the extension was not built, and it is what is measured")
-
-
-def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    clean = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in (dispatch.BACKEND_VARIABLE, native.ISA_VARIABLE)
-    }
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=BENCHMARKS,
-        env=clean | variables,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
 
 
 @needs_native
@@ -91,8 +68,8 @@ def test_picture(tmp_path):
 
 @needs_native
 def test_wrong_result_stops_it():
-    lie = "peers._idiom = lambda values: (torch.ones(()),) * 3"
-    lying = f"import overhead, peers, torch; {lie}; overhead.main()"
+    lie = "candidates._idiom = lambda values: (torch.ones(()),) * 3"
+    lying = f"import overhead, candidates, torch; {lie}; overhead.main()"
     done = run_python("-c", lying, "--quick", *TINY)
     assert done.returncode == 1
     assert "wrong result" in done.stderr
@@ -151,9 +128,6 @@ class FakeRuntime:
     def free_memory(self) -> int:
         return self._free_memory
 
-    def name(self) -> str:
-        return "Fake GPU"
-
     def describe(self) -> dict[str, str]:
         return {"gpu": "Fake GPU", "L2": "0.25 MiB"}
 
@@ -169,11 +143,11 @@ def benchmarks(monkeypatch):
 
 
 def run_on_fake(monkeypatch, runtime: FakeRuntime, *arguments: str):
-    import device
+    import devices
     import overhead
     from click.testing import CliRunner
 
-    monkeypatch.setitem(device.DEVICES, "cuda", device.Gpu(runtime))
+    monkeypatch.setitem(devices.DEVICES, "cuda", devices.gpu(runtime))
     return CliRunner().invoke(overhead.main, ["--quick", *ON_GPU, *arguments])
 
 
@@ -234,7 +208,7 @@ def test_threads_are_refused_on_a_gpu(benchmarks, monkeypatch):
 
 def test_gpu_clock_queues_ahead_of_the_call(benchmarks):
     """On a device with a clock of its own: flushes until the host has launched, and nothing else between events."""
-    from timing import EventClock
+    from timing import event_clock
 
     class Stream:
         """Every operation takes the device a microsecond, a flush 10."""
@@ -260,7 +234,7 @@ def test_gpu_clock_queues_ahead_of_the_call(benchmarks):
             self.launch("flush", 10_000.0)
 
     stream = Stream()
-    sampler = EventClock(stream).sampler(lambda: stream.launch("call", 1_000.0))
+    sampler = event_clock(stream)(lambda: stream.launch("call", 1_000.0))
     stream.log.clear()
     spent = sampler.take()
     assert spent.work == 1_000.0
@@ -273,23 +247,23 @@ def test_gpu_clock_queues_ahead_of_the_call(benchmarks):
 @needs_native
 def test_gpu_backends_are_checked_apart(benchmarks, monkeypatch):
     pytest.importorskip("triton", reason="triton is not installed")
-    from candidates import gpu_backends, sort_out
-    from problem import make_problem
+    from candidates import gpu_backends
+    from problems import make_problem
     from verify import check
 
     monkeypatch.setenv(triton.INTERPRET_VARIABLE, "1")
     problem = make_problem(1 << 12, "fp32", 5, torch.device("cpu"))
-    candidates, reasons = sort_out(gpu_backends(problem))
-    assert reasons == {}
-    assert set(check(problem, candidates)) == {"ours_native", "ours_native_list", "ours_triton", "ours_triton_list"}
+    made = gpu_backends(problem)
+    assert not [reason for reason in made.values() if isinstance(reason, str)]
+    assert set(check(problem, made.values())) == {"ours_native", "ours_native_list", "ours_triton", "ours_triton_list"}
 
 
 @needs_native
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "fp64"])
 def test_multi_tensor_norm_peers_are_called_and_believed(benchmarks, monkeypatch, dtype):
     """With what apex and TransformerEngine promise where they would be: their own kernels need a GPU."""
-    from peers import ON_GPU as GPU_PEERS
-    from problem import make_problem
+    from candidates import GPU_PEERS
+    from problems import make_problem
     from verify import check
 
     def kernel(chunk_size, flag, lists, per_tensor):
@@ -326,43 +300,3 @@ def test_quick_run_on_a_gpu(tmp_path):
     done = run_python("overhead.py", "--quick", *ON_GPU, "--json", str(found), TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stderr
     assert {"copy", "ours_public"} <= {sample["candidate"] for sample in json.loads(found.read_text())["samples"]}
-
-
-@needs_native
-@pytest.mark.parametrize("case", ["fp16-2", "bf16-3-offload"])
-def test_steps_of_deepspeed(tmp_path, case):
-    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    found = tmp_path / "found.json"
-    done = run_python("deepspeed_step.py", "--quick", "--rounds", "1", "--case", case, "--json", str(found))
-    assert done.returncode == 0, done.stderr
-    (result,) = json.loads(found.read_text())["results"]
-    assert result["case"] == case
-    assert result["theirs_ms"] > 0
-    assert result["ours_ms"] > 0
-    assert "Guarded steps" in done.stdout
-
-
-@needs_native
-def test_the_trace_is_measured_against_its_peers(tmp_path):
-    found = tmp_path / "found.json"
-    done = run_python("trace.py", "--quick", "--model", "unet", "--json", str(found))
-    assert done.returncode == 0, done.stderr
-    rows = {row["way"]: row for row in json.loads(found.read_text())["found"]}
-    assert rows.keys() == {"plain", "trace", "DebugUnderflowOverflow", "isfinite hook"}
-    assert rows["plain"]["ratio"] is None
-    assert all(row["milliseconds"] > 0 for row in rows.values())
-
-
-@needs_native
-def test_steps_of_a_plain_optimizer(tmp_path):
-    found = tmp_path / "found.json"
-    cases = ("fp32-25M-200-foreach", "bf16-25M-1-fused")
-    options = [option for case in cases for option in ("--case", case)]
-    done = run_python("optimizer_step.py", "--quick", *options, "--json", str(found))
-    assert done.returncode == 0, done.stderr
-    results = json.loads(found.read_text())["results"]
-    assert [result["case"] for result in results] == list(cases)
-    for result in results:
-        assert result["ratios"].keys() == {"step", "torch", "guard", "guard, clips", "guard, within"}
-        assert result["ratios"]["torch"] == 1.0
-        assert all(ratio > 0 for ratio in result["ratios"].values())
