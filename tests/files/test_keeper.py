@@ -99,7 +99,7 @@ def test_a_manifest_that_was_written_anew_is_no_proof(keeper, caplog):
     torch.save(nn.Linear(2, 2).state_dict(), saved.path / "model.pt")
     ng.write_manifest(saved.path)
     assert keeper.latest_healthy() is None
-    assert "its manifest is another than when it was looked at" in caplog.text
+    assert "its manifest has changed since it was checked" in caplog.text
 
 
 def test_one_that_was_changed_is_passed_over_and_it_says_why(keeper, caplog):

@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 
 import hallo_numguard as ng
 from hallo_numguard.cli import main
-from hallo_numguard.files.manifest import checksums, listing, statement
+from hallo_numguard.files.manifest import listing, statement
 from hallo_numguard.files.manifest import signing as signatures
 from hallo_numguard.files.manifest.changes import changes
 from hallo_numguard.files.manifest.listing import DamagedManifest
@@ -145,7 +145,7 @@ def test_any_name_survives_a_round_trip_through_a_list(name):
     except UnicodeEncodeError:
         return  # no file can be called so
     digests = {f"x{name}": "0" * 64}
-    assert checksums.read(checksums.write(digests), "SHA256SUMS").digests == digests
+    assert listing.read_checksums(listing.write_checksums(digests), "SHA256SUMS").digests == digests
 
 
 def test_the_statement_is_the_one_that_model_signing_makes(listed):
@@ -508,7 +508,7 @@ def test_a_later_schema_version_is_named(listed):
 
 def test_a_manifest_larger_than_any_is_not_read(listed):
     with (listed / MANIFEST).open("r+b") as file:
-        file.truncate(listing.LARGEST + 1)
+        file.truncate(listing.MAX_MANIFEST_BYTES + 1)
     assert "larger than 256 MiB" in the("damaged_manifest", ng.verify_manifest(listed)).message
 
 
@@ -639,7 +639,7 @@ def test_a_full_disk_leaves_the_old_manifest(listed, monkeypatch):
 def test_what_a_killed_writer_left_is_named_and_no_harm(listed):
     (listed / f".{MANIFEST}.123.0123abcd").write_text("half")
     report = ng.verify_manifest(listed)
-    assert kinds(report) == ["left_over"]
+    assert kinds(report) == ["leftover"]
     assert report.exit_code == 0
 
 
@@ -692,7 +692,7 @@ def test_a_list_of_everything_that_find_found_is_read(model):
 @given(st.binary() | st.text().map(str.encode))
 def test_any_bytes_are_read_or_refused(read, data):
     with contextlib.suppress(DamagedManifest):
-        checksums.read(data, "SHA256SUMS")
+        listing.read_checksums(data, "SHA256SUMS")
     with pytest.raises(DamagedManifest):
         read(data)
 
@@ -752,8 +752,8 @@ def test_digests_of_the_hub_are_compared_where_a_download_left_them(model):
         flip_bit(model / name, 9, 0)
     found = ng.verify_manifest(model).findings
     assert [(finding.kind, finding.file) for finding in found] == [
-        ("unlike_hub", "config.json"),
-        ("unlike_hub", "sub/weights.safetensors"),
+        ("hub_mismatch", "config.json"),
+        ("hub_mismatch", "sub/weights.safetensors"),
     ]
     ng.write_manifest(model)
     report = ng.verify_manifest(model)  # whoever wrote the manifest meant it so
@@ -778,7 +778,7 @@ def test_a_snapshot_of_the_hub_is_compared_with_the_names_of_its_blobs(snapshot)
     report = ng.verify_manifest(snapshot)
     assert (report.findings, report.exit_code) == ((), 0)
     flip_bit(snapshot / "sub" / "weights.safetensors", 200, 0)
-    finding = the("unlike_hub", ng.verify_manifest(snapshot))
+    finding = the("hub_mismatch", ng.verify_manifest(snapshot))
     assert (finding.file, finding.severity) == ("sub/weights.safetensors", "error")
 
 

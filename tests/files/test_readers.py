@@ -27,7 +27,7 @@ from torch import nn
 import hallo_numguard as ng
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.files.formats import DamagedFile, Source, TensorEntry, UnknownLayout, load, open_source
-from hallo_numguard.files.formats.pickles import inert, unpickle
+from hallo_numguard.files.formats.pickles import plain, unpickle
 
 from checkpoint_support import assembled
 from deepspeed_support import run_ranks
@@ -294,7 +294,7 @@ def test_pickles_that_are_built_to_exhaust_memory_or_to_crash(name: str) -> None
 def test_lists_that_unfold_without_end_are_cut_off() -> None:
     made = [b"]q" + bytes([n]) + b"0" for n in range(60)]
     linked = [b"h%c(h%ch%ce0" % (n, n + 1, n + 1) for n in range(59)]  # each twice in the one before, while it is empty
-    copy = inert(unpickle(push(*made, *linked, b"h\x00")).value)
+    copy = plain(unpickle(push(*made, *linked, b"h\x00")).value)
     assert len(copy) == 2
 
 
@@ -452,7 +452,7 @@ def test_the_config_says_what_weights_must_fit_into(model: Path) -> None:
     save_file({"matrix": torch.tensor([[1.0, 1e6]]), "bf16": TENSORS["bf16"]}, model / "model-1.safetensors")
     assert ng.scan(model).ok
     (model / "config.json").write_text(json.dumps({"dtype": "float16"}))
-    assert only(model).kind == "unholdable"
+    assert only(model).kind == "overflows_dtype"
     assert ng.scan(model, dtype="bfloat16").ok
 
 

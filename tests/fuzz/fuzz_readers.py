@@ -19,7 +19,7 @@ import atheris
 with atheris.instrument_imports(include=["hallo_numguard.files", "zipfile", "pickletools"]):
     import hallo_numguard as ng
     from hallo_numguard.files.formats import DamagedFile
-    from hallo_numguard.files.formats.pickles import inert, unpickle
+    from hallo_numguard.files.formats.pickles import plain, unpickle
 
 import click
 import torch
@@ -62,7 +62,7 @@ def scan_as(name: str) -> Callable[[bytes], None]:
 def load_pickle(data: bytes) -> None:
     """Unpickles, and walks through what comes out."""
     try:
-        inert(unpickle(data).value)
+        plain(unpickle(data).value)
     except DamagedFile:
         return
 

@@ -1,4 +1,4 @@
-"""What can be saved, and how: told apart by what it can do, so that no framework is imported."""
+"""What can be saved, and how. Recognised by its methods, so that no framework is imported."""
 
 from __future__ import annotations
 
@@ -12,25 +12,29 @@ from hallo_numguard.core.errors import CheckpointFailed, InvalidInput
 
 
 class Target(Protocol):
-    """A run, in the hands of what knows how to save it."""
+    """A run that can be saved and loaded.
+
+    Attributes:
+        saved_by: "deepspeed", "accelerate" or "torch".
+    """
 
     saved_by: str
 
     def step(self) -> int | None:
-        """Returns how many optimizer steps it has made; None if it does not count."""
+        """Returns the number of optimizer steps so far; None if the run does not count them."""
 
     def save(self, folder: Path) -> None:
-        """Writes all of it. Every rank calls it."""
+        """Writes everything into a folder. Every rank calls it."""
 
     def load(self, folder: Path) -> None:
-        """Puts it back to what was written. Every rank calls it."""
+        """Restores what was written. Every rank calls it."""
 
 
 def target_for(run: Any) -> Target:
-    """Returns the target that `run` is.
+    """Returns the target for a run.
 
     Raises:
-        InvalidInput: If it is none.
+        InvalidInput: If the run cannot be saved.
     """
     if _can(run, "save_checkpoint", "load_checkpoint") and hasattr(run, "module"):
         return _Engine(run)
@@ -39,8 +43,8 @@ def target_for(run: Any) -> Target:
     if isinstance(run, Mapping) and run and all(_can(part, "state_dict", "load_state_dict") for part in run.values()):
         return _Parts(run)
     raise InvalidInput(
-        "expected a DeepSpeedEngine, an accelerate.Accelerator, or a dict of what has state_dict and load_state_dict, "
-        f"such as dict(model=model, optimizer=optimizer), got {type(run).__name__}"
+        "expected a DeepSpeedEngine, an accelerate.Accelerator, or a dict of objects with state_dict and "
+        f"load_state_dict, such as dict(model=model, optimizer=optimizer), got {type(run).__name__}"
     )
 
 
@@ -65,7 +69,7 @@ class _Engine:
 
 
 class _Accelerator:
-    """Accelerate: all that `prepare` was given."""
+    """Accelerate: everything that `prepare` was given."""
 
     saved_by = "accelerate"
 
@@ -83,7 +87,7 @@ class _Accelerator:
 
 
 class _Parts:
-    """Plain PyTorch: a file a part, written by rank 0."""
+    """Plain PyTorch: one file per object, written by rank 0."""
 
     saved_by = "torch"
 
@@ -103,7 +107,7 @@ class _Parts:
             torch.save(part.state_dict(), folder / f"{name}.pt")
 
     def load(self, folder: Path) -> None:
-        # All of it before any of it, so that a file that cannot be read leaves the run as it is.
+        # Read everything before loading anything, so that an unreadable file leaves the run as it is.
         states = {
             name: torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True) for name in self._parts
         }
