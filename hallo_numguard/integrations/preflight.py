@@ -13,7 +13,8 @@ from torch import nn
 from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.core.findings import PreflightReport
 from hallo_numguard.files.preflight import run as checking
-from hallo_numguard.files.preflight.run import LoadedModel, Paths, PreflightInputs, as_paths, read_config
+from hallo_numguard.files.preflight.loaded import LoadedModel
+from hallo_numguard.files.preflight.run import Paths, PreflightInputs, as_paths, read_config
 from hallo_numguard.files.preflight.run_spec import RunSpec
 from hallo_numguard.files.scan.scan import Progress
 from hallo_numguard.integrations import engine_of

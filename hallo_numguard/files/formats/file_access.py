@@ -12,8 +12,6 @@ from pathlib import Path
 from hallo_numguard.files.formats.source import DamagedFile
 
 _MAX_TAG_BYTES = 1024
-_HUB_BLOBS = "blobs"
-_HUB_SNAPSHOTS = "snapshots"
 
 
 @contextmanager
@@ -107,15 +105,27 @@ def check_inside(path: Path, root: Path) -> None:
         real, folder = path.resolve(), root.resolve()
     except (OSError, RuntimeError):  # a loop of links
         raise DamagedFile("is a link that leads nowhere", remedy="Replace it by the file itself.") from None
-    if real.is_relative_to(folder):
-        return
-    if folder.parent.name == _HUB_SNAPSHOTS and real.parent == folder.parent.parent / _HUB_BLOBS:
+    if real.is_relative_to(folder) or real.parent == hub_blobs(folder):
         return
     raise DamagedFile(
         f"leads out of the folder {root.name}, to {real}",
         kind="escape",
         remedy="Do not load from this folder unless you know who made the link; replace it by the file itself.",
     )
+
+
+def hub_blobs(root: Path) -> Path | None:
+    """Returns the folder with the files behind `root` if that is a snapshot in the Hugging Face cache, else None."""
+    real = Path(os.path.realpath(root))
+    return real.parent.parent / "blobs" if real.parent.name == "snapshots" else None
+
+
+def file_size(path: Path) -> int:
+    """Returns the size of a file in bytes; 0 if it is unknown, as reading the file will tell why."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
 
 
 def read_tag(latest: Path) -> str:

@@ -144,9 +144,9 @@ def open_archive(path: Path, begin: int = 0, nbytes: int | None = None) -> Archi
     return Archive(path, unpickled, records, checksums, unpickled.code_findings(path))
 
 
-def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, StoredTensor]]:
+def named_tensors(value: Any) -> Iterator[tuple[str, StoredTensor]]:
     """Yields every tensor in nested containers, with the keys that lead to it joined by dots."""
-    stack = [(prefix, value, 0)]
+    stack = [("", value, 0)]
     seen: set[int] = set()
     while stack:
         name, item, depth = stack.pop()

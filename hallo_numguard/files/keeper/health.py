@@ -8,10 +8,10 @@ from pathlib import Path
 from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.core.findings import Finding, PreflightReport
 from hallo_numguard.core.safe_text import harmless
-from hallo_numguard.files.formats import UnknownLayout, open_source
-from hallo_numguard.files.manifest.listing import is_listed
+from hallo_numguard.files.manifest.facts import sources
+from hallo_numguard.files.manifest.tree import walk
 from hallo_numguard.files.manifest.verify import verify_manifest
-from hallo_numguard.files.scan.scan import scan
+from hallo_numguard.files.scan.scan import scan_opened
 
 _TRUSTED_KINDS = {"code"}  # findings about who wrote a file: this run did
 _MAX_SENTENCES = 3
@@ -32,10 +32,10 @@ def manifest_problem(folder: Path) -> str | None:
 
 
 def _value_problem(folder: Path) -> str | None:
-    sources = _sources(folder)
-    if not sources:
+    opened = list(sources(folder, walk(folder).files.values()))
+    if not opened:
         return "no file in it has a layout that can be read, so its values are unknown"
-    report = scan(*sources)
+    report = scan_opened(opened)
     errors = [item for item in report.findings if item.severity == "error" and item.kind not in _TRUSTED_KINDS]
     return _in_words(errors, report)
 
@@ -44,19 +44,3 @@ def _in_words(problems: Sequence[Finding], report: PreflightReport) -> str | Non
     """The first problems, else what could not be checked, with names made harmless; None without any."""
     sentences = [finding.message for finding in problems[:_MAX_SENTENCES]] or list(report.unchecked[:_MAX_SENTENCES])
     return "; ".join(map(harmless, sentences)) or None
-
-
-def _sources(folder: Path) -> list[Path]:
-    """The folder itself if its layout is known, else its files with tensors."""
-    if _is_known(folder):
-        return [folder]
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return [path for path in files if is_listed(path.relative_to(folder).as_posix()) and _is_known(path)]
-
-
-def _is_known(path: Path) -> bool:
-    try:
-        open_source(path)
-    except UnknownLayout:
-        return False
-    return True

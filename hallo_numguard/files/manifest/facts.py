@@ -11,6 +11,7 @@ from pathlib import Path
 
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.files.formats import DamagedFile, Source, TensorEntry, UnknownLayout, open_source
+from hallo_numguard.files.formats.file_access import file_size
 from hallo_numguard.files.manifest.statement import ALGORITHM, FileContents, TensorFacts
 from hallo_numguard.files.scan.reading import ScannedFile, ScannedTensor, read_file
 from hallo_numguard.ops.formats import dtype_name
@@ -57,7 +58,7 @@ def read_folder(
         tensors: Whether to read tensors too, beside the files' digests.
     """
     entries, findings = _entries(root, files) if tensors else ({}, [])
-    total = sum(map(_size, files.values()))
+    total = sum(map(file_size, files.values()))
     advance = partial(_advance, progress, total) if progress else None
     read = partial(_read, algorithms=algorithms, progress=advance)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -88,13 +89,6 @@ def _advance(progress: Progress, total: int, done: int) -> None:
     progress(done, total)
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size
-    except OSError:
-        return 0  # reading it will give a finding
-
-
 def _read(
     name: str,
     path: Path,
@@ -107,8 +101,6 @@ def _read(
         return read_file(path, entries, algorithms, tensor_hash=ALGORITHM if entries else None, progress=progress), []
     except DamagedFile as error:
         finding = replace(error.finding(path), file=name)
-    except OSError as error:
-        finding = Finding("unreadable_file", f"{name} cannot be read: {error.strerror}", severity="error", file=name)
     if not entries:
         return None, [finding]
     file, more = _read(name, path, (), algorithms, None)

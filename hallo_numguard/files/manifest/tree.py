@@ -16,6 +16,7 @@ from pathlib import Path
 
 from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.core.findings import Finding
+from hallo_numguard.files.formats.file_access import hub_blobs
 from hallo_numguard.files.manifest.listing import HUB_DOWNLOADS, is_leftover, is_listed, path_order
 
 _REMEDIES = {
@@ -148,7 +149,7 @@ def _link_problem(root: Path, link: str) -> tuple[str, str, str] | None:
     if not target.is_file():
         return "bad_link", f"is a link to {Path(link).readlink()}, which is no file", "error"
     is_inside = target.is_relative_to(os.path.realpath(root))
-    if not is_inside and target.parent != _blobs(root):
+    if not is_inside and target.parent != hub_blobs(root):
         return "link_outside", f"is a link that leads out of the folder, to {Path(link).readlink()}", "error"
     return None
 
@@ -163,16 +164,10 @@ def _case_conflicts(names: list[str]) -> Iterator[Finding]:
             yield Finding("same_but_for_case", message, file=name, severity="error", remedy="Rename one of the two.")
 
 
-def _blobs(root: Path) -> Path | None:
-    """The folder with the files behind `root`, if that is a snapshot in the Hugging Face cache."""
-    real = Path(os.path.realpath(root))
-    return real.parent.parent / "blobs" if real.parent.name == "snapshots" else None
-
-
 def _blob_name(root: Path, path: Path) -> str:
     """The name of the blob that a file of a snapshot links to, which is its etag; "" for other files."""
     target = Path(os.path.realpath(path))
-    return target.name if path.is_symlink() and target.parent == _blobs(root) else ""
+    return target.name if path.is_symlink() and target.parent == hub_blobs(root) else ""
 
 
 def _download_etag(root: Path, name: str) -> str:

@@ -10,8 +10,7 @@ from pathlib import Path
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.core.records import shape_in_words
 from hallo_numguard.files.formats import Source
-
-Shapes = Mapping[str, tuple[int, ...]]
+from hallo_numguard.files.preflight.loaded import LoadedModel, Shapes
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 _MAX_FINDINGS = 20  # of a kind; one more gives the number of the others
@@ -20,33 +19,28 @@ _MAX_NAME_PAIRS = 40_000  # to be compared; takes seconds
 _MIN_RENAMED = 3  # names in which the same component is another
 
 
-def file_shapes(source: Source) -> Shapes:
-    """Returns the shapes of the weights in a file; where it has only master copies (ZeRO-3), of those."""
-    masters = {entry.name: entry.whole_shape for entry in source.entries if entry.role == "fp32"}
-    return masters | {
-        entry.name: entry.whole_shape for entry in source.entries if entry.role in ("parameter", "buffer")
-    }
-
-
-def check(model: Shapes, aliases: Mapping[str, str], unsaved: frozenset[str], source: Source) -> list[Finding]:
+def check(model: LoadedModel, source: Source) -> list[Finding]:
     """Compares the names and shapes of a model with those in a file.
-
-    Args:
-        model: Shapes in the model's state dict, by name.
-        aliases: First name of each tensor that has several; a file needs one of them.
-        unsaved: Names of non-persistent buffers; older files may hold them.
-        source: The file.
 
     Returns:
         Missing and unexpected names, other shapes, and prefixes or components that differ.
     """
     path = source.root
-    saved: Shapes = {name: shape for name, shape in file_shapes(source).items() if name not in unsaved}
+    # Older files may hold buffers that are no longer saved.
+    saved: Shapes = {name: shape for name, shape in _file_shapes(source).items() if name not in model.unsaved}
     if not saved:
         return [_finding("no_weights", f"{path.name} holds no weights", path, remedy="Give the file with weights.")]
-    saved, prefix = _match_prefix(model, saved, path)
-    saved, renamed = _match_components(model, saved, path)
-    return [*prefix, *renamed, *_differences(model, aliases, saved, path)]
+    saved, prefix = _match_prefix(model.shapes, saved, path)
+    saved, renamed = _match_components(model.shapes, saved, path)
+    return [*prefix, *renamed, *_differences(model.shapes, model.aliases, saved, path)]
+
+
+def _file_shapes(source: Source) -> Shapes:
+    """Shapes of the weights in a file; where it has only master copies (ZeRO-3), of those."""
+    masters = {entry.name: entry.whole_shape for entry in source.entries if entry.role == "fp32"}
+    return masters | {
+        entry.name: entry.whole_shape for entry in source.entries if entry.role in ("parameter", "buffer")
+    }
 
 
 def _match_prefix(model: Shapes, saved: Shapes, path: Path) -> tuple[Shapes, list[Finding]]:

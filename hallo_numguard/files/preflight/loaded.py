@@ -1,9 +1,11 @@
-"""Whether a model holds the values of its files: `strict=False` or wrong names load nothing, and say nothing."""
+"""A model in memory, and whether it holds the values of its files: `strict=False` hides that nothing was loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,21 +13,42 @@ from torch import nn
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.files.formats import DamagedFile, Source, load, open_source
 
+Shapes = Mapping[str, tuple[int, ...]]
+
 _MAX_NAMES = 10  # in a message
 _TRAINED_RATIO = 10  # times as many different tensors as equal ones: hardly anything can have been loaded
 
 
-def check(state: Mapping[str, torch.Tensor], source: Source) -> list[Finding]:
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory.
+
+    Attributes:
+        module: The model.
+        shapes: Shapes in its state dict by name; with ZeRO-3, of the whole weights.
+        state: Its tensors by name, as far as they lie on this rank.
+        aliases: First name of each tensor that has several, by every name.
+        unsaved: Names of buffers that are not in its state dict.
+        forward: Function that calls it as training does.
+    """
+
+    module: nn.Module
+    shapes: Shapes
+    state: Mapping[str, torch.Tensor]
+    aliases: Mapping[str, str]
+    unsaved: frozenset[str]
+    forward: Callable[..., Any]
+
+
+def check(model: LoadedModel, source: Source) -> list[Finding]:
     """Compares a model's values with those of the same name in a file. Reads the file once.
 
-    Args:
-        state: The model's tensors by name. Those on the meta device, or of another shape (ZeRO-3), are ignored.
-        source: The file.
+    Tensors on the meta device, or of another shape (ZeRO-3), are ignored.
     """
     equal: list[str] = []
     different: list[str] = []
     for entry in source.entries:
-        held = state.get(entry.name)
+        held = model.state.get(entry.name)
         if held is None or held.is_meta or entry.role not in ("parameter", "buffer") or held.shape != entry.shape:
             continue
         try:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import nn
 
 from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.core.findings import Finding, PreflightReport, by_severity, merge
@@ -18,31 +15,11 @@ from hallo_numguard.files.formats import Source
 from hallo_numguard.files.keeper.store import META
 from hallo_numguard.files.manifest.verify import verify_manifest
 from hallo_numguard.files.preflight import keys, loaded, optimizer_state, precision, smoke, topology
+from hallo_numguard.files.preflight.loaded import LoadedModel
 from hallo_numguard.files.preflight.run_spec import RunSpec
 from hallo_numguard.files.scan.scan import Progress, as_dtype, open_all, scan_opened
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
-
-
-@dataclass(frozen=True)
-class LoadedModel:
-    """A model in memory.
-
-    Attributes:
-        module: The model.
-        shapes: Shapes in its state dict by name; with ZeRO-3, of the whole weights.
-        state: Its tensors by name, as far as they lie on this rank.
-        aliases: First name of each tensor that has several, by every name.
-        unsaved: Names of buffers that are not in its state dict.
-        forward: Function that calls it as training does.
-    """
-
-    module: nn.Module
-    shapes: keys.Shapes
-    state: Mapping[str, torch.Tensor]
-    aliases: Mapping[str, str]
-    unsaved: frozenset[str]
-    forward: Callable[..., Any]
 
 
 @dataclass(frozen=True)
@@ -98,8 +75,7 @@ def run(inputs: PreflightInputs, threads: int | None = None, progress: Progress 
     ]
     findings = _names(inputs.model, weights, checkpoint)
     if checkpoint is not None:
-        findings += optimizer_state.check(checkpoint, inputs.spec)
-        findings += [*topology.check(checkpoint, inputs.spec), *_unknown_world_size(checkpoint, inputs.spec)]
+        findings += [*optimizer_state.check(checkpoint, inputs.spec), *topology.check(checkpoint, inputs.spec)]
     findings += precision.check(inputs.spec, weights)
     reports += [PreflightReport(tuple(findings), _checked(inputs, checkpoint)), _smoke(inputs)]
     return _without_repetitions(merge(reports))
@@ -147,18 +123,10 @@ def _names(model: LoadedModel | None, weights: Sequence[Source], checkpoint: Sou
         return []
     findings = []
     for source in [*weights, *([] if checkpoint is None else [checkpoint])]:
-        findings += keys.check(model.shapes, model.aliases, model.unsaved, source)
+        findings += keys.check(model, source)
     for source in weights:
-        findings += loaded.check(model.state, source)
+        findings += loaded.check(model, source)
     return findings
-
-
-def _unknown_world_size(source: Source, spec: RunSpec) -> list[Finding]:
-    size = topology.data_parallel_size(source)
-    if spec.world_size is not None or size is None or source.metadata.get("zero_stage") == 0:
-        return []
-    message = f"{source.root.name} was written by {size} data-parallel ranks; the number of processes was not given"
-    return [Finding("world_size", message, severity="info", file=str(source.root))]
 
 
 def _checked(inputs: PreflightInputs, checkpoint: Source | None) -> tuple[str, ...]:

@@ -11,9 +11,9 @@ from hallo_numguard.files.preflight.run_spec import RunSpec
 
 _UNIVERSAL = "convert it with DeepSpeed's ds_to_universal.py and set checkpoint.load_universal"
 _RANK_COUNTS = {  # metadata that should agree on the number of ranks, and how messages say it
-    "dp_world_size": "the files with weights say {}",
-    "partition_count": "those with optimizer state say {}",
-    "optimizer_files": "there are {} of the latter",
+    "dp_world_size": "files with weights say {}",
+    "partition_count": "files with optimizer state say {}",
+    "optimizer_files": "{} files with optimizer state exist",
 }
 
 
@@ -24,8 +24,8 @@ def check(source: Source, spec: RunSpec) -> list[Finding]:
     return [*_rank_counts(source), *_world_size(source, spec), *_stage(source, spec), *_precision(source, spec)]
 
 
-def data_parallel_size(source: Source) -> int | None:
-    """Returns the number of data-parallel ranks that wrote a checkpoint; None if unknown."""
+def _data_parallel_size(source: Source) -> int | None:
+    """Number of data-parallel ranks that wrote a checkpoint, if known."""
     counts = (source.metadata.get(key) for key in _RANK_COUNTS)
     return next((count for count in counts if type(count) is int and count > 0), None)
 
@@ -49,29 +49,27 @@ def _rank_counts(source: Source) -> Iterator[Finding]:
 
 
 def _world_size(source: Source, spec: RunSpec) -> Iterator[Finding]:
-    saved = data_parallel_size(source)
-    if saved is None or spec.world_size is None:
+    saved, stage, file = _data_parallel_size(source), source.metadata.get("zero_stage"), str(source.root)
+    if saved is None:
         return
     processes = saved * _model_parallel_size(source)
-    if spec.world_size == processes:
+    ranks = f"{source.root.name} was written by {saved} data-parallel ranks"
+    if spec.world_size is None and stage != 0:
+        yield Finding("world_size", f"{ranks}; the number of processes was not given", severity="info", file=file)
+    elif spec.world_size is None or spec.world_size == processes:
         return
-    if source.metadata.get("zero_stage") == 0:
-        message = f"{source.root.name} was written by {saved} data-parallel ranks, and the run has {spec.world_size}"
+    elif stage == 0:
+        message = f"{ranks}, and the run has {spec.world_size}: stage 0 can be loaded by any number"
+        yield Finding("world_size", message, severity="info", file=file)
+    else:
         yield Finding(
             "world_size",
-            f"{message}: with stage 0 it can be loaded all the same",
-            severity="info",
-            file=str(source.root),
+            f"{source.root.name} was written by {processes} processes (ZeRO stage {stage}), and the run has "
+            f"{spec.world_size}",
+            severity="error",
+            file=file,
+            remedy=f"Start with {processes} processes, or {_UNIVERSAL}.",
         )
-        return
-    yield Finding(
-        "world_size",
-        f"{source.root.name} was written by {processes} processes (ZeRO stage "
-        f"{source.metadata.get('zero_stage')}), and the run has {spec.world_size}",
-        severity="error",
-        file=str(source.root),
-        remedy=f"Start with {processes} processes, or {_UNIVERSAL}.",
-    )
 
 
 def _stage(source: Source, spec: RunSpec) -> Iterator[Finding]:

@@ -40,6 +40,7 @@ _MIN_SPAN_BYTES, _MAX_SPAN_BYTES = 1 << 20, 8 << 20  # large spans: threads wait
 _SPANS_PER_FILE = 64  # between those bounds, so that all threads have work until the end
 _MARGIN = 16  # bytes read beyond a span, for an element that begins in it and ends behind it
 _MAX_OVERLAP = 8  # times the size of the file that its tensors may add up to
+_DISK_REMEDY = "Check the disk (dmesg, smartctl) and copy the file from elsewhere."
 _EMPTY = Record(nan=0, pos_inf=0, neg_inf=0, absmax=0.0, sumsq=0.0, first_nonfinite=-1)
 
 
@@ -106,19 +107,22 @@ def read_file(
         progress: Called with each number of bytes read.
 
     Raises:
-        DamagedFile: If it is no regular file, is shorter than its tensors, or shrinks while it is read.
-        OSError: If reading fails.
+        DamagedFile: If it cannot be read, is no regular file, is shorter than its tensors, or shrinks meanwhile.
     """
     with opened(path) as descriptor:
         size = os.fstat(descriptor).st_size
         reader = _SpanReader(descriptor, size, entries, checksums, progress or (lambda nbytes: None))
         workers = threads or len(os.sched_getaffinity(0))
         digests = _Digests(hashes, [tensor_hash] * len(entries) if tensor_hash else [])
-        if hashes or tensor_hash or (checksums and crc32_combine is None):
-            _read_in_order(reader, workers, digests)
-        else:
-            _read_in_any_order(reader, workers)
-        zero, repeated = reader.pages.runs(descriptor)
+        try:
+            if hashes or tensor_hash or (checksums and crc32_combine is None):
+                _read_in_order(reader, workers, digests)
+            else:
+                _read_in_any_order(reader, workers)
+            zero, repeated = reader.pages.runs(descriptor)
+        except OSError as error:
+            cause = f"cannot be read: {error.strerror}"
+            raise DamagedFile(cause, kind="unreadable_file", remedy=_DISK_REMEDY) from error
     tensor_digests = [hasher.hexdigest() for hasher in digests.tensors] or [""] * len(entries)
     return ScannedFile(
         path,

@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from hallo_numguard.core.errors import InvalidInput
-from hallo_numguard.core.findings import Finding, PreflightReport, by_severity, merge
+from hallo_numguard.core.findings import PreflightReport, by_severity, merge
 from hallo_numguard.files.formats import DamagedFile, Source, TensorEntry, UnknownLayout, open_source
+from hallo_numguard.files.formats.file_access import file_size
 from hallo_numguard.files.scan.reading import ScannedFile, read_file
 from hallo_numguard.files.scan.value_rules import judge
 
 Progress = Callable[[int, int], object]
-_DISK_REMEDY = "Check the disk (dmesg, smartctl) and copy the file from elsewhere."
 
 
 def scan(
@@ -65,10 +65,13 @@ def open_all(paths: Iterable[Path]) -> tuple[list[Source], tuple[str, ...]]:
 
 
 def scan_opened(
-    opened: Sequence[Source], dtype: torch.dtype | None, threads: int | None, progress: Progress | None
+    opened: Sequence[Source],
+    dtype: torch.dtype | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
 ) -> PreflightReport:
     """Scans sources that were opened before. See `scan`."""
-    total = sum(_size(file) for source in opened for file in _by_file(source.entries))
+    total = sum(file_size(file) for source in opened for file in _by_file(source.entries))
     report = progress or (lambda done, of: None)
     return merge([_scan(source, dtype, threads, lambda done: report(done, total)) for source in opened])
 
@@ -106,8 +109,6 @@ def _scan(
             files.append(read_file(file, entries, (), checksums=checksums, threads=threads, progress=progress))
         except DamagedFile as error:
             findings.append(error.finding(file))
-        except OSError as error:
-            findings.append(_unreadable(file, error))
     findings += judge(files, dtype or _configured_dtype(source))
     return PreflightReport(by_severity(findings), (_summary(source, files),), source.unchecked)
 
@@ -129,15 +130,3 @@ def _summary(source: Source, files: Sequence[ScannedFile]) -> str:
         f"{source.root} ({source.layout}): {has_record.count(True)} tensors of floats{integers}, "
         f"in {len(files)} files of {nbytes / 1e6:,.1f} MB"
     )
-
-
-def _unreadable(file: Path, error: OSError) -> Finding:
-    message = f"{file.name}: cannot be read: {error.strerror}"
-    return Finding("unreadable", message, severity="error", file=str(file), remedy=_DISK_REMEDY)
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError:
-        return 0
