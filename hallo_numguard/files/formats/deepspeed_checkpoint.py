@@ -43,16 +43,7 @@ _WEIGHT_KEYS = {  # other keys that DeepSpeed writes; what remains is the client
     "frozen_param_fragments",
     "shared_params",
 }
-_SCALER_KEYS = (
-    "cur_scale",
-    "cur_iter",
-    "last_overflow_iter",
-    "scale_factor",
-    "scale_window",
-    "min_scale",
-    "cur_hysteresis",
-    "delayed_shift",
-)
+_DTYPES_OF_BLOCKS = {"fp16": "float16", "bf16": "bfloat16", "bfloat16": "bfloat16"}
 _STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}  # in pickles of Python 3.11.0 to 3.11.3
 _MAX_RANKS = 1 << 16
 _LATEST_REMEDY = "Write the name of the newest complete checkpoint into it."
@@ -140,6 +131,12 @@ def read(path: Path) -> Source:
         metadata=metadata,
         checksums=tuple(checksum for archive in archives for checksum in archive.checksums),
     )
+
+
+def configured_dtype(config: Mapping[str, Any]) -> str | None:
+    """Returns the training dtype that a DeepSpeed configuration enables, if any."""
+    enabled = (name for name in _DTYPES_OF_BLOCKS if _dict(config.get(name)).get("enabled") is True)
+    return next((_DTYPES_OF_BLOCKS[name] for name in enabled), None)
 
 
 def _tag_folder(path: Path) -> Path:
@@ -332,7 +329,7 @@ def _state(optimizer: Mapping[str, Any], number: int) -> Mapping[Any, Any]:
 
 
 def _metadata(folder: Path, weights: Sequence[Archive], shards: Sequence[Archive]) -> dict[str, Any]:
-    """What the files say about the run that wrote them."""
+    """Facts about the run that wrote the files."""
     value = weights[0].value if weights else {}
     optimizer = _optimizer(shards[0]) if shards else _dict(value.get("optimizer"))
     facts = {key: plain(value[key]) for key in _RUN_FACTS if key in value}
@@ -371,9 +368,8 @@ def _stage(optimizer: Mapping[str, Any], has_shards: bool) -> int:
 
 def _dtype(config: Any, value: Mapping[str, Any]) -> str:
     """The dtype of training: that of the configuration, or of most weights."""
-    for name, dtype in (("fp16", "float16"), ("bf16", "bfloat16"), ("bfloat16", "bfloat16")):
-        if _dict(_dict(config).get(name)).get("enabled") is True:
-            return dtype
+    if dtype := configured_dtype(_dict(config)):
+        return dtype
     buffers = set(filter(_is_text, _list(value.get("buffer_names"))))
     dtypes = [str(tensor.dtype) for name, tensor in named_tensors(value.get("module")) if name not in buffers]
     return max(sorted(set(dtypes)), key=dtypes.count, default="torch.float32").removeprefix("torch.")
@@ -385,8 +381,8 @@ def _scaler(optimizer: Mapping[str, Any]) -> dict[str, Any] | None:
     state = _dict(scaler.state) if isinstance(scaler, ForeignObject) else optimizer
     if "cur_scale" not in state:
         return None
-    saved = {key: plain(state[key]) for key in _SCALER_KEYS if key in state}
-    return {**saved, "dynamic": plain(optimizer.get("dynamic_loss_scale", state.get("dynamic")))}
+    scalars = {key: item for key, item in state.items() if isinstance(item, (bool, int, float))}
+    return {**scalars, "dynamic": plain(optimizer.get("dynamic_loss_scale", state.get("dynamic")))}
 
 
 def _world(weights: Archive, shards: Sequence[Archive]) -> int:

@@ -1,4 +1,4 @@
-"""What a reader makes of files: where the bytes of every tensor lie, and one tensor loaded from there."""
+"""The result of all readers: where the bytes of every tensor lie. Loads single tensors from there."""
 
 from __future__ import annotations
 

@@ -225,7 +225,7 @@ class CheckpointKeeper:
             raise CheckpointFailed(f"could not {what}: {problem}")
         return cast(T, result)
 
-    def _on_all_ranks(self, what: str, work: Callable[[], None]) -> None:
+    def _on_all_ranks(self, what: str, work: Callable[[], object]) -> None:
         """Does something on every rank, and raises on all of them if one fails."""
         problem = None
         try:

@@ -57,7 +57,7 @@ def _match_prefix(model: Shapes, saved: Shapes, path: Path) -> tuple[Shapes, lis
     expected = f"with {model_prefix!r}" if model_prefix else "without it"
     message = (
         f"{path.name}: names {found}, and those of the model {expected}: "
-        f"{matching} of {len(saved)} would be loaded, with strict=False without a word"
+        f"{matching} of {len(saved)} would be loaded, silently with strict=False"
     )
     remedy = f"Rename them first: {model_prefix!r} + name.removeprefix({file_prefix!r})."
     return renamed, [_finding("prefix", message, path, remedy=remedy)]

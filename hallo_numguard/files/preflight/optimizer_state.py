@@ -15,6 +15,7 @@ _NONNEGATIVE_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
 _HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "momentum")
 _REMEDY = "Go back to a checkpoint with complete state; else the optimizer starts as in a new run."
 _NEGATIVE_REMEDY = "A mean of squares cannot be negative: the file is damaged. Go back to an earlier checkpoint."
+_SCAN_REMEDY = "scan its weights (hallo-numguard scan)"
 _MAX_NAMES = 10  # in a message
 _MAX_HALVINGS_LEFT = 3  # of the loss scale before its minimum, for a warning
 
@@ -159,18 +160,15 @@ def _loss_scale(source: Source) -> Iterator[Finding]:
         return
     if scaler.get("dynamic") is False:
         return
-    halvings = max(0, round(math.log2(scale / minimum))) if minimum > 0 else 0
-    look = "look at its weights (hallo-numguard scan)"
+    halvings = max(0, round(math.log2(scale / minimum))) if 0 < minimum < math.inf else 0
     if halvings == 0:
         message = f"{name} was saved at the minimum loss scale ({scale:g}): the first overflow will end the run"
-        remedy = (
-            f"Something made every step overflow before it was saved: go back to an earlier checkpoint, and {look}."
-        )
+        remedy = f"Every step before it overflowed: go back to an earlier checkpoint, and {_SCAN_REMEDY}."
         yield Finding("loss_scale", message, severity="error", file=file, remedy=remedy)
     elif halvings <= _MAX_HALVINGS_LEFT:
         distance = f"{halvings} halvings above the minimum of {minimum:g}"
         message = f"{name} was saved at loss scale {scale:g}, {distance}: it was overflowing"
-        remedy = f"Before resuming, {look}, or go back to an earlier checkpoint."
+        remedy = f"Before resuming, {_SCAN_REMEDY}, or go back to an earlier checkpoint."
         yield Finding("loss_scale", message, file=file, remedy=remedy)
 
 

@@ -1,4 +1,4 @@
-"""What is known about the run to come."""
+"""How a run will be started, as far as it is known."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_DTYPES_OF_BLOCKS = {"fp16": "float16", "bf16": "bfloat16", "bfloat16": "bfloat16"}
+from hallo_numguard.files.formats.deepspeed_checkpoint import configured_dtype
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """How the run will be started; None or empty where unknown.
+    """Facts about a run that will be started; None or empty where unknown.
 
     Attributes:
         world_size: Number of processes.
@@ -40,9 +40,7 @@ class RunSpec:
     @property
     def precision(self) -> str | None:
         """Training dtype as given, else that of the configuration."""
-        if self.dtype is not None:
-            return self.dtype
-        return next((dtype for name, dtype in _DTYPES_OF_BLOCKS.items() if is_enabled(self.config, name)), None)
+        return configured_dtype(self.config) if self.dtype is None else self.dtype
 
 
 def block(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:

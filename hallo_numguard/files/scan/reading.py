@@ -94,7 +94,7 @@ def read_file(
 ) -> ScannedFile:
     """Reads a file once.
 
-    Every byte is read once, again only where a page looks like another. Memory: a buffer of 1 to 8 MiB per thread, and
+    Every byte is read once, and repeated pages once more. Memory: a buffer of 1 to 8 MiB per thread, and
     8 bytes per page. Digests are sequential: with them spans are read in order, and computed on in parallel.
 
     Args:
