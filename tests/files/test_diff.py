@@ -14,9 +14,8 @@ import hallo_numguard as ng
 from hallo_numguard.cli import main
 from hallo_numguard.files.formats import UnknownLayout
 
-from weights import copy_of_weights, flip_bit, model_folder, place_of
+from weights import QUERY, copy_of_weights, flip_bit, model_folder, place_of
 
-QUERY = "encoder.layer.2.attention.self.query.weight"
 NAN, INF = math.nan, math.inf
 
 

@@ -34,11 +34,10 @@ from hallo_numguard.files.manifest.changes import changes
 from hallo_numguard.files.manifest.listing import DamagedManifest
 
 from paths import ROOT
-from weights import copy_of_weights, flip_bit, overwrite, place_of
+from weights import QUERY, copy_of_weights, flip_bit, overwrite, place_of
 
 DOCS = ROOT / "docs"
 MANIFEST, TENSORS = "numguard.manifest.json", "numguard.tensors.json"
-QUERY = "encoder.layer.2.attention.self.query.weight"
 HOSTILE = (
     "new\nline",
     "back\\slash",

@@ -19,9 +19,7 @@ import hallo_numguard as ng
 import deepspeed_support as support
 import faulty
 from paths import IMPORTABLE
-from weights import copy_of_weights, flip_bit, model_folder, place_of
-
-QUERY = "encoder.layer.2.attention.self.query.weight"
+from weights import QUERY, copy_of_weights, flip_bit, model_folder, place_of
 
 
 def of_kind(report, kind):

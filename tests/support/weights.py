@@ -8,6 +8,8 @@ import shutil
 import struct
 from pathlib import Path
 
+QUERY = "encoder.layer.2.attention.self.query.weight"  # 384x384
+
 
 def model_folder() -> Path:
     """Returns the folder with the weights in the package that brings them."""
