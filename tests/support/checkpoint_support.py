@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+import hallo_numguard as ng
+from hallo_numguard.core.findings import Finding
 from hallo_numguard.files.formats import Source, TensorEntry, load
 
 from deepspeed_support import run_ranks
@@ -78,3 +80,11 @@ def copied(folder: Path, to: Path) -> Path:
 def find(source: Source, name: str, role: str, rank: int | None = None) -> TensorEntry:
     """Returns the entry of a tensor."""
     return next(e for e in source.entries if (e.name, e.role) == (name, role) and rank in (None, e.rank))
+
+
+def only_error(path: Path) -> Finding:
+    """Returns the one finding of a scan, an error with a remedy."""
+    (finding,) = ng.scan(path).findings
+    assert finding.severity == "error"
+    assert finding.remedy
+    return finding
