@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -163,6 +164,7 @@ def test_the_statement_is_the_one_that_model_signing_makes(listed):
 def test_every_tensor_is_written_down_with_its_digest_and_its_record(listed):
     document = json.loads((listed / TENSORS).read_bytes())
     schema = json.loads((DOCS / "manifest.schema.json").read_text())
+    assert schema["$defs"]["tensor"]["required"] == [field.name for field in dataclasses.fields(statement.TensorFacts)]
     check = jsonschema.Draft202012Validator(schema)
     check.validate(document)
     (file,) = (file for file in document["predicate"]["files"] if file["tensors"])
