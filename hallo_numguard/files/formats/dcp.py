@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from hallo_numguard.core.findings import Finding
-from hallo_numguard.files.formats.file_access import check_inside, is_plain, opened, read_exactly
-from hallo_numguard.files.formats.pickles import ForeignObject, StoredTensor, Unpickled, unpickle
+from hallo_numguard.files.formats.file_access import check_inside, is_plain, read_small
+from hallo_numguard.files.formats.pickles import ForeignObject, StoredTensor, unpickle
 from hallo_numguard.files.formats.source import Checksum, DamagedFile, Source, TensorEntry, damaged, role_of
 from hallo_numguard.files.formats.torch_zip import open_archive
 
@@ -44,7 +44,7 @@ def read(path: Path) -> Source:
     """Returns the blocks of all tensors. Other objects are left out."""
     index = path / METADATA
     try:
-        unpickled = _unpickled(index)
+        unpickled = unpickle(read_small(index, _MAX_METADATA_BYTES))
         blocks = list(_blocks(unpickled.value))
     except DamagedFile as error:
         return damaged(LAYOUT, index, error)
@@ -59,14 +59,6 @@ def read(path: Path) -> Source:
             findings.append(replace(error.finding(file), name=block.name))
     files = sorted({path / block.file for block in blocks} & set(path.iterdir()))
     return Source(LAYOUT, path, (index, *files), entries, _once(findings), checksums=tuple(checksums))
-
-
-def _unpickled(index: Path) -> Unpickled:
-    with opened(index) as descriptor:
-        size = index.stat().st_size
-        if size > _MAX_METADATA_BYTES:
-            raise DamagedFile(f"is far larger ({size} bytes) than the description of a checkpoint")
-        return unpickle(read_exactly(descriptor, size, 0))
 
 
 def _blocks(metadata: Any) -> Iterator[_Block]:

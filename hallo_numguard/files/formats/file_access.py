@@ -49,6 +49,28 @@ def read_exactly(descriptor: int, nbytes: int, offset: int) -> bytes:
     return data
 
 
+def first_bytes(path: Path, nbytes: int) -> bytes:
+    """Returns the beginning of a file; b"" if it cannot be read."""
+    try:
+        with opened(path) as descriptor:
+            return os.pread(descriptor, nbytes, 0)
+    except (DamagedFile, OSError):
+        return b""
+
+
+def read_small(path: Path, max_bytes: int) -> bytes:
+    """Returns the content of a file that describes others.
+
+    Raises:
+        DamagedFile: If it cannot be read, or is larger than `max_bytes`.
+    """
+    with opened(path) as descriptor:
+        size = os.fstat(descriptor).st_size
+        if size > max_bytes:
+            raise DamagedFile(f"is far larger ({size} bytes) than any such file should be")
+        return read_exactly(descriptor, size, 0)
+
+
 class Window(io.RawIOBase):
     """Part of an open file, as a file object of its own.
 

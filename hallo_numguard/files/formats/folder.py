@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hallo_numguard.core.findings import Finding
-from hallo_numguard.files.formats.file_access import check_inside, is_plain, opened, read_exactly
+from hallo_numguard.files.formats.file_access import check_inside, is_plain, read_small
 from hallo_numguard.files.formats.registry import CHECKPOINTS, FILES
 from hallo_numguard.files.formats.source import DamagedFile, Source, damaged, joined
 
@@ -117,11 +117,7 @@ def _metadata(path: Path, parts: list[Source]) -> dict[str, Any]:
 
 
 def _json(path: Path) -> Mapping[str, Any]:
-    with opened(path) as descriptor:
-        size = path.stat().st_size
-        if size > _MAX_JSON_BYTES:
-            raise DamagedFile("is far too large", remedy=_REMEDY)
-        text = read_exactly(descriptor, size, 0)
+    text = read_small(path, _MAX_JSON_BYTES)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:

@@ -9,7 +9,7 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 
-from hallo_numguard.files.formats.file_access import opened, read_exactly
+from hallo_numguard.files.formats.file_access import first_bytes, opened, read_exactly
 from hallo_numguard.files.formats.pickles import StoredBytes, Unpickled, unpickle
 from hallo_numguard.files.formats.source import DamagedFile, Source, damaged
 from hallo_numguard.files.formats.torch_zip import Archive, named_tensors, source_of
@@ -24,11 +24,7 @@ _PICKLES = ("magic number", "protocol", "system", "value", "keys")
 
 def recognises(path: Path) -> bool:
     """Returns whether the file begins with the magic number."""
-    try:
-        with opened(path) as descriptor:
-            return _MAGIC in os.pread(descriptor, _MAGIC_WITHIN, 0)
-    except (DamagedFile, OSError):
-        return False
+    return _MAGIC in first_bytes(path, _MAGIC_WITHIN)
 
 
 def read(path: Path) -> Source:

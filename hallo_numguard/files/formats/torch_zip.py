@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from hallo_numguard.core.findings import Finding
-from hallo_numguard.files.formats.file_access import Window, opened, read_exactly
+from hallo_numguard.files.formats.file_access import Window, first_bytes, opened, read_exactly
 from hallo_numguard.files.formats.pickles import StoredTensor, Unpickled, plain, unpickle
 from hallo_numguard.files.formats.source import (
     Checksum,
@@ -85,11 +85,7 @@ def recognises(path: Path) -> bool:
     """Returns whether this is a file of torch.save, by its name or its first record: many files are called .bin."""
     if path.suffix in _SUFFIXES or (path.suffix == ".bin" and "model" in path.name):
         return True
-    try:
-        with opened(path) as descriptor:
-            beginning = os.pread(descriptor, _FIRST_RECORD_WITHIN, 0)
-    except (DamagedFile, OSError):
-        return False
+    beginning = first_bytes(path, _FIRST_RECORD_WITHIN)
     return beginning.startswith(_ZIP) and b"data.pkl" in beginning
 
 

@@ -113,11 +113,13 @@ def _steps(source: Source, state: State) -> Iterator[Finding]:
     if len(counted) > 1:
         counts = "; ".join(f"{step}: {_some(names)}" for step, names in sorted(counted.items()))
         yield _finding("step_counters", source, f"{source.root.name}: step counters of parameters differ ({counts})")
-    taken = source.metadata.get("global_steps")
-    if type(taken) is int and counted and max(counted) > taken + 1:  # stage 0 makes one without gradients first
+    taken, skipped = (source.metadata.get(key) for key in ("global_steps", "skipped_steps"))
+    if type(taken) is not int or not counted:
+        return
+    if max(counted) > taken + 1:  # stage 0 makes one without gradients first
         message = f"{source.root.name}: the optimizer has counted {max(counted)} steps, and the run {taken}"
         yield _finding("step_counters", source, message)
-    if type(taken) is int and taken > source.metadata.get("skipped_steps", 0) and counted and max(counted) == 0:
+    if max(counted) == 0 and taken > (skipped if type(skipped) is int else 0):
         message = f"{source.root.name}: the optimizer has counted no step, and the run {taken}"
         yield _finding("step_counters", source, message)
 
