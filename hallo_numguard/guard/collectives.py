@@ -1,4 +1,4 @@
-"""Ranks that agree: every reduction is of a fixed size, so all ranks take the same path whatever each has seen."""
+"""Collectives of the guard: every reduction is of a fixed size, so all ranks take the same path."""
 
 from __future__ import annotations
 
@@ -8,20 +8,24 @@ import torch
 import torch.distributed as dist
 
 from hallo_numguard.core.safe_text import printable
-from hallo_numguard.guard.parameter_stats import NONE, Sums
+from hallo_numguard.guard.parameter_stats import NONE, ParameterStats
 
 _log = logging.getLogger("hallo_numguard")
 
-_TEXT_BYTES = 4096
-_NOBODY = 1 << 31  # greater than any rank
+MAX_TEXT_BYTES = 4096
+_NO_RANK = 1 << 31  # greater than any rank
 
 
 class Ranks:
     """The ranks among which gradients are reduced. With one process, everything here is the identity.
 
     Args:
-        group: Process group; None for the default one.
+        group: Process group. Default: the default one.
         alone: Whether this rank trains for itself, whatever others there are.
+
+    Attributes:
+        rank: Global rank of this process.
+        size: Number of ranks in the group.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, alone: bool = False) -> None:
@@ -33,7 +37,7 @@ class Ranks:
             self.join(group)
 
     def join(self, group: dist.ProcessGroup | None) -> None:
-        """From now on they are those of `group`: all of them must say so before the same reduction."""
+        """Reduces over `group` from now on. All of its ranks must call it before the same reduction."""
         self._group = group
         self.size = dist.get_world_size(group)
 
@@ -61,21 +65,22 @@ class Ranks:
         """Returns the highest that any rank gives, element by element."""
         return self._reduce(marks, dist.ReduceOp.MAX)
 
-    def combine(self, local: Sums, sliced: torch.Tensor) -> tuple[Sums, torch.Tensor]:
-        """Puts together what the ranks see.
+    def combine(self, local: ParameterStats, sliced: torch.Tensor) -> tuple[ParameterStats, torch.Tensor]:
+        """Puts together the statistics of the ranks.
 
         Args:
-            local: This rank's view, a row a tensor.
-            sliced: bool [n]: whether every rank holds another slice of the tensor, which are added up; else every rank
-                holds a copy, of which the lowest rank's counts on which it is not finite.
+            local: Statistics on this rank, a row a tensor.
+            sliced: Whether every rank holds another slice of the tensor, to be added up; else every rank holds a copy,
+                and the one of the lowest rank on which it is not finite counts. bool [n].
 
         Returns:
-            The sums, and int64 [n] the lowest rank on which the tensor is not finite (`NONE` if it is everywhere).
+            Statistics of the whole tensors, and the lowest rank on which each is not finite (`NONE` if it is finite on
+            all of them), int64 [n].
         """
         rank = self._reduce(torch.where(local.first != NONE, self.rank, NONE), dist.ReduceOp.MIN)
         counts_here = sliced | (rank == self.rank)
         return (
-            Sums(
+            ParameterStats(
                 self._reduce(torch.where(counts_here[:, None], local.counts, 0), dist.ReduceOp.SUM),
                 self._reduce(torch.where(counts_here, local.first, NONE), dist.ReduceOp.MIN),
                 self._reduce(torch.where(counts_here, local.absmax, 0.0), dist.ReduceOp.MAX),
@@ -83,20 +88,20 @@ class Ranks:
             rank,
         )
 
-    def lowest_told(self, text: str | None, device: torch.device) -> str | None:
+    def first_text(self, text: str | None, device: torch.device) -> str | None:
         """Returns the text of the lowest rank that has one, the same on all ranks; None if none has. Synchronises.
 
-        What is longer than 4096 bytes is not told: every rank sends as much, whatever it has to say. See `clip`.
+        Every rank sends 4096 bytes, whatever it has to say; a longer text is dropped. See `clip`.
         """
         words = b"" if text is None else text.encode()
-        if len(words) > _TEXT_BYTES:
-            _log.error("too much to tell other ranks: %d bytes", len(words))
+        if len(words) > MAX_TEXT_BYTES:
+            _log.error("a text of %d bytes is too long to be sent to other ranks", len(words))
             words = b""
-        teller = self.lowest(self.rank if words else _NOBODY, device)
-        mine = words if teller == self.rank else b""
-        payload = torch.frombuffer(bytearray(mine.ljust(_TEXT_BYTES, b"\0")), dtype=torch.uint8).to(device)
-        said = bytes(self._reduce(payload, dist.ReduceOp.SUM).tolist()).rstrip(b"\0")
-        return said.decode() if said else None
+        sender = self.lowest(self.rank if words else _NO_RANK, device)
+        mine = words if sender == self.rank else b""
+        payload = torch.frombuffer(bytearray(mine.ljust(MAX_TEXT_BYTES, b"\0")), dtype=torch.uint8).to(device)
+        text_bytes = bytes(self._reduce(payload, dist.ReduceOp.SUM).tolist()).rstrip(b"\0")
+        return text_bytes.decode() if text_bytes else None
 
     def _reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
         tensor = tensor.contiguous()

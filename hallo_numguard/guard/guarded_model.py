@@ -1,4 +1,4 @@
-"""What an integration gives the session: the model that is guarded, and what it holds of its gradients."""
+"""What an integration tells the guard: the model, and scans of what this rank holds of gradients and state."""
 
 from __future__ import annotations
 
@@ -11,49 +11,49 @@ from torch import nn
 
 from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.guard.parameter_stats import Piece
+from hallo_numguard.ops.table import StatsTable
 
 Forward = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
 """Calls the model with positional and keyword arguments, as the framework does."""
 
 
 @dataclass(frozen=True)
-class Scanned:
-    """One pass over this rank's gradients.
+class ScannedPieces:
+    """One pass over tensors of this rank that are pieces of parameters: gradients, or optimizer state.
 
     Attributes:
-        packed: int64 [pieces, 8], a `StatsTable.packed`.
-        pieces: What each row is of: parameters by their position in the session's list.
-        groups: The rows of each of the optimizer's parameter groups.
+        table: Statistics, a row a piece.
+        pieces: Piece of a parameter that each row is of; parameters by their position in the guard's list.
+        groups: Rows of each of the optimizer's parameter groups; () where they are not needed.
     """
 
-    packed: torch.Tensor
+    table: StatsTable
     pieces: Sequence[Piece]
     groups: Sequence[slice] = ()
 
 
 @dataclass(frozen=True)
-class Model:
-    """What there is to be named.
+class GuardedModel:
+    """What an integration tells of the model and the optimizer that it guards.
 
     Attributes:
-        parameters: In registration order.
-        buffers: Likewise.
+        parameters: Parameters in registration order.
+        buffers: Floating-point buffers in registration order.
         sliced_gradients: Whether every rank holds another slice of the gradients; else each holds all of them.
         scan_state: Reads the optimizer's own tensors once: moments, master copies.
         sliced_state: Whether every rank holds another slice of those.
-        device: Where small reductions between ranks are made.
-        module: Whose forward is called in training: names its arguments. None if nobody shows the calls.
-        forward: Calls it once more, as the framework does; None if that cannot be.
+        device: Device on which ranks reduce small tensors.
+        module: Module whose forward is called in training, to name its arguments. None if its calls are not seen.
+        forward: Calls it once more, as the framework does; None if that is impossible.
         backward_again: Whether gradients with respect to its parameters can then be asked for by name.
         settings: The framework's configuration, to be kept with what was found.
-        can_go_back: Tells whether whoever carries out what the session says can call `go_back` when a step is over; the
-            same on every rank.
+        can_go_back: Returns whether the integration can call `go_back` when a step is over; the same on every rank.
     """
 
     parameters: list[NamedTensor]
     buffers: list[NamedTensor]
     sliced_gradients: bool
-    scan_state: Callable[[], Scanned]
+    scan_state: Callable[[], ScannedPieces]
     sliced_state: bool
     device: torch.device
     module: nn.Module | None = None

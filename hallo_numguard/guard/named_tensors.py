@@ -1,4 +1,4 @@
-"""Who is not finite: names, positions and ranks for what the kernels counted."""
+"""Names and positions for what the kernels counted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hallo_numguard.core.records import Offender
-from hallo_numguard.guard.parameter_stats import NONE, Piece, Sums, by_parameter
+from hallo_numguard.guard.parameter_stats import ParameterStats, Piece, by_parameter
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.ops.formats import dtype_name
 from hallo_numguard.ops.layout import unravel
@@ -21,13 +21,13 @@ class NamedTensor:
     """A parameter or buffer of the model, with every name it goes by.
 
     Attributes:
-        kind: "parameter", "buffer", "input" or "loss".
-        name: Fully qualified.
+        kind: "parameter", "buffer", "input", "activation" or "loss".
+        name: Fully qualified name.
         tensor: The tensor itself.
-        aliases: Other names of it.
-        shape: Of the whole tensor; its own if None.
-        slice: If ranks hold slices of it: gives this rank's, and where it lies in the whole tensor: where it begins,
-            and `Piece.run` and `Piece.stride` if that is not all.
+        aliases: Other names of it (tied weights).
+        shape: Shape of the whole tensor. Default: that of `tensor`.
+        slice: Returns this rank's slice of it and its place in the whole tensor: `Piece.start`, and `Piece.run` and
+            `Piece.stride` where it is a block of columns. None where this rank holds all of it.
     """
 
     kind: str
@@ -37,20 +37,20 @@ class NamedTensor:
     shape: tuple[int, ...] | None = None
     slice: Callable[[], tuple[torch.Tensor, int] | tuple[torch.Tensor, int, int, int]] | None = None
 
-    def offender(self, sums: Sums, position: int, rank: int | None) -> Offender:
+    def offender(self, stats: ParameterStats, position: int, rank: int | None) -> Offender:
         """Returns this tensor (or its gradient, of the same shape) as an offender."""
-        nan, pos_inf, neg_inf = sums.counts[position].tolist()
+        nan, pos_inf, neg_inf = stats.counts[position].tolist()
         shape = tuple(self.tensor.shape) if self.shape is None else self.shape
         return Offender(
             kind=self.kind,
             name=self.name,
             module=self.name.rpartition(".")[0] if self.kind in ("parameter", "buffer") else "",
             rank=rank,
-            index=unravel(int(sums.first[position]), shape),
+            index=unravel(int(stats.first[position]), shape),
             nan=nan,
             pos_inf=pos_inf,
             neg_inf=neg_inf,
-            absmax=float(sums.absmax[position]),
+            absmax=float(stats.absmax[position]),
             numel=math.prod(shape),
             shape=shape,
             dtype=dtype_name(self.tensor.dtype),
@@ -76,15 +76,15 @@ def _unique(kind: str, named: Iterable[tuple[str, torch.Tensor]]) -> list[NamedT
     return [NamedTensor(kind, first, tensor, tuple(others)) for tensor, (first, *others) in names.items()]
 
 
-def look(tensors: Sequence[NamedTensor]) -> Sums:
-    """Scans what this rank holds of them: one pass, a row each."""
+def scan_tensors(tensors: Sequence[NamedTensor]) -> ParameterStats:
+    """Reads what this rank holds of them in one pass."""
     held = [(item.tensor, 0) if item.slice is None else item.slice() for item in tensors]
     table = multi_tensor_stats([tensor.detach() for tensor, *_ in held])
     pieces = [Piece(position, *place) for position, (_, *place) in enumerate(held)]
-    return by_parameter(table.packed, pieces, len(tensors))
+    return by_parameter(table, pieces, len(tensors))
 
 
-class LegalNonfinites:
+class ToleratedNonfinites:
     """Remembers non-finite tensors that a clean step has been seen with: they are not what goes wrong later.
 
     An embedding row that is never read may be NaN for ever, an attention mask holds -Inf on purpose. What changed since
@@ -93,37 +93,25 @@ class LegalNonfinites:
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[int, ...]] = {}
-        self._legal: dict[int, tuple[int, ...]] = {}
+        self._tolerated: dict[int, tuple[int, ...]] = {}
 
-    def note(self, sums: Sums) -> None:
+    def note(self, stats: ParameterStats) -> None:
         """Remembers what is not finite now."""
-        self._seen = {position: _signature(sums, position) for position in bad_positions(sums)}
+        self._seen = {position: _signature(stats, position) for position in stats.bad_positions()}
 
     def clean_step(self) -> None:
         """A step was finite with all that was noted in place."""
         if self._seen:
-            self._legal.update(self._seen)
+            self._tolerated.update(self._seen)
             self._seen = {}
 
-    def is_legal(self, sums: Sums, position: int) -> bool:
+    def is_tolerated(self, stats: ParameterStats, position: int) -> bool:
         """Returns whether this tensor is as it was in a clean step."""
-        return self._legal.get(position) == _signature(sums, position)
+        return self._tolerated.get(position) == _signature(stats, position)
 
 
-def bad_positions(sums: Sums) -> list[int]:
-    """Returns the positions of the tensors that are not finite, in order."""
-    positions: list[int] = (sums.first != NONE).nonzero().flatten().tolist()
-    return positions
-
-
-def only_negative_infinity(sums: Sums, position: int) -> bool:
-    """Returns whether -Inf is all that is not finite, as in an additive mask."""
-    nan, pos_inf, _ = sums.counts[position].tolist()
-    return nan == 0 and pos_inf == 0
-
-
-def _signature(sums: Sums, position: int) -> tuple[int, ...]:
-    return (*sums.counts[position].tolist(), int(sums.first[position]))
+def _signature(stats: ParameterStats, position: int) -> tuple[int, ...]:
+    return (*stats.counts[position].tolist(), int(stats.first[position]))
 
 
 @dataclass
@@ -131,7 +119,7 @@ class ReadyOrder:
     """Learns in which order gradients become ready, from the first backward pass; then costs nothing.
 
     Attributes:
-        rank_of: Place in that order by position of the parameter. What took no part comes last.
+        rank_of: Place in that order, by position of the parameter. Parameters that took no part are missing.
     """
 
     rank_of: dict[int, int] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""From gradient pieces back to parameters: the arithmetic of a bucket, without any framework in it."""
+"""From pieces in buckets and shards back to whole parameters; framework-independent."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+
+from hallo_numguard.ops.table import StatsTable
 
 NONE = torch.iinfo(torch.int64).max
 """Stands for "no such index" where the lowest index is looked for."""
@@ -17,8 +19,8 @@ class Piece(NamedTuple):
     Attributes:
         parameter: Position in the guard's list of parameters.
         start: Flat index inside the parameter of the segment's first element.
-        run: How many elements lie side by side in the parameter, if not all do: a block of columns.
-        stride: From the beginning of one run to that of the next, in the parameter.
+        run: Number of elements that lie side by side in the parameter, if not all do: a block of columns.
+        stride: Elements from the beginning of one run to that of the next, in the parameter.
     """
 
     parameter: int
@@ -27,43 +29,53 @@ class Piece(NamedTuple):
     stride: int = 0
 
 
-NOTHING = Piece(-1, 0)
-"""What padding is a piece of."""
+PADDING = Piece(-1, 0)
+"""Piece of no parameter."""
 
 
-class Sums(NamedTuple):
-    """Statistics a tensor of a list, all [n].
+class ParameterStats(NamedTuple):
+    """Statistics of n whole tensors, each put together from its pieces.
 
     Attributes:
-        counts: int64 [n, 3], NaN, +Inf and -Inf.
-        first: int64 [n], flat index in the whole tensor of the first non-finite element, `NONE` if there is none.
-        absmax: float64 [n], of the finite elements.
+        counts: Number of NaN, +Inf and -Inf. int64 [n, 3].
+        first: Flat index in the whole tensor of the first non-finite element, `NONE` if there is none. int64 [n].
+        absmax: Largest absolute value of the finite elements. float64 [n].
     """
 
     counts: torch.Tensor
     first: torch.Tensor
     absmax: torch.Tensor
 
+    def bad_positions(self) -> list[int]:
+        """Returns the positions of the tensors that are not finite, in order. Synchronises."""
+        positions: list[int] = (self.first != NONE).nonzero().flatten().tolist()
+        return positions
 
-def by_parameter(packed: torch.Tensor, pieces: Sequence[Piece], parameters: int) -> Sums:
-    """Adds up the records of segments by the parameter that they are parts of.
+    def only_negative_infinity(self, position: int) -> bool:
+        """Returns whether -Inf is all that is not finite, as in an additive mask."""
+        nan, pos_inf, _ = self.counts[position].tolist()
+        return nan == 0 and pos_inf == 0
+
+
+def by_parameter(table: StatsTable, pieces: Sequence[Piece], parameters: int) -> ParameterStats:
+    """Adds up the records of segments by the parameter that they are pieces of.
 
     Args:
-        packed: int64 [len(pieces), 8], a `StatsTable.packed`.
-        pieces: What each segment holds. A parameter may have several, or none; `NOTHING` is left out.
+        table: Statistics, a row a segment.
+        pieces: Piece that each segment holds. A parameter may have several, or none; `PADDING` is left out.
         parameters: Number of parameters.
     """
-    device = packed.device
-    rows = parameters + 1  # the last one takes what is of nothing
+    device = table.packed.device
+    rows = parameters + 1  # the last one takes the padding
     counts = torch.zeros((rows, 3), dtype=torch.int64, device=device)
     first = torch.full((rows,), NONE, dtype=torch.int64, device=device)
     absmax = torch.zeros(rows, dtype=torch.float64, device=device)
     if pieces:
         owner, start, run, stride = torch.tensor(pieces, dtype=torch.int64, device=device).unbind(dim=1)
         owner = owner % rows
-        index = packed[:, 5]
+        index = table.first_nonfinite
         place = index // run * stride + index % run + start
-        counts.index_add_(0, owner, packed[:, :3])
+        counts.index_add_(0, owner, table.nonfinite_counts)
         first.scatter_reduce_(0, owner, torch.where(index >= 0, place, NONE), "amin")
-        absmax.scatter_reduce_(0, owner, packed.view(torch.float64)[:, 6], "amax")
-    return Sums(counts[:-1], first[:-1], absmax[:-1])
+        absmax.scatter_reduce_(0, owner, table.absmax, "amax")
+    return ParameterStats(counts[:-1], first[:-1], absmax[:-1])

@@ -1,4 +1,4 @@
-"""The guard of one model, of no framework: what was seen in a step, what it means, and what is to be done about it.
+"""The guard of one model, framework-independent: what was seen in a step, what it means, what is to be done about it.
 
 An integration says when (`before_step`, `overflow`, `after_step`), gives the gradients and the loss scaling, and
 carries out what comes back. Nothing here knows where gradients come from or how a step is skipped.
@@ -6,12 +6,13 @@ carries out what comes back. Nothing here knows where gradients come from or how
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 
@@ -24,17 +25,19 @@ from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Offender, StepRecord, Verdict
 from hallo_numguard.guard import policy
 from hallo_numguard.guard.collectives import Ranks
-from hallo_numguard.guard.diagnosis.collect import Step, Witness
+from hallo_numguard.guard.containment import Probes, contain_failures
+from hallo_numguard.guard.diagnosis.collect import BadStep, EvidenceCollector
 from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
 from hallo_numguard.guard.diagnosis.replay import Replayer
-from hallo_numguard.guard.diagnosis.rules import judge, needs_replay, settled
-from hallo_numguard.guard.guarded_model import Model, Scanned
+from hallo_numguard.guard.diagnosis.rules import confirm, judge, needs_replay
+from hallo_numguard.guard.guarded_model import GuardedModel, ScannedPieces
 from hallo_numguard.guard.loss_scaling import LossScaling
 from hallo_numguard.guard.named_tensors import NamedTensor
-from hallo_numguard.guard.parameter_stats import Piece
 from hallo_numguard.guard.repro.bundle import Bundle, Bundles
-from hallo_numguard.guard.step.batch import Batch, Call
-from hallo_numguard.guard.step.early_warnings import Watch
+from hallo_numguard.guard.step.batch import Batch
+from hallo_numguard.guard.step.early_warnings import EarlyWarnings
+from hallo_numguard.guard.step.local_gradients import LocalGradients
+from hallo_numguard.guard.step.pending import PendingStep, StepOwner
 from hallo_numguard.guard.step.recorder import Recorder
 from hallo_numguard.trackers.base import Sink
 from hallo_numguard.trackers.choose import sink_for
@@ -42,64 +45,58 @@ from hallo_numguard.trackers.feed import Feed
 
 _log = logging.getLogger("hallo_numguard")
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
-_FAILED = 2  # graver than any answer
-_MOST_FINDINGS = 1000
+STATUS_FAILED = 2  # above 0 (finite) and 1 (not finite), of which ranks take the highest
+MAX_FINDINGS = 1000
 
 _OUTLOOK = {
     "parameter": "If the model reads it, the first loss will be NaN, and no loss scale can mend that.",
     "buffer": "If the forward pass reads it, the loss will be NaN.",
     "optimizer_state": "The next step that is applied writes it into the weights.",
 }
-
-
-class Held(NamedTuple):
-    """What is known of a step while nobody has waited for whether it was clean.
-
-    Attributes:
-        step, scaling, scanned: See `Session.before_step`.
-        losses, calls, local: What was seen of it before.
-    """
-
-    step: int = 0
-    scaling: LossScaling = LossScaling(1.0, dynamic=False)
-    scanned: Scanned = Scanned(torch.empty((0, 8), dtype=torch.int64), ())
-    losses: Sequence[torch.Tensor] = ()
-    calls: Sequence[Call] = ()
-    local: Sequence[tuple[torch.Tensor, Piece]] = ()
+_report_numbers = itertools.count()
 
 
 class Session:
     """Watches the steps of one model on this rank.
 
+    Each part of it is a probe that is contained on its own. Two are essential: without the scan of the gradients, or
+    with a diagnosis that failed, nothing is left to guard with, and `failed` is set.
+
     Attributes:
-        last_report: On the last step whose gradients were not finite, or None. Replaced by one that is no longer
+        last_report: Report on the last step whose gradients were not finite, or None. Replaced by one that is no longer
             provisional when a later step was finite.
-        findings: What was noticed that is no overflow, or not yet: see `Finding`. The last 1000.
-        failed: Whether our own code failed: the integration takes itself off.
+        reported_at: Serial number of that report among those of this process.
+        findings: What was noticed beside overflows: see `Finding`. The last 1000.
+        failed: Whether an essential part failed: the integration takes the guard off.
+        probes: Everything that is not essential, each contained on its own.
     """
 
     def __init__(
         self,
-        model: Model,
+        model: GuardedModel,
         ranks: Ranks,
         config: GuardConfig,
         on_overflow: OverflowCallback | None,
         sinks: Sequence[Sink] = (),
     ) -> None:
         self.last_report: OverflowReport | None = None
+        self.reported_at = -1
         self.findings: list[Finding] = []
         self.failed = False
         self._model = model
         self._ranks = ranks
         self._config = config
         self._on_overflow = on_overflow
+        self.probes = Probes()
+        self._steps = StepOwner()
         limit = _near_limit(model.parameters)
         self._recorder = Recorder(config.history, [item.name for item in model.parameters], limit)
-        sinks = [*sinks, *map(sink_for, config.sinks)]  # on every rank, so that all refuse what is none
+        sinks = [*sinks, *map(sink_for, config.sinks)]  # on every rank, so that all refuse an invalid one
         self._feed = Feed(sinks if ranks.rank == 0 else [])
-        self._batch = Batch(model.module)
+        self._batch = Batch(model.module, self._steps)
         self._replayer = (
             Replayer(model.module, model.forward, self._batch, ranks, model.device)
             if model.module is not None and model.forward is not None
@@ -107,17 +104,14 @@ class Session:
         )
         folder = None if config.repro_dir is None else Path(config.repro_dir)
         self._bundles = Bundles(folder, model.module, self._replayer, ranks, model.device, model.settings)
-        self._watch = Watch(model.parameters, self._batch, self._note)
-        self._witness = Witness(model, ranks, self._batch, self._recorder, config.local_gradients)
-        self._losses: list[torch.Tensor] = []  # of this step's micro-batches, detached
-        self._step = 0
-        self._scaling = LossScaling(1.0, dynamic=False)
-        self._scanned = Scanned(torch.empty((0, 8), dtype=torch.int64), ())
+        self._warnings = EarlyWarnings(model.parameters, self._batch, self._note)
+        self._local_gradients = LocalGradients(model.parameters, config.local_gradients, self._steps, self.probes)
+        self._collector = EvidenceCollector(model, ranks, self._batch, self._recorder, self._local_gradients)
         self._skipped = 0  # steps in a row
         self._unclean = False  # whether this step's gradients were not finite, and not because of the loss scale
         self._to_undo: OverflowReport | None = None
         self._rollbacks = 0
-        self._rank_faults: dict[int, int] = {}  # step of the last by rank
+        self._rank_faults: dict[int, int] = {}  # step of the last, by rank
 
     def history(self) -> list[StepRecord]:
         """Returns the flight recorder's steps, oldest first. Waits for rows that are still on their way."""
@@ -125,65 +119,63 @@ class Session:
 
     def stop(self) -> None:
         """Lets go of the model; reports and history stay readable."""
-        self.guarded(lambda: self._feed.write(self._recorder.fresh(wait=True), len(self.findings)))
-        self._witness.stop()
-        self._losses.clear()
-        self._batch.clear()
+        self.probes.run("trackers", self._write_figures, wait=True)
+        self._collector.stop()
+        self._local_gradients.stop()
+        self._steps.pending.clear()
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
-    def saw_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Takes note of what the model is called with, before it is. Keeps references until the step is over."""
-        self._batch.add(args, kwargs)
+    def on_forward_start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Takes note of the arguments of a forward pass. Keeps references until the step is over."""
+        self.probes.run("record of the batch", self._batch.add, args, kwargs)
 
-    def saw_output(self, output: Any) -> None:
-        """Takes note of what it returned."""
-        self._batch.returned(output)
+    def on_forward_end(self, output: Any) -> None:
+        """Takes note of what the forward pass returned."""
+        self.probes.run("record of the batch", self._batch.note_output, output)
 
-    def saw_loss(self, loss: torch.Tensor) -> None:
+    def on_loss(self, loss: torch.Tensor) -> None:
         """Takes note of a micro-batch's loss, before its backward."""
-        self._losses.append(loss.detach())
+        self._steps.pending.losses.append(loss.detach())
 
     def forget_losses(self) -> None:
-        """Forgets those of this step: what was noted were none."""
-        self._losses.clear()
+        """Forgets the losses of this step: what was noted were none."""
+        self._steps.pending.losses.clear()
 
-    def before_step(self, step: int, scaling: LossScaling, scanned: Scanned) -> None:
-        """Takes note of the gradients. No synchronisation."""
-        self._step, self._scaling, self._scanned = step, scaling, scanned
+    def before_step(self, number: int, scaling: LossScaling, gradients: ScannedPieces) -> None:
+        """Takes note of the gradients. No host sync."""
+        pending = self._steps.pending
+        pending.number, pending.scaling, pending.gradients = number, scaling, gradients
         self._unclean = False
-        loss = self._losses[-1] if self._losses else None
-        self._recorder.begin(step, scaling.scale, scanned.packed, scanned.pieces, loss)
-        self._watch.before_step(step, scaling.scale, scanned.packed, scanned.pieces)
+        loss = pending.losses[-1] if pending.losses else None
+        self.probes.run("flight recorder", self._recorder.begin, number, scaling.scale, gradients, loss)
+        self.probes.run("early warnings", self._warnings.before_step, number, scaling.scale, gradients)
 
-    def exchange(self, held: Held) -> Held:
-        """Turns to another step, which no `before_step` may be made in between for; returns what is known of this one.
+    def swap_step(self, step: PendingStep | None = None) -> PendingStep:
+        """Turns to another step, by default a new one; returns the one that was under way. See `StepOwner`.
 
-        So a step can be completed, or explained, when the next one's backward pass is over and its own result has
-        arrived without anybody waiting for it.
+        No `before_step` may come between putting a step aside and taking it up again.
         """
-        calls, local = self._batch.exchange(held.calls), self._witness.local.exchange(list(held.local))
-        before = Held(self._step, self._scaling, self._scanned, self._losses, calls, local)
-        self._step, self._scaling, self._scanned, self._losses = *held[:3], list(held.losses)
-        return before
+        return self._steps.swap(PendingStep() if step is None else step)
 
     def after_step(self, applied: bool) -> None:
         """Completes the step."""
-        self._recorder.end(applied)
+        self.probes.run("flight recorder", self._recorder.end, applied)
         # A skipped step has been waited for, and may be the last one: what is on its way is worth waiting for as well.
-        records = self._recorder.fresh(wait=not applied)
-        self._watch.after_step(applied, records)
-        self._feed.write(records, len(self.findings))
-        self._tell_keeper(applied, records)
-        self._losses.clear()
-        self._batch.clear()
-        self._witness.step_is_over(applied)
+        records = self.probes.run("flight recorder", self._recorder.fresh, wait=not applied) or []
+        self.probes.run("early warnings", self._warnings.after_step, applied, records)
+        self.probes.run("trackers", self._feed.write, records, len(self.findings))
+        self.probes.run("checkpoint keeper", self._tell_keeper, applied, records)
+        self.probes.run("evidence", self._collector.step_is_over, applied)
+        self.probes.run("scan of local gradients", self._local_gradients.step_is_over, applied)
+        self._steps.pending.clear()
         if not applied:
             return
         if self._skipped and self.last_report is not None:
-            self.last_report = settled(self.last_report, self._scaling.scale, self._skipped)
+            pending = self._steps.pending
+            self.last_report = confirm(self.last_report, pending.scaling.scale, self._skipped)
             if self._ranks.rank == 0:
-                _log.info("step %d is finite again: %s", self._step, self.last_report.advice)
+                _log.info("step %d is finite again: %s", pending.number, self.last_report.advice)
         self._skipped = 0
 
     # -- an overflow: every rank comes here, and takes part in every reduction -------------------------------------
@@ -191,13 +183,15 @@ class Session:
     def found_inf(self) -> bool:
         """Returns whether any rank's gradients are not finite, the same on all ranks, which must all call it.
 
-        For where the framework does not look itself. Synchronises. A rank whose guard has failed takes part, and then
+        For optimizers that do not check by themselves. Synchronises. A rank whose guard has failed takes part, and then
         `failed` is set on all of them.
         """
-        bad = self.guarded(lambda: bool((self._scanned.packed[:, 5] >= 0).any()))
-        status = _FAILED if self.failed else int(bad)
+        bad = self.essential(
+            "check of the gradients", lambda: bool(self._steps.pending.gradients.table.any_nonfinite())
+        )
+        status = STATUS_FAILED if self.failed else int(bool(bad))
         agreed = self._ranks.highest(status, self._model.device)
-        self.failed = agreed == _FAILED
+        self.failed = agreed == STATUS_FAILED
         return agreed == 1
 
     def overflow(self, skipped: bool = True) -> BaseException | None:
@@ -211,25 +205,22 @@ class Session:
             `failed` is set on all of them.
         """
         self._skipped = self._skipped + 1 if skipped else 0
-        losses = self._losses or self.guarded(self._batch.in_place_of_losses) or []
-        step = Step(self._step, self._skipped, self._scaling, self._scanned, losses, bool(self._losses))
-        local = self.guarded(lambda: self._witness.look(step))
-        if self._anyone_failed():
+        step = self._bad_step()
+        view = self.essential("diagnosis", self._collector.scan, step)
+        if self._any_failed() or view is None:
             return None
-        agreed = self._witness.agree(step, local)
-        evidence = self.guarded(lambda: self._witness.evidence(step, agreed, self.last_report, self._rank_faults))
-        if self._anyone_failed():
-            return None
-        evidence = replace(evidence, replay=self._replay(evidence, losses))
-        report = self.guarded(
-            lambda: replace(
-                judge(evidence), history=tuple(self._recorder.read()), environment=collect(self._ranks.rank)
-            )
+        agreed = self._collector.agree(step, view)
+        evidence = self.essential(
+            "diagnosis", self._collector.evidence, step, agreed, self.last_report, self._rank_faults
         )
-        if self._anyone_failed():
+        if self._any_failed() or evidence is None:
             return None
-        self._witness.reported(local)
-        self.last_report = report
+        evidence = replace(evidence, replay=self._replay(evidence, step.losses))
+        report = self.essential("diagnosis", self._judge, evidence)
+        if self._any_failed() or report is None:
+            return None
+        self._collector.reported(view)
+        self.last_report, self.reported_at = report, next(_report_numbers)
         if report.verdict is Verdict.RANK_FAULT and report.first is not None and report.first.rank is not None:
             self._rank_faults[report.first.rank] = report.step
         bundle = self._take_bundle(report, evidence)
@@ -238,11 +229,20 @@ class Session:
             report, self._config.policy, self._on_overflow, self._ranks, self._model.device, self._can_go_back
         )
         self._to_undo = report if answer.goes_back else None
-        self._dump(report)
+        self.probes.run("report file", self._dump, report)
         if bundle is not None:
-            self._bundles.write(report, bundle)
-        self._feed.report(report)
+            self.probes.run("repro bundle", self._bundles.write, report, bundle)
+        self.probes.run("trackers", self._feed.report, report)
         return answer.error
+
+    def _bad_step(self) -> BadStep:
+        losses = self._steps.pending.losses
+        stand_ins = None if losses else self.probes.run("record of the batch", self._batch.stand_ins_for_losses)
+        return BadStep(self._steps.pending, self._skipped, losses or stand_ins or [], bool(losses))
+
+    def _judge(self, evidence: Evidence) -> OverflowReport:
+        history, environment = tuple(self._recorder.read()), collect(self._ranks.rank)
+        return replace(judge(evidence), history=history, environment=environment)
 
     @property
     def _can_go_back(self) -> bool:
@@ -251,7 +251,7 @@ class Session:
 
     @property
     def keeps_scale(self) -> bool:
-        """Whether lowering the scale would be a loss without a gain: what is not finite stands before the scaling."""
+        """Whether lowering the scale would cost without helping: what is not finite stands before the scaling."""
         report = self.last_report
         return (
             self._config.policy.keep_scale
@@ -269,7 +269,7 @@ class Session:
         """Puts a run back to its last healthy checkpoint, if that was agreed: all ranks call it after every step.
 
         Raises:
-            NumericsError: On all of them, if there is no such checkpoint, or it cannot be loaded.
+            NumericsError: On all ranks, if there is no such checkpoint, or it cannot be loaded.
         """
         report, self._to_undo = self._to_undo, None
         if report is None:
@@ -296,14 +296,14 @@ class Session:
         elif applied:
             keeper.clean_step(last)
 
+    def _write_figures(self, wait: bool) -> None:
+        self._feed.write(self._recorder.fresh(wait), len(self.findings))
+
     def _take_bundle(self, report: OverflowReport, evidence: Evidence) -> Bundle | None:
         replay = evidence.replay
         micro_batch, number = (evidence.micro_batch, 0) if replay is None else (replay.micro_batch, replay.number)
-        self._witness.local.muted = True
-        try:
+        with self._local_gradients.muted():
             return self._bundles.take(report, micro_batch, number)
-        finally:
-            self._witness.local.muted = False
 
     def _dump(self, report: OverflowReport) -> None:
         """Writes the report where the user wants it. A full disk is no reason to stop training."""
@@ -322,48 +322,48 @@ class Session:
             return None
         if evidence.loss is None and not self._model.backward_again:
             return Replayed("the gradients of sharded parameters cannot be asked for by name")
-        self._witness.local.muted = True
-        try:
+        with self._local_gradients.muted():
             if evidence.loss is not None:
                 found = self._replayer.of_a_bad_loss([bool(torch.isfinite(loss)) for loss in losses])
             else:
                 found = self._replayer.of_bad_gradients(evidence.scaling.scale)
-        finally:
-            self._witness.local.muted = False
-        return replace(found, origin=found.origin and self._witness.by_its_first_name(found.origin))
+        return replace(found, origin=found.origin and self._collector.with_first_name(found.origin))
 
     # -- weights outside of a step -----------------------------------------------------------------------------------
 
     def inspect_weights(self, when: str) -> None:
-        """Looks at what this rank has of parameters, buffers and optimizer state, and tells what is not finite."""
-        for offender, mine in self._witness.inspect():
-            self._tell(offender, when, mine)
+        """Reads what this rank has of parameters, buffers and optimizer state, and tells what is not finite."""
+        self.probes.run("scan of the weights", self._inspect_weights, when)
 
-    def _tell(self, offender: Offender, when: str, mine: bool) -> None:
+    def _inspect_weights(self, when: str) -> None:
+        for offender, is_mine in self._collector.inspect():
+            self._tell(offender, when, is_mine)
+
+    def _tell(self, offender: Offender, when: str, is_mine: bool) -> None:
         message = f"{offender}, seen when {when}. {_OUTLOOK[offender.kind]}"
-        self._note(Finding("nonfinite", message, name=offender.name, offender=offender), mine)
+        self._note(Finding("nonfinite", message, name=offender.name, offender=offender), is_mine)
 
-    def _note(self, finding: Finding, mine: bool | None = None) -> None:
+    def _note(self, finding: Finding, is_mine: bool | None = None) -> None:
         self.findings.append(finding)
-        del self.findings[:-_MOST_FINDINGS]
-        loud = self._ranks.rank == 0 if mine is None else mine
-        _log.log(logging.WARNING if loud else logging.INFO, "%s", finding)
+        del self.findings[:-MAX_FINDINGS]
+        is_loud = self._ranks.rank == 0 if is_mine is None else is_mine
+        _log.log(logging.WARNING if is_loud else logging.INFO, "%s", finding)
 
-    # -- the guard's own failures --------------------------------------------------------------------------------------
+    # -- failures of our own -----------------------------------------------------------------------------------------
 
-    def guarded(self, work: Callable[[], T]) -> T | Any:
-        """Runs `work`; a failure of ours is logged once and never stops training."""
+    def essential(self, part: str, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
+        """Returns what `work` returns; None if it fails, which sets `failed`, or if the guard has failed before."""
         if self.failed:
             return None
-        try:
-            return work()
-        except Exception:  # noqa: BLE001 - whatever it is, training goes on
-            self.failed = True
-            _log.exception("hallo_numguard failed and will take itself off; training goes on")
-            return None
+        self.failed = True
+        with contain_failures(part, "it will take itself off"):
+            result = work(*args, **kwargs)
+            self.failed = False
+            return result
+        return None
 
-    def _anyone_failed(self) -> bool:
-        """Agrees whether all ranks are still well."""
+    def _any_failed(self) -> bool:
+        """Agrees whether any rank has failed."""
         self.failed = self._ranks.highest(int(self.failed), self._model.device) > 0
         return self.failed
 

@@ -5,30 +5,30 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from importlib.metadata import entry_points
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, cast
 
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.errors import InvalidInput
-from hallo_numguard.core.findings import Finding
-from hallo_numguard.core.overflow_report import OverflowReport
-from hallo_numguard.core.records import StepRecord
+from hallo_numguard.integrations.oldest_versions import check_version
 
 if TYPE_CHECKING:
+    from hallo_numguard.guard.guard import Guard
     from hallo_numguard.integrations.lightning import NumGuardCallback as LightningNumGuardCallback
     from hallo_numguard.integrations.transformers import NumGuardCallback
 
-__all__ = ["GROUP", "Guard", "LightningNumGuardCallback", "NumGuardCallback", "attach", "engine_of"]
+__all__ = ["GROUP", "LightningNumGuardCallback", "NumGuardCallback", "attach", "engine_of"]
 
 GROUP = "hallo_numguard.integrations"
-"""Of entry points: each is called with what `attach` was, and returns a `Guard`, or None if the target is not its."""
+"""Group of entry points: each is called as `attach` was, and returns a `Guard`, or None for another kind of target."""
 
-# By package and class of the target, so that nothing has to be imported to find out what it is.
+# Module with the function `attach(target, config, on_overflow)`, by package and class of the target: nothing has to be
+# imported to find out what a target is.
 _BUILT_IN = {
-    ("deepspeed", "DeepSpeedEngine"): "deepspeed.engine_guard:DeepSpeedGuard",
-    ("accelerate", "Accelerator"): "accelerate:guard_accelerator",
-    ("transformers", "Trainer"): "transformers:guard_trainer",
-    ("lightning", "Trainer"): "lightning:guard_trainer",
-    ("pytorch_lightning", "Trainer"): "lightning:guard_trainer",
+    ("deepspeed", "DeepSpeedEngine"): "deepspeed",
+    ("accelerate", "Accelerator"): "accelerate",
+    ("transformers", "Trainer"): "transformers",
+    ("lightning", "Trainer"): "lightning",
+    ("pytorch_lightning", "Trainer"): "lightning",
 }
 _CALLBACKS = {
     "NumGuardCallback": "transformers:NumGuardCallback",
@@ -41,25 +41,6 @@ _ENGINE_PATHS = (
     "deepspeed",
     "strategy.model",
 )
-
-
-class Guard(Protocol):
-    """What `attach` returns."""
-
-    @property
-    def last_report(self) -> OverflowReport | None:
-        """The report on the last step whose gradients were not finite, or None."""
-
-    @property
-    def history(self) -> list[StepRecord]:
-        """The flight recorder: the last steps of what this rank owns, oldest first."""
-
-    @property
-    def findings(self) -> list[Finding]:
-        """What was noticed that is no overflow, or not yet; see `Finding`."""
-
-    def detach(self) -> None:
-        """Takes the guard off. Reports and history stay readable."""
 
 
 def attach(target: Any, config: GuardConfig | None = None, on_overflow: OverflowCallback | None = None) -> Guard:
@@ -86,9 +67,11 @@ def attach(target: Any, config: GuardConfig | None = None, on_overflow: Overflow
     DeepSpeed's own passes.
     """
     config = config or GuardConfig()
-    for (package, name), where in _BUILT_IN.items():
+    for (package, name), module in _BUILT_IN.items():
         if _is(target, package, name):
-            return _load(where)(target, config, on_overflow)
+            check_version(package)
+            guard: Guard = _load(f"{module}:attach")(target, config, on_overflow)
+            return guard
     for offered, integration in _offered():
         guard = integration(target, config, on_overflow)
         if guard is not None:
@@ -136,7 +119,7 @@ def _checked(guard: Any, offered: str) -> Guard:
     missing = [name for name in ("last_report", "history", "findings", "detach") if not hasattr(guard, name)]
     if missing:
         raise InvalidInput(f"the integration {offered!r} gave a {type(guard).__name__}, which lacks {missing[0]}")
-    return guard
+    return cast("Guard", guard)
 
 
 def _others() -> str:

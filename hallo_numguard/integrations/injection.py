@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 from torch import nn
 
 from hallo_numguard.core.errors import InvalidInput
-from hallo_numguard.tracing.rerun import is_again
+from hallo_numguard.tracing.rerun import is_rerunning
 
 KINDS = ("parameter", "buffer", "optimizer_state", "input", "activation", "gradient")
 
@@ -45,15 +46,15 @@ def inject(
 
     Args:
         target: A model, or what holds one as `.module` or `.model`: a DeepSpeedEngine, a Trainer, a GuardedOptimizer.
-        kind: What is damaged. "parameter", "buffer" and "optimizer_state" (moments) stay damaged, as by a corrupted
+        kind: Kind of fault. "parameter", "buffer" and "optimizer_state" (moments) stay damaged, as by a corrupted
             file; "input" (the first floating-point tensor of the batch) and "activation" (the output of the module
             `where`) are bad in one step only, and "gradient" (of the parameter `where`, before the reduction) in one
-            backward pass, as by a fault of the hardware: not when the batch is run again.
+            backward pass, as by a fault of the hardware: not in a replay.
         where: Fully qualified name of the parameter, buffer or module; not for "input".
-        index: Of the element, in the whole tensor's shape; the first one if left out.
-        value: What is written there.
-        step: When: in the forward pass of that number from now on, 1 for the next.
-        rank: Only on this rank; on all if None.
+        index: Index of the element in the whole tensor's shape. Default: the first.
+        value: Value to be written there.
+        step: Number of the forward pass, counted from now on; 1 is the next.
+        rank: Global rank to plant it on. Default: all.
 
     Returns:
         The injection: whether it has happened, and a way to take it back before.
@@ -72,7 +73,7 @@ def inject(
 
     def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         nonlocal passes
-        if is_again():
+        if is_rerunning():
             return None
         passes += 1
         if passes == step:
@@ -158,7 +159,7 @@ def _write_part(tensor: Any, index: Sequence[int] | None, value: float) -> None:
 
 
 def _write_state(target: Any, parameter: Any, index: Sequence[int] | None, value: float) -> None:
-    from hallo_numguard.integrations.deepspeed.state import moments_of
+    from hallo_numguard.integrations.deepspeed.adapters import adapter_for
     from hallo_numguard.integrations.torch_optim.sharding import is_sharded
 
     optimizer = getattr(target, "optimizer", target)
@@ -168,9 +169,10 @@ def _write_state(target: Any, parameter: Any, index: Sequence[int] | None, value
                 _write_part(sharded, index, value)
         return
     place = _flat(tuple(getattr(parameter, "ds_shape", parameter.shape)), index)
-    for moment, start in moments_of(optimizer, parameter):
-        if start <= place < start + moment.numel():
-            moment.data.view(-1)[place - start] = value
+    only_this = defaultdict(lambda: -1, {parameter: 0})
+    for tensor, piece in adapter_for(optimizer, only_this).state_parts():
+        if piece.parameter == 0 and piece.start <= place < piece.start + tensor.numel():
+            tensor.data.view(-1)[place - piece.start] = value
 
 
 def _with_bad_input(args: tuple[Any, ...], kwargs: dict[str, Any], index: Sequence[int] | None, value: float) -> Any:

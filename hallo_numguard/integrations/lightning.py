@@ -10,8 +10,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -22,18 +22,20 @@ except ImportError:  # its older name
 
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.errors import InvalidInput
-from hallo_numguard.core.findings import Finding
-from hallo_numguard.core.overflow_report import OverflowReport
-from hallo_numguard.core.records import StepRecord
+from hallo_numguard.guard.guard import Guard
 from hallo_numguard.guard.guarded_model import Forward
-from hallo_numguard.integrations import Guard, engine_of
-from hallo_numguard.integrations.patches import Seams
+from hallo_numguard.guard.session import Session
+from hallo_numguard.integrations import engine_of
+from hallo_numguard.integrations.patches import MethodPatches
 from hallo_numguard.integrations.torch_optim import GuardedOptimizer
 from hallo_numguard.integrations.torch_optim.grad_scaler import has_unscaled, scale_of
 from hallo_numguard.integrations.torch_optim.optimizer_guard import OptimizerGuard
 
+if TYPE_CHECKING:
+    from hallo_numguard.integrations.deepspeed.engine_guard import DeepSpeedGuard
 
-class NumGuardCallback(Callback):
+
+class NumGuardCallback(Guard, Callback):
     """Guards a Trainer: `Trainer(callbacks=[NumGuardCallback()])`, or `attach(trainer)`, before `fit()`.
 
     With every strategy that trains plain parameters, or DTensors, and with DeepSpeed's. What the guard raises goes
@@ -49,33 +51,16 @@ class NumGuardCallback(Callback):
     def __init__(self, config: GuardConfig | None = None, on_overflow: OverflowCallback | None = None) -> None:
         self._config = config or GuardConfig()
         self._on_overflow = on_overflow
-        self._engine_guard: Guard | None = None
+        self._engine_guard: DeepSpeedGuard | None = None
         self._guards: dict[torch.optim.Optimizer, OptimizerGuard] = {}
-        self._last_bad: OptimizerGuard | None = None
         self._under_way: list[OptimizerGuard] = []
         self._scale_to_keep: float | None = None
         self._is_off = False
 
-    @property
-    def last_report(self) -> OverflowReport | None:
-        """The report on the last step whose gradients were not finite, or None; of several optimizers, the last's."""
+    def _sessions(self) -> Sequence[Session]:
         if self._engine_guard is not None:
-            return self._engine_guard.last_report
-        return None if self._last_bad is None else self._last_bad.session.last_report
-
-    @property
-    def findings(self) -> list[Finding]:
-        """What was noticed that is no overflow, or not yet; see `Finding`."""
-        if self._engine_guard is not None:
-            return self._engine_guard.findings
-        return [finding for guard in self._guards.values() for finding in guard.session.findings]
-
-    @property
-    def history(self) -> list[StepRecord]:
-        """The flight recorder: the last steps, oldest first; of several optimizers, one after the other."""
-        if self._engine_guard is not None:
-            return self._engine_guard.history
-        return [record for guard in self._guards.values() for record in guard.session.history()]
+            return self._engine_guard._sessions()
+        return [guard.session for guard in self._guards.values()]
 
     def detach(self) -> None:
         """Takes the guard off, for later calls of `fit()` as well. Reports and history stay readable."""
@@ -89,19 +74,19 @@ class NumGuardCallback(Callback):
         self._take_off()
         if self._is_off:
             return
-        self._engine_guard, self._guards, self._last_bad = None, {}, None
+        self._engine_guard, self._guards = None, {}
         engine = engine_of(trainer)
         if engine is not None:
             from hallo_numguard.integrations.deepspeed.engine_guard import DeepSpeedGuard
 
-            again = _engine_again(trainer, pl_module, engine) if pl_module.automatic_optimization else None
-            self._engine_guard = DeepSpeedGuard(engine, self._config, self._on_overflow, again)
+            forward = _engine_forward(trainer, pl_module, engine) if pl_module.automatic_optimization else None
+            self._engine_guard = DeepSpeedGuard(engine, self._config, self._on_overflow, forward)
             return
         if any(isinstance(optimizer, GuardedOptimizer) for optimizer in trainer.optimizers):
             raise InvalidInput("configure_optimizers has given a GuardedOptimizer: its steps are guarded already")
-        calls = functools.partial(_TrainingSteps, trainer, pl_module)
+        observer = functools.partial(_TrainingStepObserver, trainer, pl_module)
         self._guards = {
-            optimizer: OptimizerGuard(optimizer, trainer.model, self._config, self._on_overflow, calls)
+            optimizer: OptimizerGuard(optimizer, trainer.model, self._config, self._on_overflow, observer)
             for optimizer in trainer.optimizers
         }
 
@@ -110,25 +95,24 @@ class NumGuardCallback(Callback):
         if not pl_module.automatic_optimization:
             scaler = _scaler_of(trainer)
             for guard in self._guards.values():
-                guard.saw_loss(loss if scaler is None else loss.detach() / scaler.get_scale())
+                guard.on_loss(loss if scaler is None else loss.detach() / scaler.get_scale())
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Looks at the gradients, and sees to it that they are not applied if they are bad."""
+        """Checks the gradients, and keeps bad ones from being applied."""
         self._steps_are_over(trainer)
         guard = self._guards.get(optimizer)
         if guard is None or not guard.active:
             return
         scaler = _scaler_of(trainer)
         if scaler is None:
-            look = guard.look()
+            check = guard.check()
         else:
-            look = guard.look(scale_of(scaler), are_scaled=not has_unscaled(scaler, optimizer))
-        if not look.bad:
+            check = guard.check(scale_of(scaler), are_scaled=not has_unscaled(scaler, optimizer))
+        if not check.bad:
             self._under_way.append(guard)
             return
-        self._last_bad = guard
         try:
             guard.skip()
         finally:
@@ -166,16 +150,16 @@ class NumGuardCallback(Callback):
         self._under_way.clear()
 
 
-class _TrainingSteps:
-    """Shows the calls of `training_step`: a module's own `forward` is not called by every one of them.
+class _TrainingStepObserver:
+    """Observes the calls of `training_step`: a module's own `forward` is not called by every one of them.
 
     Args:
-        trainer, module: Whose.
-        saw_call: Takes the arguments before the call, by name where they have one.
-        saw_output: Takes what was returned.
+        trainer, module: The Trainer and its module.
+        on_forward_start: Takes the arguments before the call, by name where they have one. Must not raise.
+        on_forward_end: Takes what was returned. Must not raise.
 
     Attributes:
-        again: Makes a call once more; None if that would step an optimizer.
+        forward: Makes a call once more; None if that would step an optimizer.
     """
 
     def __init__(
@@ -183,62 +167,57 @@ class _TrainingSteps:
         trainer: Trainer,
         module: LightningModule,
         _: torch.nn.Module,
-        saw_call: Callable[[tuple[Any, ...], Mapping[str, Any]], None],
-        saw_output: Callable[[Any], None],
+        on_forward_start: Callable[[tuple[Any, ...], Mapping[str, Any]], None],
+        on_forward_end: Callable[[Any], None],
     ) -> None:
         self._trainer = trainer
         self._module = module
-        self._saw_call = saw_call
-        self._saw_output = saw_output
+        self._on_forward_start = on_forward_start
         self._original = module.training_step
         parameters = inspect.signature(self._original).parameters.values()
         self._names = [item.name for item in parameters if item.kind is item.POSITIONAL_OR_KEYWORD]
-        self._seams = Seams()
-        self._seams.wrap(module, "training_step", self._step)
-        self.again = self._again if module.automatic_optimization else None
+        self._patches = MethodPatches()
+        self._patches.observe(module, "training_step", self._on_start, on_forward_end)
+        self.forward = self._forward if module.automatic_optimization else None
 
     def stop(self) -> None:
-        """Shows them no longer."""
-        self._seams.restore()
+        """Observes no longer."""
+        self._patches.restore()
 
-    def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    def _on_start(self, *args: Any, **kwargs: Any) -> None:
         if len(args) <= len(self._names):
-            self._saw_call((), {**dict(zip(self._names, args, strict=False)), **kwargs})
-        else:
-            self._saw_call(args, kwargs)
-        output = original(*args, **kwargs)
-        self._saw_output(output)
-        return output
+            args, kwargs = (), {**dict(zip(self._names, args, strict=False)), **kwargs}
+        self._on_forward_start(args, kwargs)
 
-    def _again(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def _forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         with _silence(self._module), self._trainer.precision_plugin.train_step_context():
             return self._original(*args, **kwargs)
 
 
-def _engine_again(trainer: Any, module: LightningModule, engine: Any) -> Forward:
+def _engine_forward(trainer: Any, module: LightningModule, engine: Any) -> Forward:
     """Calls `training_step` once more as Lightning does: in place of the `forward` that the engine's module has."""
     from hallo_numguard.integrations.deepspeed.engine import call_module
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return call_module(engine, args, kwargs)
 
-    def again(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def forward(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         with _silence(module), trainer.precision_plugin.train_step_context():
             return trainer.strategy._forward_redirection(call, module, "training_step", *args, **kwargs)
 
-    return again
+    return forward
 
 
 @contextlib.contextmanager
 def _silence(module: LightningModule) -> Iterator[None]:
     """Lets a module log nothing."""
-    seams = Seams()
+    patches = MethodPatches()
     for name in ("log", "log_dict"):
-        seams.wrap(module, name, lambda *_, **__: None)
+        patches.wrap(module, name, lambda *_, **__: None)
     try:
         yield
     finally:
-        seams.restore()
+        patches.restore()
 
 
 def _scaler_of(trainer: Trainer) -> Any:
@@ -246,10 +225,10 @@ def _scaler_of(trainer: Trainer) -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
-def guard_trainer(trainer: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> NumGuardCallback:
+def attach(trainer: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> NumGuardCallback:
     """Returns the callback that guards a Trainer from its next `fit()` on; see `attach`."""
     if any(isinstance(callback, NumGuardCallback) for callback in trainer.callbacks):
         raise InvalidInput("this Trainer has a NumGuardCallback already")
     callback = NumGuardCallback(config, on_overflow)
-    trainer.callbacks.insert(0, callback)  # behind those that write checkpoints nobody may stand
+    trainer.callbacks.insert(0, callback)  # Lightning keeps callbacks that write checkpoints last
     return callback

@@ -7,38 +7,57 @@ from collections.abc import Callable
 from typing import Any
 
 
-class Seams:
+class MethodPatches:
     """Puts our methods in place of others', and takes them away again."""
 
     def __init__(self) -> None:
         self._active = True
-        self._restore: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], None]] = []
 
     def wrap(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-        """Lets `replacement(original, *args)` run in place of `owner.name(*args)`."""
+        """Lets `replacement(original, *args, **kwargs)` run in place of `owner.name(*args, **kwargs)`."""
         original = getattr(owner, name)
 
         @functools.wraps(original)  # learning-rate schedulers look at attributes of step
-        def seam(*args: Any, **kwargs: Any) -> Any:
+        def patch(*args: Any, **kwargs: Any) -> Any:
             if not self._active:
                 return original(*args, **kwargs)
             return replacement(original, *args, **kwargs)
 
-        before = vars(owner).get(name)
+        original_attribute = vars(owner).get(name)
 
-        def restore() -> None:
-            if vars(owner).get(name) is not seam:
-                return  # somebody wrapped it again: ours is now a way through
-            if before is None:
+        def undo() -> None:
+            if vars(owner).get(name) is not patch:
+                return  # somebody wrapped it again: ours now only passes calls on
+            if original_attribute is None:
                 delattr(owner, name)
             else:
-                setattr(owner, name, before)
+                setattr(owner, name, original_attribute)
 
-        setattr(owner, name, seam)
-        self._restore.append(restore)
+        setattr(owner, name, patch)
+        self._undo.append(undo)
+
+    def observe(
+        self,
+        owner: Any,
+        name: str,
+        before: Callable[..., Any] | None = None,
+        after: Callable[[Any], Any] | None = None,
+    ) -> None:
+        """Lets `before(*args, **kwargs)` run before `owner.name`, and `after(result)` after it. Neither may raise."""
+
+        def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+            if before is not None:
+                before(*args, **kwargs)
+            result = original(*args, **kwargs)
+            if after is not None:
+                after(result)
+            return result
+
+        self.wrap(owner, name, run)
 
     def restore(self) -> None:
         """Puts every method back."""
         self._active = False
-        while self._restore:
-            self._restore.pop()()
+        while self._undo:
+            self._undo.pop()()

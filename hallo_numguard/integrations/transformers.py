@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,11 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.errors import InvalidInput, NumericsError
-from hallo_numguard.core.findings import Finding
 from hallo_numguard.core.overflow_report import OverflowReport
-from hallo_numguard.core.records import StepRecord
-from hallo_numguard.integrations import Guard, attach
-from hallo_numguard.integrations.patches import Seams
+from hallo_numguard.guard.guard import Guard
+from hallo_numguard.guard.session import Session
+from hallo_numguard.integrations import accelerate
+from hallo_numguard.integrations.patches import MethodPatches
 from hallo_numguard.trackers.base import tag
 
 _log = logging.getLogger("hallo_numguard")
@@ -32,7 +32,7 @@ _FILTER = (
 )
 
 
-class NumGuardCallback(TrainerCallback):
+class NumGuardCallback(Guard, TrainerCallback):
     """Guards a Trainer: `trainer.add_callback(NumGuardCallback())`, or `attach(trainer)`, before `train()`.
 
     With and without DeepSpeed. Where the policy says raise, training is stopped as callbacks stop it
@@ -54,23 +54,11 @@ class NumGuardCallback(TrainerCallback):
         self._on_overflow = on_overflow
         self._trainer: Any = None  # once it has called
         self._guard: Guard | None = None
-        self._seams = Seams()
+        self._patches = MethodPatches()
         self._figures = _LastFigures()
 
-    @property
-    def last_report(self) -> OverflowReport | None:
-        """The report on the last step whose gradients were not finite, or None."""
-        return None if self._guard is None else self._guard.last_report
-
-    @property
-    def findings(self) -> list[Finding]:
-        """What was noticed that is no overflow, or not yet; see `Finding`."""
-        return [] if self._guard is None else self._guard.findings
-
-    @property
-    def history(self) -> list[StepRecord]:
-        """The flight recorder: the last steps of what this rank owns, oldest first."""
-        return [] if self._guard is None else self._guard.history
+    def _sessions(self) -> Sequence[Session]:
+        return [] if self._guard is None else self._guard._sessions()
 
     def detach(self) -> None:
         """Takes the guard off, for later calls of `train()` as well. Reports and history stay readable."""
@@ -93,11 +81,11 @@ class NumGuardCallback(TrainerCallback):
         self._trainer = trainer
         folder = self._config.dump_dir or Path(trainer.args.output_dir) / _FOLDER
         config = replace(self._config, sinks=[*self._config.sinks, self._figures], dump_dir=folder)
-        self._guard = attach(trainer.accelerator, config, self._on_overflow)
-        self._seams = Seams()
-        self._seams.wrap(trainer.accelerator, "backward", self._unless_stopped)  # DeepSpeed steps in there
-        self._seams.wrap(trainer.optimizer, "step", self._unless_stopped)
-        self._seams.wrap(trainer, "log", self._log_figures)
+        self._guard = accelerate.attach(trainer.accelerator, config, self._on_overflow)
+        self._patches = MethodPatches()
+        self._patches.wrap(trainer.accelerator, "backward", self._unless_stopped)  # DeepSpeed steps in there
+        self._patches.wrap(trainer.optimizer, "step", self._unless_stopped)
+        self._patches.wrap(trainer, "log", self._log_figures)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stops training where the guard has raised."""
@@ -111,7 +99,7 @@ class NumGuardCallback(TrainerCallback):
         """Takes the guard off until training begins again."""
         self._take_off()
 
-    # -- the seams ---------------------------------------------------------------------------------------------------
+    # -- what runs in place of the Trainer's methods -----------------------------------------------------------------
 
     def _unless_stopped(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
@@ -127,12 +115,12 @@ class NumGuardCallback(TrainerCallback):
         return original(logs, *args, **kwargs)
 
     def _take_off(self) -> None:
-        self._seams.restore()
+        self._patches.restore()
         if self._guard is not None:
             self._guard.detach()
 
 
-def guard_trainer(trainer: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> NumGuardCallback:
+def attach(trainer: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> NumGuardCallback:
     """Returns the callback that guards a Trainer from its next `train()` on; see `attach`."""
     if any(isinstance(callback, NumGuardCallback) for callback in trainer.callback_handler.callbacks):
         raise InvalidInput("this Trainer is guarded already; call detach() on its guard first")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from hallo_numguard.core.errors import InvalidInput
@@ -28,8 +30,37 @@ class StatsTable:
         self.packed = packed
         self.detail = detail
 
+    @classmethod
+    def of_nothing(cls, segments: int = 0) -> StatsTable:
+        """Returns the table of empty segments, on the CPU."""
+        packed = torch.zeros((segments, len(RECORD_FIELDS)), dtype=torch.int64, device="cpu")
+        packed[:, _COLUMN["first_nonfinite"]] = -1
+        return cls(packed, detail=False)
+
+    @classmethod
+    def concatenate(cls, tables: Sequence[StatsTable]) -> StatsTable:
+        """Returns one table of the segments of several, in order, on the device that they share."""
+        if len(tables) == 1:
+            return tables[0]
+        return cls(torch.cat([table.packed for table in tables]), all(table.detail for table in tables))
+
+    def scaled(self, factor: float) -> StatsTable:
+        """Returns the table of the same segments, each element multiplied by a finite factor."""
+        packed = self.packed.clone()
+        floats = packed.view(torch.float64)
+        floats[:, _COLUMN["absmax"]] *= factor
+        floats[:, _COLUMN["sumsq"]] *= factor * factor
+        return StatsTable(packed, detail=False)
+
+    def to(self, device: torch.device) -> StatsTable:
+        """Returns the table on a device. Synchronises where that is another."""
+        return StatsTable(self.packed.to(device), self.detail)
+
     def __len__(self) -> int:
         return self.packed.shape[0]
+
+    def __getitem__(self, rows: slice) -> StatsTable:
+        return StatsTable(self.packed[rows], self.detail)
 
     def __repr__(self) -> str:
         return f"StatsTable({len(self)} segments, device={self.packed.device}, detail={self.detail})"
@@ -85,7 +116,12 @@ class StatsTable:
     @property
     def nonfinite(self) -> torch.Tensor:
         """int64 [n]: number of elements that are NaN or infinite."""
-        return self.packed[:, :_N_NONFINITE].sum(dim=1)
+        return self.nonfinite_counts.sum(dim=1)
+
+    @property
+    def nonfinite_counts(self) -> torch.Tensor:
+        """int64 [n, 3]: number of NaN, +Inf and -Inf."""
+        return self.packed[:, :_N_NONFINITE]
 
     @property
     def finite(self) -> torch.Tensor:
@@ -101,9 +137,13 @@ class StatsTable:
         """0-dim float64: L2 norm of all segments together; NaN or infinity where there is one."""
         return torch.linalg.vector_norm(self.norm())
 
+    def any_nonfinite(self) -> torch.Tensor:
+        """0-dim bool: whether any element is non-finite."""
+        return (self.first_nonfinite >= 0).any()
+
     def found_inf(self) -> torch.Tensor:
         """0-dim float32: 1.0 if any element is non-finite, else 0.0 (torch.amp's convention)."""
-        return (self.first_nonfinite >= 0).any().to(torch.float32)
+        return self.any_nonfinite().to(torch.float32)
 
     def to_host(self) -> list[Record]:
         """Returns the records as plain Python objects. This is the one call that synchronises with the device."""

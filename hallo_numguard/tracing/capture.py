@@ -15,7 +15,7 @@ from hallo_numguard.tracing.nested import floating_tensors_in
 from hallo_numguard.tracing.rerun import undisturbed
 from hallo_numguard.tracing.rng_and_autocast import Autocast, RandomState
 
-_MOST_ATTRIBUTE_BYTES = 1 << 20  # of what a module holds beside its tensors
+MAX_ATTRIBUTE_BYTES = 1 << 20  # of what a module holds beside its tensors
 _OWN_STATE = frozenset(nn.Module().__dict__) - {"training"}  # hooks, parameters, buffers, modules
 
 
@@ -28,11 +28,12 @@ class Captured:
     """A call of a module as it was made.
 
     Attributes:
-        module: A copy without hooks, which needs no framework; its weights are those that the call saw, on the CPU.
-        args, kwargs: What it was called with, on the CPU.
-        autocast: The dtype that `torch.autocast` was on with, "" if it was off.
+        module: Copy of the module without hooks, which needs no framework, with the weights that the call saw, on the
+            CPU.
+        args, kwargs: Arguments of the call, on the CPU.
+        autocast: Dtype of `torch.autocast` in the call, "" if it was off.
         random: States of torch's generators before the call, by device.
-        grad_outputs: Gradients with respect to its floating-point outputs, in order; None of those that got none.
+        grad_outputs: Gradients with respect to its floating-point outputs, in order; None where none arrived.
     """
 
     module: nn.Module
@@ -46,38 +47,38 @@ class Captured:
 def capture(
     root: nn.Module, name: str, number: int, call: Callable[[], Any], seeds: dict[int, torch.Tensor]
 ) -> Captured:
-    """Makes a pass once more, and takes one call of one module out of it.
+    """Runs a pass again, and takes one call of one module out of it.
 
     Args:
         root: The model.
-        name: Of the module, as `root.named_modules` has it.
-        number: How often it had been called before in this pass.
+        name: Name of the module in `root.named_modules`.
+        number: Number of its calls before that one, in this pass.
         call: Calls the model as it was called, with the random state of then.
         seeds: Gradients with respect to the model's outputs, by position; without any there is no backward pass.
 
     Raises:
         NotCaptured: If the module was not called so often, or weights that it has were not at hand.
     """
-    taking = _Taking(root.get_submodule(name), number)
+    capturing = _CallCapture(root.get_submodule(name), number)
     with undisturbed(root):
         try:
             made = [tensor for _, tensor in floating_tensors_in("output", call())]
-            gradients = taking.gradients(made, seeds)
+            gradients = capturing.gradients(made, seeds)
         finally:
-            taking.stop()
-    captured = taking.result()
+            capturing.stop()
+    captured = capturing.result()
     captured.grad_outputs = gradients
     return captured
 
 
-class _Taking:
+class _CallCapture:
     """Hooks that wait for the call. They never raise: other ranks may be in the middle of the same pass."""
 
     def __init__(self, module: nn.Module, number: int) -> None:
         self._module = module
         self._left = number
         self._open = False
-        self._why_not = "the module was not called so often"
+        self._failure_reason = "the module was not called so often"
         self._called: tuple[Any, ...] | None = None
         self._outputs: Sequence[torch.Tensor] = ()
         self._weights: dict[int, torch.Tensor] = {}  # by the id of the parameter or buffer
@@ -100,7 +101,7 @@ class _Taking:
             NotCaptured: If there is none.
         """
         if self._called is None:
-            raise NotCaptured(self._why_not)
+            raise NotCaptured(self._failure_reason)
         return Captured(_plain(self._module, self._weights), *self._called)
 
     def gradients(self, made: Sequence[torch.Tensor], seeds: Mapping[int, torch.Tensor]) -> list[torch.Tensor | None]:
@@ -117,7 +118,7 @@ class _Taking:
         )
         by_output = dict(zip(map(id, wanted), given, strict=True))
         found = [by_output.get(id(output)) for output in self._outputs]
-        return [None if gradient is None else _apart(gradient) for gradient in found]
+        return [None if gradient is None else _clone_to_cpu(gradient) for gradient in found]
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._open = self._left == 0
@@ -126,7 +127,7 @@ class _Taking:
             try:
                 self._take_call(module, args, kwargs)
             except Exception as error:  # noqa: BLE001 - whatever a foreign object raises when it is pickled
-                self._why_not = f"what the module was called with cannot be pickled: {error}"
+                self._failure_reason = f"what the module was called with cannot be pickled: {error}"
 
     def _inner(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         if self._open:
@@ -142,23 +143,23 @@ class _Taking:
             self._take_weights(inner)
         device = next((t.device.type for _, t in floating_tensors_in("", (args, kwargs))), "cpu")
         circumstances = Autocast.now().name_on(device), RandomState.now().by_device()
-        self._called = (*_frozen((args, kwargs)), *circumstances)
+        self._called = (*_pickled_copy((args, kwargs)), *circumstances)
 
     def _take_weights(self, module: nn.Module) -> None:
         for weight in (*module._parameters.values(), *module._buffers.values()):
             if weight is not None and id(weight) not in self._weights and _is_here(weight):
-                self._weights[id(weight)] = _apart(weight)
+                self._weights[id(weight)] = _clone_to_cpu(weight)
 
 
 def _is_here(weight: torch.Tensor) -> bool:
     return weight.numel() > 0 or not getattr(weight, "ds_numel", 0)
 
 
-def _apart(tensor: torch.Tensor) -> torch.Tensor:
+def _clone_to_cpu(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().cpu().clone()
 
 
-def _frozen(value: Any) -> Any:
+def _pickled_copy(value: Any) -> Any:
     """A copy of anything that can be pickled, with its tensors on the CPU."""
     file = io.BytesIO()
     torch.save(value, file)
@@ -194,6 +195,6 @@ def _taken(weight: torch.Tensor, weights: dict[int, torch.Tensor]) -> torch.Tens
 def _is_small(value: Any) -> bool:
     """Whether it can be kept in a file; frameworks leave closures and references to themselves in modules."""
     try:
-        return len(pickle.dumps(value)) <= _MOST_ATTRIBUTE_BYTES
+        return len(pickle.dumps(value)) <= MAX_ATTRIBUTE_BYTES
     except Exception:  # noqa: BLE001 - whatever a foreign object raises when it is pickled
         return False

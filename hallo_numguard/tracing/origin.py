@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 from hallo_numguard.core.frames import Frame, Origin, TensorRecord
 from hallo_numguard.core.records import Record
-from hallo_numguard.tracing.tape import Held, Tape
+from hallo_numguard.tracing.tape import Tape, TensorSnapshot
 
-Named = tuple[str, Held]
+Named = tuple[str, TensorSnapshot]
 
 
 @dataclass(eq=False)
@@ -20,7 +20,7 @@ class Call:
         name, cls, call, parent, inputs, weights, outputs: See `Frame`.
         parameters: Names of those weights that are parameters.
         position: See `Frame`; -1 until it is completed.
-        operations: Operations inside of it, not inside of modules in it, that were looked at.
+        operations: Operations that were read inside of it, not inside of modules in it.
     """
 
     name: str
@@ -40,13 +40,13 @@ class Operation:
     """One operator of torch, called inside of a module.
 
     Attributes:
-        what: Its name and the line that called it.
-        inputs, outputs: What it got and gave.
+        what: Name of the operator, and the line that called it.
+        inputs, outputs: Snapshots of its tensor arguments and results.
     """
 
     what: str
-    inputs: Sequence[Held]
-    outputs: Sequence[Held]
+    inputs: Sequence[TensorSnapshot]
+    outputs: Sequence[TensorSnapshot]
 
 
 def frame_of(call: Call, tape: Tape) -> Frame:

@@ -1,4 +1,4 @@
-"""A forward and backward pass made once more, under a trace, without touching anything that training will see."""
+"""A forward and backward pass run again, under a trace, without touching anything that training will see."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from hallo_numguard.core.frames import Origin
 from hallo_numguard.tracing.nested import floating_tensors_in, whole_bytes
 from hallo_numguard.tracing.tracer import Trace, trace
 
-_MOST_GRADIENT_BYTES = 1 << 28  # full gradients that are held at a time
+MAX_GRADIENT_BYTES = 1 << 28  # full gradients that are held at a time
 
 
 @dataclass(frozen=True)
 class Attempt:
-    """What a pass made once more has shown.
+    """What a rerun has shown.
 
     Attributes:
         same: Whether the model returned the bits that it had returned before.
-        origin: Where it turned non-finite, if it did: forward if only that was asked for, else backward.
-        input_absmax: The largest finite number that the module of `origin` was given.
-        gradient_absmax: The largest finite float16 number among gradients of activations and parameters.
+        origin: Where it turned non-finite, or None: in the forward pass if only that was run, else in the backward.
+        input_absmax: Largest finite absolute value that the module of `origin` was given.
+        gradient_absmax: Largest finite float16 absolute value among gradients of activations and parameters.
     """
 
     same: bool
@@ -35,27 +35,27 @@ class Attempt:
     gradient_absmax: float
 
 
-def make_again(
+def rerun(
     module: nn.Module,
     call: Callable[[], Any],
     outputs: Sequence[torch.Tensor],
     seeds: dict[int, torch.Tensor],
     factor: float | None,
 ) -> Attempt:
-    """Makes a pass once more.
+    """Runs a pass again.
 
-    Gradients are asked for by name and handed to nobody: no accumulator, no reduction, no partition is touched. They
-    are asked for in parts, so that full gradients of all parameters are never held at once; each part takes a pass.
+    Gradients are asked for by name: no accumulator, no reduction, no partition is touched. They are asked for in parts,
+    so that full gradients of all parameters are never held at once; each part takes a pass.
 
     Args:
-        module: To be traced.
-        call: Calls it as it was called, with the random state of then.
-        outputs: What it returned then.
+        module: Module to be traced.
+        call: Calls it as it was called, with the random state that it had.
+        outputs: Tensors that it returned then.
         seeds: Gradients with respect to outputs, by position.
-        factor: What the seeds are multiplied by; None for a forward pass only.
+        factor: Factor that the seeds are multiplied by; None for a forward pass only.
 
     Returns:
-        What it has shown. Buffers (running statistics) and the random state are as before.
+        What the rerun has shown. Buffers (running statistics) and the random state are as before.
     """
     parts = [[]] if factor is None else _parts(module)
     attempts = []
@@ -94,12 +94,12 @@ def _attempt(tr: Trace, origin: Origin | None, same: bool) -> Attempt:
 def _parts(module: nn.Module) -> list[list[torch.Tensor]]:
     """Trained parameters from the model's end to its beginning, as gradients become ready, in parts of limited size."""
     parts: list[list[torch.Tensor]] = [[]]
-    room = _MOST_GRADIENT_BYTES
+    room = MAX_GRADIENT_BYTES
     for parameter in reversed([item for item in module.parameters() if item.requires_grad]):
         size = whole_bytes(parameter)
         if parts[-1] and size > room:
             parts.append([])
-            room = _MOST_GRADIENT_BYTES
+            room = MAX_GRADIENT_BYTES
         parts[-1].append(parameter)
         room -= size
     return parts
@@ -125,12 +125,12 @@ def _are_same(made: Sequence[torch.Tensor], recorded: Sequence[torch.Tensor]) ->
     )
 
 
-_passes = 0  # under way
+_reruns = 0  # under way
 
 
-def is_again() -> bool:
-    """Returns whether a pass is being made once more, which hooks that count passes must leave out."""
-    return _passes > 0
+def is_rerunning() -> bool:
+    """Returns whether a pass is being run again, which hooks that count passes must leave out."""
+    return _reruns > 0
 
 
 @contextlib.contextmanager
@@ -140,21 +140,21 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     Blocks whose activations would be computed anew in the backward pass keep them, because such a backward pass
     (reentrant checkpointing) cannot be asked for gradients by name.
     """
-    global _passes
+    global _reruns
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
     buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
     with torch.random.fork_rng(devices), _without_recomputation(), torch.enable_grad():
-        _passes += 1
+        _reruns += 1
         try:
             yield
         finally:
-            _passes -= 1
+            _reruns -= 1
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)
 
 
-class _Kept:
+class _NoRecomputation:
     """Stands in for reentrant checkpointing: calls the function, whose activations are kept."""
 
     @staticmethod
@@ -165,7 +165,7 @@ class _Kept:
 @contextlib.contextmanager
 def _without_recomputation() -> Iterator[None]:
     original = checkpoint.CheckpointFunction
-    checkpoint.CheckpointFunction = _Kept  # type: ignore[assignment,misc]
+    checkpoint.CheckpointFunction = _NoRecomputation  # type: ignore[assignment,misc]
     try:
         yield
     finally:

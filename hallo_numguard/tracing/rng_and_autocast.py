@@ -11,22 +11,22 @@ import torch
 
 @dataclass(frozen=True, eq=False)
 class RandomState:
-    """Of torch's generators, on the CPU and on the current GPU."""
+    """State of torch's generators, on the CPU and on the current GPU."""
 
     cpu: torch.Tensor
     cuda: torch.Tensor | None
 
     @classmethod
     def now(cls) -> RandomState:
-        """Returns the present one. Does not wait for the GPU."""
+        """Returns the present state. Does not wait for the GPU."""
         return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None)
 
     def by_device(self) -> dict[str, torch.Tensor]:
-        """Returns it as it is kept in files."""
+        """Returns the state as it is kept in files."""
         return {"cpu": self.cpu} if self.cuda is None else {"cpu": self.cpu, "cuda": self.cuda}
 
     def restore(self) -> None:
-        """Makes it the present one."""
+        """Sets the generators to this state."""
         torch.set_rng_state(self.cpu)
         if self.cuda is not None:
             torch.cuda.set_rng_state(self.cuda)
@@ -34,13 +34,13 @@ class RandomState:
 
 @dataclass(frozen=True)
 class Autocast:
-    """The dtype that torch.autocast works in, a device type; those for which it is on."""
+    """The dtype of torch.autocast by device type, for those on which it is enabled."""
 
     dtypes: Mapping[str, torch.dtype]
 
     @classmethod
     def now(cls) -> Autocast:
-        """Returns what is on."""
+        """Returns the present settings."""
         enabled = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
         return cls({kind: torch.get_autocast_dtype(kind) for kind in enabled})
 
@@ -49,8 +49,8 @@ class Autocast:
         return str(self.dtypes[kind]) if kind in self.dtypes else ""
 
     @contextlib.contextmanager
-    def again(self) -> Iterator[None]:
-        """Has the same on, and nothing else."""
+    def restored(self) -> Iterator[None]:
+        """Enables the same, and nothing else."""
         with contextlib.ExitStack() as stack:
             for kind in ("cpu", "cuda"):
                 if kind in self.dtypes or torch.is_autocast_enabled(kind):

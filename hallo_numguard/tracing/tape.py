@@ -1,4 +1,4 @@
-"""What tensors held, in the order in which they were looked at: launched at once, brought to the host in batches."""
+"""Statistics of tensors in the order in which they were read: launched at once, copied to the host in batches."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.ops.formats import dtype_name
 from hallo_numguard.ops.layout import unravel
 
-BATCH = 64  # looks between two copies to the host
-_MOST_WAITING = 256 << 20  # bytes of tensors that live on because their records are not on the host yet
+BATCH = 64  # launches between two copies to the host
+MAX_WAITING_BYTES = 256 << 20  # bytes of tensors that live on because their records are not on the host yet
 _AROUND = 4  # values on either side of the first bad one
 
 
 @dataclass(eq=False)
-class Held:
+class TensorSnapshot:
     """A tensor as it was at one moment.
 
     Attributes:
-        shape, dtype: Of it.
-        row: Of the tape.
-        hooked: Whether its gradient will be looked at.
-        gradient: What that was, once a backward pass has given it.
+        shape, dtype: Shape and dtype of the tensor.
+        row: Row of the tape with its statistics.
+        hooked: Whether its gradient will be read.
+        gradient: Snapshot of its gradient, once a backward pass has given it.
         made_by: Position of the call that returned it; None if none did.
-        order: Of a gradient, its place in the order in which they came.
+        order: For a gradient, its place in the order in which gradients arrived.
     """
 
     shape: tuple[int, ...]
     dtype: str
     row: int
     hooked: bool = False
-    gradient: Held | None = None
+    gradient: TensorSnapshot | None = None
     made_by: int | None = None
     order: int = -1
 
@@ -61,8 +61,8 @@ class Tape:
         self._waiting: list[tuple[torch.Tensor, Sequence[torch.Tensor]]] = []
         self._waiting_bytes = 0
         self._host: list[list[int]] = []  # a packed record a row
-        self._seen: dict[int, tuple[weakref.ref[torch.Tensor], int, int, Held]] = {}
-        self._most_seen = BATCH
+        self._seen: dict[int, tuple[weakref.ref[torch.Tensor], int, int, TensorSnapshot]] = {}
+        self._max_seen = BATCH
         self._bad = 0
         self.neighbours: dict[int, tuple[float, ...]] = {}
 
@@ -71,7 +71,7 @@ class Tape:
         """Number of tensors that have arrived and were not all finite."""
         return self._bad
 
-    def look(self, tensors: Sequence[torch.Tensor]) -> list[Held]:
+    def snapshot(self, tensors: Sequence[torch.Tensor]) -> list[TensorSnapshot]:
         """Returns what the tensors hold now: one launch for those that were not seen before."""
         held = [self._known(tensor) for tensor in tensors]
         new = [position for position, item in enumerate(held) if item is None]
@@ -86,10 +86,10 @@ class Tape:
         packed = multi_tensor_stats(tensors).packed
         self._waiting.append((packed, tensors if self._whole else ()))
         self._waiting_bytes += sum(tensor.nbytes for tensor in tensors)
-        if packed.is_cpu or len(self._waiting) >= BATCH or self._waiting_bytes > _MOST_WAITING:
+        if packed.is_cpu or len(self._waiting) >= BATCH or self._waiting_bytes > MAX_WAITING_BYTES:
             self.flush()
 
-    def _known(self, tensor: torch.Tensor) -> Held | None:
+    def _known(self, tensor: torch.Tensor) -> TensorSnapshot | None:
         seen = self._seen.get(id(tensor))
         if seen is None:
             return None
@@ -97,13 +97,13 @@ class Tape:
         is_same = reference() is tensor and version == _version(tensor) and address == tensor.data_ptr()
         return held if is_same else None
 
-    def _remember(self, tensor: torch.Tensor) -> Held:
-        held = Held(tuple(tensor.shape), dtype_name(tensor.dtype), self._rows)
+    def _remember(self, tensor: torch.Tensor) -> TensorSnapshot:
+        held = TensorSnapshot(tuple(tensor.shape), dtype_name(tensor.dtype), self._rows)
         self._rows += 1
         self._seen[id(tensor)] = (weakref.ref(tensor), _version(tensor), tensor.data_ptr(), held)
-        if len(self._seen) > self._most_seen:
+        if len(self._seen) > self._max_seen:
             self._seen = {key: entry for key, entry in self._seen.items() if entry[0]() is not None}
-            self._most_seen = 2 * len(self._seen) + BATCH
+            self._max_seen = 2 * len(self._seen) + BATCH
         return held
 
     def flush(self) -> None:
@@ -120,7 +120,7 @@ class Tape:
         self._waiting.clear()
         self._waiting_bytes = 0
 
-    def record(self, held: Held) -> Record:
+    def record(self, held: TensorSnapshot) -> Record:
         """Returns what a tensor held. Synchronises if that is still waiting."""
         if held.row >= len(self._host):
             self.flush()
@@ -128,7 +128,7 @@ class Tape:
         absmax, sumsq = struct.unpack("=2d", struct.pack("=2q", *figures))
         return Record(nan, pos_inf, neg_inf, absmax, sumsq, first)
 
-    def tensor_record(self, name: str, held: Held) -> TensorRecord:
+    def tensor_record(self, name: str, held: TensorSnapshot) -> TensorRecord:
         """Returns the same, named, for a frame."""
         record = self.record(held)
         first = record.first_nonfinite

@@ -18,7 +18,7 @@ from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.core.frames import Frame, Frames, Origin
 from hallo_numguard.tracing.nested import floating_tensors_in, is_readable
 from hallo_numguard.tracing.origin import Call, Named, Operation, first_in_backward, first_nonfinite, frame_of
-from hallo_numguard.tracing.tape import Held, Tape
+from hallo_numguard.tracing.tape import Tape, TensorSnapshot
 
 _MOST_CALLS = 200_000
 _KEPT = 32  # calls that are kept if only the first bad one is wanted
@@ -80,12 +80,12 @@ def trace(
 
     Args:
         model: Any module; not compiled, whose insides no hook can see.
-        gradients: Also look at gradients with respect to inputs, outputs and parameters, where a backward pass runs
+        gradients: Also read gradients with respect to inputs, outputs and parameters, where a backward pass runs
             inside of the block.
-        inputs: Also look at what modules are called with. Without it no call can be told to have been the first.
-        weights: Also look at parameters and buffers.
-        stop_at_first: Keep the last 32 calls only, and stop looking soon after the first that is not finite.
-        operations: Also look at every operation of torch inside of modules, to name the one that made the first
+        inputs: Also read the arguments of modules. Without them the first bad call cannot be told.
+        weights: Also read parameters and buffers.
+        stop_at_first: Keep the last 32 calls only, and stop soon after the first that is not finite.
+        operations: Also read every operation of torch inside of modules, to name the one that made the first
             non-finite value, and the line that called it. Slow.
 
     Yields:
@@ -100,8 +100,8 @@ def trace(
     _check(model)
     tape = Tape()
     result = Trace(tape, _KEPT if stop_at_first else _MOST_CALLS)
-    looks = _Looks(gradients, inputs, weights, stop_at_first, operations)
-    tracer = _Tracer(model, result, tape, looks)
+    options = TraceOptions(gradients, inputs, weights, stop_at_first, operations)
+    tracer = _Tracer(model, result, tape, options)
     mode = _Operations(tracer) if operations else contextlib.nullcontext()
     try:
         with mode:
@@ -124,7 +124,7 @@ def _check(model: nn.Module) -> None:
             )
 
 
-class _Looks(NamedTuple):
+class TraceOptions(NamedTuple):
     """The arguments of `trace`."""
 
     gradients: bool
@@ -137,11 +137,11 @@ class _Looks(NamedTuple):
 class _Tracer:
     """Hooks, and the calls that are under way."""
 
-    def __init__(self, model: nn.Module, result: Trace, tape: Tape, looks: _Looks) -> None:
+    def __init__(self, model: nn.Module, result: Trace, tape: Tape, options: TraceOptions) -> None:
         self._result = result
         self._tape = tape
-        self._looks = looks
-        self._unseen = _disable_current_modes if looks.operations else contextlib.nullcontext
+        self._options = options
+        self._unseen = _disable_current_modes if options.operations else contextlib.nullcontext
         self._open: list[Call] = []
         self._times: Counter[str] = Counter()
         self._gradients_seen = 0
@@ -151,12 +151,12 @@ class _Tracer:
         for name, module in model.named_modules():
             self._handles.append(module.register_forward_pre_hook(self._before(name), with_kwargs=True))
             self._handles.append(module.register_forward_hook(self._after(), always_call=True))
-        if looks.weights:  # all in one launch; each call then finds that its own have been seen
-            self.look([tensor for module in model.modules() for _, tensor in _weights(module)])
+        if options.weights:  # all in one launch; each call then finds that its own have been seen
+            self.snapshot([tensor for module in model.modules() for _, tensor in _weights(module)])
 
     @property
     def current(self) -> Call | None:
-        """The innermost call that is under way, while anybody looks."""
+        """The innermost call that is under way, while the trace is on."""
         return self._open[-1] if self._open and self._on else None
 
     def stop(self) -> None:
@@ -167,11 +167,11 @@ class _Tracer:
         self._handles.clear()
         self._open.clear()
 
-    def look(self, tensors: Sequence[torch.Tensor]) -> list[Held]:
-        """See `Tape.look`; ends the trace where only the first bad call is wanted."""
-        with self._unseen():  # by ourselves, where operations are looked at
-            held = self._tape.look(tensors)
-        if self._looks.stop_at_first and self._tape.bad > self._bad:  # a mask may hold -Inf, and is no origin
+    def snapshot(self, tensors: Sequence[torch.Tensor]) -> list[TensorSnapshot]:
+        """See `Tape.snapshot`; ends the trace where only the first bad call is wanted."""
+        with self._unseen():  # our own operations are not traced
+            held = self._tape.snapshot(tensors)
+        if self._options.stop_at_first and self._tape.bad > self._bad:  # a mask may hold -Inf, and is no origin
             self._bad = self._tape.bad
             self._on = self._result.first_nonfinite is None
         return held
@@ -182,10 +182,10 @@ class _Tracer:
                 return
             call = Call(name, type(module).__name__, self._times[name], self._open[-1] if self._open else None)
             self._times[name] += 1
-            inputs = _inputs(args, kwargs) if self._looks.inputs else []
-            weights = _weights(module) if self._looks.weights else []
+            inputs = _inputs(args, kwargs) if self._options.inputs else []
+            weights = _weights(module) if self._options.weights else []
             call.parameters = frozenset(module._parameters)
-            held = self._look([*inputs, *weights])
+            held = self._snapshot([*inputs, *weights])
             call.inputs, call.weights = held[: len(inputs)], held[len(inputs) :]
             self._open.append(call)
 
@@ -198,7 +198,7 @@ class _Tracer:
             call = self._open.pop()
             if self._on:
                 named = list(floating_tensors_in("output", output))
-                call.outputs = self._look(named)
+                call.outputs = self._snapshot(named)
                 self._result.add(call)
                 for _, held in call.outputs:
                     if held.made_by is None:
@@ -206,20 +206,20 @@ class _Tracer:
 
         return after
 
-    def _look(self, named: Sequence[tuple[str, torch.Tensor]]) -> Sequence[Named]:
-        held = self.look([tensor for _, tensor in named])
-        if self._looks.gradients and torch.is_grad_enabled():
+    def _snapshot(self, named: Sequence[tuple[str, torch.Tensor]]) -> Sequence[Named]:
+        held = self.snapshot([tensor for _, tensor in named])
+        if self._options.gradients and torch.is_grad_enabled():
             for (_, tensor), item in zip(named, held, strict=True):
                 if tensor.requires_grad and not item.hooked:
                     item.hooked = True
                     self._handles.append(tensor.register_hook(self._gradient_of(item)))
         return [(name, item) for (name, _), item in zip(named, held, strict=True)]
 
-    def _gradient_of(self, held: Held) -> Callable[[torch.Tensor], None]:
+    def _gradient_of(self, held: TensorSnapshot) -> Callable[[torch.Tensor], None]:
         def arrived(gradient: torch.Tensor) -> None:
             if not self._on or held.gradient is not None or not list(floating_tensors_in("", gradient)):
                 return
-            (held.gradient,) = self.look([gradient])
+            (held.gradient,) = self.snapshot([gradient])
             held.gradient.order = self._gradients_seen
             self._gradients_seen += 1
 
@@ -250,13 +250,13 @@ class _Operations(TorchDispatchMode):
         call = self._tracer.current
         if call is None:
             return func(*args, **(kwargs or {}))
-        inputs = self._look((args, kwargs))
+        inputs = self._snapshot((args, kwargs))
         result = func(*args, **(kwargs or {}))
-        call.operations.append(Operation(f"{func}{_line()}", inputs, self._look(result)))
+        call.operations.append(Operation(f"{func}{_line()}", inputs, self._snapshot(result)))
         return result
 
-    def _look(self, value: Any) -> list[Held]:
-        return self._tracer.look([tensor for _, tensor in floating_tensors_in("", value)])
+    def _snapshot(self, value: Any) -> list[TensorSnapshot]:
+        return self._tracer.snapshot([tensor for _, tensor in floating_tensors_in("", value)])
 
 
 _TORCH = str(Path(torch.__file__).parent)

@@ -123,7 +123,7 @@ def test_an_input_that_clean_steps_had_as_well_is_not_to_blame():
         x = torch.randn(16, 4)
         if step == 3:
             x[5, 2] = float("inf")
-        loop.session.saw_call((x,), {"target": target})
+        loop.session.on_forward_start((x,), {"target": target})
         loop.step(loop.model(x, target=target))
     report = loop.session.last_report
     assert report.verdict is ng.Verdict.INPUT_NONFINITE

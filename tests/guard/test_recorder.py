@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.parameter_stats import Piece
 from hallo_numguard.guard.step.recorder import Recorder
 from hallo_numguard.ops.api import multi_tensor_stats
-from hallo_numguard.ops.device import Readback
+from hallo_numguard.ops.device import HostRing
 
 
-class SlowRows(Readback):
+class SlowRows(HostRing):
     """Rows that have not arrived yet unless somebody waits for them."""
 
     def __init__(self, length):
@@ -23,8 +24,8 @@ class SlowRows(Readback):
 
 def record(recorder, steps):
     for step in steps:
-        packed = multi_tensor_stats([torch.full((4,), float(step))]).packed
-        recorder.begin(step, 1.0, packed, [Piece(0, 0)], None)
+        table = multi_tensor_stats([torch.full((4,), float(step))])
+        recorder.begin(step, 1.0, ScannedPieces(table, [Piece(0, 0)]), None)
         recorder.end(applied=True)
 
 

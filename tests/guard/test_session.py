@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 import hallo_numguard as ng
-from hallo_numguard.guard import named_tensors as attribution
+from hallo_numguard.guard import named_tensors
 from hallo_numguard.guard.collectives import Ranks
-from hallo_numguard.guard.guarded_model import Model, Scanned
+from hallo_numguard.guard.guarded_model import GuardedModel, ScannedPieces
 from hallo_numguard.guard.loss_scaling import LossScaling
 from hallo_numguard.guard.parameter_stats import Piece
 from hallo_numguard.guard.session import Session
@@ -24,10 +24,10 @@ class PlainLoop:
 
     def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer, config: ng.GuardConfig) -> None:
         self.model, self.optimizer = model, optimizer
-        self.parameters = attribution.named_parameters(model)
-        described = Model(
+        self.parameters = named_tensors.named_parameters(model)
+        described = GuardedModel(
             self.parameters,
-            attribution.named_buffers(model),
+            named_tensors.named_buffers(model),
             sliced_gradients=False,
             scan_state=self._scan_state,
             sliced_state=False,
@@ -39,16 +39,16 @@ class PlainLoop:
         self.steps = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self.session.saw_call((x,), {})
+        self.session.on_forward_start((x,), {})
         return self.model(x)
 
     def step(self, loss: torch.Tensor) -> None:
-        self.session.saw_loss(loss)
+        self.session.on_loss(loss)
         loss.backward()
         self.steps += 1
         held = [(p, position) for position, p in enumerate(self.parameters) if p.tensor.grad is not None]
         table = multi_tensor_stats([p.tensor.grad for p, _ in held])
-        scanned = Scanned(table.packed, [Piece(position, 0) for _, position in held])
+        scanned = ScannedPieces(table, [Piece(position, 0) for _, position in held])
         self.session.before_step(self.steps, LossScaling(1.0, dynamic=False), scanned)
         error = None
         skip = self.session.found_inf()
@@ -61,14 +61,14 @@ class PlainLoop:
         if error is not None:
             raise error
 
-    def _scan_state(self) -> Scanned:
+    def _scan_state(self) -> ScannedPieces:
         parts = [
             (value, Piece(position, 0))
             for position, item in enumerate(self.parameters)
             for value in self.optimizer.state.get(item.tensor, {}).values()
             if value.shape == item.tensor.shape
         ]
-        return Scanned(multi_tensor_stats([value for value, _ in parts]).packed, [piece for _, piece in parts])
+        return ScannedPieces(multi_tensor_stats([value for value, _ in parts]), [piece for _, piece in parts])
 
 
 @pytest.fixture

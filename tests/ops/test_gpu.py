@@ -16,6 +16,7 @@ import torch
 from test_stats import assert_records, normal
 
 import hallo_numguard as ng
+from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.parameter_stats import Piece
 from hallo_numguard.guard.step.recorder import Recorder
 from hallo_numguard.ops import dispatch
@@ -126,7 +127,7 @@ def test_nothing_waits_for_the_gpu(backend: str) -> None:
     def step() -> None:
         table = ng.tensor_stats(flat, layout)
         table.total_norm(), table.found_inf(), table.norm()
-        recorder.begin(0, 1.0, table.packed, [Piece(0, 0), Piece(1, 0)], loss)
+        recorder.begin(0, 1.0, ScannedPieces(table, [Piece(0, 0), Piece(1, 0)]), loss)
         recorder.end(applied=True)
         ng.multi_tensor_stats(short)
         ng.multi_tensor_stats(long)

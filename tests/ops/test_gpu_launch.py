@@ -17,6 +17,7 @@ import torch
 from test_stats import assert_records, normal
 
 import hallo_numguard as ng
+from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.parameter_stats import Piece
 from hallo_numguard.guard.step.recorder import Recorder
 from hallo_numguard.ops import device, dispatch
@@ -260,7 +261,7 @@ def test_the_recorder_never_waits_for_a_step_to_be_recorded(gpus: FakeGpus) -> N
 
     def record(step: int) -> None:
         table = ng.tensor_stats(flat * (step + 1), layout)
-        recorder.begin(step, 8.0, table.packed, pieces, loss=on_gpu(torch.tensor(float(step))))
+        recorder.begin(step, 8.0, ScannedPieces(table, pieces), loss=on_gpu(torch.tensor(float(step))))
         recorder.end(applied=True)
 
     for step in range(5):

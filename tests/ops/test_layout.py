@@ -55,7 +55,7 @@ def test_a_block_of_columns_has_the_whole_matrixs_index() -> None:
     """Columns 4 to 7 of a 3 x 8 matrix, which this rank holds as 3 x 4."""
     block = torch.zeros(3, 4)
     block[2, 1] = block[2, 3] = float("nan")
-    packed = ng.tensor_stats(block).packed
+    table = ng.tensor_stats(block)
     for piece, index in ((Piece(0, 4, 4, 8), 2 * 8 + 5), (Piece(0, 5), 5 + 9)):
-        sums = by_parameter(packed, [piece], 1)
-        assert (sums.first.item(), sums.counts.tolist()) == (index, [[2, 0, 0]])
+        stats = by_parameter(table, [piece], 1)
+        assert (stats.first.item(), stats.counts.tolist()) == (index, [[2, 0, 0]])

@@ -13,6 +13,7 @@ from paths import IMPORTABLE
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
+import pytest
 import torch
 from torch import nn
 
@@ -88,7 +89,8 @@ def make_engine(
 
     Args:
         setup: fp16 (DeepSpeed's block), half (its block off, half parameters), bf16, bf16_fp32 (gradients in float32)
-            or fp32.
+            or fp32; fp16_fused and bf16_fused with an optimizer that DeepSpeed takes for its own FusedAdam, so that it
+            builds FP16_Optimizer and compiles nothing.
         scale_power: Where a dynamic loss scale begins.
         stage: Of ZeRO.
         offload: Whether the optimizer's state lies on the CPU.
@@ -112,7 +114,7 @@ def make_engine(
     if setup == "half":
         model.half()
         settings["fp16"] = {"enabled": False, **scaler}
-    elif setup == "fp16":
+    elif setup.startswith("fp16"):
         settings["fp16"] = {"enabled": True, "loss_scale": 0, **scaler}
     elif setup.startswith("bf16"):
         settings.setdefault("bf16", {"enabled": True})
@@ -123,7 +125,10 @@ def make_engine(
     if stage == 3:  # so that small parameters stay whole, and others do not
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 30
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    with pytest.MonkeyPatch.context() as patch:
+        if setup.endswith("_fused"):
+            patch.setattr("deepspeed.runtime.engine.FusedAdam", torch.optim.AdamW)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     return engine
 
 
@@ -154,8 +159,13 @@ def plant(engine: Any, name: str, index: tuple[int, ...], value: float = float("
             tensor.ds_tensor.view(-1)[place] = value
 
 
-def run_ranks(script: str, folder: Path, ranks: int = 2, timeout: float = 200) -> list[str]:
-    """Runs a script in several gloo processes; returns what each printed. Fails if one fails or hangs."""
+def run_ranks(
+    script: str, folder: Path, ranks: int = 2, timeout: float = 200, contains_failures: bool = False
+) -> list[str]:
+    """Runs a script in several gloo processes; returns what each printed.
+
+    Fails if one fails or hangs, or if the guard failed in one, unless `contains_failures`.
+    """
     path = folder / "script.py"
     path.write_text(script, encoding="utf-8")
     port = free_port()
@@ -186,6 +196,7 @@ def run_ranks(script: str, folder: Path, ranks: int = 2, timeout: float = 200) -
             process.kill()
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
+        assert contains_failures or "hallo_numguard failed in its" not in output, output
     return outputs
 
 
@@ -193,6 +204,8 @@ def run_ranks(script: str, folder: Path, ranks: int = 2, timeout: float = 200) -
 KINDS = [
     ("fp16", 0, False, "FP16_UnfusedOptimizer"),
     ("bf16", 0, False, "FP16_UnfusedOptimizer"),
+    ("fp16_fused", 0, False, "FP16_Optimizer"),
+    ("bf16_fused", 0, False, "FP16_Optimizer"),
     ("bf16_fp32", 1, False, "BF16_Optimizer"),
     ("fp16", 1, False, "DeepSpeedZeroOptimizer"),
     ("fp16", 2, False, "DeepSpeedZeroOptimizer"),
@@ -244,6 +257,12 @@ def plant_in_state(engine, name, index, key="exp_avg"):
     if type(optimizer).__name__ == "FP16_UnfusedOptimizer":
         masters = dict(zip(optimizer.fp16_groups[0], optimizer.fp32_groups[0], strict=True))
         optimizer.optimizer.state[masters[parameter]][key][index] = float("nan")
+        return
+    if type(optimizer).__name__ == "FP16_Optimizer":
+        moments = optimizer.optimizer.state[optimizer.fp32_groups_flat[0]][key]
+        sizes = [item.numel() for item in optimizer.fp16_groups[0]]
+        at = next(at for at, item in enumerate(optimizer.fp16_groups[0]) if item is parameter)
+        moments.split(sizes)[at].view(parameter.shape)[index] = float("nan")
         return
     whole = safe_get_full_optimizer_state(parameter, key)
     whole[index] = float("nan")

@@ -12,7 +12,7 @@ from torch import nn
 
 from hallo_numguard.core.findings import Finding, PreflightReport
 from hallo_numguard.tracing.nested import floating_tensors_in
-from hallo_numguard.tracing.rerun import make_again, undisturbed
+from hallo_numguard.tracing.rerun import rerun, undisturbed
 
 _MAX_LOSS_RATIO = 2.0  # to the loss when the checkpoint was saved
 
@@ -88,18 +88,14 @@ def _loss(output: Any, loss_fn: LossFunction | None) -> torch.Tensor:
 def _judge(module: nn.Module, call: Callable[[], Any], first: _Pass, expected_loss: float | None) -> PreflightReport:
     findings = []
     is_finite = math.isfinite(first.loss)
-    rerun = make_again(module, call, first.outputs, first.seeds, 1.0 if is_finite else None)
+    second = rerun(module, call, first.outputs, first.seeds, 1.0 if is_finite else None)
     if not is_finite:
-        where = (
-            f": {rerun.origin}"
-            if rerun.origin is not None
-            else ", and every module's output is finite: it comes from the loss function"
-        )
-        message = f"smoke step: the loss is {_words(first.loss)}{where}"
-        findings.append(_error(message, rerun.origin.name if rerun.origin is not None else ""))
-    elif rerun.origin is not None:
+        where = "the loss function, as every module's output is finite" if second.origin is None else str(second.origin)
+        message = f"smoke step: the loss is {_words(first.loss)}: {where}"
+        findings.append(_error(message, second.origin.name if second.origin is not None else ""))
+    elif second.origin is not None:
         findings.append(
-            _error(f"smoke step: the loss is finite, its gradients are not: {rerun.origin}", rerun.origin.name)
+            _error(f"smoke step: the loss is finite, its gradients are not: {second.origin}", second.origin.name)
         )
     elif expected_loss is not None and first.loss > _MAX_LOSS_RATIO * abs(expected_loss):
         findings.append(
@@ -109,7 +105,7 @@ def _judge(module: nn.Module, call: Callable[[], Any], first: _Pass, expected_lo
                 remedy="Check that the weights were loaded (names, strict=False), and that the batch is a normal one.",
             )
         )
-    if not rerun.same:
+    if not second.same:
         message = "smoke step: the model returns other values for the same batch and random numbers"
         findings.append(Finding("smoke", message, severity="info"))
     trained = sum(parameter.requires_grad for parameter in module.parameters())

@@ -1,4 +1,4 @@
-"""The bad batch once more, by all ranks in step: which module it was, and whether a lower loss scale would do."""
+"""The bad batch run again by all ranks in step: which module it was, and whether a lower loss scale would do."""
 
 from __future__ import annotations
 
@@ -17,17 +17,18 @@ from hallo_numguard.core.records import Offender
 from hallo_numguard.guard.collectives import Ranks, clip
 from hallo_numguard.guard.diagnosis.evidence import Replayed
 from hallo_numguard.guard.guarded_model import Forward
-from hallo_numguard.guard.step.batch import Batch, Call
+from hallo_numguard.guard.step.batch import Batch
+from hallo_numguard.guard.step.model_call import Call
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.tracing.capture import Captured, NotCaptured, capture
-from hallo_numguard.tracing.rerun import Attempt, make_again
+from hallo_numguard.tracing.rerun import Attempt, rerun
 
 _log = logging.getLogger("hallo_numguard")
 
-_LIMIT = float(torch.finfo(torch.float16).max)
-_FURTHER = 3  # halvings that are tried below the scale that ought to do
-_LONGEST = 300  # bytes of a name that is told to other ranks
-_LONGEST_LINE = 400
+LARGEST_HALF = float(torch.finfo(torch.float16).max)
+MAX_FURTHER_HALVINGS = 3  # that are tried below the scale that should be low enough
+MAX_NAME_BYTES = 300  # of a name that is sent to other ranks
+MAX_LINE_BYTES = 400
 _NONE = 1 << 20
 
 
@@ -39,28 +40,28 @@ class _Answer:
     differing_ranks: int
     differing_rank: int
     bad_ranks: int
-    told: str | None
+    origin_text: str | None
     absmax_power: int  # the lowest of the ranks: gradients fit if multiplied by two to it
 
     @property
-    def why_not(self) -> str:
+    def failure_reason(self) -> str:
         if not self.done:
             return "the batch could not be run again (its own error is in the log)"
         return "run again, the model returned something else" if self.differing_ranks else ""
 
 
 class Replayer:
-    """Makes passes of the current step again.
+    """Runs passes of the pending step again.
 
-    All methods are to be called by all ranks in the same step: they reduce, and under ZeRO stage 3 the model's forward
-    gathers its weights.
+    All ranks must call each method in the same step: they reduce, and under ZeRO stage 3 the model's forward gathers
+    its weights.
 
     Args:
-        module: To be traced.
+        module: Module to be traced.
         forward: Calls it as the framework does.
-        batch: The calls of the step.
-        ranks: Among which gradients are reduced.
-        device: Where small reductions are made.
+        batch: Calls of the pending step.
+        ranks: Ranks among which gradients are reduced.
+        device: Device on which ranks reduce small tensors.
     """
 
     def __init__(self, module: nn.Module, forward: Forward, batch: Batch, ranks: Ranks, device: torch.device) -> None:
@@ -74,20 +75,20 @@ class Replayer:
         """Runs the first micro-batch again whose loss was not finite; all calls, where a loss comes of several.
 
         Args:
-            losses: Of each micro-batch on this rank, whether its loss was finite.
+            losses: Whether the loss of each micro-batch on this rank was finite.
         """
         calls = self._ranks.lowest(len(self._batch.calls), self._device)
         a_call_a_loss = self._ranks.lowest(int(len(losses) == len(self._batch.calls)), self._device) == 1
         first = next((position for position, finite in enumerate(losses) if not finite), _NONE)
         micro_batch = self._ranks.lowest(first, self._device)
         suspects = [micro_batch] if a_call_a_loss else range(calls)
-        why_not = self._cannot(suspects[-1] + 1 if suspects else 0)
-        if why_not:
-            return Replayed(why_not)
+        failure_reason = self._reason_not_to_run(suspects[-1] + 1 if suspects else 0)
+        if failure_reason:
+            return Replayed(failure_reason)
         found = Replayed()
         for position in suspects:
             found = self._replayed(self._run(position, None), position)
-            if found.why_not or found.origin is not None:
+            if found.failure_reason or found.origin is not None:
                 break
         return found
 
@@ -98,9 +99,9 @@ class Replayer:
             scale: The loss scale.
         """
         count = self._ranks.lowest(len(self._batch.calls), self._device)
-        why_not = self._cannot(count)
-        if why_not:
-            return Replayed(why_not)
+        failure_reason = self._reason_not_to_run(count)
+        if failure_reason:
+            return Replayed(failure_reason)
         seeds = [seed for call in list(self._batch.calls)[:count] for seed in call.seeds.values()]
         if self._ranks.highest(int(multi_tensor_stats(seeds).found_inf()), self._device):
             return Replayed(
@@ -109,7 +110,7 @@ class Replayer:
         for micro_batch in range(count):
             answer = self._run(micro_batch, 1.0)
             found = self._replayed(answer, micro_batch)
-            if answer.why_not:
+            if answer.failure_reason:
                 return found
             if answer.bad_ranks:
                 return self._at_lower_scales(found, scale) if scale > 1 else found
@@ -124,19 +125,19 @@ class Replayer:
         """Runs a micro-batch again and takes one call of one module out of it.
 
         Args:
-            name: Of the module.
-            number: How often it had been called before.
-            micro_batch: Of the step.
+            name: Name of the module.
+            number: Number of its calls before that one.
+            micro_batch: Position of the micro-batch in the step.
 
         Returns:
             The call, or why it could not be taken.
         """
-        why_not = self._cannot(micro_batch + 1)
-        if why_not:
-            return why_not
+        failure_reason = self._reason_not_to_run(micro_batch + 1)
+        if failure_reason:
+            return failure_reason
         call = self._batch.calls[micro_batch]
         try:
-            return capture(self._module, name, number, self._again(call), call.seeds)
+            return capture(self._module, name, number, self._forward_of(call), call.seeds)
         except NotCaptured as error:
             return str(error)
         except Exception as error:  # noqa: BLE001 - the model's own code; training goes on
@@ -144,20 +145,20 @@ class Replayer:
 
     def _at_lower_scales(self, found: Replayed, scale: float) -> Replayed:
         unscaled = self._run(found.micro_batch, 1.0 / scale)
-        if unscaled.why_not:
+        if unscaled.failure_reason:
             return found
         if unscaled.bad_ranks:
             return replace(self._replayed(unscaled, found.micro_batch), finite_unscaled=False)
-        ought_to_do = min(unscaled.absmax_power, round(math.log2(scale)) - 1)
-        for power in range(ought_to_do, max(ought_to_do - _FURTHER, 0), -1):
+        expected_power = min(unscaled.absmax_power, round(math.log2(scale)) - 1)
+        for power in range(expected_power, max(expected_power - MAX_FURTHER_HALVINGS, 0), -1):
             if not self._run(found.micro_batch, 2.0**power / scale).bad_ranks:
                 return replace(found, finite_unscaled=True, settles_at=2.0**power)
         return replace(found, finite_unscaled=True, settles_at=1.0)
 
-    def _cannot(self, count: int) -> str:
+    def _reason_not_to_run(self, count: int) -> str:
         """Why these passes cannot be made again, agreed; "" if they can."""
         calls = list(self._batch.calls)[:count]
-        able = 0 < count <= len(self._batch.calls) and all(_is_whole(call) for call in calls)
+        able = 0 < count <= len(self._batch.calls) and all(_is_complete(call) for call in calls)
         if self._ranks.lowest(int(able), self._device) == 1:
             return ""
         return "the batch was not seen, was changed since, or its outputs were too large to keep"
@@ -171,15 +172,15 @@ class Replayer:
         return self._agree(attempt)
 
     def _attempt(self, call: Call, factor: float | None) -> Attempt:
-        return make_again(self._module, self._again(call), call.outputs or (), call.seeds, factor)
+        return rerun(self._module, self._forward_of(call), call.outputs or (), call.seeds, factor)
 
-    def _again(self, call: Call) -> Callable[[], Any]:
-        def again() -> Any:
+    def _forward_of(self, call: Call) -> Callable[[], Any]:
+        def forward() -> Any:
             call.random.restore()
-            with call.autocast.again():
+            with call.autocast.restored():
                 return self._forward(call.args, call.kwargs)
 
-        return again
+        return forward
 
     def _agree(self, attempt: Attempt | None) -> _Answer:
         ranks, device = self._ranks, self._device
@@ -187,40 +188,40 @@ class Replayer:
         differs = attempt is not None and not attempt.same
         bad = attempt is not None and attempt.origin is not None
         absmax = attempt.gradient_absmax if attempt is not None else 0.0
-        room = math.floor(math.log2(_LIMIT / absmax)) if absmax > 0 else _NONE
+        room = math.floor(math.log2(LARGEST_HALF / absmax)) if absmax > 0 else _NONE
         return _Answer(
             done,
             ranks.total(int(differs), device),
             ranks.lowest(ranks.rank if differs else _NONE, device),
             ranks.total(int(bad), device),
-            ranks.lowest_told(_to_tell(attempt, ranks.rank) if bad else None, device),
+            ranks.first_text(_origin_as_text(attempt, ranks.rank) if bad else None, device),
             ranks.lowest(room, device),
         )
 
     def _replayed(self, answer: _Answer, micro_batch: int) -> Replayed:
         found = Replayed(
-            answer.why_not,
+            answer.failure_reason,
             micro_batch,
             bad_ranks=answer.bad_ranks,
             differing_ranks=answer.differing_ranks,
             differing_rank=answer.differing_rank,
         )
-        if answer.told is None:
+        if answer.origin_text is None:
             return found
-        origin, details, number = json.loads(answer.told)
+        origin, details, number = json.loads(answer.origin_text)
         return replace(found, origin=Offender.from_document(origin), details=tuple(details), number=number)
 
 
-def _is_whole(call: Call) -> bool:
+def _is_complete(call: Call) -> bool:
     return call.outputs is not None and not call.changed
 
 
-def _to_tell(attempt: Attempt | None, rank: int) -> str | None:
+def _origin_as_text(attempt: Attempt | None, rank: int) -> str | None:
     if attempt is None or attempt.origin is None:
         return None
     origin = attempt.origin
-    told = [asdict(_offender(origin, rank)), _details(origin, attempt.input_absmax), origin.call]
-    return json.dumps(told, ensure_ascii=False)
+    parts = [asdict(_offender(origin, rank)), _details(origin, attempt.input_absmax), origin.call]
+    return json.dumps(parts, ensure_ascii=False)
 
 
 def _offender(origin: Origin, rank: int) -> Offender:
@@ -229,8 +230,8 @@ def _offender(origin: Origin, rank: int) -> Offender:
     name = f"{origin.name}.{tensor.name}".lstrip(".") if is_weight else origin.name
     return Offender(
         kind=origin.kind,
-        name=clip(name, _LONGEST),
-        module=clip(origin.name, _LONGEST),
+        name=clip(name, MAX_NAME_BYTES),
+        module=clip(origin.name, MAX_NAME_BYTES),
         rank=rank,
         index=origin.index,
         nan=tensor.record.nan,
@@ -250,4 +251,4 @@ def _details(origin: Origin, input_absmax: float) -> list[str]:
     if origin.neighbours:
         values = ", ".join(f"{value:.4g}" for value in origin.neighbours)
         details.append(f"around that element: {values}")
-    return [clip(detail, _LONGEST_LINE) for detail in details]
+    return [clip(detail, MAX_LINE_BYTES) for detail in details]

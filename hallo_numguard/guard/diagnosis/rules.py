@@ -1,4 +1,4 @@
-"""What an overflow means. Pure: evidence in, report out; nothing is guessed, and what was not looked at is listed."""
+"""What an overflow means: a pure function from evidence to a report that also lists what was not checked."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Offender, Verdict
-from hallo_numguard.guard.diagnosis import messages as explain
+from hallo_numguard.guard.diagnosis import messages
 from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
 
 
@@ -24,39 +24,41 @@ def judge(seen: Evidence) -> OverflowReport:
     """Returns the report on an overflow, in the order of suspicion: what stands earlier in the step goes first."""
     if seen.loss is not None and seen.suspects:
         written = _written_by_the_optimizer(seen)
-        return explain.weights_nonfinite(seen) if written is None else explain.optimizer_state_nonfinite(seen, written)
+        return (
+            messages.weights_nonfinite(seen) if written is None else messages.optimizer_state_nonfinite(seen, written)
+        )
     if not seen.gradients:
-        return explain.false_alarm(seen)
+        return messages.false_alarm(seen)
     if seen.loss is not None and seen.input is not None:
-        return explain.input_nonfinite(seen, seen.input)
+        return messages.input_nonfinite(seen, seen.input)
     if _is_one_ranks_fault(seen):
-        return explain.rank_fault(seen)
+        return messages.rank_fault(seen)
     if seen.loss is not None:
-        return explain.loss_nonfinite(seen, seen.loss)
+        return messages.loss_nonfinite(seen, seen.loss)
     if _overflowed_in_the_reduction(seen):
-        return explain.reduction_overflow(seen)
+        return messages.reduction_overflow(seen)
     if seen.answer is not None and seen.answer.origin is not None:
         return _judge_by_replay(seen, seen.answer, seen.answer.origin)
     if seen.answer is not None and seen.answer.micro_batch == 0:
-        return explain.not_again(seen)
+        return messages.not_reproduced(seen)
     if seen.loss_known and seen.scaling.can_fall:
-        return explain.scale_too_high(seen)
+        return messages.scale_too_high(seen)
     if _born_in_backward(seen):
-        return explain.backward_nonfinite(seen, seen.gradients[0])
-    return explain.gradients_nonfinite(seen)
+        return messages.backward_nonfinite(seen, seen.gradients[0])
+    return messages.gradients_nonfinite(seen)
 
 
 def _judge_by_replay(seen: Evidence, replay: Replayed, origin: Offender) -> OverflowReport:
     if origin.kind in ("parameter", "buffer"):
-        return explain.weight_in_backward(seen, origin)
+        return messages.weight_in_backward(seen, origin)
     if replay.finite_unscaled:
-        return explain.scale_too_high(seen)
+        return messages.scale_too_high(seen)
     if replay.finite_unscaled is False or seen.scaling.scale <= 1.0:
-        return explain.backward_nonfinite(seen, origin)
-    return explain.gradients_nonfinite(seen)
+        return messages.backward_nonfinite(seen, origin)
+    return messages.gradients_nonfinite(seen)
 
 
-def settled(report: OverflowReport, scale: float, skipped: int) -> OverflowReport:
+def confirm(report: OverflowReport, scale: float, skipped: int) -> OverflowReport:
     """Returns the report once a later step was finite: what was provisional is now known."""
     if report.verdict is not Verdict.SCALE_TOO_HIGH:
         return replace(report, provisional=False)
@@ -68,7 +70,7 @@ def settled(report: OverflowReport, scale: float, skipped: int) -> OverflowRepor
         evidence=(*report.evidence, f"a step at loss scale 2^{power:g} ({scale:g}) was finite{told}"),
         not_checked=(),
         advice=(
-            f"Nothing to mend: the loss scale settled at 2^{power:g} after {explain.plural(skipped, 'skipped step')}. "
+            f"Nothing to mend: the loss scale settled at 2^{power:g} after {messages.plural(skipped, 'skipped step')}. "
             f"If that happens at every start, begin there: initial_scale_power {power:g}, a GradScaler's init_scale "
             f"{scale:g}."
         ),
@@ -100,7 +102,9 @@ def _is_one_ranks_fault(seen: Evidence) -> bool:
         return False
     if replay.differing_ranks:
         return replay.differing_ranks == 1
-    if seen.loss is not None or replay.why_not or replay.micro_batch > 0:  # several may overflow when they are added up
+    if (
+        seen.loss is not None or replay.failure_reason or replay.micro_batch > 0
+    ):  # several may overflow when they are added up
         return False
     return seen.world_size == 1 or seen.bad_ranks == 1
 

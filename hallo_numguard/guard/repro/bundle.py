@@ -21,16 +21,16 @@ from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Verdict
 from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.diagnosis.replay import Replayer
-from hallo_numguard.guard.step.batch import Call
+from hallo_numguard.guard.step.model_call import Call
 from hallo_numguard.tracing.capture import Captured
 from hallo_numguard.tracing.nested import whole_bytes
 
 _log = logging.getLogger("hallo_numguard")
 
-_MOST = 8  # bundles of a run
-_MOST_WEIGHT_BYTES = 1 << 30
-_NOT_WORTH_ONE = (Verdict.SCALE_TOO_HIGH, Verdict.REDUCTION_OVERFLOW)
-_IN_A_MODULE = ("parameter", "buffer", "activation", "gradient")
+MAX_BUNDLES = 8  # of a run
+MAX_WEIGHT_BYTES = 1 << 30
+_VERDICTS_WITHOUT_BUNDLE = (Verdict.SCALE_TOO_HIGH, Verdict.REDUCTION_OVERFLOW)
+_KINDS_IN_A_MODULE = ("parameter", "buffer", "activation", "gradient")
 
 
 @dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Bundle:
     """What was taken of a bad step, not on disk yet.
 
     Attributes:
-        call: Of the model, in the micro-batch that was bad; None if it was not kept, or was changed since.
-        captured: The call of the one module that is named, or why there is none.
+        call: Call of the model in the bad micro-batch; None if it was not kept, or was changed since.
+        captured: Call of the one module that is named, or why there is none.
     """
 
     call: Call | None
@@ -50,11 +50,11 @@ class Bundles:
     """Takes and writes bundles.
 
     Args:
-        folder: Where to write them; None for nowhere.
+        folder: Folder to write them to; None for none.
         module: The model.
-        replayer: Makes passes of the step again; None if that cannot be.
-        ranks: Those that take part.
-        device: Where small reductions are made.
+        replayer: Runs passes of the step again; None if that is impossible.
+        ranks: Ranks that take part.
+        device: Device on which ranks reduce small tensors.
         settings: The framework's configuration.
     """
 
@@ -79,18 +79,18 @@ class Bundles:
         """Takes what a bundle is made of. All ranks call it with the same report: it may run the batch again.
 
         Args:
-            report: On the step.
-            micro_batch: That was bad.
-            number: How often the named module had been called before in it.
+            report: Report on the step.
+            micro_batch: Position of the bad one in the step.
+            number: Number of calls of the named module before the bad one, in that micro-batch.
         """
-        if report.verdict in _NOT_WORTH_ONE or self._replayer is None or self._taken >= _MOST:
+        if report.verdict in _VERDICTS_WITHOUT_BUNDLE or self._replayer is None or self._taken >= MAX_BUNDLES:
             return None
         if not self._ranks.lowest(int(self._folder is not None), self._device):
             return None
         self._taken += 1
-        why_not = self._why_no_call(report)
-        captured: Captured | str = why_not
-        if not why_not and report.first is not None:
+        failure_reason = self._reason_for_no_call(report)
+        captured: Captured | str = failure_reason
+        if not failure_reason and report.first is not None:
             captured = self._replayer.capture(report.first.module, number, micro_batch)
         return Bundle(self._replayer.call(micro_batch), captured)
 
@@ -105,17 +105,17 @@ class Bundles:
         except OSError as error:
             _log.error("the bundle could not be written: %s", error)
 
-    def _why_no_call(self, report: OverflowReport) -> str:
+    def _reason_for_no_call(self, report: OverflowReport) -> str:
         """Why there is no single call to be taken, "" if there is one; the same on every rank."""
         first = report.first
-        if first is None or first.kind not in _IN_A_MODULE:
+        if first is None or first.kind not in _KINDS_IN_A_MODULE:
             return "no module is to blame"
         if report.verdict is Verdict.RANK_FAULT:
             return "the same batch was finite when it was run again"
         if self._module is None or first.module not in dict(self._module.named_modules()):
             return f"{first.module} is no module of the model"
         size = sum(map(whole_bytes, self._module.get_submodule(first.module).parameters()))
-        return "the module is larger than 1 GiB" if size > _MOST_WEIGHT_BYTES else ""
+        return "the module is larger than 1 GiB" if size > MAX_WEIGHT_BYTES else ""
 
     def _files(self, report: OverflowReport, bundle: Bundle) -> dict[str, bytes]:
         captured, call = bundle.captured, bundle.call

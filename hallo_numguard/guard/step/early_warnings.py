@@ -1,8 +1,8 @@
 """What goes wrong before anything overflows: spikes, a learning rate too high, dead and exploding layers, odd inputs.
 
-Two rules look at the flight recorder's rows of every step, on the host, as they arrive. The others look at whole
-tensors and cost launches, so they are asked at steps 1, 2, 4, 8 ... and at every 1024th: early in a run, where things
-go wrong, and hardly ever later. Nothing here waits for the device.
+Two rules read the flight recorder's rows of every step, on the host, as they arrive. The others read whole tensors and
+cost launches, so they run at steps 1, 2, 4, 8 ... and at every 1024th: early in a run, where things go wrong, and
+rarely later. No host sync.
 """
 
 from __future__ import annotations
@@ -17,32 +17,34 @@ import torch
 
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.core.records import StepRecord
+from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.guard.parameter_stats import Piece
 from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.ops.api import tensor_stats
-from hallo_numguard.ops.device import Sent
+from hallo_numguard.ops.device import AsyncHostCopy
 from hallo_numguard.ops.layout import Layout
+from hallo_numguard.ops.table import StatsTable
 
-_WINDOW = 50  # steps that a spike is measured against
-_ENOUGH = 20
-_DEVIATIONS = 10.0  # robust ones
-_EVERY = 1024
-_SLICE = 1024  # elements of a parameter whose update is measured
-_UPDATE_RATIO = 0.1  # healthy runs are near 0.001
-_DEAD_SAMPLES = 3
-_KEPT = 16  # samples of a parameter
-_EXPLODING = 1000.0
-_RANGE = 10.0
-_QUIET = 100  # steps before the same is said again
+SPIKE_WINDOW = 50  # steps that a spike is measured against
+MIN_SPIKE_SAMPLES = 20
+SPIKE_DEVIATIONS = 10.0  # robust ones
+SAMPLE_INTERVAL = 1024
+UPDATE_SLICE = 1024  # elements of a parameter whose update is measured
+MAX_UPDATE_RATIO = 0.1  # healthy runs are near 0.001
+MIN_ZERO_SAMPLES = 3
+NORM_SAMPLES_KEPT = 16  # samples of a parameter
+EXPLODING_RATIO = 1000.0
+INPUT_RANGE_RATIO = 10.0
+COOLDOWN_STEPS = 100  # steps before the same is said again
 
 
-class Watch:
-    """Turns what it sees into findings.
+class EarlyWarnings:
+    """Turns figures of steps that were clean into findings.
 
     Args:
-        parameters: In the session's order.
-        batch: The calls of the step.
+        parameters: Parameters in the guard's order.
+        batch: Calls of the pending step.
         tell: Takes a finding.
     """
 
@@ -55,36 +57,38 @@ class Watch:
         self._steps = 0
         self._updates = _Updates(parameters)
         self._now: _Sample | None = None
-        self._under_way: deque[_Sample] = deque()
+        self._pending_samples: deque[_Sample] = deque()
         self._zero_for: dict[int, list[int]] = {}  # samples in which a gradient was nothing but zeros
         self._norms: dict[int, deque[float]] = {}
         self._inputs: dict[str, _Range] = {}
 
-    def before_step(self, step: int, loss_scale: float, packed: torch.Tensor, pieces: Sequence[Piece]) -> None:
-        """Takes a sample, if this is a step for one."""
+    def before_step(self, step: int, loss_scale: float, gradients: ScannedPieces) -> None:
+        """Takes a sample, if one is due."""
         self._steps += 1
-        if self._steps & (self._steps - 1) and self._steps % _EVERY:
+        if self._steps & (self._steps - 1) and self._steps % SAMPLE_INTERVAL:
             return
         names, ranges = self._batch.ranges()
         inputs = torch.cat([ranges.counts.double(), ranges.absmax[:, None]], dim=1)
-        self._now = _Sample(step, loss_scale, Sent(packed), pieces, names, Sent(inputs))
+        self._now = _Sample(
+            step, loss_scale, AsyncHostCopy(gradients.table.packed), gradients.pieces, names, AsyncHostCopy(inputs)
+        )
         self._updates.begin()
 
     def after_step(self, applied: bool, rows: Sequence[StepRecord]) -> None:
-        """Completes the sample, and looks at whatever has arrived: `rows` are the steps that are new on the host."""
+        """Completes the sample, and checks what has arrived: `rows` are the steps that are new on the host."""
         if self._now is not None and applied:
             self._now.updates = self._updates.end()
-            self._under_way.append(self._now)
+            self._pending_samples.append(self._now)
         self._now = None
         for row in rows:
             if row.applied:
-                self._look_for_spikes(row)
-        while self._under_way and self._under_way[0].arrived:
-            self._look_at(self._under_way.popleft())
+                self._check_for_spikes(row)
+        while self._pending_samples and self._pending_samples[0].arrived:
+            self._check(self._pending_samples.popleft())
 
     # -- every step --------------------------------------------------------------------------------------------------
 
-    def _look_for_spikes(self, row: StepRecord) -> None:
+    def _check_for_spikes(self, row: StepRecord) -> None:
         figures = {"norm_spike": row.norm / row.loss_scale, "loss_spike": row.loss}
         for kind, value in figures.items():
             median = None if value is None else self._spikes[kind].median_before(value)
@@ -98,50 +102,50 @@ class Watch:
 
     # -- samples -----------------------------------------------------------------------------------------------------
 
-    def _look_at(self, sample: _Sample) -> None:
-        self._look_at_inputs(sample)
-        self._look_at_gradients(sample)
-        self._look_at_updates(sample)
+    def _check(self, sample: _Sample) -> None:
+        self._check_inputs(sample)
+        self._check_gradients(sample)
+        self._check_updates(sample)
 
-    def _look_at_inputs(self, sample: _Sample) -> None:
+    def _check_inputs(self, sample: _Sample) -> None:
         rows: list[list[float]] = sample.inputs.read().tolist()
-        self._batch.allow([name for name, row in zip(sample.names, rows, strict=True) if any(row[:3])])
+        self._batch.tolerate([name for name, row in zip(sample.names, rows, strict=True) if any(row[:3])])
         for name, (*_, absmax) in zip(sample.names, rows, strict=True):
             known = self._inputs.setdefault(name, _Range())
-            if known.samples >= _DEAD_SAMPLES and absmax > _RANGE * known.absmax > 0:
+            if known.samples >= MIN_ZERO_SAMPLES and absmax > INPUT_RANGE_RATIO * known.absmax > 0:
                 self._say(
                     "input_range", sample.step, f"input {name} reaches {absmax:.4g}, before {known.absmax:.4g}", name
                 )
             known.samples, known.absmax = known.samples + 1, max(known.absmax, absmax)
 
-    def _look_at_gradients(self, sample: _Sample) -> None:
-        figures = sample.gradients.read().view(torch.float64)[:, 6:].tolist()
-        for piece, (absmax, sumsq) in zip(sample.pieces, figures, strict=True):
+    def _check_gradients(self, sample: _Sample) -> None:
+        for piece, record in zip(sample.pieces, StatsTable(sample.gradients.read(), False).to_host(), strict=True):
             if piece.parameter < 0 or piece.start > 0:  # a slice from the middle may well be rows that are not used
                 continue
-            self._look_at_gradient(sample.step, piece.parameter, absmax, math.sqrt(sumsq) / sample.loss_scale)
+            norm = math.sqrt(record.sumsq) / sample.loss_scale
+            self._check_gradient(sample.step, piece.parameter, record.absmax, norm)
 
-    def _look_at_gradient(self, step: int, position: int, absmax: float, norm: float) -> None:
+    def _check_gradient(self, step: int, position: int, absmax: float, norm: float) -> None:
         name = self._parameters[position].name
         zero = self._zero_for.setdefault(position, [])
         zero.append(step) if absmax == 0 else zero.clear()
-        if len(zero) >= _DEAD_SAMPLES and step >= 1 << _DEAD_SAMPLES:
+        if len(zero) >= MIN_ZERO_SAMPLES and step >= 1 << MIN_ZERO_SAMPLES:
             steps = ", ".join(map(str, zero))
             self._say("dead_gradient", step, f"the gradient of {name} was zero throughout in steps {steps}", name)
-        norms = self._norms.setdefault(position, deque(maxlen=_KEPT))
-        if len(norms) > _DEAD_SAMPLES and norm > _EXPLODING * statistics.median(norms) > 0:
+        norms = self._norms.setdefault(position, deque(maxlen=NORM_SAMPLES_KEPT))
+        if len(norms) > MIN_ZERO_SAMPLES and norm > EXPLODING_RATIO * statistics.median(norms) > 0:
             usual = statistics.median(norms)
             self._say(
                 "exploding_gradient", step, f"the gradient of {name} has norm {norm:.4g}, {usual:.4g} is usual", name
             )
         norms.append(norm)
 
-    def _look_at_updates(self, sample: _Sample) -> None:
+    def _check_updates(self, sample: _Sample) -> None:
         if sample.updates is None:
             return
-        before, change = sample.updates.read().view(torch.float64)[:, 7].sqrt().chunk(2)
+        before, change = StatsTable(sample.updates.read(), False).sumsq.sqrt().chunk(2)
         whole = float(before.norm())
-        if whole > 0 and float(change.norm()) > _UPDATE_RATIO * whole:
+        if whole > 0 and float(change.norm()) > MAX_UPDATE_RATIO * whole:
             worst = int((change / before.clamp(min=whole / 1e6)).argmax())
             name = self._parameters[self._updates.positions[worst]].name
             self._say(
@@ -153,22 +157,22 @@ class Watch:
             )
 
     def _say(self, kind: str, step: int, message: str, name: str = "") -> None:
-        if step - self._said.get((kind, name), -_QUIET) >= _QUIET:
+        if step - self._said.get((kind, name), -COOLDOWN_STEPS) >= COOLDOWN_STEPS:
             self._said[kind, name] = step
             self._tell(Finding(kind, f"step {step}: {message}", step, name))
 
 
 @dataclass
 class _Sample:
-    """What was sent to the host in one step."""
+    """Figures of one step on their way to the host."""
 
     step: int
     loss_scale: float
-    gradients: Sent
+    gradients: AsyncHostCopy
     pieces: Sequence[Piece]
     names: list[str]
-    inputs: Sent
-    updates: Sent | None = None
+    inputs: AsyncHostCopy
+    updates: AsyncHostCopy | None = None
 
     @property
     def arrived(self) -> bool:
@@ -188,7 +192,7 @@ class _Updates:
     """How much a step changes the weights: the first elements of every matrix that is trained.
 
     Attributes:
-        positions: Of the matrices among the parameters. Vectors are left out: biases begin at 0.
+        positions: Positions of the matrices among the parameters. Vectors are left out: biases begin at 0.
     """
 
     def __init__(self, parameters: Sequence[NamedTensor]) -> None:
@@ -206,18 +210,18 @@ class _Updates:
         if self.positions:
             self._before, self._layout = self._read()
 
-    def end(self) -> Sent | None:
+    def end(self) -> AsyncHostCopy | None:
         """Sends the records of what they were, and then of how they changed."""
         if self._before is None:
             return None
         before, self._before = self._before, None
         change = self._read()[0] - before
-        return Sent(torch.cat([tensor_stats(flat, self._layout).packed for flat in (before, change)]))
+        return AsyncHostCopy(torch.cat([tensor_stats(flat, self._layout).packed for flat in (before, change)]))
 
     def _read(self) -> tuple[torch.Tensor, Layout]:
         held = [self._parameters[position] for position in self.positions]
         flats = [(item.tensor if item.slice is None else item.slice()[0]).detach() for item in held]
-        parts = [flat.reshape(-1)[:_SLICE].float() for flat in flats]
+        parts = [flat.reshape(-1)[:UPDATE_SLICE].float() for flat in flats]
         offsets = [0]
         for part in parts:
             offsets.append(offsets[-1] + part.numel())
@@ -236,7 +240,7 @@ class Spikes:
 
     def __init__(self, least: float) -> None:
         self._least = least
-        self._seen: deque[float] = deque(maxlen=_WINDOW)
+        self._seen: deque[float] = deque(maxlen=SPIKE_WINDOW)
 
     def median_before(self, value: float) -> float | None:
         """Takes a figure in. Returns the median of those before if it is a spike."""
@@ -244,7 +248,7 @@ class Spikes:
             return None
         seen = list(self._seen)
         self._seen.append(value)
-        if len(seen) < _ENOUGH or value <= max(seen):
+        if len(seen) < MIN_SPIKE_SAMPLES or value <= max(seen):
             return None
         median = statistics.median(seen)
         if min(seen) > 0:
@@ -257,7 +261,7 @@ class Spikes:
 def _stands_out(value: float, seen: Sequence[float], least: float) -> bool:
     median = statistics.median(seen)
     spread = 1.4826 * statistics.median([abs(item - median) for item in seen])
-    return value - median > _DEVIATIONS * max(spread, least)
+    return value - median > SPIKE_DEVIATIONS * max(spread, least)
 
 
 def _near(row: StepRecord) -> str:

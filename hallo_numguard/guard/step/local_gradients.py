@@ -1,68 +1,75 @@
-"""This rank's gradients before the reduction: after the sum every rank is NaN, and who began is lost."""
+"""This rank's gradients before the reduction: after the sum every rank is NaN, and the guilty rank is lost."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 
+from hallo_numguard.guard.containment import Probes
 from hallo_numguard.guard.named_tensors import NamedTensor
-from hallo_numguard.guard.parameter_stats import Piece, Sums, by_parameter
+from hallo_numguard.guard.parameter_stats import ParameterStats, Piece, by_parameter
+from hallo_numguard.guard.step.pending import StepOwner
 from hallo_numguard.ops.api import tensor_stats
+from hallo_numguard.ops.table import StatsTable
 
-CALM = 20  # clean steps after an alarm, until nobody looks any more
+COOLDOWN_STEPS = 20  # clean steps after an alarm until the hooks come off
 
 
 class LocalGradients:
-    """Looks at every gradient as the backward pass makes it. Costs a pass and a launch a parameter while it looks.
+    """Scans every gradient as the backward pass makes it: a pass and a launch a parameter while its hooks are on.
 
     Args:
-        parameters: In the session's order.
-        when: "never", "on_alarm" (from the step after an overflow on, until `CALM` steps were clean) or "always".
-
-    Attributes:
-        muted: Whether gradients that come now are none of the step's.
+        parameters: Parameters in the guard's order.
+        when: "never", "on_alarm" (from the step after an overflow until `COOLDOWN_STEPS` were clean) or "always".
+        steps: Owner of the pending step, which keeps the statistics.
+        probes: Contain what fails in the user's backward pass.
     """
 
-    def __init__(self, parameters: Sequence[NamedTensor], when: str) -> None:
+    def __init__(self, parameters: Sequence[NamedTensor], when: str, steps: StepOwner, probes: Probes) -> None:
         self._parameters = parameters
         self._when = when
+        self._steps = steps
+        self._probes = probes
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._seen: list[tuple[torch.Tensor, Piece]] = []
-        self._calm = 0
-        self.muted = False
+        self._clean_steps = 0
+        self._is_muted = False
         if when == "always":
             self._watch()
 
     @property
-    def watching(self) -> bool:
-        """Whether this step's gradients were looked at, from its first backward on."""
+    def is_watching(self) -> bool:
+        """Whether this step's gradients were scanned, from its first backward on."""
         return bool(self._handles)
 
-    def sums(self, device: torch.device) -> Sums:
-        """What this rank's backward passes of the step made, a row a parameter."""
-        rows = [row for row, _ in self._seen]
-        packed = torch.cat(rows) if rows else torch.empty((0, 8), dtype=torch.int64)
-        return by_parameter(packed.to(device), [piece for _, piece in self._seen], len(self._parameters))
+    def stats(self, device: torch.device) -> ParameterStats:
+        """Returns the statistics of what this rank's backward passes of the step made, a row a parameter."""
+        seen = self._steps.pending.local_gradients
+        table = StatsTable.concatenate([table for table, _ in seen] or [StatsTable.of_nothing()])
+        return by_parameter(table.to(device), [piece for _, piece in seen], len(self._parameters))
 
-    def exchange(self, seen: list[tuple[torch.Tensor, Piece]]) -> list[tuple[torch.Tensor, Piece]]:
-        """Goes on with what was seen in another step; returns what was in this one."""
-        before, self._seen = self._seen, seen
-        return before
+    @contextlib.contextmanager
+    def muted(self) -> Iterator[None]:
+        """Ignores gradients for a while: those of a replay belong to no step."""
+        self._is_muted = True
+        try:
+            yield
+        finally:
+            self._is_muted = False
 
     def step_is_over(self, clean: bool) -> None:
-        """Forgets the step, and looks in the next one, or no longer."""
-        self._seen.clear()
-        self._calm = self._calm + 1 if clean else 0
+        """Puts the hooks on for the next step, or takes them off."""
+        self._clean_steps = self._clean_steps + 1 if clean else 0
         if self._when != "on_alarm":
             return
         if not clean:
             self._watch()
-        elif self._calm >= CALM:
+        elif self._clean_steps >= COOLDOWN_STEPS:
             self.stop()
 
     def stop(self) -> None:
-        """Looks no longer."""
+        """Takes the hooks off."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -72,12 +79,14 @@ class LocalGradients:
             return
         for position, item in enumerate(self._parameters):
             if item.tensor.requires_grad:
-                self._handles.append(item.tensor.register_hook(self._look(position)))
+                self._handles.append(item.tensor.register_hook(self._scan_hook(position)))
 
-    def _look(self, position: int) -> Callable[[torch.Tensor], None]:
-        def look(gradient: torch.Tensor) -> None:
-            if self.muted:
-                return
-            self._seen.append((tensor_stats(gradient.detach()).packed, Piece(position, 0)))
+    def _scan_hook(self, position: int) -> Callable[[torch.Tensor], None]:
+        def scan(gradient: torch.Tensor) -> None:
+            if not self._is_muted:
+                self._probes.run("scan of local gradients", self._scan, position, gradient)
 
-        return look
+        return scan
+
+    def _scan(self, position: int, gradient: torch.Tensor) -> None:
+        self._steps.pending.local_gradients.append((tensor_stats(gradient.detach()), Piece(position, 0)))

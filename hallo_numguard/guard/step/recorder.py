@@ -1,4 +1,4 @@
-"""The flight recorder: a ring of compact rows on the device, read only when somebody asks."""
+"""The flight recorder: a ring of compact rows on the device, read only on demand."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from dataclasses import dataclass
 import torch
 
 from hallo_numguard.core.records import GradientRecord, StepRecord
-from hallo_numguard.guard.parameter_stats import Piece
-from hallo_numguard.ops.device import Readback
+from hallo_numguard.guard.guarded_model import ScannedPieces
+from hallo_numguard.ops.device import HostRing
 
-_MOST_BYTES = 64 << 20  # of the parameters' own figures; beyond them only the steps' sums are kept
+MAX_TABLE_BYTES = 64 << 20  # beyond it only the steps' sums are kept, no figures a parameter
 _NONFINITE, _ABSMAX, _SUMSQ, _LOSS = range(4)
 
 
 @dataclass
 class _Stamp:
-    """What the host knows about a step without asking the device."""
+    """What the host knows about a step without reading the device."""
 
     step: int
     loss_scale: float
@@ -30,11 +30,11 @@ class _Stamp:
 class Recorder:
     """Keeps the last steps. Writing does not synchronise and allocates nothing that stays.
 
-    Of each parameter it keeps the very table that the scan has made: no copy, no launch.
+    Figures a parameter are the very table that the scan has made: no copy, no launch.
 
     Args:
-        length: Number of steps.
-        names: Of the parameters.
+        length: Number of steps to keep.
+        names: Names of the parameters.
         limit: See `StepRecord.limit`.
     """
 
@@ -42,32 +42,30 @@ class Recorder:
         self._length = length
         self._names = names
         self._limit = limit
-        self._rows: Readback | None = None
+        self._rows: HostRing | None = None
         self._stamps: list[_Stamp] = []
-        self._tables: deque[tuple[torch.Tensor, Sequence[Piece]]] = deque()  # of the last steps
+        self._tables: deque[ScannedPieces] = deque()  # of the last steps
         self._written = 0
-        self._handed = 0  # rows that `fresh` has returned
+        self._returned = 0  # rows that `fresh` has returned
 
-    def begin(
-        self, step: int, loss_scale: float, packed: torch.Tensor, pieces: Sequence[Piece], loss: torch.Tensor | None
-    ) -> None:
-        """Writes what is known before the optimizer's step: `packed` is a `StatsTable.packed` of those pieces."""
+    def begin(self, step: int, loss_scale: float, gradients: ScannedPieces, loss: torch.Tensor | None) -> None:
+        """Writes what is known before the optimizer's step."""
+        table = gradients.table
         if self._rows is None:
-            self._rows = Readback(self._length, 4, packed.device)
+            self._rows = HostRing(self._length, 4, table.packed.device)
         row = self._rows.row(self._written)
-        floats = packed.view(torch.float64)
-        row[_NONFINITE] = packed[:, :3].sum()
-        row[_ABSMAX] = floats[:, 6].amax() if len(packed) else 0.0
-        row[_SUMSQ] = floats[:, 7].sum()
+        row[_NONFINITE] = table.nonfinite_counts.sum()
+        row[_ABSMAX] = table.absmax.amax() if len(table) else 0.0
+        row[_SUMSQ] = table.sumsq.sum()
         if loss is not None:
             row[_LOSS] = loss.detach().reshape(())
         self._rows.send(self._written)
         self._stamps.append(_Stamp(step, loss_scale, loss is not None))
         del self._stamps[: -self._length]
         self._written += 1
-        self._tables.append((packed, pieces))
-        most = max(1, _MOST_BYTES // max(1, packed.nbytes))
-        while len(self._tables) > min(most, self._length):
+        self._tables.append(gradients)
+        capacity = max(1, MAX_TABLE_BYTES // max(1, table.packed.nbytes))
+        while len(self._tables) > min(capacity, self._length):
             self._tables.popleft()
 
     def end(self, applied: bool) -> None:
@@ -85,9 +83,9 @@ class Recorder:
             wait: Whether to wait for rows that are still on their way from the device; else they come the next time,
                 which of steps that are over is at most the last. Nothing else on the device is waited for.
         """
-        begin = max(self._handed, self._written - len(self._stamps))
+        begin = max(self._returned, self._written - len(self._stamps))
         records = self._records(begin, wait)
-        self._handed = begin + len(records)
+        self._returned = begin + len(records)
         return records
 
     def _records(self, begin: int, wait: bool) -> list[StepRecord]:
@@ -98,13 +96,11 @@ class Recorder:
             if row is None:
                 break
             behind = number - self._written
-            table = self._tables[behind] if -behind <= len(self._tables) else None
-            records.append(self._step_record(self._stamps[behind], row, table))
+            gradients = self._tables[behind] if -behind <= len(self._tables) else None
+            records.append(self._step_record(self._stamps[behind], row, gradients))
         return records
 
-    def _step_record(
-        self, stamp: _Stamp, row: list[float], table: tuple[torch.Tensor, Sequence[Piece]] | None
-    ) -> StepRecord:
+    def _step_record(self, stamp: _Stamp, row: list[float], gradients: ScannedPieces | None) -> StepRecord:
         return StepRecord(
             step=stamp.step,
             loss=row[_LOSS] if stamp.has_loss else None,
@@ -114,17 +110,16 @@ class Recorder:
             nonfinite=int(row[_NONFINITE]),
             applied=stamp.applied,
             limit=self._limit,
-            parameters={} if table is None else _Parameters(self._names, *table),
+            parameters={} if gradients is None else _GradientRecords(self._names, gradients),
         )
 
 
-class _Parameters(Mapping[str, GradientRecord]):
-    """A table's rows by name. Copied to the host when somebody first looks."""
+class _GradientRecords(Mapping[str, GradientRecord]):
+    """A table's rows by name of the parameter. Copied to the host at the first access."""
 
-    def __init__(self, names: Sequence[str], packed: torch.Tensor, pieces: Sequence[Piece]) -> None:
+    def __init__(self, names: Sequence[str], gradients: ScannedPieces) -> None:
         self._names = names
-        self._packed = packed
-        self._pieces = pieces
+        self._gradients = gradients
         self._records: dict[str, GradientRecord] | None = None
 
     def __getitem__(self, name: str) -> GradientRecord:
@@ -141,21 +136,18 @@ class _Parameters(Mapping[str, GradientRecord]):
 
     def _read(self) -> dict[str, GradientRecord]:
         if self._records is None:
-            packed = self._packed.cpu()
-            nonfinite = packed[:, :3].sum(dim=1).tolist()
-            figures = packed.view(torch.float64)[:, 6:].tolist()
             self._records = {}
-            for piece, bad, (absmax, sumsq) in zip(self._pieces, nonfinite, figures, strict=True):
+            for piece, row in zip(self._gradients.pieces, self._gradients.table.to_host(), strict=True):
                 if piece.parameter >= 0:
                     name = self._names[piece.parameter]
-                    record = GradientRecord(absmax, math.sqrt(sumsq), bad)
+                    record = GradientRecord(row.absmax, math.sqrt(row.sumsq), row.nonfinite)
                     before = self._records.get(name)
                     self._records[name] = record if before is None else _together(before, record)
         return self._records
 
 
 def _together(left: GradientRecord, right: GradientRecord) -> GradientRecord:
-    """What two pieces of one parameter are together."""
+    """Figures of one parameter from those of two pieces of it."""
     return GradientRecord(
         max(left.absmax, right.absmax), math.hypot(left.norm, right.norm), left.nonfinite + right.nonfinite
     )

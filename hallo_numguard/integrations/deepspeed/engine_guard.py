@@ -7,7 +7,7 @@ Two methods of the optimizer instance are wrapped, and nothing else decides anyt
   have agreed on. If the flag is up, the guard finds the origin and decides; a clean step costs nothing here, not even a
   synchronisation. Optimizers that skip without a word to it (bf16) are asked for `overflow` after the step.
 
-`backward` and `scale` of the engine are wrapped to keep a reference to the loss, `load_checkpoint` to look at what it
+`backward` and `scale` of the engine are wrapped to keep a reference to the loss, `load_checkpoint` to scan what it
 loaded, and `step`, where there is a keeper, to go back to a checkpoint when the step is over. The loss scaler is left
 alone: it is pickled into checkpoints.
 """
@@ -16,163 +16,148 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any
 from weakref import WeakSet
 
 import torch
 
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.errors import InvalidInput, NumericsError
-from hallo_numguard.core.findings import Finding
-from hallo_numguard.core.overflow_report import OverflowReport
-from hallo_numguard.core.records import StepRecord
-from hallo_numguard.guard import named_tensors as attribution
 from hallo_numguard.guard.collectives import Ranks
-from hallo_numguard.guard.guarded_model import Forward, Model, Scanned
+from hallo_numguard.guard.guard import Guard
+from hallo_numguard.guard.guarded_model import Forward, GuardedModel, ScannedPieces
+from hallo_numguard.guard.named_tensors import named_buffers
 from hallo_numguard.guard.session import Session
+from hallo_numguard.integrations.deepspeed.adapters import adapter_for
+from hallo_numguard.integrations.deepspeed.adapters.plain import clip
 from hallo_numguard.integrations.deepspeed.engine import (
     call_module,
-    kind_for,
-    known_bad,
+    check_supported,
+    overflow_check_disabled,
     parameters_of,
     settings_of,
-    told_not_to_look,
 )
 from hallo_numguard.integrations.deepspeed.monitor import monitor_sinks
-from hallo_numguard.integrations.deepspeed.replace import Replacement
-from hallo_numguard.integrations.deepspeed.state import is_sliced, scan_state
-from hallo_numguard.integrations.deepspeed.version import version
-from hallo_numguard.integrations.patches import Seams
+from hallo_numguard.integrations.deepspeed.version import release, version
+from hallo_numguard.integrations.patches import MethodPatches
 
 _log = logging.getLogger("hallo_numguard")
-
-T = TypeVar("T")
 
 _guarded_engines: WeakSet[Any] = WeakSet()
 
 
-class DeepSpeedGuard:
-    """What `attach` returns; see there.
+class DeepSpeedGuard(Guard):
+    """The guard of an engine; see `attach`.
 
     Args:
         engine: A `deepspeed.DeepSpeedEngine`.
         config, on_overflow: See `attach`.
-        again: Calls the model once more with what the engine was called with, where `engine.module` does not.
+        forward: Calls the model once more with what the engine was called with, where `engine.module` does not.
     """
 
     def __init__(
-        self, engine: Any, config: GuardConfig, on_overflow: OverflowCallback | None, again: Forward | None = None
+        self, engine: Any, config: GuardConfig, on_overflow: OverflowCallback | None, forward: Forward | None = None
     ) -> None:
         if engine in _guarded_engines:
             raise InvalidInput("this engine is guarded already; call detach() on its guard first")
+        check_supported(engine)
         self._engine = engine
         self._optimizer = engine.optimizer
-        self._kind = kind_for(engine)
-        self._ranks = Ranks(getattr(self._optimizer, "dp_process_group", None))
         parameters = parameters_of(engine.module)
-        positions = {item.tensor: position for position, item in enumerate(parameters)}
-        self._gradients = self._kind.source(self._optimizer, positions)
-        buffers = attribution.named_buffers(engine.module)
-        model = Model(
+        self._adapter = adapter_for(engine.optimizer, {item.tensor: at for at, item in enumerate(parameters)})
+        self._gradients = self._adapter.gradient_source()
+        self._ranks = Ranks(getattr(self._optimizer, "dp_process_group", None))
+        model = GuardedModel(
             parameters,
-            buffers,
-            sliced_gradients=self._gradients.sliced,
-            scan_state=lambda: scan_state(self._optimizer, positions),
-            sliced_state=is_sliced(self._optimizer),
+            named_buffers(engine.module),
+            sliced_gradients=self._gradients.is_sliced,
+            scan_state=self._adapter.scan_state,
+            sliced_state=self._adapter.state_is_sliced,
             device=torch.device(engine.device),
             module=engine.module,
-            forward=again or functools.partial(call_module, engine),
+            forward=forward or functools.partial(call_module, engine),
             settings=settings_of(engine),
             can_go_back=lambda: True,
         )
         self._session = Session(model, self._ranks, config, on_overflow, monitor_sinks(engine))
-        self._config = config
-        self._looks = self._kind.looks(self._optimizer)  # else nobody does but the guard
-        self._enforces = config.policy.enforce or not told_not_to_look(engine)
+        self._checks_overflow = self._adapter.checks_overflow()  # else the guard alone does
+        self._enforces = config.policy.enforce or not overflow_check_disabled(engine)
         self._explained = False  # whether this step's overflow was
         self._skipped_here = False  # by the guard itself, of an optimizer that knows of no overflow
-        self._scanned_early: Scanned | None = None
+        self._scanned_early: ScannedPieces | None = None
         self._to_raise: BaseException | None = None
-        self._seams = Seams()
-        for fault in known_bad(engine, version()):
-            _log.warning("%s", fault)
+        for bug in self._adapter.known_bugs(release()):
+            _log.warning("DeepSpeed %s %s", version(), bug)
         self._session.inspect_weights("attached")
-        self._wrap()
-        self._replacement = Replacement(self._optimizer, self._seams) if config.mode == "replace" else None
+        self._patches = MethodPatches()
+        self._patch(goes_back=config.keeper is not None)
+        self._replaces = config.mode == "replace" and self._replace_passes()
         _guarded_engines.add(engine)
 
-    def _wrap(self) -> None:
-        self._seams.wrap(self._optimizer, "step", self._step)
-        if hasattr(self._optimizer, "_update_scale"):
-            self._seams.wrap(self._optimizer, "_update_scale", self._update_scale)
-        if self._config.keeper is not None:
-            self._seams.wrap(self._engine, "step", self._engine_step)
-        self._seams.wrap(self._engine, "forward", self._forward)
-        self._seams.wrap(self._engine, "backward", self._backward)
-        if hasattr(self._engine, "scale"):  # DeepSpeed >= 0.18.3, for loss.backward() by hand
-            self._seams.wrap(self._engine, "scale", self._backward)
-        self._seams.wrap(self._engine, "load_checkpoint", self._load_checkpoint)
-        if hasattr(self._engine, "clip_fp32_gradients"):  # stage 0 in float32: a NaN norm makes every gradient NaN
-            self._seams.wrap(self._engine, "clip_fp32_gradients", self._clip)
+    def _patch(self, goes_back: bool) -> None:
+        engine, optimizer, patches = self._engine, self._optimizer, self._patches
+        patches.wrap(optimizer, "step", self._step)
+        if hasattr(optimizer, "_update_scale"):
+            patches.wrap(optimizer, "_update_scale", self._update_scale)
+        if goes_back:
+            patches.wrap(engine, "step", self._engine_step)
+        patches.observe(engine, "forward", self._on_forward_start, self._session.on_forward_end)
+        patches.observe(engine, "backward", self._on_backward)
+        if hasattr(engine, "scale"):  # DeepSpeed >= 0.18.3, for loss.backward() by hand
+            patches.observe(engine, "scale", self._on_backward)
+        patches.observe(engine, "load_checkpoint", after=self._on_checkpoint_loaded)
+        if hasattr(engine, "clip_fp32_gradients"):  # stage 0 in float32: a NaN norm makes every gradient NaN
+            patches.wrap(engine, "clip_fp32_gradients", self._clip)
 
-    @property
-    def last_report(self) -> OverflowReport | None:
-        """The report on the last step whose gradients were not finite, or None.
+    def _replace_passes(self) -> bool:
+        reason = self._adapter.reason_to_observe()
+        if reason is not None:
+            _log.info("hallo_numguard observes and replaces nothing: %s", reason)
+            return False
+        self._adapter.replace_passes(self._patches)
+        return True
 
-        Replaced by one that is no longer provisional when a later step was finite.
-        """
-        return self._session.last_report
-
-    @property
-    def findings(self) -> list[Finding]:
-        """What was noticed that is no overflow, or not yet; see `Finding`. The last 1000."""
-        return self._session.findings
-
-    @property
-    def history(self) -> list[StepRecord]:
-        """The flight recorder: the last steps of what this rank owns, oldest first. Waits for the last row's copy."""
-        return self._session.history()
+    def _sessions(self) -> Sequence[Session]:
+        return [self._session]
 
     def detach(self) -> None:
         """Takes the guard off. The engine is as it was before `attach`; reports and history stay readable."""
-        self._seams.restore()
+        self._patches.restore()
         self._session.stop()
         _guarded_engines.discard(self._engine)
 
-    # -- the seams: what runs in place of DeepSpeed's methods --------------------------------------------------------
+    # -- what runs in place of, before and after DeepSpeed's methods -------------------------------------------------
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._explained = self._skipped_here = False
-        if not self._looks and hasattr(self._optimizer, "overflow"):
+        if not self._checks_overflow and hasattr(self._optimizer, "overflow"):
             self._optimizer.overflow = False  # DeepSpeed would leave what the guard has set
-        scanned = self._scanned_early or self._session.guarded(self._before_step)
-        self._scanned_early = None
-        if self._replacement is not None:
-            self._replacement.begin(scanned)
-        if not self._looks and not hasattr(self._optimizer, "_update_scale"):
-            self._skipped_here = self._found_by_us()
+        scan, self._scanned_early = self._scanned_early or self._scan(), None
+        if self._replaces:
+            self._adapter.begin_step(scan)
+        if not self._checks_overflow and not hasattr(self._optimizer, "_update_scale"):
+            self._skipped_here = self._found_by_guard()
         try:
             result = None if self._skipped_here else original(*args, **kwargs)
         except BaseException:
-            self._guarded(lambda: self._session.after_step(applied=False))
+            self._session.after_step(applied=False)
             raise
         finally:
-            if self._replacement is not None:
-                self._replacement.end()
+            self._adapter.end_step()
         self._take_off_if_failed(everywhere=self._ranks.size == 1)
         if self._overflowed:
             if not self._explained:
                 self._explain()
-            self._guarded(self._gradients.drop)
-        self._guarded(lambda: self._session.after_step(applied=not self._overflowed))
+            self._session.essential("drop of the gradients", self._gradients.drop)
+        self._session.after_step(applied=not self._overflowed)
         if self._to_raise is not None:
             error, self._to_raise = self._to_raise, None
             raise error
         return result
 
     def _update_scale(self, original: Callable[..., Any], has_overflow: bool = False) -> Any:
-        if not has_overflow and not self._looks and self._found_by_us():
+        if not has_overflow and not self._checks_overflow and self._found_by_guard():
             # DeepSpeed reads the flag again after this call, and then drops the gradients.
             has_overflow = self._optimizer.overflow = True
         if not has_overflow:
@@ -194,46 +179,41 @@ class DeepSpeedGuard:
         self._session.go_back(self._engine)  # not before: the engine counts a step when it is over
         return result
 
-    def _forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._guarded(lambda: self._session.saw_call(args, kwargs))
-        output = original(*args, **kwargs)
-        self._guarded(lambda: self._session.saw_output(output))
-        return output
+    def _on_forward_start(self, *args: Any, **kwargs: Any) -> None:
+        self._session.on_forward_start(args, kwargs)
 
-    def _backward(self, original: Callable[..., Any], loss: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _on_backward(self, loss: Any, *_: Any, **__: Any) -> None:
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-            self._session.saw_loss(loss)
-        return original(loss, *args, **kwargs)
+            self._session.on_loss(loss)
+
+    def _on_checkpoint_loaded(self, _: Any) -> None:
+        self._session.inspect_weights("loaded from a checkpoint")
 
     def _clip(self, original: Callable[..., Any]) -> Any:
-        self._scanned_early = self._session.guarded(self._before_step)
-        if self._replacement is None or self._scanned_early is None or self._engine.mpu is not None:
+        self._scanned_early = self._scan()
+        if not self._replaces or self._scanned_early is None or self._engine.mpu is not None:
             return original()
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        return self._replacement.clip(
-            self._scanned_early, gradients, float(self._engine.gradient_clipping()), self._ranks
-        )
-
-    def _load_checkpoint(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        result = original(*args, **kwargs)
-        self._guarded(lambda: self._session.inspect_weights("loaded from a checkpoint"))
-        return result
+        return clip(self._scanned_early, gradients, float(self._engine.gradient_clipping()), self._ranks)
 
     # -- what they do ------------------------------------------------------------------------------------------------
 
-    def _before_step(self) -> Scanned:
-        scaling = self._kind.scaling(self._optimizer)
+    def _scan(self) -> ScannedPieces | None:
+        return self._session.essential("scan of the gradients", self._scan_gradients)
+
+    def _scan_gradients(self) -> ScannedPieces:
+        scaling = self._adapter.loss_scaling()
         step = int(self._engine.global_steps) + 1  # DeepSpeed counts a step when it is over
-        scanned = self._gradients.scan()
-        self._session.before_step(step, scaling, scanned)
-        return scanned
+        scan = self._gradients.scan()
+        self._session.before_step(step, scaling, scan)
+        return scan
 
     @property
     def _overflowed(self) -> bool:
         return self._skipped_here or bool(getattr(self._optimizer, "overflow", False))
 
-    def _found_by_us(self) -> bool:
-        """Looks in DeepSpeed's place, and explains what is found. Returns whether the step is to be skipped."""
+    def _found_by_guard(self) -> bool:
+        """Checks in DeepSpeed's place, and explains what is found. Returns whether the step is to be skipped."""
         found = self._session.found_inf()
         if found:
             self._explain(skipped=self._enforces)
@@ -244,11 +224,6 @@ class DeepSpeedGuard:
         self._explained = True
         self._to_raise = self._session.overflow(skipped)
         self._take_off_if_failed(everywhere=True)
-
-    def _guarded(self, work: Callable[[], T]) -> T | None:
-        result = self._session.guarded(work)
-        self._take_off_if_failed(everywhere=self._ranks.size == 1)
-        return result
 
     def _take_off_if_failed(self, everywhere: bool) -> None:
         """After a failure of our own; only where all ranks do so."""

@@ -13,9 +13,9 @@ def version() -> str:
     return str(getattr(sys.modules.get("deepspeed"), "__version__", "of unknown version"))
 
 
-def kind_of(optimizer: Any, *names: str) -> bool:
-    """Returns whether the class of `optimizer`, or one that it is derived from, has one of these names."""
-    return any(base.__name__ in names for base in type(optimizer).__mro__)
+def is_instance_of(value: Any, *names: str) -> bool:
+    """Returns whether the class of `value`, or one that it is derived from, has one of these names."""
+    return any(base.__name__ in names for base in type(value).__mro__)
 
 
 def require(optimizer: Any, *attributes: str) -> None:
@@ -30,3 +30,11 @@ def unknown_layout(optimizer: Any, attribute: str, what: str) -> UnsupportedDeep
     return UnsupportedDeepSpeed(
         f"DeepSpeed {version()}: {type(optimizer).__name__}.{attribute} holds {what}: an unknown layout"
     )
+
+
+def release() -> tuple[int, ...]:
+    """Returns the first three numbers of the version; () where it has none."""
+    try:
+        return tuple(int(part) for part in version().split(".")[:3])
+    except ValueError:
+        return ()

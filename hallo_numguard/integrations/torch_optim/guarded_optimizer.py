@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,16 +12,15 @@ from torch._compile import _disable_dynamo
 
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.errors import InvalidInput
-from hallo_numguard.core.findings import Finding
-from hallo_numguard.core.overflow_report import OverflowReport
-from hallo_numguard.core.records import StepRecord
+from hallo_numguard.guard.guard import Guard
+from hallo_numguard.guard.session import Session
 from hallo_numguard.integrations.torch_optim import grad_scaler as scalers
 from hallo_numguard.integrations.torch_optim.model_hooks import Named, inner
-from hallo_numguard.integrations.torch_optim.optimizer_guard import Look, OptimizerGuard
+from hallo_numguard.integrations.torch_optim.optimizer_guard import GradientCheck, OptimizerGuard
 
 Closure = Callable[[], Any]
 
-_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 class _Skipped(Exception):
@@ -43,7 +42,7 @@ def _shared(name: str, text: str) -> Any:
     return property(read, write, doc=text)
 
 
-class GuardedOptimizer(torch.optim.Optimizer):
+class GuardedOptimizer(Guard, torch.optim.Optimizer):
     """Guards the steps of an optimizer: takes its place in the training script.
 
     A step whose gradients are not finite is not made: the guard finds out why, and does what the policy says. All else
@@ -56,7 +55,7 @@ class GuardedOptimizer(torch.optim.Optimizer):
         model_or_named_parameters: The model, as the script calls it: its own, one in DistributedDataParallel, one with
             `fully_shard` or tensor-parallel DTensors, what torch.compile returns. Or `model.named_parameters()`, which
             names tensors, but shows neither batch nor buffers, nor can a batch be run again.
-        config: What to do; see `GuardConfig`. `mode` is of no matter here.
+        config: What to do; see `GuardConfig`. `mode` has no effect here.
         on_overflow: Called with the `OverflowReport` when a step's gradients are not finite; see `attach`.
         clip_norm: Clip gradients to this norm, in place of `clip_grad_norm_`: by the norm that the guard has at hand.
 
@@ -111,23 +110,8 @@ class GuardedOptimizer(torch.optim.Optimizer):
         """The model itself, out of what it was wrapped in; None if only names were given."""
         return inner(self._named) if isinstance(self._named, torch.nn.Module) else None
 
-    @property
-    def last_report(self) -> OverflowReport | None:
-        """The report on the last step whose gradients were not finite, or None.
-
-        Replaced by one that is no longer provisional when a later step was finite.
-        """
-        return self._guard.session.last_report
-
-    @property
-    def findings(self) -> list[Finding]:
-        """What was noticed that is no overflow, or not yet; see `Finding`. The last 1000."""
-        return self._guard.session.findings
-
-    @property
-    def history(self) -> list[StepRecord]:
-        """The flight recorder: the last steps, oldest first. Waits for the last row's copy."""
-        return self._guard.session.history()
+    def _sessions(self) -> Sequence[Session]:
+        return [self._guard.session]
 
     def detach(self) -> torch.optim.Optimizer:
         """Takes the guard off and returns the plain optimizer. This one then only passes calls on, and clips no more.
@@ -135,7 +119,7 @@ class GuardedOptimizer(torch.optim.Optimizer):
         Reports and history stay readable.
         """
         if self._guard.active:
-            self._guard.settle()
+            self._guard.resolve_pending_step()
             self._guard.take_off()
         return self._optimizer
 
@@ -145,7 +129,7 @@ class GuardedOptimizer(torch.optim.Optimizer):
         Not needed where the model returns the loss, alone or as `loss` of what else it returns, or a closure does.
         Without it, the model's output tells whether what is not finite was made before the backward pass.
         """
-        self._guard.saw_loss(loss)
+        self._guard.on_loss(loss)
         return loss
 
     # -- torch.optim.Optimizer -----------------------------------------------------------------------------------------
@@ -172,9 +156,9 @@ class GuardedOptimizer(torch.optim.Optimizer):
             return self._optimizer.step() if closure is None else self._optimizer.step(closure)
         if closure is not None:
             return self._step_with(closure)
-        if self._divides and waiting_costs(self._device):
-            return self._step_without_waiting()
-        return self._finish(self._guard.look())
+        if self._divides and sync_is_costly(self._device):
+            return self._step_without_sync()
+        return self._finish(self._guard.check())
 
     @property
     def _device(self) -> torch.device:
@@ -194,26 +178,26 @@ class GuardedOptimizer(torch.optim.Optimizer):
                 "attribute scaler to the GradScaler"
             )
         has_unscaled = scalers.has_unscaled(scaler, self)
-        look = self._guard.look(scalers.scale_of(scaler), are_scaled=not has_unscaled)
+        check = self._guard.check(scalers.scale_of(scaler), are_scaled=not has_unscaled)
         if was_handed and not has_unscaled:
-            scalers.tell(scaler, self, look.bad)
+            scalers.tell(scaler, self, check.bad)
         try:
-            return self._finish(look, 1.0 if has_unscaled else look.scale)
+            return self._finish(check, 1.0 if has_unscaled else check.scale)
         finally:
-            if look.bad and (self._guard.went_back or self._guard.session.keeps_scale):
+            if check.bad and (self._guard.went_back or self._guard.session.keeps_scale):
                 scalers.tell(scaler, self, bad=False)
 
-    def _finish(self, look: Look, scale: float = 1.0) -> Any:
+    def _finish(self, check: GradientCheck, scale: float = 1.0) -> Any:
         """Makes the step on gradients that are `scale` times too large, or does not."""
-        if look.bad:
+        if check.bad:
             self._guard.skip()
             return None
-        divisor = self._divisor(look, scale)
+        divisor = self._divisor(check, scale)
         try:
             if divisor != 1.0 and self._divides:
                 result = self._step_fused(divisor)
             else:
-                _divide(look.gradients, divisor)
+                _divide(check.gradients, divisor)
                 result = self._optimizer.step()
         except BaseException:
             self._guard.done(applied=False)
@@ -226,11 +210,11 @@ class GuardedOptimizer(torch.optim.Optimizer):
         """Whether the optimizer's kernel does so itself, which it cannot where its tensors are DTensors."""
         return getattr(self._optimizer, "_step_supports_amp_scaling", False) and not self._guard.sharded
 
-    def _divisor(self, look: Look, scale: float) -> float:
+    def _divisor(self, check: GradientCheck, scale: float) -> float:
         """What the gradients are to be divided by: the loss scale, and what it takes to clip them."""
         if self._clip_norm is None:
             return scale
-        return scale * max(1.0, (look.norm / scale + _EPSILON) / self._clip_norm)
+        return scale * max(1.0, (check.norm / scale + CLIP_EPSILON) / self._clip_norm)
 
     def _step_fused(self, divisor: float | torch.Tensor | None, found_inf: torch.Tensor | None = None) -> Any:
         """Lets the kernel of a fused optimizer divide while it reads the gradients, and do nothing if they are bad."""
@@ -245,18 +229,18 @@ class GuardedOptimizer(torch.optim.Optimizer):
             for name in ("grad_scale", "found_inf"):
                 vars(optimizer).pop(name, None)
 
-    def _step_without_waiting(self) -> Any:
+    def _step_without_sync(self) -> Any:
         """Leaves it to a fused optimizer to make the step or not; the guard asks for what became of it a step later."""
-        self._guard.settle()
+        self._guard.resolve_pending_step()
         if self._guard.went_back:
             return None
-        totals = self._guard.look_without_waiting()
+        totals = self._guard.check_without_sync()
         bad, squares = totals.unbind()
         divisor = None
         if self._clip_norm is not None:
-            divisor = ((squares.sqrt() + _EPSILON) / self._clip_norm).clamp(min=1.0).float()
+            divisor = ((squares.sqrt() + CLIP_EPSILON) / self._clip_norm).clamp(min=1.0).float()
         result = self._step_fused(divisor, found_inf=(bad > 0).float())
-        self._guard.hold(totals)
+        self._guard.postpone(totals)
         return result
 
     def _step_with(self, closure: Closure) -> Any:
@@ -269,11 +253,11 @@ class GuardedOptimizer(torch.optim.Optimizer):
             if evaluations:
                 self._guard.done(applied=True)
             loss = closure()
-            self._guard.saw_result(loss)
-            look = self._guard.look()
-            if look.bad:
+            self._guard.on_closure_result(loss)
+            check = self._guard.check()
+            if check.bad:
                 raise _Skipped(loss)
-            _divide(look.gradients, self._divisor(look, 1.0))
+            _divide(check.gradients, self._divisor(check, 1.0))
             evaluations += 1
             return loss
 
@@ -310,12 +294,12 @@ class GuardedOptimizer(torch.optim.Optimizer):
         return self._optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See torch.optim.Optimizer. What was loaded is looked at, as are the weights."""
+        """See torch.optim.Optimizer. Scans what was loaded, and the weights."""
         self._optimizer.load_state_dict(state_dict)
         self._guard.state_was_loaded()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See torch.optim.Optimizer. With parameters that nobody has named the guard begins anew."""
+        """See torch.optim.Optimizer. With parameters that have no name yet the guard begins anew."""
         self._optimizer.add_param_group(param_group)
         if self._guard.active and not self._guard.knows_all():
             self.detach()
@@ -344,8 +328,8 @@ class GuardedOptimizer(torch.optim.Optimizer):
         return f"GuardedOptimizer({self._optimizer!r})"
 
 
-def waiting_costs(device: torch.device) -> bool:
-    """Whether whoever reads a result has to wait for what else the device has to do before."""
+def sync_is_costly(device: torch.device) -> bool:
+    """Whether reading a result waits for everything else that the device has to do before."""
     return device.type != "cpu"
 
 

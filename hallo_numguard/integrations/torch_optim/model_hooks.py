@@ -1,4 +1,4 @@
-"""What there is to be named, and who sees it being called."""
+"""The names of what an optimizer trains, and hooks that observe the calls of the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 from torch._compile import _disable_dynamo
 
 from hallo_numguard.core.errors import InvalidInput
-from hallo_numguard.guard import named_tensors as attribution
+from hallo_numguard.guard import named_tensors
 from hallo_numguard.guard.guarded_model import Forward
 from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.integrations.torch_optim.sharding import counts_here, is_sharded, local, place_of
@@ -60,7 +60,7 @@ def named_parameters(named: Named, optimizer: torch.optim.Optimizer) -> list[Nam
         InvalidInput: If the optimizer trains none of them, or what cannot be read.
     """
     if isinstance(named, nn.Module):
-        found = attribution.named_parameters(inner(named))
+        found = named_tensors.named_parameters(inner(named))
     else:
         found = [NamedTensor("parameter", name, tensor) for name, tensor in named]
     known = {item.tensor for item in found}
@@ -75,7 +75,7 @@ def named_parameters(named: Named, optimizer: torch.optim.Optimizer) -> list[Nam
 
 
 def _trained(optimizer: torch.optim.Optimizer) -> Iterator[tuple[torch.Tensor, str]]:
-    """The optimizer's parameters, and what they are called where nobody has named them."""
+    """The optimizer's parameters, and names for those that have none."""
     for number, group in enumerate(optimizer.param_groups):
         names = group.get("param_names") or [f"param_groups[{number}][{at}]" for at in range(len(group["params"]))]
         yield from zip(group["params"], names, strict=True)
@@ -91,31 +91,31 @@ def _slice(tensor: torch.Tensor) -> Callable[[], tuple[torch.Tensor, int, int, i
     return slice_here
 
 
-class Shown(Protocol):
-    """Shows the calls of a model."""
+class Observer(Protocol):
+    """Observes the calls of a model."""
 
     @property
-    def again(self) -> Forward | None:
-        """Makes a call once more, without anybody seeing it; None if that must not be."""
+    def forward(self) -> Forward | None:
+        """Makes a call once more, unobserved; None if that is impossible."""
 
     def stop(self) -> None:
-        """Shows them no longer."""
+        """Observes no longer."""
 
 
-class Calls:
-    """Sees every call of a model in training; a copy of the model (deepcopy, pickle) has nobody who does.
+class CallObserver:
+    """Observes every call of a model in training; a copy of the model (deepcopy, pickle) is not observed.
 
     Args:
-        model: As the script calls it, or as what it calls does.
-        saw_call: Takes the arguments, before the call.
-        saw_output: Takes what was returned.
+        model: The model, as the script calls it, or a wrapper that calls it.
+        on_forward_start: Takes the arguments, before the call. Must not raise.
+        on_forward_end: Takes what was returned. Must not raise.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        saw_call: Callable[[tuple[Any, ...], Mapping[str, Any]], None],
-        saw_output: Callable[[Any], None],
+        on_forward_start: Callable[[tuple[Any, ...], Mapping[str, Any]], None],
+        on_forward_end: Callable[[Any], None],
     ) -> None:
         while isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module  # which calls it
@@ -125,12 +125,12 @@ class Calls:
         @_disable_dynamo
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module is model and not self._muted:
-                saw_call(args, kwargs)
+                on_forward_start(args, kwargs)
 
         @_disable_dynamo
         def after(module: nn.Module, _: Any, output: Any) -> None:
             if module is model and not self._muted:
-                saw_output(output)
+                on_forward_end(output)
 
         # Behind every hook that changes what the model is given; before every one that changes what it returns.
         self._handles = [
@@ -138,8 +138,8 @@ class Calls:
             model.register_forward_hook(_Hook(after)),
         ]
 
-    def again(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Calls the model without anybody seeing it; what torch.compile has made of it is left out."""
+    def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Calls the model unobserved, and eagerly where it was compiled."""
         model = inner(self._model)
         with self._mute():
             output = model(*args, **kwargs)

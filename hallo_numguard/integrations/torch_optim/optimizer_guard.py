@@ -1,50 +1,46 @@
-"""The guard of one optimizer: what is looked at before its step, and what becomes of the step."""
+"""The guard of one optimizer: what is checked before its step, and what becomes of the step."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
-from hallo_numguard.guard import named_tensors as attribution
 from hallo_numguard.guard.collectives import Ranks
-from hallo_numguard.guard.guarded_model import Model
-from hallo_numguard.guard.loss_scaling import LossScaling
-from hallo_numguard.guard.named_tensors import NamedTensor
-from hallo_numguard.guard.session import Held, Session
+from hallo_numguard.guard.guarded_model import GuardedModel
+from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
+from hallo_numguard.guard.named_tensors import NamedTensor, named_buffers
+from hallo_numguard.guard.session import Session
+from hallo_numguard.guard.step.pending import PendingStep
 from hallo_numguard.integrations.torch_optim.grad_scaler import scaling_of
 from hallo_numguard.integrations.torch_optim.model_hooks import (
-    Calls,
+    CallObserver,
     Named,
-    Shown,
+    Observer,
     distributed,
     inner,
     loss_in,
     named_parameters,
     refuse_flat_shards,
 )
-from hallo_numguard.integrations.torch_optim.parameter_gradients import Gradients, Looked
-from hallo_numguard.ops.device import Sent
-
-T = TypeVar("T")
-
-UNSCALED = LossScaling(1.0, dynamic=False)
+from hallo_numguard.integrations.torch_optim.parameter_gradients import Gradients, GradientScan
+from hallo_numguard.ops.device import AsyncHostCopy
 
 
-class Look(NamedTuple):
-    """What a pass over the gradients has shown, the same on every rank that shares them.
+class GradientCheck(NamedTuple):
+    """Result of a pass over the gradients, the same on every rank that shares them.
 
     Attributes:
-        gradients: What this rank holds of them.
+        gradients: Gradients that this rank holds.
         bad: Whether any is not finite, on any rank.
-        norm: Of all together, as they are; of no meaning if one is not finite.
-        scale: The loss scale that was given; 1 if none was.
+        norm: L2 norm of all together, as they are; meaningless if one is not finite.
+        scale: Loss scale that was given; 1 if none was.
     """
 
     gradients: list[torch.Tensor]
@@ -54,22 +50,22 @@ class Look(NamedTuple):
 
 
 class OptimizerGuard:
-    """Looks at the gradients that an optimizer is about to apply, and says what is wrong with them.
+    """Checks the gradients that an optimizer is about to apply, and says what is wrong with them.
 
-    A step is `look`, and then `skip`, or the optimizer's own step and `done`. Ranks that share gradients, which they
-    do under DistributedDataParallel and with DTensors, all do the same; others each look after themselves.
+    A step is `check`, and then `skip`, or the optimizer's own step and `done`. Ranks that share gradients, which they
+    do under DistributedDataParallel and with DTensors, all do the same; others are each guarded alone.
 
     Args:
-        optimizer: A plain one.
+        optimizer: A plain optimizer.
         named: The model, or its named parameters.
         config: What to do.
         on_overflow: See `attach`.
-        calls: Shows the calls of the model, made as `Calls` is.
+        observer: Observes the calls of the model, constructed as `CallObserver` is.
 
     Attributes:
         session: Reports, history and findings.
-        active: Whether it guards still.
-        went_back: Whether the last step that was skipped was undone with those since a checkpoint.
+        active: Whether it still guards.
+        went_back: Whether the last step that was skipped was undone, with those since a checkpoint.
     """
 
     def __init__(
@@ -78,15 +74,15 @@ class OptimizerGuard:
         named: Named,
         config: GuardConfig,
         on_overflow: OverflowCallback | None,
-        calls: Callable[..., Shown] = Calls,
+        observer: Callable[..., Observer] = CallObserver,
     ) -> None:
         parameters = named_parameters(named, optimizer)
         self._model = named if isinstance(named, nn.Module) else None
         self._gradients = Gradients(optimizer, parameters)
-        self._calls: Shown | None = None
+        self._calls: Observer | None = None
         if self._model is not None:
             refuse_flat_shards(self._model)
-            self._calls = calls(self._model, self._saw_call, self._saw_output)
+            self._calls = observer(self._model, self._on_forward_start, self._on_forward_end)
         if self._gradients.sharded:  # these are reduced before any hook would see them
             config = replace(config, local_gradients="never")
         self._keeper = config.keeper
@@ -96,7 +92,7 @@ class OptimizerGuard:
         self._loss_is_told = False
         self._steps = 0
         self._under_way = False
-        self._held: tuple[Sent, Held] | None = None
+        self._put_aside: tuple[AsyncHostCopy, PendingStep] | None = None
         self.went_back = False
         self.active = True
         self.session.inspect_weights("the optimizer was guarded")
@@ -107,18 +103,18 @@ class OptimizerGuard:
         reducer = None if self._model is None else distributed(self._model)
         return Ranks(alone=True) if reducer is None else Ranks(reducer.process_group)
 
-    def _described(self, parameters: list[NamedTensor]) -> Model:
+    def _described(self, parameters: list[NamedTensor]) -> GuardedModel:
         sharded = self._gradients.sharded
         module = None if self._model is None else inner(self._model)
-        return Model(
+        return GuardedModel(
             parameters,
-            [] if module is None else attribution.named_buffers(module),
+            [] if module is None else named_buffers(module),
             sliced_gradients=sharded,
             scan_state=self._gradients.scan_state,
             sliced_state=sharded,
             device=self._device,
             module=module,
-            forward=None if self._calls is None else self._calls.again,
+            forward=None if self._calls is None else self._calls.forward,
             backward_again=not sharded,
             can_go_back=self._can_go_back,
         )
@@ -136,7 +132,7 @@ class OptimizerGuard:
         return self._keeper.run is not None and not self._gradients.sharded
 
     def take_off(self) -> None:
-        """Guards no longer. Reports and history stay readable."""
+        """Stops guarding. Reports and history stay readable."""
         self.active = False
         if self._calls is not None:
             self._calls.stop()
@@ -147,93 +143,105 @@ class OptimizerGuard:
         """Whether the parameters are DTensors."""
         return self._gradients.sharded
 
-    # -- what the model shows ------------------------------------------------------------------------------------------
+    # -- what is observed of the model ---------------------------------------------------------------------------------
 
-    def _saw_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        self._guarded(lambda: self._note_call(args, kwargs))
+    def _on_forward_start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if self._ranks.size == 1:
+            self.session.probes.run("search for the process group", self._join_active_reducer)
+        self.session.on_forward_start(args, kwargs)
 
-    def _note_call(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self._ranks.size == 1:  # the model that was given may be inside of one that reduces
-            reducer = DistributedDataParallel._get_active_ddp_module()
-            if reducer is not None and self._model is not None and inner(reducer) is inner(self._model):
-                self._ranks.join(reducer.process_group)
-        self.session.saw_call(args, kwargs)
+    def _join_active_reducer(self) -> None:
+        """The model that was given may be inside of a DistributedDataParallel: all of its ranks come here."""
+        reducer = DistributedDataParallel._get_active_ddp_module()
+        if reducer is not None and self._model is not None and inner(reducer) is inner(self._model):
+            self._ranks.join(reducer.process_group)
 
-    def _saw_output(self, output: Any) -> None:
-        self._guarded(lambda: self._note_output(output))
+    def _on_forward_end(self, output: Any) -> None:
+        self.session.on_forward_end(output)
+        if not self._loss_is_told:
+            self.session.probes.run("record of the loss", self._find_loss, output)
 
-    def _note_output(self, output: Any) -> None:
-        self.session.saw_output(output)
-        loss = None if self._loss_is_told else loss_in(output)
+    def _find_loss(self, output: Any) -> None:
+        loss = loss_in(output)
         if loss is not None:
-            self.session.saw_loss(loss)
+            self.session.on_loss(loss)
 
-    def saw_loss(self, loss: torch.Tensor) -> None:
+    def on_loss(self, loss: torch.Tensor) -> None:
         """Takes note of a micro-batch's loss, before its backward: in place of what the model's output tells of it."""
         if not self._loss_is_told:
             self._loss_is_told = True
             self.session.forget_losses()
-        self._guarded(lambda: self.session.saw_loss(loss))
+        if self.active:
+            self.session.on_loss(loss)
 
-    def saw_result(self, loss: Any) -> None:
+    def on_closure_result(self, loss: Any) -> None:
         """Takes note of what a closure returned: if it is a loss, no other counts."""
-        if isinstance(loss, torch.Tensor) and loss.numel() == 1:
+        if self.active and isinstance(loss, torch.Tensor) and loss.numel() == 1:
             self.session.forget_losses()
-            self._guarded(lambda: self.session.saw_loss(loss))
+            self.session.on_loss(loss)
 
     def state_was_loaded(self) -> None:
-        """Looks at weights and optimizer state that came from elsewhere."""
-        self._guarded(lambda: self.session.inspect_weights("the optimizer's state was loaded"))
+        """Scans weights and optimizer state that came from elsewhere."""
+        if self.active:
+            self.session.inspect_weights("the optimizer's state was loaded")
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
-    def look(self, scale: torch.Tensor | None = None, are_scaled: bool = True) -> Look:
-        """Reads the gradients and waits for the result: the one synchronisation of a step.
+    def check(self, scale: torch.Tensor | None = None, are_scaled: bool = True) -> GradientCheck:
+        """Reads the gradients and waits for the result: the one host sync of a step.
 
         Args:
-            scale: The loss scale of a GradScaler, on any device; it is read with the rest. None if there is none.
+            scale: Loss scale of a GradScaler, on any device, to be read with the rest. None if there is none.
             are_scaled: Whether the gradients are still scaled like the loss.
 
         Raises:
             InvalidInput: If a gradient is sparse.
         """
         gradients = self._gradients.collect()
-        looked = self._guarded(lambda: self._gradients.read(gradients))
-        totals = self._totals(gradients, looked)
+        scan = self._scan(gradients)
+        totals = self._totals(gradients, scan)
         if self._gradients.sharded:
             totals = self._agree(totals)
         if scale is not None:
             totals = torch.cat([totals, scale.to(totals).reshape(1)])
         bad, squares, *scales = totals.tolist()
-        self._begin(looked, scaling_of(scales[0]) if scales else UNSCALED, are_scaled)
-        return Look(gradients, bad > 0, math.sqrt(squares), scales[0] if scales else 1.0)
+        self._begin(scan, scaling_of(scales[0]) if scales else UNSCALED, are_scaled)
+        return GradientCheck(gradients, bad > 0, math.sqrt(squares), scales[0] if scales else 1.0)
 
-    def look_without_waiting(self) -> torch.Tensor:
+    def check_without_sync(self) -> torch.Tensor:
         """Reads the gradients, which are not DTensors, and leaves it to the optimizer to apply them if they are finite.
 
-        When the step before is over, which is to be `settle`d first, and the optimizer has made its own: `hold`.
+        `resolve_pending_step` comes before it, `postpone` after the optimizer's own step.
 
         Returns:
-            float64 [2] on the device: how many of them are not finite, and the sum of the squares of all.
+            Number of gradients that are not finite, and the sum of the squares of all. float64 [2] on the device.
         """
         gradients = self._gradients.collect()
-        looked = self._guarded(lambda: self._gradients.read(gradients))
-        self._begin(looked, UNSCALED)
-        return self._totals(gradients, looked)
+        scan = self._scan(gradients)
+        self._begin(scan, UNSCALED)
+        return self._totals(gradients, scan)
 
-    def _totals(self, gradients: list[torch.Tensor], looked: Looked | None) -> torch.Tensor:
-        totals = _totals_without_us(gradients) if looked is None else looked.totals()
+    def _scan(self, gradients: list[torch.Tensor]) -> GradientScan | None:
+        if not self.active:
+            return None
+        scan = self.session.essential("scan of the gradients", self._gradients.read, gradients)
+        # Others may find an overflow, and would wait for this rank: until then it checks as torch would.
+        self._take_off_if_failed(everywhere=self._ranks.size == 1)
+        return scan
+
+    def _totals(self, gradients: list[torch.Tensor], scan: GradientScan | None) -> torch.Tensor:
+        totals = _totals_by_torch(gradients) if scan is None else scan.totals()
         return totals.to(self._device)  # a rank that holds nothing has them on the CPU
 
-    def _begin(self, looked: Looked | None, scaling: LossScaling, are_scaled: bool = True) -> None:
+    def _begin(self, scan: GradientScan | None, scaling: LossScaling, are_scaled: bool = True) -> None:
         self._steps += 1
-        if looked is None:
+        if scan is None or not self.active:
             return
-        scanned = looked.scanned
-        if not are_scaled:
-            scanned = replace(scanned, packed=_scaled(scanned.packed, scaling.scale))
+        pieces = scan.pieces
+        if not are_scaled:  # all figures of a run are of scaled gradients
+            pieces = replace(pieces, table=pieces.table.scaled(scaling.scale))
         self._under_way = True
-        self._guarded(lambda: self.session.before_step(self._steps, scaling, scanned))
+        self.session.before_step(self._steps, scaling, pieces)
 
     def _agree(self, totals: torch.Tensor) -> torch.Tensor:
         """Adds up what the ranks hold; if the guard of one has failed, all take theirs off. Every rank is here."""
@@ -264,70 +272,52 @@ class OptimizerGuard:
             self._go_back()
 
     def _go_back(self) -> None:
-        """Loads what the script has saved, in whatever order; it is looked at when all of it is there."""
+        """Loads what the script has saved, in whatever order, and scans it when all of it is there."""
         self.active = False
         try:
             self.session.go_back(self._keeper.run)
         finally:
             self.active = True
         self.went_back = True
-        self._guarded(lambda: self.session.inspect_weights("loaded from a checkpoint"))
+        self.session.inspect_weights("loaded from a checkpoint")
 
-    def hold(self, totals: torch.Tensor) -> None:
-        """Keeps the step for `settle`, with its batch, and goes on to the next. Nobody waits for `totals`."""
-        self._held = Sent(totals), self.session.exchange(Held())
+    def postpone(self, totals: torch.Tensor) -> None:
+        """Puts the step aside for `resolve_pending_step`, with its batch, and turns to the next. No host sync."""
+        self._put_aside = AsyncHostCopy(totals), self.session.swap_step()
 
-    def settle(self) -> None:
-        """Completes the step that is held, if any: like `skip` if it was bad. All ranks come here in the same step.
+    def resolve_pending_step(self) -> None:
+        """Completes the step that was put aside, if any: like `skip` if it was bad. All ranks call it in the same step.
 
         By now, a step later, the optimizer has not applied what is not finite, so the weights are what they were. If
         the run went back to a checkpoint, the present gradients are of no use any more.
         """
         self.went_back = False
-        if self._held is None:
+        if self._put_aside is None:
             return
-        (totals, held), self._held = self._held, None
-        now = self.session.exchange(held)
+        (totals, before), self._put_aside = self._put_aside, None
+        now = self.session.swap_step(before)
         try:
             if totals.read()[0] > 0:
                 self.skip()
             else:
                 self.done(applied=True)
         finally:
-            self.session.exchange(Held() if self.went_back else now)
+            self.session.swap_step(None if self.went_back else now)
 
     def done(self, applied: bool) -> None:
-        """The step that was looked at last is over."""
+        """Completes the step that was checked last."""
         if self._under_way:
             self._under_way = False
-            self._guarded(lambda: self.session.after_step(applied))
-
-    # -- its own failures ----------------------------------------------------------------------------------------------
-
-    def _guarded(self, work: Callable[[], T]) -> T | None:
-        if not self.active:
-            return None
-        result = self.session.guarded(work)
-        # Others may find an overflow, and would wait for this rank: until then it looks as torch would.
-        self._take_off_if_failed(everywhere=self._ranks.size == 1)
-        return result
+            if self.active:
+                self.session.after_step(applied)
 
     def _take_off_if_failed(self, everywhere: bool) -> None:
         if self.session.failed and everywhere:
             self.take_off()
 
 
-def _scaled(packed: torch.Tensor, scale: float) -> torch.Tensor:
-    """The records of gradients as they would be if nobody had unscaled them."""
-    packed = packed.clone()
-    floats = packed.view(torch.float64)
-    floats[:, 6] *= scale
-    floats[:, 7] *= scale * scale
-    return packed
-
-
-def _totals_without_us(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """What `Looked.totals` gives, by torch alone."""
+def _totals_by_torch(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """What `GradientScan.totals` gives, by torch alone."""
     if not gradients:
         return torch.zeros(2, dtype=torch.float64)
     norms = torch.stack([torch.linalg.vector_norm(gradient.double()) for gradient in gradients])

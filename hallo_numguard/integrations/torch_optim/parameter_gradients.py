@@ -9,44 +9,41 @@ from dataclasses import dataclass
 import torch
 
 from hallo_numguard.core.errors import InvalidInput
-from hallo_numguard.guard.guarded_model import Scanned
+from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.named_tensors import NamedTensor
-from hallo_numguard.guard.parameter_stats import NOTHING, Piece
+from hallo_numguard.guard.parameter_stats import PADDING, Piece
 from hallo_numguard.integrations.torch_optim.sharding import counts_here, is_sharded, local, place_of
 from hallo_numguard.ops.api import multi_tensor_stats
 
 Positions = Mapping[torch.Tensor, int]
-"""Of each parameter, its position in the guard's list."""
+"""Position in the guard's list, by parameter."""
 
 
 @dataclass(frozen=True)
-class Looked:
+class GradientScan:
     """One pass over this rank's gradients.
 
     Attributes:
-        scanned: What the session is given.
-        owned: bool [gradients], which of them are counted where ranks add up; None if all.
+        pieces: Statistics with the piece of a parameter that each row is of.
+        owned: Which of them count where ranks add up; None if all do. bool [gradients].
     """
 
-    scanned: Scanned
+    pieces: ScannedPieces
     owned: torch.Tensor | None
 
     def totals(self) -> torch.Tensor:
-        """float64 [2]: how many gradients of this rank are not finite, and the sum of the squares of all. No wait."""
-        packed = self.scanned.packed
-        bad = packed[:, 5] >= 0
-        squares = packed.view(torch.float64)[:, 7]
-        if self.owned is not None:
-            squares = squares * self.owned
-        return torch.stack([bad.sum(dtype=torch.float64), squares.sum()])
+        """Returns the number of bad gradients, and the sum of the squares of all: float64 [2], without a host sync."""
+        table = self.pieces.table
+        squares = table.sumsq if self.owned is None else table.sumsq * self.owned
+        return torch.stack([(table.first_nonfinite >= 0).sum(dtype=torch.float64), squares.sum()])
 
 
 class Gradients:
     """`parameter.grad` of all that an optimizer trains.
 
     Args:
-        optimizer: Whose.
-        parameters: In the session's order.
+        optimizer: Optimizer that trains them.
+        parameters: Parameters in the guard's order.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[NamedTensor]) -> None:
@@ -70,15 +67,15 @@ class Gradients:
         gradients = [parameter.grad for parameter in held if parameter.grad is not None]
         return [local(gradient) for gradient in gradients] if self.sharded else gradients
 
-    def read(self, gradients: list[torch.Tensor]) -> Looked:
+    def read(self, gradients: list[torch.Tensor]) -> GradientScan:
         """Reads those that were just collected, once. No synchronisation."""
-        return Looked(Scanned(multi_tensor_stats(gradients).packed, self._pieces), self._owned)
+        return GradientScan(ScannedPieces(multi_tensor_stats(gradients), self._pieces), self._owned)
 
-    def scan_state(self) -> Scanned:
+    def scan_state(self) -> ScannedPieces:
         """Reads the optimizer's moments once, a row a parameter and tensor. Not for the hot path."""
         parts = list(_parts(self._optimizer, self._positions))
         table = multi_tensor_stats([tensor for tensor, _ in parts])
-        return Scanned(table.packed, [self._piece(parameter) for _, parameter in parts])
+        return ScannedPieces(table, [self._piece(parameter) for _, parameter in parts])
 
     def trained(self) -> list[tuple[str, torch.Tensor]]:
         """Returns the optimizer's parameters and their names."""
@@ -102,12 +99,12 @@ class Gradients:
         self._held = held
         self._pieces = [self._piece(parameter) for parameter in held]
         if self.sharded and held:
-            owned = [piece is not NOTHING for piece in self._pieces]
+            owned = [piece is not PADDING for piece in self._pieces]
             self._owned = torch.tensor(owned, device=local(held[0]).device)
 
     def _piece(self, parameter: torch.Tensor) -> Piece:
         if self.sharded and not counts_here(parameter):
-            return NOTHING
+            return PADDING
         return Piece(self._positions[parameter], *place_of(parameter))
 
 

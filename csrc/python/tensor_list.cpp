@@ -1,6 +1,6 @@
 #include "tensor_list.h"
 
-#include "dtypes.h"
+#include "../dtypes.h"
 
 namespace numguard {
 namespace {

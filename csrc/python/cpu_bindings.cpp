@@ -7,8 +7,8 @@
 #include <string_view>
 #include <vector>
 
-#include "cpu/file.h"
-#include "cpu/stats.h"
+#include "../cpu/file.h"
+#include "../cpu/stats.h"
 #include "tensor_list.h"
 
 namespace py = pybind11;

@@ -6,7 +6,7 @@
 #include <tuple>
 #include <vector>
 
-#include "stats.h"
+#include "../cuda/stats.h"
 
 namespace py = pybind11;
 namespace cuda = numguard::cuda;

@@ -1,0 +1,46 @@
+"""What every guard offers, whatever it guards."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from hallo_numguard.core.findings import Finding
+from hallo_numguard.core.overflow_report import OverflowReport
+from hallo_numguard.core.records import StepRecord
+from hallo_numguard.guard.session import Session
+
+
+class Guard(ABC):
+    """The results of one session, or of several where a run has several optimizers."""
+
+    @abstractmethod
+    def _sessions(self) -> Sequence[Session]:
+        """Returns the sessions whose results this guard shows."""
+
+    @abstractmethod
+    def detach(self) -> Any:
+        """Takes the guard off: everything is as it was before. Reports and history stay readable."""
+
+    @property
+    def last_report(self) -> OverflowReport | None:
+        """The report on the last step whose gradients were not finite, or None.
+
+        Replaced by one that is no longer provisional when a later step was finite.
+        """
+        reported = [session for session in self._sessions() if session.last_report is not None]
+        return max(reported, key=lambda session: session.reported_at).last_report if reported else None
+
+    @property
+    def findings(self) -> list[Finding]:
+        """What was noticed beside overflows; see `Finding`. The last 1000 of each optimizer."""
+        return [finding for session in self._sessions() for finding in session.findings]
+
+    @property
+    def history(self) -> list[StepRecord]:
+        """The flight recorder: the last steps of what this rank owns, oldest first.
+
+        With several optimizers, one after the other. Waits for the last row's copy.
+        """
+        return [record for session in self._sessions() for record in session.history()]

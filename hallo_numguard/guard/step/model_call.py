@@ -1,0 +1,73 @@
+"""One call of the model: what it takes to make it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hallo_numguard.tracing.nested import floating_tensors_in, tensors_in
+from hallo_numguard.tracing.rng_and_autocast import Autocast, RandomState
+
+
+@dataclass(eq=False)
+class Call:
+    """One forward pass of a training step, with what it takes to make it again.
+
+    Attributes:
+        args, kwargs: Arguments of the model. References, no copies.
+        versions: Version of each tensor among them, which tells one that was changed in place afterwards.
+        random: State of the random number generators before it.
+        autocast: Settings of torch.autocast in it.
+        outputs: Floating-point tensors that the model returned, detached; None if they were too large to keep.
+        seeds: Gradients with respect to these, as far as the backward pass has given them, by position.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    versions: tuple[int, ...]
+    random: RandomState
+    autocast: Autocast
+    outputs: list[torch.Tensor] | None = None
+    seeds: dict[int, torch.Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+        """Takes note of a call. Costs a walk through its arguments, and touches no data."""
+        return cls(args, kwargs, _versions(args, kwargs), RandomState.now(), Autocast.now())
+
+    @property
+    def changed(self) -> bool:
+        """Whether a tensor was written to since."""
+        return self.versions != _versions(self.args, self.kwargs)
+
+    def note_output(self, output: Any) -> None:
+        """Takes note of what the model returned, and of the gradients that will arrive there."""
+        self.outputs = []
+        for position, (_, tensor) in enumerate(floating_tensors_in("output", output)):
+            self.outputs.append(tensor.detach())
+            if tensor.requires_grad:
+                tensor.register_hook(self._seed(position))
+
+    def forget_outputs(self) -> None:
+        """Lets go of what takes room: this call can no longer be made again and compared."""
+        self.outputs = None
+        self.seeds.clear()
+
+    @property
+    def output_bytes(self) -> int:
+        """What is kept of outputs; their gradients take as much."""
+        return sum(tensor.nbytes for tensor in self.outputs or ())
+
+    def _seed(self, position: int) -> Callable[[torch.Tensor], None]:
+        def arrived(gradient: torch.Tensor) -> None:
+            if self.outputs is not None:
+                self.seeds[position] = gradient.detach()
+
+        return arrived
+
+
+def _versions(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[int, ...]:
+    return tuple(tensor._version for _, tensor in tensors_in("", (args, kwargs)) if not tensor.is_inference())

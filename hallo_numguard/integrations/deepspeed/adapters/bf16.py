@@ -1,0 +1,58 @@
+"""BF16_Optimizer: stage 1 in bfloat16 with gradients that are added up in float32.
+
+It makes no pass of its own that an instance could be relieved of: in replace mode, too, it is observed.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
+from hallo_numguard.guard.parameter_stats import Piece
+from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import FlatBuffers, GradientSource, check_end
+from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import (
+    OptimizerAdapter,
+    Part,
+    linked_parts,
+    takes_bad_norm_for_overflow,
+)
+from hallo_numguard.integrations.patches import MethodPatches
+
+
+class Bf16Adapter(OptimizerAdapter):
+    """`BF16_Optimizer`: every rank holds all of the gradients, and a slice of the state."""
+
+    class_names = ("BF16_Optimizer",)
+    required_attributes = ("bf16_groups", "dp_process_group", "fp32_groups_gradients_flat")
+    state_is_sliced = True
+
+    def gradient_source(self) -> GradientSource:
+        """Returns a flat tensor for every group, the whole of it on every rank."""
+        optimizer = self.optimizer
+        buffers = []
+        for group, parameters in enumerate(optimizer.bf16_groups):
+            ends = list(itertools.accumulate(parameter.numel() for parameter in parameters))
+            segments = [
+                (end - parameter.numel(), end, Piece(self.positions[parameter], 0))
+                for parameter, end in zip(parameters, ends, strict=True)
+            ]
+            numel = optimizer.fp32_groups_gradients_flat[group].numel()
+            check_end(optimizer, "fp32_groups_gradients_flat", segments, numel)
+            buffers.append((lambda group=group: optimizer.fp32_groups_gradients_flat[group], segments))
+        return FlatBuffers(buffers, is_sliced=False)
+
+    def loss_scaling(self) -> LossScaling:
+        """Returns that nothing is scaled: bfloat16 has the range of float32."""
+        return UNSCALED
+
+    def state_parts(self) -> Iterator[Part]:
+        """See `OptimizerAdapter`."""
+        return linked_parts(self.optimizer.optimizer, self.optimizer.fp32_groups_flat_partition, self.positions)
+
+    def replace_passes(self, patches: MethodPatches) -> None:
+        """Replaces nothing: its norm is a function of its module, which no instance can be given another of."""
+
+    def checks_overflow(self) -> bool:
+        """Returns whether it skips a step with a bad norm; before 0.19.8 it stops with an assertion without a text."""
+        return takes_bad_norm_for_overflow()

@@ -1,0 +1,146 @@
+"""Ways in which DeepSpeed's optimizers store reduced gradients, shared by their adapters.
+
+A source is made once. A scan of flat buffers does no work a parameter on a clean step.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
+
+import torch
+
+from hallo_numguard.core.errors import UnsupportedDeepSpeed
+from hallo_numguard.guard.guarded_model import ScannedPieces
+from hallo_numguard.guard.parameter_stats import PADDING, Piece
+from hallo_numguard.integrations.deepspeed.version import unknown_layout
+from hallo_numguard.ops.api import multi_tensor_stats, tensor_stats
+from hallo_numguard.ops.layout import Layout
+from hallo_numguard.ops.table import StatsTable
+
+Segment = tuple[int, int, Piece]
+"""Begin and end inside a flat tensor, and the piece of a parameter between them."""
+
+Positions = dict[torch.Tensor, int]
+"""Position in the guard's list, by parameter."""
+
+
+class GradientSource(Protocol):
+    """This rank's reduced gradients.
+
+    Attributes:
+        is_sliced: Whether every rank holds another slice; else every rank holds all of them.
+    """
+
+    is_sliced: bool
+
+    def scan(self) -> ScannedPieces:
+        """Reads them once. Between the last backward of a step and the optimizer's step."""
+
+    def drop(self) -> None:
+        """Forgets the gradients of a step that was skipped.
+
+        Buffers that stay would keep those of a parameter that takes no part in the next step, and apply them there: a
+        NaN of the skipped step reaches the weights with a finite loss (ZeRO 1 to 3 with offload), or every later step
+        is skipped as well (ZeRO 3).
+        """
+
+
+class ParameterGradients:
+    """`parameter.grad`, averaged over the ranks: stage 0."""
+
+    is_sliced = False
+
+    def __init__(self, groups: Iterable[Sequence[torch.Tensor]], positions: Positions) -> None:
+        self._parameters = [parameter for group in groups for parameter in group]
+        self._positions = [positions[parameter] for parameter in self._parameters]
+
+    def scan(self) -> ScannedPieces:
+        """See `GradientSource.scan`."""
+        held = [
+            (parameter.grad, position)
+            for parameter, position in zip(self._parameters, self._positions, strict=True)
+            if parameter.grad is not None
+        ]
+        table = multi_tensor_stats([gradient for gradient, _ in held])
+        return ScannedPieces(table, [Piece(position, 0) for _, position in held])
+
+    def drop(self) -> None:
+        """See `GradientSource.drop`: the optimizer has set them to None."""
+
+
+class FlatBuffers:
+    """Flat tensors that stay where they are.
+
+    Args:
+        buffers: Getter of each buffer (which may give None in a step) with its segments in order; what lies between
+            segments is padding.
+        is_sliced: See `GradientSource`.
+        groups: Number of segments of each of the optimizer's groups, in order. Default: a group a buffer.
+        copies: Returns other tensors that hold the same gradients.
+        wait: Waits for copies that are still on their way to the buffers.
+    """
+
+    def __init__(
+        self,
+        buffers: Sequence[tuple[Callable[[], torch.Tensor | None], Sequence[Segment]]],
+        is_sliced: bool,
+        groups: Sequence[int] | None = None,
+        copies: Callable[[], Iterable[torch.Tensor | None]] = tuple,
+        wait: Callable[[], object] = tuple,
+    ) -> None:
+        self.is_sliced = is_sliced
+        self._wait = wait
+        self._copies = copies
+        self._buffers = []
+        self._pieces: list[Piece] = []
+        ends = [0]
+        for get, segments in buffers:
+            offsets, pieces, rows = _without_gaps(segments)
+            self._buffers.append((get, Layout(offsets)))
+            counts = [len(segments)] if groups is None else groups
+            at = itertools.accumulate(counts, initial=0)
+            ends += [len(self._pieces) + rows[end] for end in itertools.islice(at, 1, None)]
+            self._pieces += pieces
+        self._groups = [slice(begin, end) for begin, end in itertools.pairwise(ends)]
+
+    def scan(self) -> ScannedPieces:
+        """See `GradientSource.scan`."""
+        self._wait()
+        tables = []
+        for get, layout in self._buffers:
+            flat = get()
+            if flat is None:  # nothing arrived for this group
+                tables.append(StatsTable.of_nothing(layout.segments))
+            else:
+                tables.append(tensor_stats(flat.view(-1), layout))
+        return ScannedPieces(StatsTable.concatenate(tables), self._pieces, self._groups)
+
+    def drop(self) -> None:
+        """See `GradientSource.drop`."""
+        for flat in [*(get() for get, _ in self._buffers), *self._copies()]:
+            if flat is not None:
+                flat.zero_()
+
+
+def check_end(optimizer: Any, attribute: str, segments: Sequence[Segment], numel: int) -> None:
+    """Raises UnsupportedDeepSpeed if the segments end behind the flat tensor that should hold them."""
+    end = segments[-1][1] if segments else 0
+    if end > numel:
+        raise unknown_layout(optimizer, attribute, f"{numel} elements where the parameters account for {end}")
+
+
+def _without_gaps(segments: Sequence[Segment]) -> tuple[list[int], list[Piece], list[int]]:
+    """Offsets with the padding as segments of its own, the piece of each, and the number of rows before segment i."""
+    offsets, pieces, rows = [0], [], [0]
+    for begin, end, piece in segments:
+        if begin < offsets[-1]:
+            raise UnsupportedDeepSpeed(f"gradients that overlap: one begins at {begin}, before {offsets[-1]}")
+        if begin > offsets[-1]:
+            offsets.append(begin)
+            pieces.append(PADDING)
+        offsets.append(end)
+        pieces.append(piece)
+        rows.append(len(pieces))
+    return offsets, pieces, rows

@@ -1,0 +1,59 @@
+"""Stage 0 in float32: DeepSpeed steps torch's own optimizer, and checks nothing.
+
+| DeepSpeed's pass that is not made | how it gets the guard's result |
+|---|---|
+| the norm in `engine.clip_fp32_gradients` | `clip` makes the same steps with the table's norm |
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from hallo_numguard.guard.collectives import Ranks
+from hallo_numguard.guard.guarded_model import ScannedPieces
+from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
+from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import GradientSource, ParameterGradients
+from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import OptimizerAdapter, Part, whole_parts
+from hallo_numguard.integrations.deepspeed.adapters.replaced_norms import norm_of
+from hallo_numguard.integrations.patches import MethodPatches
+
+
+class PlainAdapter(OptimizerAdapter):
+    """Any `torch.optim.Optimizer`: every rank holds all of the gradients and of the state."""
+
+    class_names = ("Optimizer",)
+    required_attributes = ("param_groups",)
+    state_is_sliced = False
+
+    def gradient_source(self) -> GradientSource:
+        """See `OptimizerAdapter`."""
+        groups = [group["params"] for group in self.optimizer.param_groups]
+        return ParameterGradients(groups, self.positions)
+
+    def loss_scaling(self) -> LossScaling:
+        """Returns that nothing is scaled."""
+        return UNSCALED
+
+    def state_parts(self) -> Iterator[Part]:
+        """See `OptimizerAdapter`."""
+        for parameter in itertools.chain.from_iterable(group["params"] for group in self.optimizer.param_groups):
+            yield from whole_parts(self.optimizer, parameter, self.positions[parameter], is_master=False)
+
+    def replace_passes(self, patches: MethodPatches) -> None:
+        """Replaces nothing here: the engine clips, and the guard calls `clip` in its place."""
+
+    def checks_overflow(self) -> bool:
+        """Returns False: only the guard checks."""
+        return False
+
+
+def clip(scan: ScannedPieces, gradients: Sequence[torch.Tensor], max_norm: float, ranks: Ranks) -> None:
+    """Clips as DeepSpeed's `clip_grad_norm_` does where there is no model parallelism, its own norm left out.
+
+    All ranks hold the same gradients; the mean over them is DeepSpeed's, and makes them clip by the same bits.
+    """
+    norm = ranks.mean(norm_of(scan.table).float())
+    torch._foreach_mul_(list(gradients), torch.clamp(max_norm / (norm + 1e-6), max=1.0))

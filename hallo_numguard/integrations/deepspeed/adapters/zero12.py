@@ -1,0 +1,188 @@
+"""ZeRO stages 1 and 2, with and without offload of the optimizer to the CPU.
+
+| DeepSpeed's pass that is not made | how it gets the guard's result |
+|---|---|
+| `has_overflow_partitioned_grads_serial` | returns the flag of the table |
+| `get_grad_norm_direct(gradients, params)` | is called with one element |
+| offload: `update_offload_overflow_tracker(grad)`, every backward | sets `local_overflow` before the step |
+| offload: `set_norm_for_param_grad`, `.._in_gpu`, every backward | notes only that the parameter took part |
+| offload: `complete_grad_norm_calculation_for_cpu_offload(params)` | is called with one parameter that has it all |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from hallo_numguard.guard.guarded_model import ScannedPieces
+from hallo_numguard.guard.loss_scaling import LossScaling
+from hallo_numguard.guard.parameter_stats import Piece
+from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import (
+    FlatBuffers,
+    GradientSource,
+    Positions,
+    check_end,
+)
+from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import (
+    OptimizerAdapter,
+    Part,
+    Release,
+    linked_parts,
+    takes_bad_norm_for_overflow,
+    zero_loss_scaling,
+)
+from hallo_numguard.integrations.deepspeed.adapters.replaced_norms import ReplacedNorms
+from hallo_numguard.integrations.deepspeed.version import unknown_layout
+from hallo_numguard.integrations.patches import MethodPatches
+from hallo_numguard.ops.api import multi_tensor_stats
+
+
+class Zero12Adapter(OptimizerAdapter):
+    """`DeepSpeedZeroOptimizer`: every rank holds slices of the reduced gradients."""
+
+    class_names = ("DeepSpeedZeroOptimizer",)
+    required_attributes = (
+        "_update_scale",
+        "averaged_gradients",
+        "bit16_groups",
+        "cpu_offload",
+        "dp_process_group",
+        "first_offset",
+        "loss_scaler",
+        "overflow",
+        "params_in_partition",
+    )
+    state_is_sliced = True
+
+    def gradient_source(self) -> GradientSource:
+        """See `OptimizerAdapter`."""
+        if self.optimizer.cpu_offload:
+            return _offloaded_partitions(self.optimizer, self.positions)
+        return PartitionLists(self.optimizer, self.positions)
+
+    def loss_scaling(self) -> LossScaling:
+        """See `OptimizerAdapter`."""
+        return zero_loss_scaling(self.optimizer)
+
+    def state_parts(self) -> Iterator[Part]:
+        """See `OptimizerAdapter`."""
+        flats = self.optimizer.single_partition_of_fp32_groups
+        return linked_parts(self.optimizer.optimizer, flats, self.positions)
+
+    def checks_overflow(self) -> bool:
+        """See `OptimizerAdapter`."""
+        optimizer = self.optimizer
+        if getattr(optimizer, "check_grad_overflow", True):
+            return True
+        is_half = optimizer.dtype != torch.bfloat16
+        return takes_bad_norm_for_overflow() and is_half and getattr(optimizer, "compute_grad_norm", True)
+
+    def known_bugs(self, release: Release) -> Iterable[str]:
+        """See `OptimizerAdapter`."""
+        accumulates = getattr(self.optimizer, "gradient_accumulation_steps", 1) > 1
+        if accumulates and (0, 17, 6) <= release <= (0, 18, 2):
+            yield "drops micro-batches under ZeRO stage 2 with gradient accumulation: upgrade it."
+
+    # -- replace mode ------------------------------------------------------------------------------------------------
+
+    def replace_passes(self, patches: MethodPatches) -> None:
+        """See `OptimizerAdapter`."""
+        optimizer = self.optimizer
+        norms = ReplacedNorms(self, optimizer.params_in_partition, lambda: optimizer.single_partition_of_fp32_groups)
+        if not optimizer.cpu_offload:
+            patches.wrap(optimizer, "has_overflow_partitioned_grads_serial", self._has_overflow)
+            patches.wrap(optimizer, "get_grad_norm_direct", norms.get_grad_norm_direct)
+            return
+        patches.wrap(optimizer, "update_offload_overflow_tracker", _do_nothing)
+        for name in ("set_norm_for_param_grad", "set_norm_for_param_grad_in_gpu"):
+            patches.wrap(optimizer, name, norms.note_parameter)
+        patches.wrap(optimizer, "complete_grad_norm_calculation_for_cpu_offload", norms.complete_grad_norm)
+
+    def begin_step(self, scan: ScannedPieces | None) -> None:
+        """See `OptimizerAdapter`."""
+        super().begin_step(scan)
+        if hasattr(self.optimizer, "local_overflow") and self.optimizer.cpu_offload:
+            bad = self._offloaded_are_bad() if scan is None else scan.table.any_nonfinite()
+            self.optimizer.local_overflow = bool(bad)
+
+    def _offloaded_are_bad(self) -> bool:
+        flats = [flat.grad for flat in self.optimizer.single_partition_of_fp32_groups]
+        return any(not torch.isfinite(flat).all() for flat in flats if flat is not None)
+
+    def _has_overflow(self, original: Callable[..., Any]) -> Any:
+        return original() if self.scan is None else self.scan.table.any_nonfinite().reshape(1)
+
+
+class PartitionLists:
+    """Gradients without offload: scattered tensors, at new addresses every step, of the same sizes."""
+
+    is_sliced = True
+
+    def __init__(self, optimizer: Any, positions: Positions) -> None:
+        self._optimizer = optimizer
+        self._positions = positions
+        self._sizes: list[int] = []
+        self._pieces: list[Piece] = []
+
+    def scan(self) -> ScannedPieces:
+        """See `GradientSource.scan`."""
+        tensors: list[torch.Tensor] = []
+        owners: list[tuple[int, int]] = []
+        groups = []
+        for group in range(len(self._optimizer.bit16_groups)):
+            gradients = self._optimizer.averaged_gradients.get(group) or ()
+            real = [item for item in gradients if not getattr(item, "_zero_padding", False)]
+            # Older releases append the padding without a mark: it is what has no parameter.
+            held = min(len(real), len(self._optimizer.params_in_partition[group]))
+            groups.append(slice(len(tensors), len(tensors) + held))
+            tensors += real[:held]
+            owners += [(group, index) for index in range(held)]
+        sizes = [tensor.numel() for tensor in tensors]
+        if sizes != self._sizes:
+            self._pieces = [self._piece(*owner, size) for owner, size in zip(owners, sizes, strict=True)]
+            self._sizes = sizes
+        return ScannedPieces(multi_tensor_stats(tensors), self._pieces, groups)
+
+    def drop(self) -> None:
+        """See `GradientSource.drop`: the optimizer has let go of them."""
+
+    def _piece(self, group: int, index: int, size: int) -> Piece:
+        parameter = self._optimizer.params_in_partition[group][index]
+        # Only a partition's first parameter can begin in its middle. A float before DeepSpeed 0.19.7.
+        start = int(self._optimizer.first_offset[group]) if index == 0 else 0
+        if start + size > parameter.numel():
+            raise unknown_layout(
+                self._optimizer,
+                "averaged_gradients",
+                f"{size} elements from {start} on for a parameter of {parameter.numel()}",
+            )
+        return Piece(self._positions[parameter], start)
+
+
+def _offloaded_partitions(optimizer: Any, positions: Positions) -> FlatBuffers:
+    """Gradients with offload: a flat float32 tensor on the CPU for every group."""
+    buffers = []
+    for group, flat in enumerate(optimizer.single_partition_of_fp32_groups):
+        segments = []
+        for parameter in optimizer.params_in_partition[group]:
+            place = optimizer.grad_position[optimizer.get_param_id(parameter)]
+            _, start, begin, size = (int(value) for value in place)
+            segments.append((begin, begin + size, Piece(positions[parameter], start)))
+        segments.sort()
+        check_end(optimizer, "single_partition_of_fp32_groups", segments, flat.numel())
+        buffers.append((lambda flat=flat: flat.grad, segments))
+    return FlatBuffers(buffers, is_sliced=True, wait=lambda: _wait_for_copies(optimizer))
+
+
+def _wait_for_copies(optimizer: Any) -> None:
+    """DeepSpeed copies gradients from the GPU while the backward pass goes on, and waits itself in its step."""
+    if hasattr(optimizer, "_wait_for_offload_copies"):
+        optimizer._wait_for_offload_copies()
+    elif torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
+
+
+def _do_nothing(*_: Any) -> None:
+    pass

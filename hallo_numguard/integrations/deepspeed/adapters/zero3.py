@@ -1,0 +1,125 @@
+"""ZeRO stage 3, with and without offload of the optimizer to the CPU.
+
+| DeepSpeed's pass that is not made | how it gets the guard's result |
+|---|---|
+| `has_overflow`: two passes over `grad_partitions_flat_buffer` | finds one element there |
+| `get_grad_norm_direct(gradients, params)` | is called with one element |
+| offload: `_constant_buffered_norm2(grad)`, every backward | notes only that the parameter took part |
+| offload: `complete_grad_norm_calculation_for_cpu_offload(params)` | is called with one parameter that has it all |
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from hallo_numguard.guard.loss_scaling import LossScaling
+from hallo_numguard.guard.parameter_stats import Piece
+from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import FlatBuffers, GradientSource
+from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import (
+    OptimizerAdapter,
+    Part,
+    attribute_set,
+    moments,
+    takes_bad_norm_for_overflow,
+    zero_loss_scaling,
+)
+from hallo_numguard.integrations.deepspeed.adapters.replaced_norms import ReplacedNorms
+from hallo_numguard.integrations.deepspeed.partition import slice_of
+from hallo_numguard.integrations.deepspeed.version import unknown_layout
+from hallo_numguard.integrations.patches import MethodPatches
+
+
+class Zero3Adapter(OptimizerAdapter):
+    """`DeepSpeedZeroOptimizer_Stage3`: every rank holds a slice of each parameter, its gradient and its state."""
+
+    class_names = ("DeepSpeedZeroOptimizer_Stage3",)
+    required_attributes = (
+        "_update_scale",
+        "dp_process_group",
+        "fp16_groups",
+        "grad_partitions_flat_buffer",
+        "loss_scaler",
+        "overflow",
+    )
+    state_is_sliced = True
+
+    def gradient_source(self) -> GradientSource:
+        """Returns the one flat tensor of all groups: this rank's slice of each parameter's gradient."""
+        optimizer = self.optimizer
+        segments = []
+        begin = 0
+        for parameter in itertools.chain.from_iterable(optimizer.fp16_groups):
+            mine = slice_of(parameter)
+            segments.append((begin, begin + mine.real, Piece(self.positions[parameter], mine.start)))
+            begin += mine.size
+        if begin != optimizer.grad_partitions_flat_buffer.numel():
+            raise unknown_layout(
+                optimizer,
+                "grad_partitions_flat_buffer",
+                f"{optimizer.grad_partitions_flat_buffer.numel()} elements where the parameters account for {begin}",
+            )
+        return FlatBuffers(
+            [(lambda: optimizer.grad_partitions_flat_buffer, segments)],
+            is_sliced=True,
+            groups=[len(group) for group in optimizer.fp16_groups],
+            copies=lambda: [flat.grad for flat in optimizer.fp32_partitioned_groups_flat if flat is not None],
+        )
+
+    def loss_scaling(self) -> LossScaling:
+        """See `OptimizerAdapter`."""
+        return zero_loss_scaling(self.optimizer)
+
+    def state_parts(self) -> Iterator[Part]:
+        """See `OptimizerAdapter`."""
+        optimizer = self.optimizer
+        for flat, parameters in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
+            if flat is None:
+                continue
+            tensors = [flat, *moments(optimizer.optimizer, flat)]
+            begin = 0
+            for parameter in parameters:
+                mine = slice_of(parameter)
+                for tensor in tensors:
+                    if not _share_memory(tensor, parameter.ds_tensor):
+                        yield (
+                            tensor.view(-1)[begin : begin + mine.real],
+                            Piece(self.positions[parameter], mine.start),
+                        )
+                begin += mine.size
+
+    def checks_overflow(self) -> bool:
+        """See `OptimizerAdapter`."""
+        return self.optimizer.dtype == torch.float16 or takes_bad_norm_for_overflow()
+
+    # -- replace mode ------------------------------------------------------------------------------------------------
+
+    def replace_passes(self, patches: MethodPatches) -> None:
+        """See `OptimizerAdapter`."""
+        optimizer = self.optimizer
+        norms = ReplacedNorms(self, optimizer.fp16_groups, lambda: optimizer.fp32_partitioned_groups_flat)
+        patches.wrap(optimizer, "has_overflow", self._has_overflow)
+        if not optimizer.offload_optimizer:
+            patches.wrap(optimizer, "get_grad_norm_direct", norms.get_grad_norm_direct)
+            return
+        patches.wrap(optimizer, "_constant_buffered_norm2", _no_norm)
+        patches.wrap(optimizer, "complete_grad_norm_calculation_for_cpu_offload", norms.complete_grad_norm)
+
+    def _has_overflow(self, original: Callable[..., Any], partition_gradients: bool = True) -> Any:
+        if self.scan is None or not partition_gradients:
+            return original(partition_gradients)
+        stand_in = torch.where(self.scan.table.any_nonfinite(), torch.nan, 0.0).reshape(1)
+        with attribute_set(self.optimizer, "grad_partitions_flat_buffer", stand_in):
+            return original(partition_gradients)
+
+
+def _no_norm(_: Callable[..., Any], gradient: torch.Tensor, *__: Any) -> torch.Tensor:
+    return torch.zeros((), device=gradient.device)
+
+
+def _share_memory(left: torch.Tensor, right: torch.Tensor) -> bool:
+    """Whether a master copy is none: in float32, stage 3 of older releases lets the optimizer work on the weights."""
+    return left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()

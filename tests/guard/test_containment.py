@@ -1,0 +1,69 @@
+"""A part of the guard that fails costs that part: the run goes on, and the next NaN is still found."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import nn
+
+import hallo_numguard as ng
+from hallo_numguard.guard import containment
+from hallo_numguard.guard.containment import Probes, contain_failures
+
+PARTS = {
+    "record of the batch": ("_batch", ("add", "note_output")),
+    "flight recorder": ("_recorder", ("begin",)),
+    "early warnings": ("_warnings", ("before_step", "after_step")),
+    "trackers": ("_feed", ("write",)),
+}
+
+
+def fail(*_: object, **__: object) -> None:
+    raise RuntimeError("planted")
+
+
+@pytest.mark.contains_failures
+def test_a_probe_that_fails_is_switched_off_alone(caplog: pytest.LogCaptureFixture) -> None:
+    probes = Probes()
+    with caplog.at_level(logging.ERROR, "hallo_numguard"):
+        assert [probes.run("first", fail), probes.run("first", lambda: 1), probes.run("second", lambda: 2)] == [
+            None,
+            None,
+            2,
+        ]
+    assert caplog.text.count("failed in its first") == 1
+    assert [probe for probe, _ in containment.contained] == ["first"]
+
+
+def test_what_the_user_raises_to_end_the_run_is_not_contained() -> None:
+    with pytest.raises(KeyboardInterrupt), contain_failures("probe", "nothing"):
+        raise KeyboardInterrupt
+
+
+@pytest.mark.contains_failures
+@pytest.mark.parametrize("part", PARTS)
+def test_a_run_goes_on_without_the_part_and_the_next_nan_is_found(part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 1))
+    optimizer = ng.GuardedOptimizer(torch.optim.AdamW(model.parameters()), model)
+    owner, methods = PARTS[part]
+    for method in methods:
+        monkeypatch.setattr(getattr(optimizer._guard.session, owner), method, fail)
+
+    def train_step() -> None:
+        optimizer.zero_grad()
+        optimizer.watch_loss(model(torch.randn(16, 4)).square().mean()).backward()
+        optimizer.step()
+
+    for _ in range(3):
+        train_step()
+    assert {probe for probe, _ in containment.contained} == {part}
+    with torch.no_grad():
+        model[2].weight[0, 3] = float("nan")
+    with pytest.raises(ng.NumericsError) as caught:
+        train_step()
+    assert caught.value.report.first is not None
+    assert caught.value.report.first.name == "2.weight"
+    assert not torch.isnan(model[0].weight).any()
