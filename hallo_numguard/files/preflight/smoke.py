@@ -90,9 +90,9 @@ def _judge(module: nn.Module, call: Callable[[], Any], first: _Pass, expected_lo
     is_finite = math.isfinite(first.loss)
     second = rerun(module, call, first.outputs, first.seeds, 1.0 if is_finite else None)
     if not is_finite:
-        where = "the loss function, as every module's output is finite" if second.origin is None else str(second.origin)
-        message = f"smoke step: the loss is {_words(first.loss)}: {where}"
-        findings.append(_error(message, second.origin.name if second.origin is not None else ""))
+        origin = second.origin or "every module's output is finite, so the loss function is the origin"
+        message = f"smoke step: the loss is {_words(first.loss)}: {origin}"
+        findings.append(_error(message, "" if second.origin is None else second.origin.name))
     elif second.origin is not None:
         findings.append(
             _error(f"smoke step: the loss is finite, its gradients are not: {second.origin}", second.origin.name)
