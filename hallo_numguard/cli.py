@@ -168,17 +168,17 @@ def preflight(
 
     Exits with 0 if nothing was found, 1 if something was, 2 if not all could be checked.
     """
-    from hallo_numguard.files.preflight.run import Inputs, read_config, run
-    from hallo_numguard.files.preflight.run_spec import Plan
-    from hallo_numguard.integrations.preflight import subject_of
+    from hallo_numguard.files.preflight.run import PreflightInputs, read_config, run
+    from hallo_numguard.files.preflight.run_spec import RunSpec
+    from hallo_numguard.integrations.preflight import loaded_model
 
     if not models and checkpoint is None and config is None:
         raise _CannotCheck("there is nothing to check: give --model, --checkpoint or --config")
     with _failures(), _progress() as advance:
-        plan = Plan(world_size, zero_stage, dtype, read_config(config))
+        spec = RunSpec(world_size, zero_stage, dtype, read_config(config))
         built, batch = _built(build, models)
-        subject = None if built is None else subject_of(built)
-        found = run(Inputs(models, checkpoint, listing, plan, subject, batch), threads, advance)
+        model = None if built is None else loaded_model(built)
+        found = run(PreflightInputs(models, checkpoint, listing, spec, model, batch), threads, advance)
     _print_findings(found, style)
 
 
