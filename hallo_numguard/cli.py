@@ -19,7 +19,7 @@ from hallo_numguard.core.errors import NumGuardError
 
 if TYPE_CHECKING:
     from hallo_numguard.core.findings import PreflightReport
-    from hallo_numguard.report.inputs import Material
+    from hallo_numguard.report.inputs import ReportInputs
 
 _SHOWN = {"cuda": "native"}  # a module that is not called so
 
@@ -261,16 +261,16 @@ class _CannotCheck(click.ClickException):
         return harmless(self.message)
 
 
-def _write_page(material: Material, path: Path) -> None:
+def _write_page(material: ReportInputs, path: Path) -> None:
     from hallo_numguard.report.html import render as html
 
     _write(path, html.render(material))
 
 
-def _write_timeline(material: Material, path: Path) -> None:
+def _write_timeline(material: ReportInputs, path: Path) -> None:
     from hallo_numguard.report import perfetto
 
-    _write(path, json.dumps(perfetto.timeline(material), allow_nan=False))
+    _write(path, perfetto.render(material))
 
 
 def _write(path: Path, text: str) -> None:
@@ -282,11 +282,11 @@ def _write(path: Path, text: str) -> None:
         raise _CannotCheck(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _print_report(material: Material, style: str) -> None:
+def _print_report(material: ReportInputs, style: str) -> None:
     if style == "json":
-        from hallo_numguard.report.merged import merged
+        from hallo_numguard.report import merged_json
 
-        click.echo(json.dumps(merged(material), allow_nan=False))
+        click.echo(merged_json.render(material))
         return
     from rich.console import Console
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hallo_numguard.core.errors import InvalidInput, NoActiveRun
-from hallo_numguard.core.overflow_report import OverflowReport, headline
+from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.trackers.base import tag
 
 _STEP = tag("step")
@@ -33,7 +33,7 @@ class WandbSink:
         run = self._run()
         run.summary[tag("report")] = str(report)
         if report.recoverable is not True:
-            run.alert(title=headline(report)[:100], text=str(report), level="WARN", wait_duration=300)
+            run.alert(title=report.headline()[:100], text=str(report), level="WARN", wait_duration=300)
 
     def _run(self) -> Any:
         if self._found is None:

@@ -18,12 +18,12 @@ from hallo_numguard.cli import main
 from hallo_numguard.core import environment, frames
 from hallo_numguard.core import safe_text as names
 from hallo_numguard.core.atomic_files import write_whole
-from hallo_numguard.core.overflow_report import OverflowReport, headline
+from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Offender, StepRecord, Verdict
 from hallo_numguard.report import inputs as files
 from hallo_numguard.report import perfetto, terminal
 from hallo_numguard.report.html import page
-from hallo_numguard.report.sparkline import sparkline
+from hallo_numguard.report.terminal import sparkline
 
 import report_support as support
 from paths import ROOT
@@ -35,10 +35,10 @@ def run(*arguments):
     return CliRunner().invoke(main, ["report", *map(str, arguments)], env={"COLUMNS": "200"})
 
 
-def printed(material):
+def printed(inputs):
     console = Console(width=110, color_system=None)
     with console.capture() as capture:
-        console.print(terminal.render(material))
+        console.print(terminal.render(inputs))
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
 
 
@@ -410,8 +410,8 @@ def test_a_step_that_was_applied_all_the_same_is_not_called_skipped():
     (last, _) = (OverflowReport.from_json(path.read_text()) for path in support.LAST_STEP)
     report = replace(last, consecutive_skips=0)
     overflow = files.Overflow((files.RankReport("file", 0, report),))
-    banner = page.content(files.Material((overflow,), ()))["banner"]["step"]
-    for shown in (str(report), headline(report), banner):
+    banner = page.content(files.ReportInputs((overflow,), ()))["banner"]["step"]
+    for shown in (str(report), report.headline(), banner):
         assert "was applied all the same" in shown
         assert "was skipped" not in shown
 

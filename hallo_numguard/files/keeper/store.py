@@ -15,11 +15,11 @@ import re
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from hallo_numguard.core.atomic_files import sync, write_whole
-from hallo_numguard.core.documents import without_nonfinite
+from hallo_numguard.core.documents import encode
 from hallo_numguard.files.manifest.file_names import MANIFEST
 
 META = "numguard.checkpoint.json"
@@ -178,7 +178,7 @@ class Store:
 
 def write_meta(folder: Path, meta: Meta) -> None:
     """Writes what is known of a checkpoint into it."""
-    write_whole(folder / META, json.dumps(without_nonfinite(asdict(meta)), indent=1).encode())
+    write_whole(folder / META, json.dumps(encode(meta), indent=1).encode())
 
 
 def _health_of(checkpoint: Checkpoint) -> Path:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hallo_numguard.core.documents import without_nonfinite
+from hallo_numguard.core.documents import encode
 from hallo_numguard.core.records import Record
 from hallo_numguard.files.manifest.file_names import TENSORS, UNLISTED, in_order
 from hallo_numguard.files.manifest.listing import DamagedManifest, Listing
@@ -119,7 +119,7 @@ def write_contents(contents: Contents) -> bytes:
             for name, file in contents.files.items()
         ],
     }
-    return _write(contents.model, contents.root, TENSORS_PREDICATE, without_nonfinite(predicate))
+    return _write(contents.model, contents.root, TENSORS_PREDICATE, encode(predicate))
 
 
 def read_contents(data: bytes) -> Contents:
