@@ -35,8 +35,7 @@ def collect(rank: int | None = None) -> Environment:
         and "hides_nan": sentences on loaded modules that keep NaN out of their logs unless configured otherwise.
     """
     return {
-        "python": platform.python_version(),
-        **_versions(),
+        **versions(),
         "cuda": getattr(getattr(sys.modules.get("torch"), "version", None), "cuda", None),
         "platform": platform.platform(),
         "hostname": platform.node(),
@@ -57,8 +56,9 @@ def hides_nan(environment: Environment) -> tuple[str, ...]:
 
 
 @functools.cache
-def _versions() -> dict[str, str | None]:
-    return {name: _version(name) for name in _DISTRIBUTIONS}
+def versions() -> Mapping[str, str | None]:
+    """Returns the versions of Python and of distributions, None for those that are not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in _DISTRIBUTIONS}}
 
 
 def _version(distribution: str) -> str | None:
