@@ -13,9 +13,10 @@ _STEP = tag("step")
 
 
 class WandbSink:
-    """Adds figures to the row that the run writes next, so its own step is never moved. The run is found when needed.
+    """Adds figures to the row that the run writes next, so that the run's own step is never moved.
 
-    Of several steps between two rows of the run the last one's figures stay. `numguard/step` is their axis.
+    The run is the one that is active in the first step. If several steps pass between two rows of the run, the last
+    one's figures stay. `numguard/step` is their axis.
     """
 
     def __init__(self, argument: str | None = None) -> None:
