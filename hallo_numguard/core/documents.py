@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 import reprlib
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -77,122 +78,113 @@ def decode(declared: type[T], document: Any) -> T:
 
 @functools.cache
 def _decoder(declared: Any) -> Decoder:
+    """Returns a function that decodes documents of one annotation; made once, because reports hold many numbers."""
     origin, arguments = get_origin(declared) or declared, get_args(declared)
     if origin in (Union, types.UnionType):
-        return _union(arguments)
+        return _union_decoder(arguments)
     if origin in (tuple, Sequence):
-        return _sequence(_decoder(arguments[0]))
+        return functools.partial(_array, _decoder(arguments[0]))
     if origin is Mapping:
-        return _mapping(_decoder(arguments[1]))
-    if declared is float:
-        return _number
+        item = _decoder(arguments[1])
+        return lambda document: _items(((key, item) for key in _checked(document, dict, "an object")), document)
     if declared in _SCALARS:
-        return _scalar(declared)
+        return _SCALARS[declared]
     if isinstance(declared, type) and issubclass(declared, Enum):
-        return _enum(declared)
+        return functools.partial(_member, declared)
     if isinstance(declared, type) and is_dataclass(declared):
-        return _dataclass(declared)
+        return _dataclass_decoder(declared)
     raise TypeError(f"documents cannot hold {declared}")
 
 
-def _dataclass(declared: type) -> Decoder:
+def _dataclass_decoder(declared: type) -> Decoder:
     hints = get_type_hints(declared)
-    decoders: dict[str, Decoder] = {}
-    required = set()
-    for item in fields(declared):
-        layout = item.metadata.get(DOCUMENT)
-        decoders[item.name] = _decoder(hints[item.name]) if layout is None else _layout(layout)
-        if item.default is MISSING and item.default_factory is MISSING:
-            required.add(item.name)
+    decoders = {
+        item.name: _layout_decoder(item.metadata[DOCUMENT]) if DOCUMENT in item.metadata else _decoder(hints[item.name])
+        for item in fields(declared)
+    }
+    required = {item.name for item in fields(declared) if item.default is item.default_factory is MISSING}
 
     def decode_object(document: Any) -> Any:
-        if not isinstance(document, Mapping):
-            raise InvalidDocument("an object", document)
-        if missing := required - document.keys():
+        missing = required - _checked(document, dict, "an object").keys()
+        if missing:
             raise InvalidDocument(f"an object with {', '.join(sorted(missing))}", document)
-        known = {name: document[name] for name in decoders if name in document}
-        return declared(**{name: _at(name, decoders[name], value) for name, value in known.items()})
+        return declared(**_items((pair for pair in decoders.items() if pair[0] in document), document))
 
     return decode_object
 
 
-def _layout(layout: Any) -> Decoder:
+def _layout_decoder(layout: Any) -> Decoder:
     inner = _decoder(layout)
     return lambda document: inner(document).value()
 
 
-def _sequence(inner: Decoder) -> Decoder:
-    def decode_array(document: Any) -> Any:
-        if not isinstance(document, (list, tuple)):
-            raise InvalidDocument("an array", document)
-        return tuple([_at(str(position), inner, item) for position, item in enumerate(document)])
-
-    return decode_array
-
-
-def _mapping(inner: Decoder) -> Decoder:
-    def decode_object(document: Any) -> Any:
-        if not isinstance(document, Mapping):
-            raise InvalidDocument("an object", document)
-        return {key: _at(key, inner, item) for key, item in document.items()}
-
-    return decode_object
+def _items(decoders: Iterable[tuple[str, Decoder]], document: Mapping[str, Any]) -> dict[str, Any]:
+    items, name = {}, ""
+    try:
+        for name, decoder in decoders:
+            items[name] = decoder(document[name])
+    except InvalidDocument as error:
+        error.path.append(name)
+        raise
+    return items
 
 
-def _union(choices: Sequence[Any]) -> Decoder:
-    inner = [_decoder(choice) for choice in choices if choice is not types.NoneType]
+def _checked(document: Any, kind: Any, expected: str) -> Any:
+    if not isinstance(document, kind) or (isinstance(document, bool) and kind is not bool):  # True is an int
+        raise InvalidDocument(expected, document)
+    return document
+
+
+def _union_decoder(choices: Sequence[Any]) -> Decoder:
+    first, *others = [_decoder(choice) for choice in choices if choice is not types.NoneType]
     has_none = types.NoneType in choices
 
     def decode_choice(document: Any) -> Any:
         if document is None and has_none:
             return None
-        for decoder in inner[:-1]:
-            try:
-                return decoder(document)
-            except InvalidDocument:
-                continue
-        return inner[-1](document)
+        try:
+            return first(document)
+        except InvalidDocument:
+            for decoder in others:
+                with contextlib.suppress(InvalidDocument):
+                    return decoder(document)
+            raise
 
     return decode_choice
 
 
-def _enum(declared: type[Enum]) -> Decoder:
-    def decode_member(document: Any) -> Any:
-        try:
-            return declared(document)
-        except ValueError as error:
-            known = ", ".join(str(member.value) for member in declared)
-            raise InvalidDocument(f"one of {known}", document) from error
-
-    return decode_member
-
-
-def _at(name: str, inner: Decoder, document: Any) -> Any:
+def _array(item: Decoder, document: Any) -> tuple[Any, ...]:
+    values = _checked(document, (list, tuple), "an array")
+    items: list[Any] = []
     try:
-        return inner(document)
+        items.extend(map(item, values))
     except InvalidDocument as error:
-        error.path.append(name)
+        error.path.append(str(len(items)))
         raise
+    return tuple(items)
+
+
+def _member(declared: type[Enum], document: Any) -> Enum:
+    try:
+        return declared(document)
+    except ValueError as error:
+        raise InvalidDocument(f"one of {', '.join(str(member.value) for member in declared)}", document) from error
 
 
 def _number(document: Any) -> float:
+    if type(document) is float:
+        return document
     if isinstance(document, str) and document in _NONFINITE:
         return _NONFINITE[document]
-    if isinstance(document, (float, int)) and not isinstance(document, bool):
-        try:
-            return float(document)
-        except OverflowError as error:
-            raise InvalidDocument("a number that a float64 holds", document) from error
-    raise InvalidDocument("a number", document)
+    try:
+        return float(_checked(document, (float, int), "a number"))
+    except OverflowError as error:
+        raise InvalidDocument("a number that a float64 holds", document) from error
 
 
-def _scalar(declared: type) -> Decoder:
-    def decode_scalar(document: Any) -> Any:
-        if type(document) is not declared:  # True is an int, but no integer
-            raise InvalidDocument(_SCALARS[declared], document)
-        return document
-
-    return decode_scalar
-
-
-_SCALARS = {int: "an integer", bool: "true or false", str: "a string"}
+_SCALARS: Mapping[Any, Decoder] = {
+    float: _number,
+    int: lambda document: _checked(document, int, "an integer"),
+    bool: lambda document: _checked(document, bool, "true or false"),
+    str: lambda document: _checked(document, str, "a string"),
+}

@@ -93,7 +93,7 @@ def test_fields_with_a_default_may_be_missing_and_unknown_ones_are_ignored():
         ({"path": {}}, "path: expected an array"),
         ({"path": [{"x": 1}, {"label": ""}]}, "path.1: expected an object with x"),
         ({"sizes": {"k": 1, "odd": "7"}}, "sizes.odd: expected an integer, got '7'"),
-        ({"fact": 1.5}, "fact: expected an integer"),
+        ({"fact": 1.5}, "fact: expected a string"),
         ({"root": 4.0}, "root: expected an object"),
     ],
     ids=str,
