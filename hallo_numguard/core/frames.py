@@ -28,7 +28,7 @@ PARTS = {
 
 _BACKWARD = "grad_"
 _GZIP = b"\x1f\x8b"
-_HEADER = re.compile(rb'\s*\{[^\n]*"kind":\s*"trace"')
+_HEADER_LINE = re.compile(rb'\s*\{[^\n]*"kind":\s*"trace"')
 _HEADER_BYTES = 4096  # within which a trace says that it is one
 
 
@@ -174,8 +174,15 @@ def _nonfinite(frame: Frame, backward: bool) -> Iterator[NonfiniteTensor]:
 
 
 @dataclass(frozen=True)
-class _Header:
-    """First line of a trace's file."""
+class Header:
+    """First line of a trace's file.
+
+    Attributes:
+        schema_version: Version of the format.
+        kind: "trace".
+        dropped: Number of frames at the beginning that were not kept.
+        first_nonfinite: The first call that turned finite into non-finite; None if everything stayed finite.
+    """
 
     schema_version: int
     kind: str
@@ -189,7 +196,7 @@ def save(trace: Frames, path: str | Path) -> None:
     Non-finite numbers are written as strings. The file is written whole or not at all.
     """
     path = Path(path)
-    header = _Header(SCHEMA_VERSION, "trace", trace.dropped, trace.first_nonfinite)
+    header = Header(SCHEMA_VERSION, "trace", trace.dropped, trace.first_nonfinite)
     lines = [json.dumps(encode(document), allow_nan=False) for document in (header, *trace.frames)]
     data = ("\n".join(lines) + "\n").encode()
     write_whole(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
@@ -224,10 +231,10 @@ def read(data: bytes) -> Frames:
         raise ValueError("the first line is no header of a trace")
     if header.get("schema_version") != SCHEMA_VERSION:
         raise ValueError(f"schema version {header.get('schema_version')!r}, expected {SCHEMA_VERSION}")
-    first = decode(_Header, header)
+    first = decode(Header, header)
     return Frames(tuple(decode(Frame, frame) for frame in frames), first.first_nonfinite, first.dropped)
 
 
 def is_trace(data: bytes) -> bool:
     """Returns whether a file that begins so is a trace."""
-    return data.startswith(_GZIP) or _HEADER.match(data[:_HEADER_BYTES]) is not None
+    return data.startswith(_GZIP) or _HEADER_LINE.match(data[:_HEADER_BYTES]) is not None

@@ -1,4 +1,4 @@
-"""What happened in a step whose gradients were not finite: as a record, as a JSON document, as text."""
+"""Report on a step whose gradients were not finite: as a record, as a JSON document, as text."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class _History:
 
 @dataclass(frozen=True)
 class OverflowReport:
-    """What happened in a step whose gradients were not finite.
+    """Report on a step whose gradients were not finite.
 
     Attributes:
         step: Number of the step, from 1, as DeepSpeed counts.

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import json_schemas
 import jsonschema
 import pytest
 import torch
@@ -19,7 +20,7 @@ from hallo_numguard.core import environment, frames
 from hallo_numguard.core import safe_text as names
 from hallo_numguard.core.atomic_files import write_whole
 from hallo_numguard.core.overflow_report import OverflowReport
-from hallo_numguard.core.records import Offender, StepRecord, Verdict
+from hallo_numguard.core.records import Verdict
 from hallo_numguard.report import inputs as files
 from hallo_numguard.report import perfetto, terminal
 from hallo_numguard.report.html import page
@@ -27,6 +28,7 @@ from hallo_numguard.report.terminal import sparkline
 
 import report_support as support
 from paths import ROOT
+from report_support import GOLDENS
 
 DOCS = ROOT / "docs"
 
@@ -51,7 +53,7 @@ def trace_file(tmp_path):
 
 
 def test_a_terminal_shows_what_it_did_before(trace_file):
-    support.compare("terminal.txt", printed(files.read([*support.REAL, trace_file])))
+    support.compare(GOLDENS / "terminal.txt", printed(files.read([*support.REAL, trace_file])))
 
 
 def test_verdict_evidence_advice_offenders_and_history_are_printed():
@@ -262,7 +264,7 @@ def timeline(*paths):
 
 
 def test_the_timeline_is_what_it_was_before(trace_file):
-    support.compare("timeline.json", json.dumps(timeline(*support.LAST_STEP, trace_file), indent=1) + "\n")
+    support.compare(GOLDENS / "timeline.json", json.dumps(timeline(*support.LAST_STEP, trace_file), indent=1) + "\n")
 
 
 def test_calls_lie_inside_of_the_call_that_made_them(trace_file):
@@ -299,6 +301,11 @@ def test_counters_leave_out_what_is_not_finite():
 # -- schemas -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["report", "trace"])
+def test_published_schemas_are_those_of_the_dataclasses(name):
+    support.compare(DOCS / f"{name}.schema.json", getattr(json_schemas, f"{name}_schema")())
+
+
 def validator(name):
     schema = json.loads((DOCS / name).read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
@@ -312,14 +319,6 @@ def test_real_reports_follow_the_schema():
     check.validate(json.loads(support.hostile_report().to_json()))
 
 
-def test_the_schema_names_every_field_and_every_verdict():
-    schema = json.loads((DOCS / "report.schema.json").read_text())
-    assert set(schema["properties"]) == {"schema_version", *OverflowReport.__dataclass_fields__}
-    assert set(schema["$defs"]["offender"]["properties"]) == set(Offender.__dataclass_fields__)
-    assert set(schema["$defs"]["step"]["properties"]) == set(StepRecord.__dataclass_fields__)
-    assert schema["properties"]["verdict"]["enum"] == list(map(str, Verdict))
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -331,7 +330,7 @@ def test_the_schema_names_every_field_and_every_verdict():
         {"evidence": "one"},
         {"schema_version": 2},
         {"more": 1},
-        {"environment": {"hides_nan": "all"}},
+        {"environment": {"hides_nan": {"all": True}}},
     ],
     ids=str,
 )
