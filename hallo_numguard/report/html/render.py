@@ -10,6 +10,8 @@ import hashlib
 from importlib import resources
 
 from hallo_numguard.core.errors import NumGuardError
+from hallo_numguard.core.safe_text import MAX_SENTENCE
+from hallo_numguard.report.html.grid import MAX_COLUMNS, MAX_ROWS
 from hallo_numguard.report.html.page import content
 from hallo_numguard.report.inputs import ReportInputs
 
@@ -42,6 +44,9 @@ def render(inputs: ReportInputs) -> str:
     return environment.get_template("report.html.j2").render(
         **content(inputs),
         columns=COLUMNS,
+        max_rows=MAX_ROWS,
+        max_columns=MAX_COLUMNS,
+        max_name=MAX_SENTENCE,
         style=(files / "report.css").read_text("utf-8"),
         scripts=scripts,
         allowed_scripts=list(map(_hash, scripts)),
