@@ -2,24 +2,36 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/ready
+# Python compiles what it imports; to compile all of torch takes longer than to install it.
+INSTALL := $(BIN)/pip install --disable-pip-version-check --quiet --no-compile
+READY := $(VENV)/development $(VENV)/cuda
 
 OLDER_DEEPSPEED ?= 0.18.2 0.19.3
 FUZZ_SECONDS ?= 60
 
-.PHONY: demo test lint bench campaign fuzz older-deepspeed clean
+.PHONY: demo test quick coverage lint bench campaign fuzz older-deepspeed lock changelog clean
 
-demo: $(READY)
+demo: $(VENV)/package
 	$(BIN)/python examples/demo.py
 
 test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+# What most changes need, in under a minute.
+quick: lint
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not slow and not deepspeed and not multiprocess and not browser and not gpu" \
+	  tests/ops tests/guard tests/files
+
+# Processes that tests start are measured too.
+coverage: $(READY)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --cov
 
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/typos
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files csrc tests/cuda_shim)
 
 bench: $(READY)
@@ -32,7 +44,7 @@ campaign: $(READY)
 
 # Every reader of files, some minutes; needs atheris.
 fuzz: $(READY)
-	$(BIN)/pip install -q -e '.[fuzz]' --no-build-isolation
+	$(INSTALL) -c constraints.txt atheris
 	for kind in pickle safetensors torch legacy distributed deepspeed index; do \
 	  $(BIN)/python tests/fuzz/fuzz_readers.py $$kind --seconds $(FUZZ_SECONDS) || exit 1; \
 	done
@@ -40,21 +52,46 @@ fuzz: $(READY)
 # The guard on other releases; docs/deepspeed.md says what holds with which.
 older-deepspeed: $(READY)
 	for version in $(OLDER_DEEPSPEED); do \
-	  DS_BUILD_OPS=0 $(BIN)/pip install -q --no-deps --no-build-isolation --target .older/$$version deepspeed==$$version; \
+	  DS_BUILD_OPS=0 $(INSTALL) --no-deps --no-build-isolation --target .older/$$version deepspeed==$$version; \
 	  PYTHONPATH=.older/$$version $(BIN)/python -m pytest -q -n 2 --timeout 60 tests/integrations/deepspeed/test_deepspeed_kinds.py; \
 	done
 
+# torch and what it brings come from pip's own choice, all else from the locks: --no-deps leaves pip nothing to resolve.
 # DeepSpeed's own set-up needs torch at hand, and must not compile its operators.
-$(VENV)/installed: constraints.txt pyproject.toml
+$(VENV)/torch: constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt torch setuptools wheel ninja packaging pybind11
-	DS_BUILD_OPS=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation deepspeed
-	HALLO_NUMGUARD_BUILD_NATIVE=0 HALLO_NUMGUARD_CUDA=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[test,bench,lint]'
+	$(INSTALL) -c constraints.txt torch setuptools wheel ninja packaging pybind11
 	touch $@
 
-$(READY): $(VENV)/installed setup.py $(wildcard csrc/*.* csrc/*/*.*)
-	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+$(VENV)/demo: $(VENV)/torch requirements/demo.txt
+	DS_BUILD_OPS=0 $(INSTALL) --no-deps --no-build-isolation -r requirements/demo.txt
 	touch $@
+
+$(VENV)/development: $(VENV)/demo $(addprefix requirements/,test.txt bench.txt lint.txt)
+	$(INSTALL) -c constraints.txt triton
+	DS_BUILD_OPS=0 $(INSTALL) --no-deps --no-build-isolation $(addprefix -r requirements/,test.txt bench.txt lint.txt)
+	touch $@
+
+$(VENV)/package: $(VENV)/demo pyproject.toml setup.py $(wildcard csrc/*.* csrc/*/*.*)
+	HALLO_NUMGUARD_CUDA=0 $(INSTALL) --no-build-isolation --no-deps -e .
+	touch $@
+
+# Takes a minute of nvcc where there is one, and the demo needs no GPU.
+$(VENV)/cuda: $(VENV)/package
+	HALLO_NUMGUARD_BUILD_NATIVE=0 $(BIN)/python setup.py -q build_ext --inplace
+	touch $@
+
+$(VENV)/release: $(VENV)/torch requirements/release.txt
+	$(INSTALL) --no-deps -r requirements/release.txt
+	touch $@
+
+# Writes requirements/; `make lock LOCK=--upgrade` moves to the newest versions, `make lock LOCK=--check` asks pip only.
+lock: $(VENV)/release
+	$(BIN)/python tools/lock.py $(LOCK)
+
+# Shows the fragments of changelog.d/ as the changelog of the next release.
+changelog: $(VENV)/release
+	$(BIN)/towncrier build --draft --version next
 
 clean:
 	rm -rf $(VENV) .older build dist bench *.egg-info hallo_numguard/_native*.so

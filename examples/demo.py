@@ -297,13 +297,13 @@ def quiet_libraries() -> None:
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     for name, value in alone.items():
         os.environ.setdefault(name, value)
-    console.print(
-        Text("loading DeepSpeed and transformers (the first time, DeepSpeed compiles a helper) ...", style="dim")
-    )
+    console.print(Text("loading DeepSpeed and transformers ...", style="dim"))
     sys.stdout.flush()
     import deepspeed
     import transformers
 
+    # Else DeepSpeed compiles a collective for several processes, and an interrupted build locks every later one out.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.utils.logger.setLevel(logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 
@@ -10,13 +11,29 @@ import torch
 
 from hallo_numguard.guard import containment
 
-from backends import BACKENDS, NATIVE, forced_backend
+from backends import BACKENDS, NATIVE, TRITON, forced_backend
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """Lets Triton's interpreter run the kernels, which looks when they are defined; but for GPU tests."""
     if config.getoption("markexpr") != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+# What a test calls, itself or through a fixture, and the marker that this earns it.
+MARKER_OF_CALL = {"make_engine": "deepspeed", "run_ranks": "multiprocess", "sync_playwright": "browser"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks tests by what they call and by their folder; a slow test marks itself."""
+    for item in items:
+        fixtures = [fixture.func for group in item._fixtureinfo.name2fixturedefs.values() for fixture in group]
+        for function in (item.function, *fixtures):
+            for name in inspect.unwrap(function).__code__.co_names:
+                if name in MARKER_OF_CALL:
+                    item.add_marker(MARKER_OF_CALL[name])
+        if item.path.parent.name == "deepspeed":
+            item.add_marker("deepspeed")
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +50,7 @@ def nothing_contained(request: pytest.FixtureRequest) -> Iterator[None]:
         pytest.fail(f"the guard failed in its {failures[0][0]}: {failures[0][1]!r}; see the captured log")
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] if name in TRITON else []) for name in BACKENDS])
 def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Every backend and every instruction set of this machine, one after the other."""
     with forced_backend(request.param) as name:

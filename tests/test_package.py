@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from hallo_numguard.ops.backends import cpu as native
 from hallo_numguard.ops.native_extension import extension
@@ -109,6 +113,64 @@ def test_the_extension_links_no_torch_symbol():
     needed = subprocess.run(["readelf", "-d", module.__file__], capture_output=True, text=True, check=True).stdout
     assert "libtorch" not in needed
     assert "libc10" not in needed
+
+
+def test_the_version_stands_in_one_place():
+    import hallo_numguard
+
+    assert metadata.version("hallo-numguard") == hallo_numguard.__version__
+
+
+def asked(extra):
+    """What an extra of the package asks for, with the package's own requirements."""
+    wanted = [Requirement(line) for line in metadata.requires("hallo-numguard")]
+    chosen = [one for one in wanted if one.marker is None or "extra" not in str(one.marker)]
+    chosen += [one for one in wanted if f'extra == "{extra}"' in str(one.marker)]
+    for one in chosen:
+        if one.name == "hallo-numguard":
+            for other in one.extras:
+                yield from asked(other)
+        elif one.name not in ("torch", "triton", "jinja2"):  # torch brings the last
+            yield one
+
+
+def locked(extra, environment):
+    """The versions that a lock pins on one Python."""
+    lines = (ROOT / "requirements" / f"{extra}.txt").read_text("utf-8").splitlines()
+    pins = [pin for pin in map(Requirement, lines) if pin.marker is None or pin.marker.evaluate(environment)]
+    return {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}
+
+
+@pytest.mark.parametrize("python_version", ["3.10", "3.11", "3.12", "3.13"])
+@pytest.mark.parametrize("extra", ["demo", "test", "bench", "lint", "release"])
+def test_a_lock_holds_what_its_extra_asks_for(extra, python_version):
+    environment = {"python_version": python_version, "python_full_version": f"{python_version}.0", "extra": extra}
+    pins = locked(extra, environment)
+    for wanted in asked(extra):
+        assert wanted.specifier.contains(pins[canonicalize_name(wanted.name)]), f"{wanted}: run make lock"
+    brought_by_torch = [name for name in pins if name in ("torch", "triton", "sympy") or name.startswith("nvidia-")]
+    assert brought_by_torch == []
+
+
+def test_hooks_run_the_versions_of_the_lock():
+    hooks = (ROOT / ".pre-commit-config.yaml").read_text("utf-8")
+    revisions = dict(re.findall(r"repo: https://github.com/\S+/(\S+)\n    rev: v(\S+)", hooks))
+    pins = locked("lint", None)
+    assert revisions == {
+        "ruff-pre-commit": pins["ruff"],
+        "mirrors-clang-format": pins["clang-format"],
+        "typos": pins["typos"],
+    }
+
+
+def test_fragments_of_the_changelog_have_a_type():
+    known = set(
+        re.findall(r'\[\[tool.towncrier.type\]\]\ndirectory = "(\w+)"', (ROOT / "pyproject.toml").read_text("utf-8"))
+    )
+    names = {path.name for path in (ROOT / "changelog.d").iterdir()} - {"README.md", "template.md.jinja"}
+    assert names
+    assert {name.split(".")[1] for name in names} <= known
+    assert all(name.endswith(".md") for name in names)
 
 
 @pytest.fixture(scope="module")

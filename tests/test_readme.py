@@ -20,11 +20,11 @@ pytestmark = pytest.mark.usefixtures("cpu_alone")
 
 
 def rows():
-    """What is used, and the line, of each row."""
+    """What is used, and the line, of each entry of each row."""
     section = README.split("## I use ...")[1].split("\n## ")[0]
     found = re.findall(r"^\| ([^|`]+) \| `([^`]+)`[^|]* \| .*\|$", section, re.MULTILINE)
     assert len(found) == section.count("\n| ") - 1, "the head is no such row"
-    return found
+    return [(used, line) for cell, line in found for used in cell.split(", ")]
 
 
 class Net(nn.Module):
@@ -313,22 +313,22 @@ class Mlflow(Tracked):
 
 USERS = {
     "plain PyTorch": Plain,
-    "plain PyTorch, clipping": Plain,
     "torch.compile": Compiled,
     "torch.amp.GradScaler": Scaled,
     "DistributedDataParallel": Replicated,
     "FSDP2": Sharded,
+    "clipping": Plain,
     "DeepSpeed": DeepSpeed,
     "Accelerate": Accelerated,
     "Accelerate with DeepSpeed": AcceleratedDeepSpeed,
     "Hugging Face Trainer": HuggingFace,
     "Hugging Face Trainer with DeepSpeed": HuggingFaceDeepSpeed,
     "Lightning": Lightning,
-    "Lightning, a Trainer made elsewhere": Lightning,
+    "a Lightning Trainer made elsewhere": Lightning,
     "TensorBoard": TensorBoard,
     "Weights & Biases": Wandb,
     "MLflow": Mlflow,
-    "a table": Tracked,
+    "a CSV file": Tracked,
 }
 
 

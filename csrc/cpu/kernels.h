@@ -1,4 +1,4 @@
-// The kernels of one instruction set, as a table of function pointers that dispatch.cpp chooses from.
+// The kernels of one instruction set, as a table of function pointers that stats.cpp chooses from.
 #pragma once
 
 #include <cstdint>

@@ -44,8 +44,8 @@ def command(style: str) -> int:
 def _facts() -> dict[str, Any]:
     import torch
 
-    from hallo_numguard.ops.backends import cpu, cuda
-    from hallo_numguard.ops.native_extension import extension
+    from hallo_numguard.ops.backends import cpu
+    from hallo_numguard.ops.native_extension import cuda_extension, extension
 
     isas = cpu.isas()
     has_gpu = torch.cuda.is_available()
@@ -57,7 +57,7 @@ def _facts() -> dict[str, Any]:
         "instruction set": isas[cpu.isa()] if isas else "none",
         "instruction sets of this CPU": ", ".join(isas) or "none",
         "threads": torch.get_num_threads(),
-        "CUDA extension": "built" if cuda.extension() is not None else "not built",
+        "CUDA extension": "built" if cuda_extension() is not None else "not built",
         "gpu": torch.cuda.get_device_name() if has_gpu else "none",
         "backends": {device: _backends(device) for device in (("cpu", "cuda") if has_gpu else ("cpu",))},
     }

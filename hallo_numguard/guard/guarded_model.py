@@ -24,7 +24,7 @@ class ScannedPieces:
     Attributes:
         table: Statistics, a row a piece.
         pieces: Piece of a parameter that each row is of; parameters by their position in the guard's list.
-        groups: Rows of each of the optimizer's parameter groups; () where nobody asks.
+        groups: Rows of each of the optimizer's parameter groups; () where they are not needed.
     """
 
     table: StatsTable

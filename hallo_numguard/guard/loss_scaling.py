@@ -15,8 +15,8 @@ class LossScaling:
         dynamic: Whether it is lowered on an overflow.
         minimum: The lowest it will go to.
         patience: Number of overflows that it will let pass before it is lowered (hysteresis).
-        scaler: Who scales.
-        at_last: What it does where the scale cannot be lowered any more.
+        scaler: Name of the scaler, for messages.
+        at_last: What it does when the scale cannot be lowered any more, for messages.
     """
 
     scale: float
@@ -41,4 +41,4 @@ class LossScaling:
 
 
 UNSCALED = LossScaling(1.0, dynamic=False)
-"""Where nobody scales the loss."""
+"""State of a loss scaler that is not there."""

@@ -14,7 +14,7 @@ from hallo_numguard.guard.collectives import Ranks
 
 _log = logging.getLogger("hallo_numguard")
 
-_CALLBACK_FAILED = len(ACTIONS)  # graver than any action: some rank is going to raise
+_CALLBACK_FAILED = len(ACTIONS)  # more severe than any action: some rank is going to raise
 
 
 class Answer(NamedTuple):
@@ -32,17 +32,17 @@ def agree(
     device: torch.device,
     can_go_back: bool,
 ) -> Answer:
-    """Asks the callback and the policy, and takes the gravest answer of all ranks.
+    """Asks the callback and the policy, and takes the most severe answer of all ranks.
 
     If the run cannot go back to a checkpoint, or not once more, "rollback" is "raise".
     """
     error: BaseException | None = None
-    gravity = 0
+    severity = 0
     try:
-        gravity = ACTIONS.index(_choose(report, policy, callback))
+        severity = ACTIONS.index(_choose(report, policy, callback))
     except BaseException as failure:  # noqa: BLE001 - user code; raised again below, when no rank waits for another
-        error, gravity = failure, _CALLBACK_FAILED
-    agreed = ranks.highest(gravity, device)
+        error, severity = failure, _CALLBACK_FAILED
+    agreed = ranks.highest(severity, device)
     if agreed == _CALLBACK_FAILED:
         if error is None:
             _log.error("on_overflow or a policy callable raised on another rank")

@@ -48,7 +48,7 @@ _log = logging.getLogger("hallo_numguard")
 P = ParamSpec("P")
 T = TypeVar("T")
 
-STATUS_FAILED = 2  # graver than 0 (finite) and 1 (not finite), which ranks reduce with it
+STATUS_FAILED = 2  # above 0 (finite) and 1 (not finite), of which ranks take the highest
 MAX_FINDINGS = 1000
 
 _OUTLOOK = {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.errors import InvalidInput
+from hallo_numguard.integrations.oldest_versions import check_version
 
 if TYPE_CHECKING:
     from hallo_numguard.guard.guard import Guard
@@ -18,15 +19,16 @@ if TYPE_CHECKING:
 __all__ = ["GROUP", "LightningNumGuardCallback", "NumGuardCallback", "attach", "engine_of"]
 
 GROUP = "hallo_numguard.integrations"
-"""Of entry points: each is called with what `attach` was, and returns a `Guard`, or None if the target is not its."""
+"""Group of entry points: each is called as `attach` was, and returns a `Guard`, or None for another kind of target."""
 
-# By package and class of the target, so that nothing has to be imported to find out what it is.
+# Module with the function `attach(target, config, on_overflow)`, by package and class of the target: nothing has to be
+# imported to find out what a target is.
 _BUILT_IN = {
-    ("deepspeed", "DeepSpeedEngine"): "deepspeed.engine_guard:DeepSpeedGuard",
-    ("accelerate", "Accelerator"): "accelerate:guard_accelerator",
-    ("transformers", "Trainer"): "transformers:guard_trainer",
-    ("lightning", "Trainer"): "lightning:guard_trainer",
-    ("pytorch_lightning", "Trainer"): "lightning:guard_trainer",
+    ("deepspeed", "DeepSpeedEngine"): "deepspeed",
+    ("accelerate", "Accelerator"): "accelerate",
+    ("transformers", "Trainer"): "transformers",
+    ("lightning", "Trainer"): "lightning",
+    ("pytorch_lightning", "Trainer"): "lightning",
 }
 _CALLBACKS = {
     "NumGuardCallback": "transformers:NumGuardCallback",
@@ -65,9 +67,11 @@ def attach(target: Any, config: GuardConfig | None = None, on_overflow: Overflow
     DeepSpeed's own passes.
     """
     config = config or GuardConfig()
-    for (package, name), where in _BUILT_IN.items():
+    for (package, name), module in _BUILT_IN.items():
         if _is(target, package, name):
-            return _load(where)(target, config, on_overflow)
+            check_version(package)
+            guard: Guard = _load(f"{module}:attach")(target, config, on_overflow)
+            return guard
     for offered, integration in _offered():
         guard = integration(target, config, on_overflow)
         if guard is not None:

@@ -27,7 +27,7 @@ from hallo_numguard.integrations.torch_optim.optimizer_guard import GradientChec
 _guarded: WeakSet[Any] = WeakSet()
 
 
-def guard_accelerator(accelerator: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> Guard:
+def attach(accelerator: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> Guard:
     """Guards what an Accelerator has prepared; see `attach`."""
     engine = engine_of(accelerator)
     if engine is None:

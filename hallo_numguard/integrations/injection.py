@@ -46,15 +46,15 @@ def inject(
 
     Args:
         target: A model, or what holds one as `.module` or `.model`: a DeepSpeedEngine, a Trainer, a GuardedOptimizer.
-        kind: What is damaged. "parameter", "buffer" and "optimizer_state" (moments) stay damaged, as by a corrupted
+        kind: Kind of fault. "parameter", "buffer" and "optimizer_state" (moments) stay damaged, as by a corrupted
             file; "input" (the first floating-point tensor of the batch) and "activation" (the output of the module
             `where`) are bad in one step only, and "gradient" (of the parameter `where`, before the reduction) in one
-            backward pass, as by a fault of the hardware: not when the batch is run again.
+            backward pass, as by a fault of the hardware: not in a replay.
         where: Fully qualified name of the parameter, buffer or module; not for "input".
-        index: Of the element, in the whole tensor's shape; the first one if left out.
-        value: What is written there.
-        step: When: in the forward pass of that number from now on, 1 for the next.
-        rank: Only on this rank; on all if None.
+        index: Index of the element in the whole tensor's shape. Default: the first.
+        value: Value to be written there.
+        step: Number of the forward pass, counted from now on; 1 is the next.
+        rank: Global rank to plant it on. Default: all.
 
     Returns:
         The injection: whether it has happened, and a way to take it back before.

@@ -225,10 +225,10 @@ def _scaler_of(trainer: Trainer) -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
-def guard_trainer(trainer: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> NumGuardCallback:
+def attach(trainer: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> NumGuardCallback:
     """Returns the callback that guards a Trainer from its next `fit()` on; see `attach`."""
     if any(isinstance(callback, NumGuardCallback) for callback in trainer.callbacks):
         raise InvalidInput("this Trainer has a NumGuardCallback already")
     callback = NumGuardCallback(config, on_overflow)
-    trainer.callbacks.insert(0, callback)  # behind those that write checkpoints nobody may stand
+    trainer.callbacks.insert(0, callback)  # Lightning keeps callbacks that write checkpoints last
     return callback

@@ -36,35 +36,35 @@ def preflight(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> PreflightReport:
-    """Checks a run before its first step: whatever is given is looked at, nothing that training will see is changed.
+    """Checks a run before its first step, as far as arguments are given; changes nothing that training will see.
 
     (a) the files against their manifest; (b) every value in them; (c) names and shapes of the model against theirs, and
     whether the model holds what they do, also where `strict=False` said nothing; (d) the optimizer's state: there,
     whole, possible, the same steps everywhere, the same groups; (e) number of processes, ZeRO stage and dtype against
     the checkpoint's; (f) the loss scaler in it; (g) launcher and precision; (h) with `batch`, a forward and backward
-    pass in which every tensor is looked at, and the loss compared with that of when the checkpoint was saved.
+    pass in which every tensor is read, with the loss compared with the one at the time of saving.
 
     Args:
         target: A `torch.nn.Module`, a `deepspeed.DeepSpeedEngine` or an `accelerate.Accelerator` after `prepare`; None
             for files alone. With an engine and `batch` every rank must call it; files are read by each that does.
         model: Files or folders with the weights that the run starts from.
         checkpoint: Folder that it resumes from.
-        manifest: Of these files, if it is not beside them.
-        world_size: Number of processes of the run; an engine says it itself, as it does the next three.
-        zero_stage: Of DeepSpeed's ZeRO.
-        dtype: That weights are trained in.
-        config: DeepSpeed's, or the file with it.
-        batch: A small one. A dict is given to the model by name, a tuple or list by place.
-        loss_fn: Makes the loss of what the model returns, if that has none.
-        expected_loss: Of such a batch; if left out, what `CheckpointKeeper` has written beside the checkpoint.
-        threads: That read files; as many as there are CPUs if left out.
+        manifest: Manifest of these files. Default: the one beside them.
+        world_size: Number of processes of the run. Default: the engine's, as for the next three.
+        zero_stage: DeepSpeed's ZeRO stage.
+        dtype: Dtype that weights are trained in.
+        config: DeepSpeed's configuration, or the file with it.
+        batch: Small batch. A dict is given to the model by name, a tuple or list by position.
+        loss_fn: Computes the loss from the model's output, if that has none.
+        expected_loss: Loss of such a batch. Default: the one that `CheckpointKeeper` wrote beside the checkpoint.
+        threads: Reader threads. Default: number of CPUs.
         progress: Called with the number of bytes just read and of all bytes.
 
     Returns:
         Findings with severity, evidence and remedy; `ok`, `exit_code`, `to_dict()`.
 
     Raises:
-        InvalidInput: If `target` is nothing of the kind, or the configuration cannot be read.
+        InvalidInput: If `target` is none of these, or the configuration cannot be read.
 
     Cost: (a) and (b) read every file once each; (h) makes three forward passes.
     """

@@ -19,7 +19,7 @@ from hallo_numguard.core.errors import InvalidInput, NumericsError
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.guard.guard import Guard
 from hallo_numguard.guard.session import Session
-from hallo_numguard.integrations import attach
+from hallo_numguard.integrations import accelerate
 from hallo_numguard.integrations.patches import MethodPatches
 from hallo_numguard.trackers.base import tag
 
@@ -81,7 +81,7 @@ class NumGuardCallback(Guard, TrainerCallback):
         self._trainer = trainer
         folder = self._config.dump_dir or Path(trainer.args.output_dir) / _FOLDER
         config = replace(self._config, sinks=[*self._config.sinks, self._figures], dump_dir=folder)
-        self._guard = attach(trainer.accelerator, config, self._on_overflow)
+        self._guard = accelerate.attach(trainer.accelerator, config, self._on_overflow)
         self._patches = MethodPatches()
         self._patches.wrap(trainer.accelerator, "backward", self._unless_stopped)  # DeepSpeed steps in there
         self._patches.wrap(trainer.optimizer, "step", self._unless_stopped)
@@ -120,7 +120,7 @@ class NumGuardCallback(Guard, TrainerCallback):
             self._guard.detach()
 
 
-def guard_trainer(trainer: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> NumGuardCallback:
+def attach(trainer: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> NumGuardCallback:
     """Returns the callback that guards a Trainer from its next `train()` on; see `attach`."""
     if any(isinstance(callback, NumGuardCallback) for callback in trainer.callback_handler.callbacks):
         raise InvalidInput("this Trainer is guarded already; call detach() on its guard first")

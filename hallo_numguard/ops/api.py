@@ -26,8 +26,8 @@ def tensor_stats(
     Args:
         flat: Tensor of any shape, of float32, float16, bfloat16, float64, float8_e4m3fn or float8_e5m2. Its elements
             count in row-major order. One that is not contiguous is copied first.
-        offsets: Where the segments begin and end, in elements; the whole tensor is one segment if left out. Make a
-            `Layout` where the same offsets serve again.
+        offsets: Boundaries of the segments, in elements. Default: the whole tensor is one segment. Make a `Layout`
+            where the same offsets serve again.
         detail: Also count zeros and subnormals. Free where memory is the limit, up to 1.6 times slower in cache.
 
     Returns:
@@ -91,7 +91,7 @@ def _gather(tensors: list[torch.Tensor], devices: list[torch.device], detail: bo
 
 
 def _is_eager() -> bool:
-    """Whether nobody traces or intercepts operators."""
+    """Whether operators are neither traced nor intercepted."""
     return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
 
 

@@ -1,4 +1,4 @@
-"""What a launch needs of a GPU's runtime: the current stream, and copies that nobody waits for.
+"""What a launch needs of a GPU's runtime: the current stream, and copies without a host sync.
 
 The only module of this room that asks `torch.cuda` for anything. On the CPU, where Triton's interpreter runs, all of
 it is trivial.
@@ -54,15 +54,15 @@ def send(words: bytes, device: torch.device) -> torch.Tensor:
 
 
 class HostRing:
-    """Rows of float64 that travel from a device to the host, and that nobody waits for until he must.
+    """Rows of float64 that travel from a device to the host; whoever reads one early has to wait for it.
 
     On a GPU a row is copied to pinned memory behind the work that made it, with an event; by the next step it has
     usually arrived. On the CPU the rows are where they are read.
 
     Args:
-        rows: How many are kept; row i is written over by row i + rows.
+        rows: Number of rows that are kept; row i is overwritten by row i + rows.
         width: Numbers in a row.
-        device: Where they are made.
+        device: Device on which they are made.
     """
 
     def __init__(self, rows: int, width: int, device: torch.device) -> None:
@@ -98,10 +98,10 @@ class HostRing:
 
 
 class AsyncHostCopy:
-    """A tensor on its way to the host, which nobody waits for. For what is sent now and then: it allocates.
+    """A tensor on its way to the host, without a host sync. For occasional copies: it allocates.
 
     Args:
-        tensor: Made on the current stream. On the CPU it is where it is read, and must stay as it is.
+        tensor: Tensor made on the current stream. One on the CPU is not copied, and must stay as it is.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:

@@ -22,7 +22,7 @@ class Layout:
 
     Args:
         offsets: n + 1 integers in elements, never decreasing, the first not negative. A sequence, or a 1-D integer
-            tensor on the CPU. The last may lie before the end of the flat tensor (padding is not looked at).
+            tensor on the CPU. The last may lie before the end of the flat tensor (padding is not read).
 
     Raises:
         InvalidInput: If they are anything else.

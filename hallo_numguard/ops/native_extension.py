@@ -1,16 +1,26 @@
-"""The compiled module with the CPU kernels and the fast reader of tensor lists; optional in an installation."""
+"""The compiled modules, which an installation may lack: CPU kernels with the reader of tensor lists, CUDA kernels."""
 
 from __future__ import annotations
 
 import functools
+import importlib
 from types import ModuleType
 
 
 @functools.cache
 def extension() -> ModuleType | None:
-    """Returns the extension module, or None if this installation has none."""
+    """Returns the module with the CPU kernels, or None if this installation has none."""
+    return _load("_native")
+
+
+@functools.cache
+def cuda_extension() -> ModuleType | None:
+    """Returns the module with the CUDA kernels, or None if this installation has none."""
+    return _load("_native_cuda")
+
+
+def _load(name: str) -> ModuleType | None:
     try:
-        from hallo_numguard import _native
+        return importlib.import_module(f"hallo_numguard.{name}")
     except ImportError:
         return None
-    return _native

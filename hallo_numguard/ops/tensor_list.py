@@ -24,7 +24,7 @@ class TensorList:
         addresses: uint64, one a tensor.
         sizes: int64, in elements.
         dtypes: uint8, `Format.code` of each.
-        device: Where they are.
+        device: Device that they are on.
     """
 
     tensors: Sequence[torch.Tensor]

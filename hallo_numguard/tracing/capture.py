@@ -28,11 +28,12 @@ class Captured:
     """A call of a module as it was made.
 
     Attributes:
-        module: A copy without hooks, which needs no framework; its weights are those that the call saw, on the CPU.
-        args, kwargs: What it was called with, on the CPU.
-        autocast: The dtype that `torch.autocast` was on with, "" if it was off.
+        module: Copy of the module without hooks, which needs no framework, with the weights that the call saw, on the
+            CPU.
+        args, kwargs: Arguments of the call, on the CPU.
+        autocast: Dtype of `torch.autocast` in the call, "" if it was off.
         random: States of torch's generators before the call, by device.
-        grad_outputs: Gradients with respect to its floating-point outputs, in order; None of those that got none.
+        grad_outputs: Gradients with respect to its floating-point outputs, in order; None where none arrived.
     """
 
     module: nn.Module
@@ -46,12 +47,12 @@ class Captured:
 def capture(
     root: nn.Module, name: str, number: int, call: Callable[[], Any], seeds: dict[int, torch.Tensor]
 ) -> Captured:
-    """Makes a pass once more, and takes one call of one module out of it.
+    """Runs a pass again, and takes one call of one module out of it.
 
     Args:
         root: The model.
-        name: Of the module, as `root.named_modules` has it.
-        number: How often it had been called before in this pass.
+        name: Name of the module in `root.named_modules`.
+        number: Number of its calls before that one, in this pass.
         call: Calls the model as it was called, with the random state of then.
         seeds: Gradients with respect to the model's outputs, by position; without any there is no backward pass.
 

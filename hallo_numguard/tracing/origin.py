@@ -20,7 +20,7 @@ class Call:
         name, cls, call, parent, inputs, weights, outputs: See `Frame`.
         parameters: Names of those weights that are parameters.
         position: See `Frame`; -1 until it is completed.
-        operations: Operations inside of it, not inside of modules in it, that were looked at.
+        operations: Operations that were read inside of it, not inside of modules in it.
     """
 
     name: str
@@ -40,8 +40,8 @@ class Operation:
     """One operator of torch, called inside of a module.
 
     Attributes:
-        what: Its name and the line that called it.
-        inputs, outputs: What it got and gave.
+        what: Name of the operator, and the line that called it.
+        inputs, outputs: Snapshots of its tensor arguments and results.
     """
 
     what: str

@@ -1,4 +1,4 @@
-"""What tensors held, in the order in which they were looked at: launched at once, brought to the host in batches."""
+"""Statistics of tensors in the order in which they were read: launched at once, copied to the host in batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.ops.formats import dtype_name
 from hallo_numguard.ops.layout import unravel
 
-BATCH = 64  # looks between two copies to the host
+BATCH = 64  # launches between two copies to the host
 MAX_WAITING_BYTES = 256 << 20  # bytes of tensors that live on because their records are not on the host yet
 _AROUND = 4  # values on either side of the first bad one
 
@@ -25,12 +25,12 @@ class TensorSnapshot:
     """A tensor as it was at one moment.
 
     Attributes:
-        shape, dtype: Of it.
-        row: Of the tape.
-        hooked: Whether its gradient will be looked at.
-        gradient: What that was, once a backward pass has given it.
+        shape, dtype: Shape and dtype of the tensor.
+        row: Row of the tape with its statistics.
+        hooked: Whether its gradient will be read.
+        gradient: Snapshot of its gradient, once a backward pass has given it.
         made_by: Position of the call that returned it; None if none did.
-        order: Of a gradient, its place in the order in which they came.
+        order: For a gradient, its place in the order in which gradients arrived.
     """
 
     shape: tuple[int, ...]

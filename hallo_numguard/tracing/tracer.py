@@ -80,12 +80,12 @@ def trace(
 
     Args:
         model: Any module; not compiled, whose insides no hook can see.
-        gradients: Also look at gradients with respect to inputs, outputs and parameters, where a backward pass runs
+        gradients: Also read gradients with respect to inputs, outputs and parameters, where a backward pass runs
             inside of the block.
-        inputs: Also look at what modules are called with. Without it no call can be told to have been the first.
-        weights: Also look at parameters and buffers.
-        stop_at_first: Keep the last 32 calls only, and stop looking soon after the first that is not finite.
-        operations: Also look at every operation of torch inside of modules, to name the one that made the first
+        inputs: Also read the arguments of modules. Without them the first bad call cannot be told.
+        weights: Also read parameters and buffers.
+        stop_at_first: Keep the last 32 calls only, and stop soon after the first that is not finite.
+        operations: Also read every operation of torch inside of modules, to name the one that made the first
             non-finite value, and the line that called it. Slow.
 
     Yields:
@@ -156,7 +156,7 @@ class _Tracer:
 
     @property
     def current(self) -> Call | None:
-        """The innermost call that is under way, while anybody options."""
+        """The innermost call that is under way, while the trace is on."""
         return self._open[-1] if self._open and self._on else None
 
     def stop(self) -> None:
@@ -169,7 +169,7 @@ class _Tracer:
 
     def snapshot(self, tensors: Sequence[torch.Tensor]) -> list[TensorSnapshot]:
         """See `Tape.snapshot`; ends the trace where only the first bad call is wanted."""
-        with self._unseen():  # by ourselves, where operations are looked at
+        with self._unseen():  # our own operations are not traced
             held = self._tape.snapshot(tensors)
         if self._options.stop_at_first and self._tape.bad > self._bad:  # a mask may hold -Inf, and is no origin
             self._bad = self._tape.bad

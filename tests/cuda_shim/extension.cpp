@@ -1,7 +1,7 @@
 // The module of csrc/cuda as Python loads it, with every launch run by the shim, and a second module that tells what
 // was launched. Both are in one library, and so share the shim's state.
-#include "../../csrc/cuda/bindings.cpp"
 #include "../../csrc/cuda/stats.cu"
+#include "../../csrc/python/cuda_bindings.cpp"
 
 PYBIND11_MODULE(_cuda_shim_log, module) {
   // [(device, stream, blocks)] since the last call.

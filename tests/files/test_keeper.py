@@ -333,6 +333,7 @@ print("reached", reached)
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_200_times_always_finds_a_whole_healthy_checkpoint(tmp_path):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)

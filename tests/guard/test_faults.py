@@ -18,6 +18,8 @@ import faulty
 from faulty import FAULTS, STAGES, Faulty, damage, train
 from paths import IMPORTABLE
 
+pytestmark = pytest.mark.deepspeed
+
 VERDICTS = {"forward": "forward_nonfinite", "backward": "backward_nonfinite"}
 
 

@@ -46,34 +46,11 @@ def train(faulty, guarded=True, accumulate=1, precision="no", scaler=None, clip=
     return guard, raised, scheduler.get_last_lr()[0]
 
 
-@pytest.mark.parametrize("name", ["transformer", "unet"])
-@pytest.mark.parametrize("fault", support.FAULTS)
-def test_the_campaign(fault, name):
-    faulty = support.Faulty(fault, name)
-    guard, raised, rate = train(faulty)
-    assert faulty.problems(guard, raised) == []
-    applied = sum(record.applied for record in guard.history)
-    assert rate == pytest.approx(1e-3 * 0.9**applied)  # which moves on with steps that were made
-
-
-@pytest.mark.parametrize("precision", ["no", "bf16"])
-@pytest.mark.parametrize("name", ["transformer", "unet"])
-def test_a_clean_run_has_the_same_bits(precision, name):
-    runs = []
-    for guarded in (True, False):
-        faulty = support.Faulty("none", name)
-        train(faulty, guarded, accumulate=2, precision=precision)
-        runs.append(support.weights(faulty.model))
-    support.assert_same_bits(*runs)
-
-
-def test_the_statistics_are_those_before_clipping():
-    norms = []
-    for clip in (1e-3, None):
-        faulty = support.Faulty("none")
-        guard, *_ = train(faulty, clip=clip)
-        norms.append(guard.history[0].norm)
-    assert norms[0] == norms[1] > 1e-2
+def test_the_learning_rate_moves_on_with_steps_that_were_made():
+    guard, _, rate = train(support.Faulty("input"))
+    applied = [record.applied for record in guard.history]
+    assert applied.count(False) == 1
+    assert rate == pytest.approx(1e-3 * 0.9 ** applied.count(True))
 
 
 @pytest.mark.parametrize("clip", ["clip_grad_norm_", "clip_grad_value_"])
@@ -92,12 +69,6 @@ def test_a_step_that_the_script_gives_up_after_clipping(clip):
     assert guard.last_report is None
     assert torch.isfinite(model.weight).all()
     guard.detach()
-
-
-def test_accumulated_micro_batches_are_one_step():
-    faulty = support.Faulty("none")
-    guard, *_ = train(faulty, accumulate=3)
-    assert len(guard.history) == faulty.steps
 
 
 def test_several_optimizers_are_guarded_each():
@@ -131,42 +102,6 @@ class FixedScaler(torch.amp.GradScaler):
 
     def __init__(self, scale=2.0**8):
         super().__init__("cpu", init_scale=scale, growth_interval=1000)
-
-
-def test_a_scaler_skips_and_the_guard_says_why():
-    faulty = support.Faulty("forward")
-    scaler = FixedScaler()
-    guard, raised, rate = train(faulty, scaler=scaler)
-    assert not raised
-    assert [record.applied for record in guard.history] == [True, True, False, True, True, True]
-    report = faulty.reports[0]
-    assert (report.verdict, report.first.name) == (ng.Verdict.FORWARD_NONFINITE, faulty.model.module)
-    assert report.loss_scale == 2.0**8
-    assert scaler.get_scale() == 2.0**7
-    assert rate == pytest.approx(1e-3 * 0.9 ** sum(record.applied for record in guard.history))
-
-
-def test_a_scale_that_is_kept_where_it_is_not_to_blame():
-    class Kept(support.Faulty):
-        config = ng.GuardConfig(policy=ng.Policy(keep_scale=True))
-
-    faulty = Kept("forward")
-    scaler = FixedScaler()
-    guard, *_ = train(faulty, scaler=scaler)
-    assert not all(record.applied for record in guard.history)
-    assert scaler.get_scale() == 2.0**8
-
-
-@pytest.mark.parametrize("clip", [1.0, None])
-def test_a_scaled_clean_run_has_the_same_bits(clip):
-    runs = []
-    for guarded in (True, False):
-        faulty = support.Faulty("none")
-        guard, *_ = train(faulty, guarded, scaler=FixedScaler(), clip=clip)
-        runs.append(support.weights(faulty.model))
-        if guard is not None:
-            assert {record.loss_scale for record in guard.history} == {2.0**8}
-    support.assert_same_bits(*runs)
 
 
 @pytest.mark.parametrize("scaled", [False, True])

@@ -68,82 +68,26 @@ def fit(faulty, *callbacks, module=None, **settings):
     return False
 
 
-class Faulty(support.Faulty):
-    """Inputs are arguments of training_step."""
-
-    def plant(self, optimizer, prefix=""):
-        super().plant(optimizer, prefix)
-        if self.fault == "input":
-            self.planted = (f"batch[0][{self.position}]", support.INPUT[self.name][1])
-
-    @property
-    def position(self):
-        """Of the damaged tensor, among the arguments of the model."""
-        return 1 if self.name == "transformer" else 0
-
-    def batch(self, step):
-        arguments, target = super().batch(step)
-        if self.fault == "input" and step == 3:
-            arguments[self.position][support.INPUT[self.name][1]] = float("nan")
-        return arguments, target
-
-
-@pytest.mark.parametrize("name", ["transformer", "unet"])
-@pytest.mark.parametrize("fault", support.FAULTS)
-def test_the_campaign(fault, name):
-    faulty = Faulty(fault, name)
-    callback = ng.integrations.LightningNumGuardCallback(faulty.config, faulty.reports.append)
-    raised = fit(faulty, callback)
-    assert faulty.problems(callback, raised) == []
-
-
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("name", ["transformer", "unet"])
-def test_a_clean_run_has_the_same_bits(precision, name):
+def test_a_clean_run_in_bfloat16_throughout_has_the_same_bits():
     runs = []
     for guarded in (True, False):
-        faulty = support.Faulty("none", name)
+        faulty = support.Faulty("none")
+        batch = faulty.batch
+        faulty.batch = lambda step, batch=batch: torch.utils._pytree.tree_map(
+            lambda item: item.bfloat16() if item.is_floating_point() else item, batch(step)
+        )
         callback = ng.integrations.LightningNumGuardCallback()
-        if precision == "bf16-true":
-            batch = faulty.batch
-            faulty.batch = lambda step, batch=batch: torch.utils._pytree.tree_map(
-                lambda item: item.bfloat16() if item.is_floating_point() else item, batch(step)
-            )
-        fit(faulty, *[callback] * guarded, accumulate_grad_batches=2, precision=precision, max_steps=8)
+        fit(faulty, *[callback] * guarded, precision="bf16-true", max_steps=8)
         if guarded:
             assert [record.applied for record in callback.history] == [True] * 8
         runs.append(support.weights(faulty.model))
     support.assert_same_bits(*runs)
 
 
-def test_the_statistics_are_those_before_clipping():
-    norms = []
-    for clip in (1e-3, None):
-        faulty = support.Faulty("none")
-        callback = ng.integrations.LightningNumGuardCallback()
-        fit(faulty, callback, gradient_clip_val=clip, max_steps=2)
-        norms.append(callback.history[0].norm)
-    assert norms[0] == norms[1] > 1e-2
-
-
 def scaled():
     from lightning.pytorch.plugins import MixedPrecision
 
     return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))
-
-
-@pytest.mark.parametrize("keep", [True, False])
-def test_a_scaler_skips_and_the_guard_says_why(keep):
-    faulty = support.Faulty("forward")
-    config = ng.GuardConfig(policy=ng.Policy(keep_scale=keep))
-    callback = ng.integrations.LightningNumGuardCallback(config, faulty.reports.append)
-    plugin = scaled()
-    assert not fit(faulty, callback, plugins=[plugin])
-    assert [record.applied for record in callback.history] == [True, True, False, True, True, True]
-    report = faulty.reports[0]
-    assert (report.verdict, report.first.name) == (ng.Verdict.FORWARD_NONFINITE, f"net.{faulty.model.module}")
-    assert {record.loss_scale for record in callback.history[:3]} == {2.0**8}
-    assert plugin.scaler.get_scale() == (2.0**8 if keep else 2.0**7)
 
 
 @pytest.mark.parametrize(

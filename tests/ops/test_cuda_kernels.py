@@ -31,7 +31,7 @@ from backends import forced_backend
 from cases import CASES, Case, definition, expected_of, flat_of, from_bits
 from paths import ROOT
 
-pytestmark = shim.pytestmark
+pytestmark = [*shim.pytestmark, pytest.mark.slow]
 
 RUNNER = Path("tests", "cuda_shim", "runner.cpp")
 CPU = torch.device("cpu")

@@ -30,7 +30,10 @@ from cases import CASES, Case, definition, expected_of, flat_of
 from fake_gpu import FakeGpus, HostSync, on_gpu, reveal
 from paths import TESTS
 
-pytestmark = pytest.mark.skipif(not fake_gpu.has_compiler(), reason=fake_gpu.COMPILER_MISSING)
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not fake_gpu.has_compiler(), reason=fake_gpu.COMPILER_MISSING),
+]
 
 CAPACITY = 480
 

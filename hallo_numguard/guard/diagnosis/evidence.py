@@ -1,4 +1,4 @@
-"""What was seen in a step, the same on every rank."""
+"""Value types of the diagnosis: what was seen in a bad step, the same on every rank."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from hallo_numguard.guard.loss_scaling import LossScaling
 
 @dataclass(frozen=True)
 class Replayed:
-    """What all ranks found together, the same on each.
+    """Result of a replay, the same on every rank.
 
     Attributes:
         failure_reason: Why there is no answer; "" if there is one.
-        micro_batch: Which of the step's was made again, the last one of those that were.
-        origin: Where it turned non-finite on the lowest rank where it did; None if it did nowhere.
-        details: About the origin, in sentences.
-        bad_ranks: Number of ranks on which it was not finite.
+        micro_batch: Position of the micro-batch that was run again last.
+        origin: First place that turned non-finite, on the lowest rank where one did; None if none did.
+        details: Sentences about the origin.
+        bad_ranks: Number of ranks on which the pass was not finite.
         differing_ranks: Number of ranks on which the model returned something else than before.
         differing_rank: The lowest of them.
-        settles_at: The highest loss scale at which the batch was finite when it was tried; None if it was not tried.
+        settles_at: Highest loss scale at which the batch was finite when it was tried; None if none was tried.
         finite_unscaled: Whether it was finite without any loss scaling; None if that was not tried.
-        number: How often the module of `origin` had been called before in the same pass.
+        number: Number of calls of the origin's module before, in the same pass.
     """
 
     failure_reason: str = ""
@@ -45,26 +45,26 @@ class Evidence:
     Attributes:
         step: Number of the step, from 1.
         skipped: Number of steps skipped in a row, this one included; 0 if it is applied all the same.
-        scaling: The loss scaler.
-        suspects: Non-finite parameters and buffers that may be the cause, in dataflow order.
-        bystanders: Non-finite ones that are not: a clean step was seen with them in place, they hold nothing but -Inf
-            on purpose, or they may have been poisoned by this very step.
+        scaling: State of the loss scaler.
+        suspects: Non-finite parameters and buffers that can be the cause, in dataflow order.
+        bystanders: Non-finite parameters and buffers that are not the cause: a clean step was seen with them in place,
+            they hold nothing but -Inf on purpose, or this very step may have poisoned them.
         state: Parameters whose optimizer state (moments, master copy) is not finite.
-        input: The first non-finite tensor of the batch that may be the cause.
-        micro_batch: Of the step, in which it was, from 0.
-        batch_known: False if the guard could not see what the model was called with.
-        tensors: Number of parameters and buffers that were looked at.
+        input: First non-finite tensor of the batch that can be the cause.
+        micro_batch: Position of its micro-batch in the step, from 0.
+        batch_known: Whether the guard saw the arguments of the model.
+        tensors: Number of parameters and buffers that were scanned.
         loss: The loss as an offender; None if it is finite.
-        loss_known: False if the guard could see neither the loss nor, in its place, what the model returned.
-        loss_shown: False if `loss` is about what the model returned.
+        loss_known: Whether the guard saw the loss or, in its place, the model's output.
+        loss_shown: Whether `loss` is the loss itself, and not the model's output.
         gradients: Offending gradients in ready order.
-        bad_ranks: Number of ranks whose gradients were not finite before the reduction; None if nobody looked.
+        bad_ranks: Number of ranks whose gradients were not finite before the reduction; None if unknown.
         world_size: Number of ranks.
-        settles_at: The loss scale up to which the gradients of the last finite steps would have fitted, or half of the
+        settles_at: Loss scale up to which the gradients of the last finite steps would have fitted, or half of the
             present one if that is lower; None if no step was finite yet.
-        proved_before: The loss scale at which a batch was finite that was skipped since the last step that was applied.
-        rank_faults: Step of the last `rank_fault` by rank.
-        replay: What the batch has shown when it was run again; None if it was not.
+        proved_before: Loss scale at which a batch was finite that was skipped since the last step that was applied.
+        rank_faults: Step of the last `rank_fault`, by rank.
+        replay: Result of running the batch again; None if it was not run.
     """
 
     step: int
@@ -90,5 +90,5 @@ class Evidence:
 
     @property
     def answer(self) -> Replayed | None:
-        """What the batch has shown when it was run again, if it was the same."""
+        """The result of the replay, if it has one."""
         return None if self.replay is None or self.replay.failure_reason else self.replay

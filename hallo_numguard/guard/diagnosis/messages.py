@@ -8,13 +8,13 @@ from dataclasses import replace
 
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Offender, Verdict
+from hallo_numguard.guard.diagnosis.catalog import CATALOG
 from hallo_numguard.guard.diagnosis.evidence import Evidence
 
 
 def _report(
     seen: Evidence,
     verdict: Verdict,
-    recoverable: bool | None,
     first: Offender | None,
     evidence: Sequence[str],
     not_checked: Sequence[str],
@@ -26,7 +26,7 @@ def _report(
         loss_scale=seen.scaling.scale,
         verdict=verdict,
         provisional=verdict is Verdict.SCALE_TOO_HIGH and (seen.answer is None or settles_at is None),
-        recoverable=recoverable,
+        recoverable=CATALOG[verdict].recoverable,
         first=first,
         offenders=tuple(seen.gradients),
         evidence=(*evidence, *_replay_lines(seen), *_common(seen)),
@@ -46,7 +46,7 @@ def _replay_lines(seen: Evidence) -> list[str]:
         return [f"no answer from running the batch again: {replay.failure_reason}"]
     if replay.origin is None:
         return ["the same batch, run again on every rank, was finite in every module"]
-    where = f"on {replay.bad_ranks} of {seen.world_size} ranks" if seen.world_size > 1 else "likewise"
+    where = f"on {replay.bad_ranks} of {seen.world_size} ranks" if seen.world_size > 1 else "either"
     lines = [f"the batch (micro-batch {replay.micro_batch}), run again, was not finite {where}", *replay.details]
     if replay.finite_unscaled:
         lines.append("the same batch without loss scaling was finite")
@@ -69,7 +69,9 @@ def _common(seen: Evidence) -> list[str]:
     if seen.skipped > 1:
         lines.append(f"{seen.skipped} steps skipped in a row")
     if seen.skipped == 0:
-        lines.append("the step is applied all the same: the configuration says not to look (policy.enforce skips it)")
+        lines.append(
+            "the step is applied all the same: the configuration switches the check off (policy.enforce skips it)"
+        )
     return lines
 
 
@@ -121,7 +123,7 @@ def weights_nonfinite(seen: Evidence) -> OverflowReport:
             f" A number too large for {first.dtype} also becomes Inf when it is converted, so look at the values in "
             f"the file's own dtype."
         )
-    return _report(seen, Verdict.WEIGHTS_NONFINITE, False, first, evidence, (), advice)
+    return _report(seen, Verdict.WEIGHTS_NONFINITE, first, evidence, (), advice)
 
 
 def weight_in_backward(seen: Evidence, origin: Offender) -> OverflowReport:
@@ -129,7 +131,6 @@ def weight_in_backward(seen: Evidence, origin: Offender) -> OverflowReport:
     return _report(
         seen,
         Verdict.WEIGHTS_NONFINITE,
-        False,
         origin,
         [f"{_the_loss(seen)} is finite, as it does not depend on what the bad weight makes; but 0 times NaN is NaN"],
         (),
@@ -142,7 +143,6 @@ def optimizer_state_nonfinite(seen: Evidence, first: Offender) -> OverflowReport
     return _report(
         seen,
         Verdict.OPTIMIZER_STATE_NONFINITE,
-        False,
         first,
         [
             f"{_the_loss(seen)} is not finite ({_loss_text(seen)}), nor is {seen.suspects[0]}",
@@ -163,10 +163,9 @@ def rank_fault(seen: Evidence) -> OverflowReport:
         rank, what = seen.replay.differing_rank, "returned something else"
     before = None if rank is None else seen.rank_faults.get(rank)
     again = [] if before is None else [f"it was so before on rank {rank}, in step {before}"]
-    return _report(
+    report = _report(
         seen,
         Verdict.RANK_FAULT,
-        None if before is None else False,
         replace(first, rank=rank),
         [
             f"only rank {rank} was not finite, and the same batch, run again on it, {what}",
@@ -177,6 +176,7 @@ def rank_fault(seen: Evidence) -> OverflowReport:
         f"Suspect the hardware of rank {rank}: look at its error counters and temperature, and run it without "
         "that device. If it comes back with another batch on the same rank, it is the hardware.",
     )
+    return report if before is None else replace(report, recoverable=False)
 
 
 def reduction_overflow(seen: Evidence) -> OverflowReport:
@@ -184,7 +184,6 @@ def reduction_overflow(seen: Evidence) -> OverflowReport:
     return _report(
         seen,
         Verdict.REDUCTION_OVERFLOW,
-        True,
         replace(seen.gradients[0], kind="reduction"),
         [
             "every rank's own gradients were finite"
@@ -208,7 +207,6 @@ def backward_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
     return _report(
         seen,
         Verdict.BACKWARD_NONFINITE,
-        None,
         first,
         evidence,
         () if proved else ("the operation behind it",),
@@ -223,7 +221,6 @@ def input_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
     return _report(
         seen,
         Verdict.INPUT_NONFINITE,
-        True,
         first,
         [
             f"{_the_loss(seen)} is not finite ({_loss_text(seen)})",
@@ -244,7 +241,6 @@ def loss_nonfinite(seen: Evidence, loss: Offender) -> OverflowReport:
     return _report(
         seen,
         Verdict.UNDETERMINED,
-        None,
         loss,
         _before_the_loss(seen),
         (*_unseen_batch(seen), "labels that the model was not called with", "the outputs of the modules"),
@@ -255,14 +251,14 @@ def loss_nonfinite(seen: Evidence, loss: Offender) -> OverflowReport:
 
 
 _FORWARD_KINDS = {
-    "parameter": (Verdict.WEIGHTS_NONFINITE, False),
-    "buffer": (Verdict.WEIGHTS_NONFINITE, False),
-    "input": (Verdict.INPUT_NONFINITE, True),
+    "parameter": Verdict.WEIGHTS_NONFINITE,
+    "buffer": Verdict.WEIGHTS_NONFINITE,
+    "input": Verdict.INPUT_NONFINITE,
 }
 
 
 def _forward_nonfinite(seen: Evidence, origin: Offender) -> OverflowReport:
-    verdict, recoverable = _FORWARD_KINDS.get(origin.kind, (Verdict.FORWARD_NONFINITE, None))
+    verdict = _FORWARD_KINDS.get(origin.kind, Verdict.FORWARD_NONFINITE)
     where = f"module {origin.name}" if origin.name else "the root module's own code"
     rank = _on_rank(seen, origin.rank)
     if verdict is Verdict.WEIGHTS_NONFINITE:
@@ -275,14 +271,13 @@ def _forward_nonfinite(seen: Evidence, origin: Offender) -> OverflowReport:
             "can hold, run it in bfloat16 or float32, or clamp them; else look for a division, a square root, a "
             "logarithm or a row that is masked throughout. The loss scale acts later: lowering it does not help."
         )
-    return _report(seen, verdict, recoverable, origin, _before_the_loss(seen), (), advice)
+    return _report(seen, verdict, origin, _before_the_loss(seen), (), advice)
 
 
 def _loss_code(seen: Evidence, loss: Offender) -> OverflowReport:
     return _report(
         seen,
         Verdict.UNDETERMINED,
-        None,
         loss,
         _before_the_loss(seen),
         ("labels that the model was not called with",),
@@ -329,16 +324,16 @@ def scale_too_high(seen: Evidence) -> OverflowReport:
     if not seen.scaling.can_fall:
         remedy = "lower it" if settles_at is None else f"set it to {settles_at:g}"
         advice = f"The loss scale is fixed at {seen.scaling}: {remedy}."
-    return _report(
+    report = _report(
         seen,
         Verdict.SCALE_TOO_HIGH,
-        True if seen.scaling.can_fall else None,
         seen.gradients[0] if seen.replay is None or seen.replay.origin is None else seen.replay.origin,
         evidence,
         () if replayed else (*_unseen_loss(seen), "whether this batch is finite at a lower scale"),
         advice if replayed else f"{advice} The verdict is provisional until a step is finite.",
         settles_at=settles_at,
     )
+    return report if seen.scaling.can_fall else replace(report, recoverable=None)
 
 
 def not_reproduced(seen: Evidence) -> OverflowReport:
@@ -346,7 +341,6 @@ def not_reproduced(seen: Evidence) -> OverflowReport:
     return _report(
         seen,
         Verdict.UNDETERMINED,
-        None,
         seen.gradients[0],
         [f"{_the_loss(seen)} is finite", _finite_weights(seen)],
         ("the gradients before the reduction",),
@@ -369,7 +363,6 @@ def gradients_nonfinite(seen: Evidence) -> OverflowReport:
     return _report(
         seen,
         Verdict.UNDETERMINED,
-        None,
         seen.gradients[0],
         evidence,
         (*_unseen_loss(seen), "the backward pass, module by module", "the gradients before the reduction"),
@@ -379,11 +372,10 @@ def gradients_nonfinite(seen: Evidence) -> OverflowReport:
 
 
 def false_alarm(seen: Evidence) -> OverflowReport:
-    """The framework calls an overflow what is none."""
+    """The framework reports an overflow that the guard cannot find."""
     return _report(
         seen,
         Verdict.UNDETERMINED,
-        None,
         seen.suspects[0] if seen.suspects else seen.loss,
         ["the framework calls this step an overflow; the guard found no non-finite gradient to account for it"],
         ("the framework's own check, which may have overflowed itself on large finite values",),

@@ -1,4 +1,4 @@
-"""The bad batch once more, by all ranks in step: which module it was, and whether a lower loss scale would do."""
+"""The bad batch run again by all ranks in step: which module it was, and whether a lower loss scale would do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hallo_numguard.guard.collectives import Ranks, clip
 from hallo_numguard.guard.diagnosis.evidence import Replayed
 from hallo_numguard.guard.guarded_model import Forward
 from hallo_numguard.guard.step.batch import Batch
-from hallo_numguard.guard.step.calls import Call
+from hallo_numguard.guard.step.model_call import Call
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.tracing.capture import Captured, NotCaptured, capture
 from hallo_numguard.tracing.rerun import Attempt, rerun
@@ -52,17 +52,17 @@ class _Answer:
 
 
 class Replayer:
-    """Makes passes of the current step again.
+    """Runs passes of the pending step again.
 
-    All methods are to be called by all ranks in the same step: they reduce, and under ZeRO stage 3 the model's forward
-    gathers its weights.
+    All ranks must call each method in the same step: they reduce, and under ZeRO stage 3 the model's forward gathers
+    its weights.
 
     Args:
-        module: To be traced.
+        module: Module to be traced.
         forward: Calls it as the framework does.
-        batch: The calls of the step.
-        ranks: Among which gradients are reduced.
-        device: Where small reductions are made.
+        batch: Calls of the pending step.
+        ranks: Ranks among which gradients are reduced.
+        device: Device on which ranks reduce small tensors.
     """
 
     def __init__(self, module: nn.Module, forward: Forward, batch: Batch, ranks: Ranks, device: torch.device) -> None:
@@ -76,7 +76,7 @@ class Replayer:
         """Runs the first micro-batch again whose loss was not finite; all calls, where a loss comes of several.
 
         Args:
-            losses: Of each micro-batch on this rank, whether its loss was finite.
+            losses: Whether the loss of each micro-batch on this rank was finite.
         """
         calls = self._ranks.lowest(len(self._batch.calls), self._device)
         a_call_a_loss = self._ranks.lowest(int(len(losses) == len(self._batch.calls)), self._device) == 1
@@ -126,9 +126,9 @@ class Replayer:
         """Runs a micro-batch again and takes one call of one module out of it.
 
         Args:
-            name: Of the module.
-            number: How often it had been called before.
-            micro_batch: Of the step.
+            name: Name of the module.
+            number: Number of its calls before that one.
+            micro_batch: Position of the micro-batch in the step.
 
         Returns:
             The call, or why it could not be taken.

@@ -21,7 +21,7 @@ from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Verdict
 from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.diagnosis.replay import Replayer
-from hallo_numguard.guard.step.calls import Call
+from hallo_numguard.guard.step.model_call import Call
 from hallo_numguard.tracing.capture import Captured
 from hallo_numguard.tracing.nested import whole_bytes
 

@@ -13,7 +13,7 @@ from hallo_numguard.core.records import Offender
 from hallo_numguard.guard.collectives import clip
 from hallo_numguard.guard.named_tensors import NamedTensor, scan_tensors
 from hallo_numguard.guard.parameter_stats import ParameterStats
-from hallo_numguard.guard.step.calls import Call
+from hallo_numguard.guard.step.model_call import Call
 from hallo_numguard.guard.step.pending import StepOwner
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.tracing.nested import floating_tensors_in

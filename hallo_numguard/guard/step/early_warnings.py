@@ -192,7 +192,7 @@ class _Updates:
     """How much a step changes the weights: the first elements of every matrix that is trained.
 
     Attributes:
-        positions: Of the matrices among the parameters. Vectors are left out: biases begin at 0.
+        positions: Positions of the matrices among the parameters. Vectors are left out: biases begin at 0.
     """
 
     def __init__(self, parameters: Sequence[NamedTensor]) -> None:

@@ -10,7 +10,7 @@ import torch
 from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
 from hallo_numguard.guard.parameter_stats import Piece
-from hallo_numguard.guard.step.calls import Call
+from hallo_numguard.guard.step.model_call import Call
 from hallo_numguard.ops.table import StatsTable
 
 MAX_CALLS = 64  # of a step: forward passes that no step follows must not pile up

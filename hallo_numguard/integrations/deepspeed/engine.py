@@ -67,7 +67,7 @@ def settings_of(engine: Any) -> Mapping[str, Any]:
 
 
 def overflow_check_disabled(engine: Any) -> bool:
-    """Returns whether the user's configuration says in so many words that bf16 gradients must not be looked at."""
+    """Returns whether the user's configuration explicitly switches the check of bf16 gradients off."""
     config: Any = getattr(getattr(engine, "_config", None), "bfloat16_config", None)
     said: Any = getattr(config, "model_fields_set", set())
     return "check_grad_overflow" in said and not config.check_grad_overflow

@@ -7,7 +7,7 @@ Two methods of the optimizer instance are wrapped, and nothing else decides anyt
   have agreed on. If the flag is up, the guard finds the origin and decides; a clean step costs nothing here, not even a
   synchronisation. Optimizers that skip without a word to it (bf16) are asked for `overflow` after the step.
 
-`backward` and `scale` of the engine are wrapped to keep a reference to the loss, `load_checkpoint` to look at what it
+`backward` and `scale` of the engine are wrapped to keep a reference to the loss, `load_checkpoint` to scan what it
 loaded, and `step`, where there is a keeper, to go back to a checkpoint when the step is over. The loss scaler is left
 alone: it is pickled into checkpoints.
 """

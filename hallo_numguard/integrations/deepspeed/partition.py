@@ -11,9 +11,9 @@ class Slice(NamedTuple):
     """A rank's part of a flattened parameter.
 
     Attributes:
-        start: Where it begins.
-        real: How many of its elements are the parameter's; the last ranks' parts are padded.
-        size: How many it has with padding, the same on every rank.
+        start: Flat index of its first element in the parameter.
+        real: Number of its elements that are the parameter's; the last ranks' parts are padded.
+        size: Number of its elements with padding, the same on every rank.
     """
 
     start: int

@@ -55,7 +55,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         model_or_named_parameters: The model, as the script calls it: its own, one in DistributedDataParallel, one with
             `fully_shard` or tensor-parallel DTensors, what torch.compile returns. Or `model.named_parameters()`, which
             names tensors, but shows neither batch nor buffers, nor can a batch be run again.
-        config: What to do; see `GuardConfig`. `mode` is of no matter here.
+        config: What to do; see `GuardConfig`. `mode` has no effect here.
         on_overflow: Called with the `OverflowReport` when a step's gradients are not finite; see `attach`.
         clip_norm: Clip gradients to this norm, in place of `clip_grad_norm_`: by the norm that the guard has at hand.
 
@@ -294,12 +294,12 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         return self._optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See torch.optim.Optimizer. What was loaded is looked at, as are the weights."""
+        """See torch.optim.Optimizer. Scans what was loaded, and the weights."""
         self._optimizer.load_state_dict(state_dict)
         self._guard.state_was_loaded()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See torch.optim.Optimizer. With parameters that nobody has named the guard begins anew."""
+        """See torch.optim.Optimizer. With parameters that have no name yet the guard begins anew."""
         self._optimizer.add_param_group(param_group)
         if self._guard.active and not self._guard.knows_all():
             self.detach()

@@ -188,7 +188,7 @@ class OptimizerGuard:
     # -- a step --------------------------------------------------------------------------------------------------------
 
     def check(self, scale: torch.Tensor | None = None, are_scaled: bool = True) -> GradientCheck:
-        """Reads the gradients and waits for the result: the one synchronisation of a step.
+        """Reads the gradients and waits for the result: the one host sync of a step.
 
         Args:
             scale: Loss scale of a GradScaler, on any device, to be read with the rest. None if there is none.
@@ -238,7 +238,7 @@ class OptimizerGuard:
         if scan is None or not self.active:
             return
         pieces = scan.pieces
-        if not are_scaled:  # figures of a run are all of one kind: as if nobody had unscaled
+        if not are_scaled:  # all figures of a run are of scaled gradients
             pieces = replace(pieces, table=pieces.table.scaled(scaling.scale))
         self._under_way = True
         self.session.before_step(self._steps, scaling, pieces)

@@ -27,12 +27,12 @@ class Chunks:
     one chunk has its record from that chunk; one of several has it from theirs, which stand behind.
 
     Attributes:
-        table: int32 [chunks, 4]: segment, number inside the segment, length in elements, row of its record; sorted by
-            the dtype of the segment.
-        splits: int32 [splits, 3]: a segment of several chunks, the first row of theirs, and the one after their last.
-        launches: Of each dtype: its first chunk, and how many it has.
-        segments: How many.
-        rows: Records in the buffer.
+        table: Segment, number inside the segment, length in elements, row of its record; sorted by the dtype of the
+            segment. int32 [chunks, 4].
+        splits: Segment of several chunks, the first row of its chunks, and the row after the last. int32 [splits, 3].
+        launches: Dtype, first chunk, number of chunks.
+        segments: Number of segments.
+        rows: Number of records in the buffer.
     """
 
     table: torch.Tensor
@@ -43,7 +43,7 @@ class Chunks:
 
     @functools.cached_property
     def pointers(self) -> tuple[int, list[tuple[int, int, int]], int, int]:
-        """The tables as csrc/cuda/bindings.cpp takes them."""
+        """The tables as csrc/python/cuda_bindings.cpp takes them."""
         launches = [(FORMATS[dtype].code, first, count) for dtype, first, count in self.launches]
         return self.table.data_ptr(), launches, self.splits.data_ptr(), len(self.splits)
 
@@ -58,7 +58,7 @@ def chunks_of(sizes: torch.Tensor, codes: torch.Tensor, device: torch.device) ->
     Args:
         sizes: int64 [segments] on the CPU, in elements.
         codes: int64 [segments] on the CPU: `Format.code` of the dtype of each.
-        device: Where the tables are wanted.
+        device: Device for the tables.
 
     Cost: a few passes over the tables, and a copy to the device that may wait; not for the hot path.
     """
@@ -106,7 +106,7 @@ def chunks_of_list(sizes: bytes, codes: bytes, device: torch.device) -> Chunks:
     Args:
         sizes: int64, in elements, as bytes: quick to compare and to hash.
         codes: int8, `Format.code` of each.
-        device: Where the tables are wanted.
+        device: Device for the tables.
     """
     return chunks_of(
         torch.frombuffer(bytearray(sizes), dtype=torch.int64),

@@ -71,7 +71,7 @@ def _threads() -> int:
 
 
 def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> torch.Tensor:
-    """See `stats.tensor_stats`. Cost: one pass, one allocation of 64 bytes a segment; a copy if not contiguous."""
+    """See `api.tensor_stats`. Cost: one pass, one allocation of 64 bytes a segment; a copy if not contiguous."""
     module = _loaded()
     flat = flat.contiguous()
     options = (_CODES[flat.dtype], detail, isa(), _threads())
@@ -86,7 +86,7 @@ def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> tor
 
 
 def multi_tensor_stats(tensors: TensorList, detail: bool) -> torch.Tensor:
-    """See `stats.multi_tensor_stats`. Cost: one pass a dtype."""
+    """See `api.multi_tensor_stats`. Cost: one pass a dtype."""
     module = _loaded()
     packed = torch.empty((len(tensors), _WORDS), dtype=torch.int64, device="cpu")
     dtypes = set(tensors.dtypes)
@@ -110,15 +110,15 @@ def scan_file(
     """Reads bytes of a file block by block, and scans each while it is in the cache. On the calling thread alone.
 
     Args:
-        descriptor: Of the file.
+        descriptor: File descriptor.
         begin: First byte; a multiple of 4096.
-        end: Behind the last byte.
-        runs: Of elements in the file: offset in bytes, number, dtype.
-        words: int64 [pages], filled: what stands for each whole page: its first 8 bytes, 1 if they are zeros, 0 if all
-            of the page is.
+        end: Byte after the last.
+        runs: Runs of elements in the file: offset in bytes, number of elements, dtype.
+        words: Filled with a word for each whole page: its first 8 bytes, 1 if they are zeros, 0 if all of the page is.
+            int64 [pages].
 
     Returns:
-        int64 [runs, 8]: of each run, the record of the elements that begin there; indices count from the run's first.
+        Record of the elements that begin in each run; indices count from the run's first. int64 [runs, 8].
 
     Raises:
         EOFError: If the file ends before.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from types import ModuleType
 
 import torch
@@ -11,17 +10,8 @@ from hallo_numguard.core.errors import BackendUnavailable
 from hallo_numguard.ops import device as runtime
 from hallo_numguard.ops.backends.chunks import Chunks, chunks_of_layout, chunks_of_list, chunks_of_one
 from hallo_numguard.ops.layout import Layout
+from hallo_numguard.ops.native_extension import cuda_extension as extension
 from hallo_numguard.ops.tensor_list import TensorList, aligned
-
-
-@functools.cache
-def extension() -> ModuleType | None:
-    """Returns the extension module, or None if this installation has none."""
-    try:
-        from hallo_numguard import _native_cuda
-    except ImportError:
-        return None
-    return _native_cuda
 
 
 def unavailable(device_type: str) -> str | None:
@@ -40,7 +30,7 @@ def unavailable(device_type: str) -> str | None:
 
 
 def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> torch.Tensor:
-    """See `stats.tensor_stats`. Cost: at most two launches, one pass; a copy if not contiguous."""
+    """See `api.tensor_stats`. Cost: at most two launches, one pass; a copy if not contiguous."""
     flat = aligned(flat)
     if layout is None:
         chunks = chunks_of_one(flat.numel(), flat.dtype, flat.device)
@@ -50,10 +40,10 @@ def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> tor
 
 
 def multi_tensor_stats(tensors: TensorList, detail: bool) -> torch.Tensor:
-    """See `stats.multi_tensor_stats`.
+    """See `api.multi_tensor_stats`.
 
     Cost: a launch a dtype and one more if any tensor has several chunks; one pass. Up to 480 addresses travel as
-    arguments of the launch; more are copied to the device, 8 bytes a tensor, which nobody waits for.
+    arguments of the launch; more are copied to the device, 8 bytes a tensor, without a host sync.
     """
     chunks = chunks_of_list(tensors.sizes, tensors.dtypes, tensors.device)
     if len(tensors) <= _loaded().INLINE_CAPACITY:

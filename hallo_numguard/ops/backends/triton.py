@@ -63,7 +63,7 @@ def unavailable(device_type: str) -> str | None:
 
 
 def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> torch.Tensor:
-    """See `stats.tensor_stats`. Cost: at most two launches, one pass; a copy if not contiguous."""
+    """See `api.tensor_stats`. Cost: at most two launches, one pass; a copy if not contiguous."""
     flat = aligned(flat)
     if layout is None:
         return _launch(
@@ -74,10 +74,10 @@ def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> tor
 
 
 def multi_tensor_stats(tensors: TensorList, detail: bool) -> torch.Tensor:
-    """See `stats.multi_tensor_stats`.
+    """See `api.multi_tensor_stats`.
 
     Cost: a launch a dtype and one more if any tensor has several chunks; one pass; a copy of 8 bytes a tensor to the
-    device, which nobody waits for.
+    device, without a host sync.
     """
     chunks = chunks_of_list(tensors.sizes, tensors.dtypes, tensors.device)
     return _launch(0, runtime.send(tensors.addresses, tensors.device), chunks, detail)

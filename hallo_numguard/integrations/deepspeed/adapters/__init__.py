@@ -6,10 +6,10 @@ import itertools
 from typing import Any
 
 from hallo_numguard.core.errors import UnsupportedDeepSpeed
-from hallo_numguard.integrations.deepspeed.adapters.base import OptimizerAdapter
 from hallo_numguard.integrations.deepspeed.adapters.bf16 import Bf16Adapter
 from hallo_numguard.integrations.deepspeed.adapters.fp16 import Fp16FusedAdapter, Fp16UnfusedAdapter
 from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import Positions
+from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import OptimizerAdapter
 from hallo_numguard.integrations.deepspeed.adapters.plain import PlainAdapter
 from hallo_numguard.integrations.deepspeed.adapters.zero3 import Zero3Adapter
 from hallo_numguard.integrations.deepspeed.adapters.zero12 import Zero12Adapter

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 
 from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
 from hallo_numguard.guard.parameter_stats import Piece
-from hallo_numguard.integrations.deepspeed.adapters.base import (
+from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import FlatBuffers, GradientSource, check_end
+from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import (
     OptimizerAdapter,
     Part,
     linked_parts,
     takes_bad_norm_for_overflow,
 )
-from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import FlatBuffers, GradientSource, check_end
 from hallo_numguard.integrations.patches import MethodPatches
 
 

@@ -13,8 +13,14 @@ from typing import Any
 
 from hallo_numguard.guard.loss_scaling import LossScaling
 from hallo_numguard.guard.parameter_stats import Piece
-from hallo_numguard.integrations.deepspeed.adapters.base import OptimizerAdapter, Part, Release, moments, whole_parts
 from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import GradientSource, ParameterGradients
+from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import (
+    OptimizerAdapter,
+    Part,
+    Release,
+    moments,
+    whole_parts,
+)
 from hallo_numguard.integrations.patches import MethodPatches
 
 

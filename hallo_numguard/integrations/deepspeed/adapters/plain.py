@@ -15,8 +15,8 @@ import torch
 from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
-from hallo_numguard.integrations.deepspeed.adapters.base import OptimizerAdapter, Part, whole_parts
 from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import GradientSource, ParameterGradients
+from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import OptimizerAdapter, Part, whole_parts
 from hallo_numguard.integrations.deepspeed.adapters.replaced_norms import norm_of
 from hallo_numguard.integrations.patches import MethodPatches
 
@@ -46,7 +46,7 @@ class PlainAdapter(OptimizerAdapter):
         """Replaces nothing here: the engine clips, and the guard calls `clip` in its place."""
 
     def checks_overflow(self) -> bool:
-        """Returns False: nobody but the guard does."""
+        """Returns False: only the guard checks."""
         return False
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hallo_numguard.integrations.deepspeed.adapters.base import OptimizerAdapter
+from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import OptimizerAdapter
 from hallo_numguard.ops.table import StatsTable
 
 _ZERO = torch.zeros((), dtype=torch.float64)

@@ -18,7 +18,8 @@ import torch
 
 from hallo_numguard.guard.loss_scaling import LossScaling
 from hallo_numguard.guard.parameter_stats import Piece
-from hallo_numguard.integrations.deepspeed.adapters.base import (
+from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import FlatBuffers, GradientSource
+from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import (
     OptimizerAdapter,
     Part,
     attribute_set,
@@ -26,7 +27,6 @@ from hallo_numguard.integrations.deepspeed.adapters.base import (
     takes_bad_norm_for_overflow,
     zero_loss_scaling,
 )
-from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import FlatBuffers, GradientSource
 from hallo_numguard.integrations.deepspeed.adapters.replaced_norms import ReplacedNorms
 from hallo_numguard.integrations.deepspeed.partition import slice_of
 from hallo_numguard.integrations.deepspeed.version import unknown_layout

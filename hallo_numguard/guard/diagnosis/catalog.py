@@ -1,0 +1,42 @@
+"""Each verdict with the evidence that it needs and what it means for the run; the tables in the documents repeat it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from hallo_numguard.core.records import Verdict
+
+
+class Entry(NamedTuple):
+    """What there is to know of a verdict.
+
+    Attributes:
+        seen: The evidence, in a sentence without a full stop.
+        recoverable: True if training goes on by itself, False if nothing but a repair helps, None if unknown.
+    """
+
+    seen: str
+    recoverable: bool | None
+
+
+CATALOG = {
+    Verdict.WEIGHTS_NONFINITE: Entry(
+        "a parameter or buffer (frozen ones too) made the loss, or the gradients, non-finite", False
+    ),
+    Verdict.OPTIMIZER_STATE_NONFINITE: Entry(
+        "the same, and a moment or master copy of that weight is bad too: the optimizer wrote it", False
+    ),
+    Verdict.INPUT_NONFINITE: Entry(
+        "a tensor of the batch is bad; argument, sample, micro-batch and rank are named. This step is lost", True
+    ),
+    Verdict.FORWARD_NONFINITE: Entry(
+        "in the replay, a module with finite inputs and weights returned NaN or Inf; operation and line are named", None
+    ),
+    Verdict.SCALE_TOO_HIGH: Entry("in the replay, the batch is finite at a lower loss scale, which is named", True),
+    Verdict.BACKWARD_NONFINITE: Entry("the loss is finite, gradients are not at any scale; the module is named", None),
+    Verdict.REDUCTION_OVERFLOW: Entry("gradients are finite on every rank, their sum is not", True),
+    Verdict.RANK_FAULT: Entry(
+        "one rank only is bad, and its replay is finite. Unrecoverable if it comes back on that rank", None
+    ),
+    Verdict.UNDETERMINED: Entry("anything else: the report says what was checked and what was not", None),
+}

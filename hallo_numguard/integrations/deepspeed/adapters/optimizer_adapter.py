@@ -1,0 +1,187 @@
+"""What the guard has to know of one class of DeepSpeed's optimizers; a subclass states all of it in its own file."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+
+from hallo_numguard.core.errors import UnsupportedDeepSpeed
+from hallo_numguard.guard.guarded_model import ScannedPieces
+from hallo_numguard.guard.loss_scaling import LossScaling
+from hallo_numguard.guard.parameter_stats import Piece
+from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import GradientSource, Positions
+from hallo_numguard.integrations.deepspeed.version import is_instance_of, require
+from hallo_numguard.integrations.patches import MethodPatches
+from hallo_numguard.ops.api import multi_tensor_stats
+
+Part = tuple[torch.Tensor, Piece]
+"""A flat tensor, and the piece of a parameter that it belongs to."""
+
+Release = tuple[int, ...]
+
+
+class OptimizerAdapter(ABC):
+    """One class of DeepSpeed's optimizers.
+
+    Args:
+        optimizer: Instance of that class.
+        positions: Position in the guard's list, by parameter.
+
+    Attributes:
+        class_names: Names of the class, or of one that it is derived from.
+        required_attributes: Attributes without which the guard cannot work.
+        unsupported_features: Features that the guard does not work with, by the attribute that tells them.
+        state_is_sliced: Whether every rank holds another slice of the optimizer's state; else each holds all of it.
+    """
+
+    class_names: ClassVar[tuple[str, ...]]
+    required_attributes: ClassVar[tuple[str, ...]]
+    unsupported_features: ClassVar[Mapping[str, str]] = {
+        "has_moe_layers": "mixture-of-experts layers",
+        "swap_optimizer": "offload to NVMe",
+        "zenflow": "ZenFlow",
+    }
+    state_is_sliced: ClassVar[bool]
+
+    def __init__(self, optimizer: Any, positions: Positions) -> None:
+        self.optimizer = optimizer
+        self.positions = positions
+        self.scan: ScannedPieces | None = None  # of the step under way
+
+    @classmethod
+    def is_for(cls, optimizer: Any) -> bool:
+        """Returns whether `optimizer` is of this class."""
+        return is_instance_of(optimizer, *cls.class_names)
+
+    @classmethod
+    def check_supported(cls, optimizer: Any) -> None:
+        """Raises UnsupportedDeepSpeed unless the guard works with `optimizer` as it is configured."""
+        require(optimizer, "step", *cls.required_attributes)
+        for name, feature in cls.unsupported_features.items():
+            if getattr(optimizer, name, False):
+                raise UnsupportedDeepSpeed(f"the guard does not work with {feature} yet")
+        if getattr(optimizer, "model_parallel_world_size", 1) > 1:
+            raise UnsupportedDeepSpeed("the guard does not work with model parallelism yet")
+
+    # -- gradients, loss scaling, state ------------------------------------------------------------------------------
+
+    @abstractmethod
+    def gradient_source(self) -> GradientSource:
+        """Returns where this rank's reduced gradients are when the optimizer's step begins."""
+
+    @abstractmethod
+    def loss_scaling(self) -> LossScaling:
+        """Returns the state of the loss scaler."""
+
+    @abstractmethod
+    def state_parts(self) -> Iterator[Part]:
+        """Yields this rank's moments and float32 master copies."""
+
+    def checks_overflow(self) -> bool:
+        """Returns whether the optimizer, as it is configured, checks its gradients at all."""
+        return True
+
+    def known_bugs(self, release: Release) -> Iterable[str]:
+        """Returns what this release of DeepSpeed is known to get wrong for this optimizer, a sentence each."""
+        return ()
+
+    def scan_state(self) -> ScannedPieces:
+        """Reads the optimizer's state once, a row a parameter and tensor. Not for the hot path.
+
+        A step with a non-finite gradient is skipped, so what is not finite in here did not come from a gradient: it
+        was there before, or memory was damaged.
+        """
+        parts = list(self.state_parts())
+        table = multi_tensor_stats([tensor.detach() for tensor, _ in parts])
+        return ScannedPieces(table, [piece for _, piece in parts])
+
+    # -- replace mode: the guard's pass over the gradients stands in for DeepSpeed's own -----------------------------
+    #
+    # Only the local part is replaced, what one rank computes of its own gradients. Collectives, the decision and the
+    # clipping stay DeepSpeed's, because its methods still run: they are given a gradient of one element in place of
+    # all of them, whose norm is that of all, and which is NaN if any of them is not finite.
+
+    def reason_to_observe(self) -> str | None:
+        """Returns why none of DeepSpeed's passes can be replaced; None if they can."""
+        if getattr(self.optimizer, "use_muon", False) or getattr(self.optimizer, "_uses_muon", False):
+            return "Muon changes gradients between the check and the norm"
+        return None
+
+    @abstractmethod
+    def replace_passes(self, patches: MethodPatches) -> None:
+        """Lets DeepSpeed take flag and norm from `scan`, by patches that are taken off with the guard's."""
+
+    def begin_step(self, scan: ScannedPieces | None) -> None:
+        """Takes the scan of the step that begins; None if there is none, and DeepSpeed has to look itself."""
+        self.scan = scan
+
+    def end_step(self) -> None:
+        """Lets go of the scan."""
+        self.scan = None
+
+
+def moments(optimizer: Any, key: torch.Tensor) -> list[torch.Tensor]:
+    """Returns tensors of a torch optimizer's state that are as large as `key`; a step count is not."""
+    return [
+        value
+        for value in optimizer.state.get(key, {}).values()
+        if isinstance(value, torch.Tensor) and value.numel() == key.numel() and value.is_floating_point()
+    ]
+
+
+def whole_parts(optimizer: Any, key: torch.Tensor, position: int, is_master: bool) -> Iterator[Part]:
+    """Yields the moments of a whole parameter, and `key` itself where it is a master copy."""
+    for tensor in ([key] if is_master else []) + moments(optimizer, key):
+        yield tensor.view(-1), Piece(position, 0)
+
+
+def linked_parts(optimizer: Any, flats: Any, positions: Positions) -> Iterator[Part]:
+    """Yields state by the links that DeepSpeed keeps from parameters to fragments of flat master partitions.
+
+    Args:
+        optimizer: The torch optimizer inside.
+        flats: Flat float32 partitions, one a parameter group.
+        positions: Position in the guard's list, by parameter.
+
+    Source: deepspeed/utils/tensor_fragment.py.
+    """
+    for parameter, position in positions.items():
+        link: Any = getattr(parameter, "_hp_mapping", None)
+        if link is None:
+            continue
+        flat = flats[link.param_group_index]
+        begin, size = int(link.hp_fragment_address.start), int(link.hp_fragment_address.numel)
+        for tensor in [flat, *moments(optimizer, flat)]:
+            yield tensor.view(-1)[begin : begin + size], Piece(position, int(link.lp_fragment_address.start))
+
+
+def zero_loss_scaling(optimizer: Any) -> LossScaling:
+    """Returns the state of the loss scaler object of ZeRO stages 1 to 3."""
+    scaler = optimizer.loss_scaler
+    return LossScaling(
+        scale=float(scaler.cur_scale),
+        dynamic=bool(scaler.dynamic),
+        minimum=float(getattr(scaler, "min_scale", 1.0)),
+        patience=max(0, int(getattr(scaler, "cur_hysteresis", 1)) - 1),
+    )
+
+
+def takes_bad_norm_for_overflow() -> bool:
+    """Returns whether this DeepSpeed takes a norm that is not finite for an overflow (>= 0.19.8)."""
+    return hasattr(sys.modules.get("deepspeed.runtime.utils"), "is_invalid_grad_norm")
+
+
+@contextlib.contextmanager
+def attribute_set(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """Sets an attribute for a while."""
+    original = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, original)

@@ -1,0 +1,35 @@
+"""The oldest release of each framework that the guard works with: one table, which metadata and documents repeat."""
+
+from __future__ import annotations
+
+import re
+from importlib import metadata
+
+from hallo_numguard.core.errors import InvalidInput
+
+OLDEST = {
+    "torch": "2.4",
+    "deepspeed": "0.16",
+    "accelerate": "1.2",
+    "transformers": "4.48",
+    "lightning": "2.4",
+    "pytorch_lightning": "2.4",
+}
+
+
+def check_version(distribution: str) -> None:
+    """Raises InvalidInput if an older release is installed; one whose version cannot be read is tried."""
+    try:
+        installed = metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return
+    found, oldest = _numbers(installed), _numbers(OLDEST[distribution])
+    if found and found < oldest:
+        raise InvalidInput(
+            f"{distribution} {installed} is installed, and the guard works with {OLDEST[distribution]} and later: "
+            f"pip install --upgrade {distribution}"
+        )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))

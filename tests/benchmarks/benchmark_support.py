@@ -1,0 +1,35 @@
+"""Runs the benchmarks' scripts, for their tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from hallo_numguard.ops import dispatch
+from hallo_numguard.ops.backends import cpu as native
+from hallo_numguard.ops.native_extension import extension
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+needs_native = pytest.mark.skipif(extension() is None, reason="the extension was not built, and it is what is measured")
+
+
+def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in (dispatch.BACKEND_VARIABLE, native.ISA_VARIABLE)
+    }
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=BENCHMARKS,
+        env=clean | variables,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )

@@ -1,0 +1,161 @@
+"""The machine code of the GPU kernels on every architecture: what it must not do, and that planted faults are found."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hallo_numguard.ops.formats import FORMATS
+
+TOOLS = Path(__file__).parents[2] / "tools"
+PLANTED = Path(__file__).with_name("planted_gpu_kernels.py")
+sys.path.append(str(TOOLS))
+
+from gpu_compilers import CUDA_ARCHITECTURES, nvcc_command  # noqa: E402
+
+NVCC = nvcc_command()
+TRITON = importlib.util.find_spec("triton")
+needs_triton = pytest.mark.skipif(TRITON is None, reason="triton is not installed")
+needs_nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: the CUDA compile gate was left out")
+compiles = pytest.mark.timeout(600)  # whichever test comes first waits for all to be compiled: half a minute alone
+
+DTYPES = [str(dtype).removeprefix("torch.") for dtype in FORMATS]
+CHUNK_KERNELS = [f"chunk {dtype}{detail}" for dtype in DTYPES for detail in ("", " detail")]
+TRITON_KERNELS = [f"triton {kernel}" for kernel in (*CHUNK_KERNELS, "combine")]
+CUDA_KERNELS = [f"cuda {kernel} {where}" for kernel in CHUNK_KERNELS for where in ("inline", "table")] + [
+    "cuda combine"
+]
+
+
+def run(*arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=TOOLS,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    path = tmp_path_factory.mktemp("gpu_kernels") / "report.json"
+    done = run("check_gpu_kernels.py", "--json", path)
+    assert done.returncode in (0, 1), done.stderr
+    return json.loads(path.read_text())
+
+
+def assert_clean(report: dict[str, Any], variant: str, arch: int) -> None:
+    (found,) = [one for one in report["kernels"] if (one["variant"], one.get("arch")) == (variant, arch)]
+    assert found["violations"] == []
+
+
+# The kernels
+
+
+@compiles
+@needs_triton
+@pytest.mark.parametrize("arch", CUDA_ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("kernel", TRITON_KERNELS)
+def test_triton(report, kernel, arch):
+    assert_clean(report, kernel, arch)
+
+
+@compiles
+@needs_triton
+@needs_nvcc
+@pytest.mark.parametrize("arch", CUDA_ARCHITECTURES, ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("kernel", CUDA_KERNELS)
+def test_cuda(report, kernel, arch):
+    assert_clean(report, kernel, arch)
+
+
+@compiles
+@needs_triton
+@pytest.mark.parametrize("kernel", TRITON_KERNELS)
+def test_triton_for_amd(report, kernel):
+    (found,) = [one for one in report["kernels"] if (one["variant"], one.get("target")) == (kernel, "gfx942")]
+    assert found["violations"] == []
+
+
+@compiles
+@needs_triton
+def test_there_are_no_other_kernels(report):
+    names = {one["variant"] for one in report["kernels"]}
+    assert names == set(TRITON_KERNELS) | (set(CUDA_KERNELS) if NVCC else set())
+
+
+# The command
+
+
+@compiles
+@needs_triton
+def test_a_violation_is_said_and_gives_1():
+    lower = "import kernel_checks; kernel_checks.BUDGETS['triton', 'chunk', 4, False] = 8"
+    stricter = f"{lower}; import check_gpu_kernels; check_gpu_kernels.main()"
+    done = run("-c", stricter, "--arch", "90", "--backend", "triton")
+    assert done.returncode == 1, done.stderr
+    assert re.search(r"triton chunk float32, sm_90: takes \d+ registers, more than 8", done.stdout)
+
+
+@compiles
+@needs_triton
+def test_without_nvcc_the_rest_is_checked_and_this_is_said():
+    done = run("check_gpu_kernels.py", "--arch", "90", PATH="", CUDACXX="", CUDA_HOME="", CUDA_PATH="")
+    assert done.returncode == 0, done.stderr
+    assert "left out: cuda: nvcc is not installed" in done.stdout
+
+
+@needs_triton
+def test_a_backend_that_is_asked_for_must_be_there():
+    done = run("check_gpu_kernels.py", "--backend", "cuda", PATH="", CUDACXX="", CUDA_HOME="", CUDA_PATH="")
+    assert done.returncode == 2
+    assert "nvcc is not installed" in done.stderr
+
+
+def test_without_triton_nothing_can_be_checked():
+    hidden = "import sys; sys.modules['triton'] = None; import check_gpu_kernels; check_gpu_kernels.main()"
+    done = run("-c", hidden)
+    assert done.returncode == 2
+    assert "triton is not installed" in done.stderr
+
+
+# Planted faults
+
+
+@pytest.fixture(scope="module")
+def planted() -> dict[str, list[str]]:
+    done = run(PLANTED)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@compiles
+@needs_triton
+def test_a_kernel_without_a_fault_passes(planted):
+    assert planted["clean"] == []
+
+
+@compiles
+@needs_triton
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("spills", r"keeps values in local memory: \d+ instructions that spill, \d+ bytes of stack"),
+        ("takes too many registers", r"takes \d+ registers, more than 64"),
+        ("loads narrow", r"loads less than 16 bytes at a time in its main loop: 32 of 4 bytes"),
+        ("waits in the loop", r"waits at a barrier in its main loop"),
+        ("computes in double", r"the first loop that loads computes in double precision"),
+    ],
+)
+def test_a_planted_fault_is_found(planted, fault, message):
+    assert any(re.search(message, text) for text in planted[fault]), planted[fault]

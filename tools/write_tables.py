@@ -1,0 +1,109 @@
+"""Writes the tables of the documents that are made from the code: verdicts, settings, command line.
+
+    python tools/write_tables.py [--check]
+
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. With --check nothing is written, and the exit code is
+1 if a document does not say what the code does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from hallo_numguard.core.config import GuardConfig, Policy
+from hallo_numguard.core.overflow_report import OverflowReport
+from hallo_numguard.core.records import Verdict
+from hallo_numguard.guard.diagnosis.catalog import CATALOG
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "docs/configuration.md")
+_TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def verdicts() -> list[str]:
+    """Each verdict, its evidence, and what the default policy does about it."""
+    rows = ["| verdict | what was seen | default action |", "|---|---|---|"]
+    return rows + [f"| `{verdict}` | {CATALOG[verdict].seen} | {_default_action(verdict)} |" for verdict in CATALOG]
+
+
+def _default_action(verdict: Verdict) -> str:
+    policy = Policy()
+    first, last = (
+        policy.action_for(
+            OverflowReport(
+                step=1,
+                loss_scale=1.0,
+                verdict=verdict,
+                provisional=False,
+                recoverable=CATALOG[verdict].recoverable,
+                first=None,
+                offenders=(),
+                evidence=(),
+                not_checked=(),
+                advice="",
+                consecutive_skips=skips,
+            )
+        )
+        for skips in (1, policy.max_consecutive_skips)
+    )
+    return first if first == last else f"{first}; {last} after {policy.max_consecutive_skips} in a row"
+
+
+def guard_config() -> list[str]:
+    """The fields of GuardConfig."""
+    return list(_fields_of(GuardConfig))
+
+
+def policy() -> list[str]:
+    """The fields of Policy."""
+    return list(_fields_of(Policy))
+
+
+def _fields_of(cls: type[Any]) -> Iterator[str]:
+    text = inspect.cleandoc(cls.__doc__ or "").split("Attributes:\n")[1]
+    described = dict(re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", text, re.MULTILINE | re.DOTALL))
+    yield "| field | default | meaning |"
+    yield "|---|---|---|"
+    defaults = cls()
+    for item in fields(cls):
+        value = getattr(defaults, item.name)
+        shown = f"`{type(value).__name__}()`" if isinstance(value, Policy) else f"`{value!r}`"
+        yield f"| `{item.name}` | {shown} | {' '.join(described[item.name].split())} |"
+
+
+TABLES = {"verdicts": verdicts, "guard_config": guard_config, "policy": policy}
+
+
+def filled_in(text: str) -> str:
+    """Returns a document with its tables as the code has them."""
+    return _TABLE.sub(lambda found: f"{found[1]}{chr(10).join(TABLES[found[2]]())}\n{found[3]}", text)
+
+
+def main() -> int:
+    """Writes or checks all documents; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a table is out of date")
+    check = parser.parse_args().check
+    outdated = []
+    for name in DOCUMENTS:
+        path = ROOT / name
+        text = path.read_text(encoding="utf-8")
+        new = filled_in(text)
+        if new != text:
+            outdated.append(name)
+            if not check:
+                path.write_text(new, encoding="utf-8")
+    if outdated and check:
+        sys.stderr.write(f"out of date: {', '.join(outdated)}; run python tools/write_tables.py\n")
+    return int(bool(outdated) and check)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
