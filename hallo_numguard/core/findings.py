@@ -13,7 +13,7 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Finding:
-    """What was noticed that is no overflow, or not yet: in training, in a file, before a run.
+    """Something noticed beside overflows: in training, in a file, before a run.
 
     Attributes:
         kind: Kind of finding, in a word or two. In training: "nonfinite" (a weight, buffer or optimizer state, outside
@@ -43,7 +43,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class PreflightReport:
-    """What was found, and what was checked.
+    """Findings, and what was checked.
 
     Attributes:
         findings: Findings by severity, errors first.
@@ -73,7 +73,7 @@ class PreflightReport:
 
 
 def merge(reports: list[PreflightReport]) -> PreflightReport:
-    """Returns one report of all that several have."""
+    """Returns one report with the contents of several."""
     return PreflightReport(
         by_severity([finding for report in reports for finding in report.findings]),
         tuple(sentence for report in reports for sentence in report.checked),
@@ -82,5 +82,5 @@ def merge(reports: list[PreflightReport]) -> PreflightReport:
 
 
 def by_severity(findings: list[Finding]) -> tuple[Finding, ...]:
-    """Returns the findings by severity; those of the same one in the order in which they came."""
+    """Returns the findings by severity, errors first; those of the same severity stay in order."""
     return tuple(sorted(findings, key=lambda finding: ("error", "warning", "info").index(finding.severity)))

@@ -21,7 +21,7 @@ _OUTLOOK = {True: "recovers", False: "unrecoverable", None: "unknown"}
 
 
 def content(inputs: ReportInputs) -> dict[str, Any]:
-    """Returns all that the template needs; `figures` is for the page's script."""
+    """Returns the template's variables; `figures` is for the page's script."""
     histories = inputs.histories()
     return {
         "title": _title(inputs),
@@ -81,7 +81,7 @@ def _hides_nan(overflows: Sequence[Overflow]) -> list[str]:
 
 
 def _ranks(overflows: Sequence[Overflow]) -> list[list[str]]:
-    """A row for every rank that wrote a report of the last step, or that one of its offenders names."""
+    """Returns a row for every rank that wrote a report of the last step, or that an offender of it names."""
     if not overflows:
         return []
     last = overflows[-1]
@@ -91,7 +91,7 @@ def _ranks(overflows: Sequence[Overflow]) -> list[list[str]]:
     table = [[harmless(item.label), *_last_step(item.report.history)] for item in last.ranks[:_MAX_RANKS]]
     table += [[f"rank {rank}", "", "", "", ""] for rank in silent[:_MAX_RANKS]]
     ranks = [item.rank for item in last.ranks[:_MAX_RANKS]] + list(silent[:_MAX_RANKS])
-    return [[*row, _blamed(last, rank)] for row, rank in zip(table, ranks, strict=True)]
+    return [[*row, _offenders_of(last, rank)] for row, rank in zip(table, ranks, strict=True)]
 
 
 def _last_step(history: Sequence[StepRecord]) -> list[str]:
@@ -102,15 +102,15 @@ def _last_step(history: Sequence[StepRecord]) -> list[str]:
     return [loss, f"{last.norm:.6g}", f"{last.absmax:.6g}", str(last.nonfinite)]
 
 
-def _blamed(overflow: Overflow, rank: int | None) -> str:
+def _offenders_of(overflow: Overflow, rank: int | None) -> str:
     report = overflow.report
-    blamed = sum(one.rank == rank for one in report.offenders if rank is not None)
+    count = sum(one.rank == rank for one in report.offenders if rank is not None)
     first = "the first, " if report.first is not None and report.first.rank == rank and rank is not None else ""
-    return f"{first}{blamed} gradients" if first or blamed else "none"
+    return f"{first}{count} gradients" if first or count else "none"
 
 
 def _environment(overflows: Sequence[Overflow]) -> dict[str, Any]:
-    """Names of facts with a value for each rank of the last step."""
+    """Returns names of facts with a value for each rank of the last step."""
     if not overflows:
         return {"ranks": [], "rows": []}
     ranks = overflows[-1].ranks[:_MAX_RANKS]
@@ -157,14 +157,14 @@ def _grids(inputs: ReportInputs, histories: Sequence[RankHistory]) -> Iterator[d
     firsts = [report.first for report in (overflow.report for overflow in inputs.overflows) if report.first]
     if any(step.parameters for history in histories for step in history.steps):
         names = [one.name for one in firsts]
-        yield _drawn("Gradients by parameter and step", "step", _by_parameter(histories, names), names)
+        yield _heat_map("Gradients by parameter and step", "step", _by_parameter(histories, names), names)
     if len(histories) > 1:
-        yield _drawn("Gradients by rank and step", "step", _by_rank(histories))
+        yield _heat_map("Gradients by rank and step", "step", _by_rank(histories))
     for named in inputs.traces:
         if named.trace.frames:
             title = f"Calls of modules in {harmless(named.source, 60)}"
             names = _first_module(named.trace)
-            yield _drawn(title, "call", _by_module(named, names), names)
+            yield _heat_map(title, "call", _by_module(named, names), names)
 
 
 def _steps_as_columns(histories: Sequence[RankHistory]) -> tuple[list[str], dict[int, int]]:
@@ -193,7 +193,7 @@ def _by_rank(histories: Sequence[RankHistory]) -> Grid:
 
 
 def _first_module(trace: Frames) -> list[str]:
-    """The row of the module that the first non-finite tensor belongs to; none if it was not kept."""
+    """Returns the row of the module of the first non-finite tensor; none if its call was not kept."""
     first = trace.first_nonfinite
     return [frame.name or _ROOT for frame in trace.frames if first is not None and frame.position == first.position]
 
@@ -214,7 +214,7 @@ def _by_module(named: NamedTrace, first: Sequence[str]) -> Grid:
     return with_fewer_rows(grid, first)
 
 
-def _drawn(title: str, columns: str, grid: Grid, first: Sequence[str] = ()) -> dict[str, Any]:
+def _heat_map(title: str, columns: str, grid: Grid, first: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "title": title,
         "what": columns,
@@ -236,7 +236,7 @@ def _drawn(title: str, columns: str, grid: Grid, first: Sequence[str] = ()) -> d
 
 
 def _offenders(overflows: Sequence[Overflow]) -> Iterator[list[str]]:
-    """The last step first: it is the one that is looked at."""
+    """Yields the offenders of all steps, the last step's first."""
     for overflow in reversed(overflows):
         report = overflow.report
         first = [] if report.first is None or report.first in report.offenders else [report.first]
@@ -266,5 +266,5 @@ def _is_bad(value: float | None) -> bool:
 
 
 def _number(value: float | None) -> float | None:
-    """As many digits as a display needs; nothing for what is not finite."""
+    """Returns a number with five digits; None if it is not finite."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")
