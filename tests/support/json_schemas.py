@@ -8,12 +8,17 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
+
+import jsonschema
 
 from hallo_numguard.core.documents import DOCUMENT
 from hallo_numguard.core.frames import SCHEMA_VERSION as TRACE_VERSION
 from hallo_numguard.core.frames import Frame, Header
 from hallo_numguard.core.overflow_report import SCHEMA_VERSION, OverflowReport
+
+from paths import ROOT
 
 NUMBER = {"anyOf": [{"type": "number"}, {"enum": ["NaN", "Infinity", "-Infinity"]}]}
 SCALARS = {
@@ -23,6 +28,17 @@ SCALARS = {
     types.NoneType: {"type": "null"},
 }
 ATTRIBUTE = re.compile(r"^        (\w+): (.*(?:\n            .*)*)", re.MULTILINE)
+
+
+def path_of(name: str) -> Path:
+    """Returns the published schema of "report" or "trace"."""
+    return ROOT / "docs" / f"{name}.schema.json"
+
+
+def validator(name: str) -> jsonschema.Draft202012Validator:
+    schema = json.loads(path_of(name).read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    return jsonschema.Draft202012Validator(schema)
 
 
 def report_schema() -> str:
