@@ -15,7 +15,12 @@ from backends import BACKENDS, NATIVE, TRITON, forced_backend
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Lets Triton's interpreter run the kernels, which looks when they are defined; but for GPU tests."""
+    """Lets Triton's interpreter run the kernels, which looks when they are defined; but for GPU tests.
+
+    One thread a process: the workers of the tests, and the ranks that they start, share the cores.
+    """
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
     if config.getoption("markexpr") != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
 

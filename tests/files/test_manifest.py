@@ -615,6 +615,7 @@ print(len(seen))
 """
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_moment_leaves_every_file_old_or_new(listed):
     command = [sys.executable, "-c", KILLED, str(listed), TENSORS, "SHA256SUMS", MANIFEST]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

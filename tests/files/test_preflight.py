@@ -400,6 +400,7 @@ def in_a_process(code, **environment):
     return {item["message"] for item in json.loads(done.stdout.splitlines()[-1]) if item["kind"] == "launcher"}
 
 
+@pytest.mark.slow
 def test_plain_python_where_a_launcher_was_meant_is_told():
     asked = f"ng.preflight(torch.nn.Linear(2, 2), config={FP16!r}, world_size=2)"
     (plain,) = in_a_process(asked)
@@ -574,6 +575,7 @@ def test_the_command_exits_with_0_1_or_2(tmp_path, checkpoint):
     assert command("--config", tmp_path / "ds.json").returncode == 2
 
 
+@pytest.mark.slow
 def test_the_command_builds_the_model_and_makes_a_smoke_step_on_the_weights_of_the_file(tmp_path):
     (tmp_path / "user_code.py").write_text(BUILD)
     state = {

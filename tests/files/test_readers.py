@@ -132,6 +132,7 @@ def test_a_file_that_is_cut_off_anywhere_is_reported(tmp_path: Path, name: str) 
         assert source.findings[0].remedy
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SAVERS)
 def test_a_byte_that_is_changed_anywhere_never_breaks_a_reader(tmp_path: Path, name: str) -> None:
     data = SAVERS[name](tmp_path / name).read_bytes()

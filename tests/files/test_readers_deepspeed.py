@@ -16,6 +16,8 @@ from hallo_numguard.files.formats import open_source
 from checkpoint_support import KINDS, assembled, copied, find, save_checkpoints
 from weights import overwrite
 
+pytestmark = pytest.mark.deepspeed
+
 SHARDED = [kind for kind in KINDS if not kind.startswith("stage0")]
 
 

@@ -1,6 +1,7 @@
 """What only a GPU can show. On a machine with one: `pytest -m gpu`.
 
-Everything else about the GPU kernels is proved without: test_cuda_kernels.py, test_gpu_launch.py, tests/tools/test_check_gpu_kernels.py.
+Everything else about the GPU kernels is proved without: test_cuda_kernels.py, test_gpu_launch.py, and
+tests/tools/test_check_gpu_kernels.py.
 """
 
 from __future__ import annotations
