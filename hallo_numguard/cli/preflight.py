@@ -49,17 +49,17 @@ def command(
     of processes, ZeRO stage and dtype against the checkpoint's. With --build also the names and shapes of the model
     against those of the files; if it returns a batch, also a forward and backward pass on the weights of --model.
     """
-    from hallo_numguard.files.preflight.run import Inputs, read_config, run
-    from hallo_numguard.files.preflight.run_spec import Plan
-    from hallo_numguard.integrations.preflight import subject_of
+    from hallo_numguard.files.preflight.run import PreflightInputs, read_config, run
+    from hallo_numguard.files.preflight.run_spec import RunSpec
+    from hallo_numguard.integrations.preflight import loaded_model
 
     if not models and checkpoint is None and config is None:
         raise click.UsageError("there is nothing to check: give --model, --checkpoint or --config")
     with shared.progress_bar() as advance:
-        plan = Plan(world_size, zero_stage, dtype, read_config(config))
+        spec = RunSpec(world_size, zero_stage, dtype, read_config(config))
         built, batch = (None, None) if build is None else _built(build, models)
-        subject = None if built is None else subject_of(built)
-        found = run(Inputs(models, checkpoint, listing, plan, subject, batch), threads, advance)
+        model = None if built is None else loaded_model(built)
+        found = run(PreflightInputs(models, checkpoint, listing, spec, model, batch), threads, advance)
     return shared.print_findings(found, style)
 
 

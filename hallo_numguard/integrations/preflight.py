@@ -13,8 +13,9 @@ from torch import nn
 from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.core.findings import PreflightReport
 from hallo_numguard.files.preflight import run as checking
-from hallo_numguard.files.preflight.run import Inputs, Paths, Subject, as_paths, read_config
-from hallo_numguard.files.preflight.run_spec import Plan
+from hallo_numguard.files.preflight.loaded import LoadedModel
+from hallo_numguard.files.preflight.run import Paths, PreflightInputs, as_paths, read_config
+from hallo_numguard.files.preflight.run_spec import RunSpec
 from hallo_numguard.files.scan.scan import Progress
 from hallo_numguard.integrations import engine_of
 from hallo_numguard.ops.formats import dtype_name
@@ -71,7 +72,7 @@ def preflight(
     engine = engine_of(target)
     module = _module(target, engine)
     said = read_config(config)
-    plan = Plan(
+    spec = RunSpec(
         world_size=_world_size() if world_size is None and engine is not None else world_size,
         zero_stage=zero_stage if engine is None else engine.zero_optimization_stage(),
         dtype=_dtype(module) if dtype is None else dtype,
@@ -79,12 +80,12 @@ def preflight(
         param_groups=() if engine is None else _groups(engine),
         environment=None if module is None else dict(os.environ),
     )
-    inputs = Inputs(
+    inputs = PreflightInputs(
         as_paths(model),
         None if checkpoint is None else as_paths(checkpoint)[0],
         None if manifest is None else as_paths(manifest)[0],
-        plan,
-        None if module is None else subject_of(module, engine),
+        spec,
+        None if module is None else loaded_model(module, engine),
         batch,
         loss_fn,
         expected_loss,
@@ -96,8 +97,8 @@ def preflight(
             _let_go(engine.optimizer)
 
 
-def subject_of(module: nn.Module, engine: Any = None) -> Subject:
-    """Returns what there is to compare of a model."""
+def loaded_model(module: nn.Module, engine: Any = None) -> LoadedModel:
+    """Returns the names, shapes and tensors of a model, to be compared with files."""
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     kept = set(module.state_dict(keep_vars=True))
     tensors = {name: tensor for name, tensor in named if name in kept}
@@ -105,7 +106,7 @@ def subject_of(module: nn.Module, engine: Any = None) -> Subject:
     aliases = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
     shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors.items()}
     unsaved = frozenset(name for name, _ in named if name not in kept)
-    return Subject(module, shapes, tensors, aliases, unsaved, module if engine is None else _forward(engine))
+    return LoadedModel(module, shapes, tensors, aliases, unsaved, module if engine is None else _forward(engine))
 
 
 def _let_go(optimizer: Any) -> None:

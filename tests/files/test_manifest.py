@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import hashlib
 import json
@@ -28,17 +29,16 @@ from safetensors.torch import save_file
 
 import hallo_numguard as ng
 from hallo_numguard.cli import main
-from hallo_numguard.files.manifest import checksums, listing, statement
+from hallo_numguard.files.manifest import listing, statement
 from hallo_numguard.files.manifest import signing as signatures
 from hallo_numguard.files.manifest.changes import changes
 from hallo_numguard.files.manifest.listing import DamagedManifest
 
 from paths import ROOT
-from weights import copy_of_weights, flip_bit, overwrite, place_of
+from weights import QUERY, copy_of_weights, flip_bit, overwrite, place_of
 
 DOCS = ROOT / "docs"
 MANIFEST, TENSORS = "numguard.manifest.json", "numguard.tensors.json"
-QUERY = "encoder.layer.2.attention.self.query.weight"
 HOSTILE = (
     "new\nline",
     "back\\slash",
@@ -145,7 +145,7 @@ def test_any_name_survives_a_round_trip_through_a_list(name):
     except UnicodeEncodeError:
         return  # no file can be called so
     digests = {f"x{name}": "0" * 64}
-    assert checksums.read(checksums.write(digests), "SHA256SUMS").digests == digests
+    assert listing.read_checksums(listing.write_checksums(digests), "SHA256SUMS").digests == digests
 
 
 def test_the_statement_is_the_one_that_model_signing_makes(listed):
@@ -164,6 +164,7 @@ def test_the_statement_is_the_one_that_model_signing_makes(listed):
 def test_every_tensor_is_written_down_with_its_digest_and_its_record(listed):
     document = json.loads((listed / TENSORS).read_bytes())
     schema = json.loads((DOCS / "manifest.schema.json").read_text())
+    assert schema["$defs"]["tensor"]["required"] == [field.name for field in dataclasses.fields(statement.TensorFacts)]
     check = jsonschema.Draft202012Validator(schema)
     check.validate(document)
     (file,) = (file for file in document["predicate"]["files"] if file["tensors"])
@@ -483,20 +484,19 @@ DAMAGED = {
 
 
 @pytest.mark.parametrize("data", DAMAGED.values(), ids=DAMAGED)
-@pytest.mark.parametrize("name", [MANIFEST, TENSORS])
-def test_a_damaged_manifest_is_a_finding(listed, name, data):
-    (listed / name).write_bytes(data)
+def test_a_damaged_manifest_is_a_finding(listed, data):
+    (listed / MANIFEST).write_bytes(data)
     report = ng.verify_manifest(listed)
-    assert report.exit_code == 1
-    assert kinds(report) == (["damaged_manifest"] if name == MANIFEST else ["changed_file"])
+    assert (kinds(report), report.exit_code) == (["damaged_manifest"], 1)
     assert len(report.findings[0].message) < 1000
-
-
-@pytest.mark.parametrize("read", [statement.read_contents, lambda data: statement.read_files(data, MANIFEST)])
-@pytest.mark.parametrize("data", DAMAGED.values(), ids=DAMAGED)
-def test_damaged_statements_are_refused(data, read):
     with pytest.raises(DamagedManifest):
-        read(data)
+        statement.read_contents(data)
+
+
+def test_a_damaged_statement_about_tensors_is_a_changed_file(listed):
+    (listed / TENSORS).write_bytes(DAMAGED["without_fields"])
+    report = ng.verify_manifest(listed)
+    assert (kinds(report), report.exit_code) == (["changed_file"], 1)
 
 
 def test_a_later_schema_version_is_named(listed):
@@ -508,7 +508,7 @@ def test_a_later_schema_version_is_named(listed):
 
 def test_a_manifest_larger_than_any_is_not_read(listed):
     with (listed / MANIFEST).open("r+b") as file:
-        file.truncate(listing.LARGEST + 1)
+        file.truncate(listing.MAX_MANIFEST_BYTES + 1)
     assert "larger than 256 MiB" in the("damaged_manifest", ng.verify_manifest(listed)).message
 
 
@@ -640,7 +640,7 @@ def test_a_full_disk_leaves_the_old_manifest(listed, monkeypatch):
 def test_what_a_killed_writer_left_is_named_and_no_harm(listed):
     (listed / f".{MANIFEST}.123.0123abcd").write_text("half")
     report = ng.verify_manifest(listed)
-    assert kinds(report) == ["left_over"]
+    assert kinds(report) == ["leftover"]
     assert report.exit_code == 0
 
 
@@ -693,7 +693,7 @@ def test_a_list_of_everything_that_find_found_is_read(model):
 @given(st.binary() | st.text().map(str.encode))
 def test_any_bytes_are_read_or_refused(read, data):
     with contextlib.suppress(DamagedManifest):
-        checksums.read(data, "SHA256SUMS")
+        listing.read_checksums(data, "SHA256SUMS")
     with pytest.raises(DamagedManifest):
         read(data)
 
@@ -753,8 +753,8 @@ def test_digests_of_the_hub_are_compared_where_a_download_left_them(model):
         flip_bit(model / name, 9, 0)
     found = ng.verify_manifest(model).findings
     assert [(finding.kind, finding.file) for finding in found] == [
-        ("unlike_hub", "config.json"),
-        ("unlike_hub", "sub/weights.safetensors"),
+        ("hub_mismatch", "config.json"),
+        ("hub_mismatch", "sub/weights.safetensors"),
     ]
     ng.write_manifest(model)
     report = ng.verify_manifest(model)  # whoever wrote the manifest meant it so
@@ -779,7 +779,7 @@ def test_a_snapshot_of_the_hub_is_compared_with_the_names_of_its_blobs(snapshot)
     report = ng.verify_manifest(snapshot)
     assert (report.findings, report.exit_code) == ((), 0)
     flip_bit(snapshot / "sub" / "weights.safetensors", 200, 0)
-    finding = the("unlike_hub", ng.verify_manifest(snapshot))
+    finding = the("hub_mismatch", ng.verify_manifest(snapshot))
     assert (finding.file, finding.severity) == ("sub/weights.safetensors", "error")
 
 

@@ -15,11 +15,9 @@ from safetensors.torch import load_file, save_file
 import hallo_numguard as ng
 from hallo_numguard.cli import main
 from hallo_numguard.core.findings import Finding
-from hallo_numguard.files.formats import open_source
 
-from weights import copy_of_weights, flip_bit, model_folder, overwrite, place_of
+from weights import QUERY, copy_of_weights, flip_bit, model_folder, overwrite, place_of
 
-QUERY = "encoder.layer.2.attention.self.query.weight"
 INDEX = 131 * 384 + 77
 PAGE = 4096
 
@@ -68,7 +66,7 @@ def test_a_nonfinite_value_is_named(tmp_path: Path, value: float) -> None:
 def test_a_flipped_exponent_bit_is_infinite_in_half_precision(tmp_path: Path) -> None:
     path = copy_of_weights(tmp_path)
     flip_bit(path, place_of(path, QUERY)[0] + 4 * INDEX, 30)
-    (finding,) = (finding for finding in ng.scan(path, dtype="float16").findings if finding.kind == "unholdable")
+    (finding,) = (finding for finding in ng.scan(path, dtype="float16").findings if finding.kind == "overflows_dtype")
     assert finding.severity == "error"
     assert f"{QUERY}[131, 77]" in finding.message
 
@@ -100,11 +98,31 @@ def test_zeros_that_do_not_end_with_a_page_are_no_lost_pages(tmp_path: Path) -> 
     assert ng.scan(path).ok
 
 
-def test_rows_of_an_embedding_may_be_zeros(tmp_path: Path) -> None:
+def rows_of_zeros() -> dict[str, torch.Tensor]:
     embedding = torch.randn(64, 1024)
     embedding[[0, 5, 6, 63]] = 0
-    save_file({"embeddings.word.weight": embedding}, tmp_path / "a.safetensors")
-    assert ng.scan(tmp_path / "a.safetensors").ok
+    return {"embeddings.word.weight": embedding}
+
+
+def rows_twice() -> dict[str, torch.Tensor]:
+    block = torch.randn(40, 1024)
+    return {"a.weight": torch.cat([block, torch.randn(3, 1024), block]), "b.weight": torch.randn(9, 1024)}
+
+
+def tied_weights() -> dict[str, torch.Tensor]:
+    embedding = torch.randn(100, 64)
+    return {"embedding.weight": embedding, "head.weight": embedding.clone()}
+
+
+def new_adapters() -> dict[str, torch.Tensor]:
+    down = {f"layers.{layer}.q.lora_A.weight": torch.randn(8, 64) for layer in range(4)}
+    return down | {f"layers.{layer}.q.lora_B.weight": torch.zeros(64, 8) for layer in range(4)}
+
+
+@pytest.mark.parametrize("make", [rows_of_zeros, rows_twice, tied_weights, new_adapters])
+def test_what_intact_models_hold_is_no_fault(tmp_path: Path, make: Callable[[], dict[str, torch.Tensor]]) -> None:
+    save_file(make(), tmp_path / "model.safetensors")
+    assert ng.scan(tmp_path / "model.safetensors").ok
 
 
 def test_pages_of_another_place_are_found(tmp_path: Path) -> None:
@@ -118,19 +136,6 @@ def test_pages_of_another_place_are_found(tmp_path: Path) -> None:
     assert (key if page > other else QUERY) in finding.message
 
 
-def test_rows_that_a_model_holds_twice_are_no_fault(tmp_path: Path) -> None:
-    block = torch.randn(40, 1024)
-    tensors = {"a.weight": torch.cat([block, torch.randn(3, 1024), block]), "b.weight": torch.randn(9, 1024)}
-    save_file(tensors, tmp_path / "a.safetensors")
-    assert ng.scan(tmp_path / "a.safetensors").ok
-
-
-def test_tied_weights_that_were_saved_twice_are_no_fault(tmp_path: Path) -> None:
-    embedding = torch.randn(100, 64)
-    save_file({"embedding.weight": embedding, "head.weight": embedding.clone()}, tmp_path / "a.safetensors")
-    assert ng.scan(tmp_path / "a.safetensors").ok
-
-
 def test_a_matrix_that_is_all_zeros_is_found(tmp_path: Path) -> None:
     path = rewritten(tmp_path, lambda tensors: tensors[QUERY].zero_())
     assert [finding.name for finding in findings(path, "all_zero")] == [QUERY]
@@ -139,16 +144,6 @@ def test_a_matrix_that_is_all_zeros_is_found(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["encoder.layer.1.output.dense.bias", "encoder.layer.1.output.LayerNorm.bias"])
 def test_biases_may_be_zeros(tmp_path: Path, name: str) -> None:
     assert ng.scan(rewritten(tmp_path, lambda tensors: tensors[name].zero_())).ok
-
-
-def test_adapters_that_are_born_zero_are_no_fault(tmp_path: Path) -> None:
-    tensors = {
-        f"layers.{n}.q.{name}.weight": value
-        for n in range(4)
-        for name, value in (("lora_A", torch.randn(8, 64)), ("lora_B", torch.zeros(64, 8)))
-    }
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    assert ng.scan(tmp_path / "adapter_model.safetensors").ok
 
 
 def test_a_matrix_far_larger_than_in_other_layers_is_found(tmp_path: Path) -> None:
@@ -196,15 +191,6 @@ def test_masks_hold_minus_infinity(tmp_path: Path) -> None:
     assert [finding.severity for finding in report.findings] == ["info"]
     save_file({"weight": mask}, tmp_path / "a.safetensors")
     assert ng.scan(tmp_path / "a.safetensors").exit_code == 1
-
-
-def test_a_page_that_changed_in_a_torch_file_is_found_by_its_checksum(tmp_path: Path) -> None:
-    torch.save(load_file(model_folder() / "model.safetensors"), tmp_path / "a.pt")
-    entry = next(entry for entry in open_source(tmp_path / "a.pt").entries if entry.name == QUERY)
-    assert ng.scan(tmp_path / "a.pt").ok
-    flip_bit(tmp_path / "a.pt", entry.offset + 1000, 2)
-    (finding,) = ng.scan(tmp_path / "a.pt").findings
-    assert finding.kind == "checksum"
 
 
 def test_hostile_names_do_not_reach_the_terminal(tmp_path: Path) -> None:

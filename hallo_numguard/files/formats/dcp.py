@@ -1,4 +1,4 @@
-"""Checkpoints of torch.distributed.checkpoint: blocks of tensors, and a pickle that says where they lie."""
+"""Checkpoints of torch.distributed.checkpoint: files with blocks of tensors, and a pickle with their places."""
 
 from __future__ import annotations
 
@@ -8,28 +8,24 @@ from pathlib import Path
 from typing import Any
 
 from hallo_numguard.core.findings import Finding
-from hallo_numguard.files.formats.file_access import check_inside, is_plain, opened, read_exactly
-from hallo_numguard.files.formats.pickles import Inert, StoredTensor, Unpickled, refusal, unpickle
-from hallo_numguard.files.formats.source import (
-    Checksum,
-    DamagedFile,
-    Source,
-    TensorEntry,
-    damaged,
-    role_of,
-)
+from hallo_numguard.files.formats.file_access import check_inside, is_plain, read_small
+from hallo_numguard.files.formats.pickles import ForeignObject, StoredTensor, unpickle
+from hallo_numguard.files.formats.source import Checksum, DamagedFile, Source, TensorEntry, damaged, role_of
 from hallo_numguard.files.formats.torch_zip import open_archive
 
 LAYOUT = "torch.distributed.checkpoint"
 METADATA = ".metadata"
 _SHARDS = "*.distcp"
-_LONGEST_METADATA = 64 << 20  # bytes
+_MAX_METADATA_BYTES = 64 << 20
 _REMEDY = "Copy the files of every rank, or go back to an earlier checkpoint."
 
 
 @dataclass(frozen=True)
 class _Block:
-    """Where a block of a tensor lies: an archive of its own inside a file."""
+    """A block of a tensor: an archive of its own, `nbytes` long at `offset` in a file.
+
+    `corner` is the index of its first element in the tensor, whose shape is `whole`.
+    """
 
     name: str
     corner: tuple[int, ...]
@@ -40,19 +36,19 @@ class _Block:
 
 
 def recognises(path: Path) -> bool:
-    """Returns whether it is the folder of such a checkpoint."""
+    """Returns whether the path is the folder of such a checkpoint."""
     return path.is_dir() and ((path / METADATA).exists() or next(path.glob(_SHARDS), None) is not None)
 
 
 def read(path: Path) -> Source:
-    """Returns the blocks of all tensors. Objects that are no tensors are left out."""
+    """Returns the blocks of all tensors. Other objects are left out."""
     index = path / METADATA
     try:
-        unpickled = _unpickled(index)
+        unpickled = unpickle(read_small(index, _MAX_METADATA_BYTES))
         blocks = list(_blocks(unpickled.value))
     except DamagedFile as error:
         return damaged(LAYOUT, index, error)
-    findings = [error.finding(index) for error in filter(None, map(refusal, sorted(unpickled.foreign)))]
+    findings = unpickled.code_findings(index)
     entries: list[TensorEntry] = []
     checksums: list[Checksum] = []
     for block in blocks:
@@ -65,14 +61,6 @@ def read(path: Path) -> Source:
     return Source(LAYOUT, path, (index, *files), entries, _once(findings), checksums=tuple(checksums))
 
 
-def _unpickled(index: Path) -> Unpickled:
-    with opened(index) as descriptor:
-        size = index.stat().st_size
-        if size > _LONGEST_METADATA:
-            raise DamagedFile(f"is far larger ({size} bytes) than what describes a checkpoint")
-        return unpickle(read_exactly(descriptor, size, 0))
-
-
 def _blocks(metadata: Any) -> Iterator[_Block]:
     state = _state(metadata)
     tensors, places = state.get("state_dict_metadata"), state.get("storage_data")
@@ -81,14 +69,14 @@ def _blocks(metadata: Any) -> Iterator[_Block]:
     for key, place in places.items():
         index, where = _state(key), _state(place)
         whole = _shape(_state(tensors.get(index.get("fqn"))).get("size"))
-        if whole is None:  # an object that is no tensor
+        if whole is None:  # another object
             continue
         corner = _shape(index.get("offset"))
         corner = (0,) * len(whole) if corner is None else corner
-        file, run = where.get("relative_path"), _shape([where.get("offset"), where.get("length")])
-        if len(corner) != len(whole) or not isinstance(file, str) or run is None:
-            raise DamagedFile(f"does not say where {index.get('fqn')} lies")
-        yield _Block(str(index.get("fqn")), corner, whole, file, *run)
+        file, extent = where.get("relative_path"), _shape([where.get("offset"), where.get("length")])
+        if len(corner) != len(whole) or not isinstance(file, str) or extent is None:
+            raise DamagedFile(f"does not say where {index.get('fqn')} is stored")
+        yield _Block(str(index.get("fqn")), corner, whole, file, *extent)
 
 
 def _read(file: Path, root: Path, block: _Block, checksums: list[Checksum]) -> TensorEntry:
@@ -108,18 +96,18 @@ def _read(file: Path, root: Path, block: _Block, checksums: list[Checksum]) -> T
 
 
 def _state(value: Any) -> Mapping[Any, Any]:
-    if not isinstance(value, Inert) or not isinstance(value.state, Mapping):
+    if not isinstance(value, ForeignObject) or not isinstance(value.state, Mapping):
         return {}
     return value.state
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
-    """The value as sizes; None if it is anything else."""
+    """The value as a shape; None if it is none."""
     if not isinstance(value, (tuple, list)) or not all(type(size) is int and 0 <= size < 1 << 48 for size in value):
         return None
     return tuple(value)
 
 
 def _once(findings: list[Finding]) -> tuple[Finding, ...]:
-    """One finding a message: a missing file is missing for all tensors in it."""
+    """One finding per message: a missing file is missing for all tensors in it."""
     return tuple({finding.message: finding for finding in findings}.values())

@@ -1,4 +1,4 @@
-"""Opening what others have written: regular files inside the folder that was named, and nothing else."""
+"""Opening untrusted files: regular files inside the given folder, and nothing else."""
 
 from __future__ import annotations
 
@@ -11,37 +11,34 @@ from pathlib import Path
 
 from hallo_numguard.files.formats.source import DamagedFile
 
-_LONGEST_TAG = 1024  # bytes
-_HUB_BLOBS = "blobs"
-_HUB_SNAPSHOTS = "snapshots"
+_MAX_TAG_BYTES = 1024
 
 
 @contextmanager
 def opened(path: Path) -> Iterator[int]:
-    """Opens a regular file for reading and gives its descriptor.
+    """Opens a regular file for reading and yields its descriptor.
 
     Raises:
-        DamagedFile: If it is something else (a pipe or a device would never end), or cannot be opened.
+        DamagedFile: If it cannot be opened, or is no regular file: reading a pipe or a device could block forever.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise DamagedFile(
-            f"cannot be opened: {error.strerror}", remedy="Check that it is there and readable."
-        ) from None
+        remedy = "Check that the file exists and is readable."
+        raise DamagedFile(f"cannot be opened: {error.strerror}", remedy=remedy) from None
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise DamagedFile("is no regular file", remedy="Put the file itself in its place.")
+            raise DamagedFile("is no regular file", remedy="Replace it by the file itself.")
         yield descriptor
     finally:
         os.close(descriptor)
 
 
 def read_exactly(descriptor: int, nbytes: int, offset: int) -> bytes:
-    """Returns so many bytes of a file.
+    """Returns `nbytes` bytes of a file from `offset` on.
 
     Raises:
-        DamagedFile: If it ends before.
+        DamagedFile: If the file ends before that.
     """
     try:
         data = os.pread(descriptor, nbytes, offset)
@@ -52,19 +49,42 @@ def read_exactly(descriptor: int, nbytes: int, offset: int) -> bytes:
     return data
 
 
+def first_bytes(path: Path, nbytes: int) -> bytes:
+    """Returns the beginning of a file; b"" if it cannot be read."""
+    try:
+        with opened(path) as descriptor:
+            return os.pread(descriptor, nbytes, 0)
+    except (DamagedFile, OSError):
+        return b""
+
+
+def read_small(path: Path, max_bytes: int) -> bytes:
+    """Returns the content of a file that describes others.
+
+    Raises:
+        DamagedFile: If it cannot be read, or is larger than `max_bytes`.
+    """
+    with opened(path) as descriptor:
+        size = os.fstat(descriptor).st_size
+        if size > max_bytes:
+            raise DamagedFile(f"is far larger ({size} bytes) than any such file should be")
+        return read_exactly(descriptor, size, 0)
+
+
 class Window(io.RawIOBase):
-    """A part of an open file, as a file of its own.
+    """Part of an open file, as a file object of its own.
 
     Args:
-        descriptor: Of the file; it is not closed with the window.
-        begin, nbytes: Of the part.
+        descriptor: Descriptor of the file; closing the window leaves it open.
+        begin: Position of the part's first byte.
+        nbytes: Size of the part.
     """
 
     def __init__(self, descriptor: int, begin: int, nbytes: int) -> None:
         self.descriptor = descriptor
         self.begin = begin
         self.nbytes = nbytes
-        self._at = 0
+        self._position = 0
 
     def readable(self) -> bool:
         """True."""
@@ -75,58 +95,70 @@ class Window(io.RawIOBase):
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As every file's."""
-        at = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._at, os.SEEK_END: self.nbytes}[whence]
-        if at < 0:
-            raise ValueError("a place before the beginning")
-        self._at = at
-        return at
+        """Moves the position and returns it."""
+        position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.nbytes}[whence]
+        if position < 0:
+            raise ValueError("negative seek position")
+        self._position = position
+        return position
 
     def read(self, size: int = -1) -> bytes:
-        """As every file's."""
-        left = max(0, self.nbytes - self._at)
-        data = os.pread(self.descriptor, left if size < 0 else min(size, left), self.begin + self._at)
-        self._at += len(data)
+        """Returns the next `size` bytes, or all that remain."""
+        remaining = max(0, self.nbytes - self._position)
+        data = os.pread(self.descriptor, remaining if size < 0 else min(size, remaining), self.begin + self._position)
+        self._position += len(data)
         return data
 
 
 def is_plain(name: str) -> bool:
-    """Returns whether a name, taken from a file, is that of something in the same folder."""
+    """Returns whether a name taken from a file is that of a direct child of the same folder."""
     return Path(name).name == name and name not in ("", ".", "..") and "\0" not in name
 
 
 def check_inside(path: Path, root: Path) -> None:
-    """Checks that a file lies in a folder, symbolic links resolved.
+    """Checks that a file lies inside a folder, symbolic links resolved.
 
-    The cache of the Hugging Face Hub links from `snapshots/REVISION` to `blobs` beside it, which is allowed.
+    Links from `snapshots/REVISION` to the `blobs` beside it, as in the Hugging Face cache, are allowed.
 
     Raises:
-        DamagedFile: If it leads elsewhere.
+        DamagedFile: If it lies elsewhere.
     """
     try:
         real, folder = path.resolve(), root.resolve()
     except (OSError, RuntimeError):  # a loop of links
-        raise DamagedFile("is a link that leads nowhere", remedy="Put the file itself in its place.") from None
-    if real.is_relative_to(folder):
-        return
-    if folder.parent.name == _HUB_SNAPSHOTS and real.parent == folder.parent.parent / _HUB_BLOBS:
+        raise DamagedFile("is a link that leads nowhere", remedy="Replace it by the file itself.") from None
+    if real.is_relative_to(folder) or real.parent == hub_blobs(folder):
         return
     raise DamagedFile(
         f"leads out of the folder {root.name}, to {real}",
         kind="escape",
-        remedy="Do not load from this folder unless you know who made the link; put the file itself in its place.",
+        remedy="Do not load from this folder unless you know who made the link; replace it by the file itself.",
     )
 
 
-def tag_in(latest: Path) -> str:
-    """Returns the name of a checkpoint that a file such as `latest` holds.
+def hub_blobs(root: Path) -> Path | None:
+    """Returns the folder with the files behind `root` if that is a snapshot in the Hugging Face cache, else None."""
+    real = Path(os.path.realpath(root))
+    return real.parent.parent / "blobs" if real.parent.name == "snapshots" else None
+
+
+def file_size(path: Path) -> int:
+    """Returns the size of a file in bytes; 0 if it is unknown, as reading the file will tell why."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def read_tag(latest: Path) -> str:
+    """Returns the checkpoint tag in a file such as `latest`.
 
     Raises:
-        DamagedFile: If it is no name of something in the same folder.
+        DamagedFile: If it is empty, or no name of a direct child of the same folder.
     """
-    remedy = "Write the name of the newest whole checkpoint into it."
+    remedy = "Write the name of the newest complete checkpoint into it."
     with opened(latest) as descriptor:
-        tag = os.pread(descriptor, _LONGEST_TAG, 0).decode("utf-8", "replace").strip()
+        tag = os.pread(descriptor, _MAX_TAG_BYTES, 0).decode("utf-8", "replace").strip()
     if not tag:
         raise DamagedFile("is empty", kind="missing", remedy=remedy)
     if not is_plain(tag):

@@ -1,4 +1,4 @@
-"""Folders: checkpoints, models (Hugging Face, diffusers), Accelerate's save_state: everything of weights in them."""
+"""Folders: checkpoints, models (Hugging Face, diffusers), Accelerate's save_state, with all weights in them."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from pathlib import Path
 from typing import Any
 
 from hallo_numguard.core.findings import Finding
-from hallo_numguard.files.formats.file_access import check_inside, is_plain, opened, read_exactly
+from hallo_numguard.files.formats.file_access import check_inside, is_plain, read_small
 from hallo_numguard.files.formats.registry import CHECKPOINTS, FILES
 from hallo_numguard.files.formats.source import DamagedFile, Source, damaged, joined
 
 _CONFIGS = ("config.json", "adapter_config.json")
 _INDEX = ".index.json"
-_LARGEST_TEXT = 64 << 20  # bytes
-_DEEPEST = 3
-_MOST_FILES = 100_000
+_MAX_JSON_BYTES = 64 << 20
+_MAX_FOLDER_DEPTH = 3
+_MAX_FILES_PER_FOLDER = 100_000
 _REMEDY = "Copy or download the whole folder again."
 
 
 def recognises(path: Path) -> bool:
-    """Returns whether there are weights in it, or an index of weights."""
+    """Returns whether the folder holds weights, or an index of weights."""
     if not path.is_dir():
         return False
-    found = (next(path.glob(f"*{_INDEX}"), None), next(_weights(path, _DEEPEST), None))
+    found = (next(path.glob(f"*{_INDEX}"), None), next(_weights(path, _MAX_FOLDER_DEPTH), None))
     return _is_checkpoint(path) or any(found)
 
 
 def read(path: Path) -> Source:
-    """Returns the tensors of a checkpoint, and of all files of weights in the folder and in those below."""
+    """Returns the tensors of a checkpoint, and of all files of weights in the folder and its subfolders."""
     parts = [reader.read(path) for reader in CHECKPOINTS if reader.recognises(path)]
     known = {file for part in parts for file in part.files}
-    parts += [_read(item, path) for item in _weights(path, 0 if parts else _DEEPEST) if item not in known]
+    parts += [_read(item, path) for item in _weights(path, 0 if parts else _MAX_FOLDER_DEPTH) if item not in known]
     if len(parts) == 1 and parts[0].root == path:
         return parts[0]
     findings = [finding for index in sorted(path.rglob(f"*{_INDEX}")) for finding in _check_index(index, parts)]
@@ -47,8 +47,8 @@ def _is_checkpoint(path: Path) -> bool:
 
 
 def _weights(folder: Path, depth: int) -> Iterator[Path]:
-    """Files of weights, and in the folders below checkpoints as well."""
-    for item in sorted(folder.iterdir())[:_MOST_FILES]:
+    """Files of weights; in subfolders, checkpoints as well."""
+    for item in sorted(folder.iterdir())[:_MAX_FILES_PER_FOLDER]:
         if not item.is_dir():
             if any(reader.recognises(item) for reader in FILES):
                 yield item
@@ -68,7 +68,7 @@ def _read(item: Path, root: Path) -> Source:
 
 
 def _check_index(index: Path, parts: list[Source]) -> Iterator[Finding]:
-    """Whether the shards hold the tensors that the index says, and no others."""
+    """Compares the tensors in the shards with those that the index names."""
     try:
         weight_map = _json(index).get("weight_map")
         if not isinstance(weight_map, Mapping) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -85,27 +85,23 @@ def _check_index(index: Path, parts: list[Source]) -> Iterator[Finding]:
         elif shard not in held:
             yield _finding("missing_shard", f"{name} is missing, and {index.name} says that it holds weights", shard)
         elif shard not in unreadable:
-            said = {tensor for tensor, file in weight_map.items() if file == name}
-            yield from _differences(shard, said, held[shard])
+            indexed = {tensor for tensor, file in weight_map.items() if file == name}
+            yield from _differences(shard, indexed, held[shard])
 
 
-def _differences(shard: Path, said: set[str], held: set[str]) -> Iterator[Finding]:
-    for name in sorted(said - held):
-        yield replace(
-            _finding("missing_tensor", f"{shard.name} lacks {name}, which the index says it holds", shard), name=name
-        )
-    for name in sorted(held - said):
-        yield replace(
-            _finding("extra_tensor", f"{shard.name} holds {name}, which the index does not name", shard), name=name
-        )
+def _differences(shard: Path, indexed: set[str], held: set[str]) -> Iterator[Finding]:
+    for name in sorted(indexed - held):
+        yield _finding("missing_tensor", f"{shard.name} lacks {name}, which the index says it holds", shard, name)
+    for name in sorted(held - indexed):
+        yield _finding("extra_tensor", f"{shard.name} holds {name}, which the index does not name", shard, name)
 
 
-def _finding(kind: str, message: str, file: Path) -> Finding:
-    return Finding(kind, message, severity="error", file=str(file), remedy=_REMEDY)
+def _finding(kind: str, message: str, file: Path, name: str = "") -> Finding:
+    return Finding(kind, message, name=name, severity="error", file=str(file), remedy=_REMEDY)
 
 
 def _metadata(path: Path, parts: list[Source]) -> dict[str, Any]:
-    """What the configuration says, and what the parts do."""
+    """Metadata of all parts, with the dtype that the model's configuration names."""
     metadata: dict[str, Any] = {}
     for part in parts:
         metadata.update(part.metadata if part.root.is_dir() else {})
@@ -121,15 +117,11 @@ def _metadata(path: Path, parts: list[Source]) -> dict[str, Any]:
 
 
 def _json(path: Path) -> Mapping[str, Any]:
-    with opened(path) as descriptor:
-        size = path.stat().st_size
-        if size > _LARGEST_TEXT:
-            raise DamagedFile("is far too large", remedy=_REMEDY)
-        text = read_exactly(descriptor, size, 0)
+    text = read_small(path, _MAX_JSON_BYTES)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise DamagedFile(f"is damaged: {type(error).__name__}", remedy=_REMEDY) from None
     if not isinstance(value, Mapping):
-        raise DamagedFile("is damaged: it is no JSON object", remedy=_REMEDY)
+        raise DamagedFile("is damaged: it holds no JSON object", remedy=_REMEDY)
     return value

@@ -1,9 +1,9 @@
-"""Pickles without their code: tensors become descriptions of where they lie, every foreign object becomes inert.
+"""Pickles without their code: tensors become descriptions of where they lie, other objects become plain containers.
 
-Two passes. `_screen` walks through the opcodes by the tables of `pickletools` and refuses what would take memory, time
-or depth that the data does not have (a memo index of a billion, tuples of tuples that double forty times). Then the
-unpickler of the standard library runs, with a `find_class` that knows a list of stand-ins and makes an empty class for
-every other name: nothing that a file names is ever imported.
+Two passes. `_screen` walks through the opcodes with the tables of `pickletools` and refuses pickles that ask for more
+memory, time or nesting than their size justifies (a memo index of a billion, tuples of tuples that double forty times).
+Then the standard unpickler runs with a `find_class` that knows a list of stand-ins and makes an empty class for every
+other name: nothing that a file names is ever imported.
 """
 
 from __future__ import annotations
@@ -14,17 +14,21 @@ import pickletools
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from hallo_numguard.core.findings import Finding
 from hallo_numguard.files.formats.source import DamagedFile
 
-_MOST_DEPTH = 500
-_MOST_OPCODES = 5_000_000
-_LEAST_WORK, _WORK_A_BYTE = 1_000_000, 128  # that a pickle may ask for, see `_screen`
-_GROWS = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}  # change what lies below their arguments
-_MOST_COPIED = 1_000_000  # values of metadata
+_MAX_NESTING = 500
+_MAX_OPCODES = 5_000_000
+_MAX_WORK, _MAX_WORK_PER_BYTE = 1_000_000, 128  # see `_screen`
+_MUTATING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}  # opcodes that change a container
+_MAX_METADATA_VALUES = 1_000_000
+_MAX_METADATA_DEPTH = 20
+_MAX_DIMENSIONS = 64
 _CODE_REMEDY = (
     "Do not load this file with torch.load(weights_only=False) or pickle unless you trust whoever wrote it; "
     "ask for the weights as safetensors."
@@ -32,7 +36,7 @@ _CODE_REMEDY = (
 
 
 class _Sealed:
-    """What a pickle cannot change: it may give a state to any object that it has found, and ours are shared."""
+    """An object whose state a pickle cannot set: stand-ins are shared between files."""
 
     def __setstate__(self, state: Any) -> None:
         raise pickle.UnpicklingError("a state for an object that has none")
@@ -40,14 +44,14 @@ class _Sealed:
 
 @dataclass(frozen=True)
 class StorageType(_Sealed):
-    """What a storage class, or a dtype, stands for."""
+    """Stand-in for a storage class, or for a dtype."""
 
     dtype: torch.dtype
 
 
 @dataclass(frozen=True)
 class StoredBytes(_Sealed):
-    """A storage: a run of bytes in an archive, by its key."""
+    """A storage: a record of an archive, by its key."""
 
     key: str
     dtype: torch.dtype
@@ -56,7 +60,7 @@ class StoredBytes(_Sealed):
 
 @dataclass(frozen=True)
 class StoredTensor(_Sealed):
-    """A tensor as the pickle describes it. `offset` and `stride` are in elements of `dtype`."""
+    """A tensor as the pickle describes it; `offset` and `stride` count elements."""
 
     storage: StoredBytes
     dtype: torch.dtype
@@ -65,16 +69,23 @@ class StoredTensor(_Sealed):
     stride: tuple[int, ...]
 
 
-class Inert:
-    """Stands for an object of a class that is not ours: keeps what it was made of, does nothing."""
+class ForeignObject:
+    """Stand-in for an object of any other class: keeps the constructor's arguments, the state and the items.
+
+    Attributes:
+        qualified: Full name of the class.
+        args: Arguments of the constructor.
+        state: State that the pickle sets.
+        items: List elements, or pairs of key and value.
+    """
 
     qualified = ""
     args: tuple[Any, ...]
     state: Any
     items: list[Any]
 
-    def __new__(cls, *args: Any, **_: Any) -> Inert:
-        """Takes any arguments and keeps them."""
+    def __new__(cls, *args: Any, **_: Any) -> ForeignObject:
+        """Makes an object of any arguments."""
         made = super().__new__(cls)
         made.__dict__.update(args=args, state={}, items=[])
         return made
@@ -86,32 +97,40 @@ class Inert:
         self.__dict__["items"].append((key, value))
 
     def append(self, value: Any) -> None:
-        """As a list would."""
+        """Keeps a list element."""
         self.__dict__["items"].append(value)
 
     def extend(self, values: Any) -> None:
-        """As a list would."""
+        """Keeps list elements."""
         self.__dict__["items"].extend(values)
 
 
 @dataclass
 class Unpickled:
-    """What a pickle holds.
+    """Content of a pickle.
 
     Attributes:
-        value: Containers, numbers, strings, `StoredTensor` and `Inert`.
-        foreign: Names of all classes and functions that it would have imported.
+        value: Object of containers, numbers, strings, `StoredTensor` and `ForeignObject`.
+        foreign: Names of all classes and functions that the pickle would import.
     """
 
     value: Any
     foreign: set[str] = field(default_factory=set)
 
+    def code_findings(self, file: Path) -> list[Finding]:
+        """Returns an error for each name that the pickle would import, unless it stands for plain data."""
+        return [
+            DamagedFile(f"holds a pickle that would run code: {name}", kind="code", remedy=_CODE_REMEDY).finding(file)
+            for name in sorted(self.foreign)
+            if not name.startswith(_DATA_MODULES) and name not in _DATA_NAMES
+        ]
+
 
 def unpickle(data: bytes) -> Unpickled:
-    """Returns what a pickle holds. Memory and time grow with its length, and with nothing that it says.
+    """Reads a pickle without running its code. Memory and time are bounded by its length.
 
     Raises:
-        DamagedFile: If it is no whole pickle, or one that is built to exhaust memory.
+        DamagedFile: If the pickle is incomplete, or built to exhaust memory.
     """
     reader = _Unpickler(io.BytesIO(data))
     try:
@@ -120,39 +139,32 @@ def unpickle(data: bytes) -> Unpickled:
     except DamagedFile:
         raise
     except Exception as error:  # noqa: BLE001 - hostile opcodes raise anything at all in the standard library
-        raise DamagedFile(f"holds a pickle that is damaged ({type(error).__name__})") from None
+        raise DamagedFile(f"holds a damaged pickle ({type(error).__name__})") from None
     return Unpickled(value, reader.foreign)
 
 
-def refusal(name: str) -> DamagedFile | None:
-    """Returns what to say of a name that a pickle would import, if it is not one of plain data."""
-    if name.startswith(_DATA_MODULES) or name in _DATA_NAMES:
-        return None
-    return DamagedFile(f"holds a pickle that would run code: {name}", kind="code", remedy=_CODE_REMEDY)
+def plain(value: Any) -> Any:
+    """Returns a copy as dicts, lists, numbers and strings, for metadata.
 
-
-def inert(value: Any) -> Any:
-    """Returns a value of dicts, lists, numbers and strings: for metadata.
-
-    What is a tensor, more than 20 deep or after the first million of values becomes None.
+    Tensors become None, as does everything nested more than 20 deep or after the first million values.
     """
-    return _Copy().of(value, 20)
+    return _PlainCopy().of(value, _MAX_METADATA_DEPTH)
 
 
-class _Copy:
-    """Copies values of containers that may refer to the same one again and again."""
+class _PlainCopy:
+    """Copies containers that may refer to each other many times over, up to a number of values."""
 
     def __init__(self) -> None:
-        self._left = _MOST_COPIED
+        self._remaining = _MAX_METADATA_VALUES
 
     def of(self, value: Any, depth: int) -> Any:
-        """Returns the copy of one value."""
-        self._left -= 1
+        """Returns the copy of one value, nested at most `depth` deep."""
+        self._remaining -= 1
         if value is None or isinstance(value, (bool, int, float, str)):
             return value
-        if depth == 0 or self._left < 0:
+        if depth == 0 or self._remaining < 0:
             return None
-        if isinstance(value, Inert):
+        if isinstance(value, ForeignObject):
             state = value.state or value.args
             return self.of(state[0] if isinstance(state, tuple) and len(state) == 1 else state, depth - 1)
         if isinstance(value, Mapping):
@@ -166,38 +178,38 @@ class _Unpickler(pickle.Unpickler):
     def __init__(self, stream: io.BytesIO) -> None:
         super().__init__(stream)
         self.foreign: set[str] = set()
-        self._classes: dict[str, type[Inert]] = {}
-        self._member = _Call(self._member_of)
+        self._classes: dict[str, type[ForeignObject]] = {}
+        self._getattr = _Call(self._member)
 
     def find_class(self, module: str, name: str) -> Any:
-        """Returns our stand-in, or an empty class that is called so."""
+        """Returns the stand-in for a name, or an empty class with that name."""
         qualified = f"{_RENAMED.get(module, module)}.{name}"
-        known = self._member if qualified == "builtins.getattr" else _KNOWN.get(qualified)
+        known = self._getattr if qualified == "builtins.getattr" else _KNOWN.get(qualified)
         if known is not None:
             return known
         self.foreign.add(qualified)
         if qualified not in self._classes:
-            self._classes[qualified] = type("Foreign", (Inert,), {"qualified": qualified})
+            self._classes[qualified] = type("Foreign", (ForeignObject,), {"qualified": qualified})
         return self._classes[qualified]
 
-    def _member_of(self, cls: Any, name: Any, *_: Any) -> Inert:
-        """How Python 3.11.0 to 3.11.3 write a member of an enumeration; of anything else, it leads to code."""
+    def _member(self, cls: Any, name: Any, *_: Any) -> ForeignObject:
+        """Stand-in for getattr, with which Python 3.11.0 to 3.11.3 pickle enum members; other uses could run code."""
         qualified = getattr(cls, "qualified", "")
         if qualified not in _ENUMERATIONS:
             self.foreign.add("builtins.getattr")
-        return Inert(name)
+        return ForeignObject(name)
 
     def persistent_load(self, reference: Any) -> StoredBytes:
-        """Returns the storage that torch refers to."""
+        """Returns the storage behind a persistent id."""
         _, storage, key, _, numel = reference[:5]
         if not (isinstance(storage, StorageType) and isinstance(key, str) and isinstance(numel, int)):
-            raise pickle.UnpicklingError("no reference to a storage")
+            raise pickle.UnpicklingError("not a reference to a storage")
         return StoredBytes(key, storage.dtype, numel)
 
 
 @dataclass(eq=False)
 class _Node:
-    """Stands for an object: how deep it is, and how much it holds, with every repetition counted."""
+    """Stand-in for an object in `_screen`: its nesting depth and its size, with every repetition counted."""
 
     depth: int
     weight: int
@@ -207,14 +219,14 @@ _MARK = _Node(0, 0)
 
 
 def _screen(data: bytes) -> None:
-    """Runs the pickle on nodes in place of objects.
+    """Runs the pickle on nodes in place of objects, and refuses it if it asks for too much.
 
-    Work is what every opcode takes as arguments: bytes of text and objects. It bounds memory, and the time that it
-    takes to hash keys, which may be tuples of tuples.
+    Every opcode's work is the size of its arguments: bytes of text, and objects. The sum bounds memory, and the time
+    for hashing keys, which may be tuples of tuples.
     """
     stack: list[_Node] = []
     memo: dict[int, _Node] = {}
-    left = _WORK_A_BYTE * len(data) + _LEAST_WORK
+    remaining = _MAX_WORK_PER_BYTE * len(data) + _MAX_WORK
     for count, (opcode, value, _) in enumerate(pickletools.genops(data)):
         name = opcode.name
         argument = value if isinstance(value, int) else 0
@@ -233,13 +245,13 @@ def _screen(data: bytes) -> None:
         elif name == "POP":
             stack.pop()
         else:
-            left -= _apply(opcode, len(value) if isinstance(value, (str, bytes, bytearray)) else 0, stack)
-        if left < 0 or count > _MOST_OPCODES:
-            raise DamagedFile("holds a pickle that unfolds to far more than what weights need")
+            remaining -= _apply(opcode, len(value) if isinstance(value, (str, bytes, bytearray)) else 0, stack)
+        if remaining < 0 or count > _MAX_OPCODES:
+            raise DamagedFile("holds a pickle that unfolds to far more objects than weights need")
 
 
 def _apply(opcode: pickletools.OpcodeInfo, length: int, stack: list[_Node]) -> int:
-    """Takes an opcode's arguments from the stack and puts there what it makes; returns the work."""
+    """Replaces an opcode's arguments on the stack by its result; returns the work."""
     taken: list[_Node] = []
     before = opcode.stack_before
     if pickletools.markobject in before:
@@ -249,11 +261,11 @@ def _apply(opcode: pickletools.OpcodeInfo, length: int, stack: list[_Node]) -> i
     taken.extend(stack.pop() for _ in before)
     if _MARK in taken:
         raise ValueError("a mark where an object should be")
-    container = taken.pop() if opcode.name in _GROWS else _Node(0, length)
+    container = taken.pop() if opcode.name in _MUTATING else _Node(0, length)
     work = 1 + sum(node.weight for node in taken)
     container.weight += work
     container.depth = max([container.depth, *(1 + node.depth for node in taken)])
-    if container.depth > _MOST_DEPTH:
+    if container.depth > _MAX_NESTING:
         raise DamagedFile("holds a pickle that is nested far deeper than weights need")
     stack.extend(container for _ in opcode.stack_after)
     return work + length
@@ -284,8 +296,8 @@ def _tensor(storage: StoredBytes, dtype: torch.dtype, offset: int, shape: Any, s
     numbers = (offset, *shape, *stride)
     if not all(type(number) is int and 0 <= number < 1 << 48 for number in numbers) or len(shape) != len(stride):
         raise pickle.UnpicklingError("a tensor of impossible size")
-    if len(shape) > _MOST_DIMENSIONS or not isinstance(storage, StoredBytes):
-        raise pickle.UnpicklingError("no tensor")
+    if len(shape) > _MAX_DIMENSIONS or not isinstance(storage, StoredBytes):
+        raise pickle.UnpicklingError("not a tensor")
     return StoredTensor(storage, dtype, offset, shape, stride)
 
 
@@ -298,16 +310,15 @@ def _rebuild_from_type(function: Any, _kind: Any, args: Any, _state: Any = None)
 
 
 def _reconstruct(cls: Any, *_: Any) -> Any:
-    return cls() if isinstance(cls, type) and issubclass(cls, Inert) else None
+    return cls() if isinstance(cls, type) and issubclass(cls, ForeignObject) else None
 
 
 def _encode(text: Any, *_: Any) -> Any:
-    """How protocol 2 writes bytes. The text is kept as it is: a copy for every call would fill the memory."""
+    """Stand-in for how protocol 2 writes bytes. Keeps the text: a copy per call would fill the memory."""
     return text
 
 
-_MOST_DIMENSIONS = 64
-_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # as protocol 2 calls them
+_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # names of protocol 2
 _STORAGES = {
     "Double": torch.float64,
     "Float": torch.float32,
@@ -380,7 +391,7 @@ _DATA_NAMES = frozenset(
         "uuid.UUID",
     }
 )
-_DATA_MODULES = (  # of classes that hold settings or state
+_DATA_MODULES = (  # classes that hold settings or state
     "accelerate.utils.dataclasses.",
     "deepspeed.runtime.fp16.loss_scaler.",
     "deepspeed.runtime.zero.config.",

@@ -1,4 +1,4 @@
-"""Safetensors files. The library checks the header; here only the offsets are taken from it."""
+"""Safetensors files. The safetensors library validates the header; only the offsets are taken from it here."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hallo_numguard.files.formats.file_access import opened, read_exactly
 from hallo_numguard.files.formats.source import DamagedFile, Source, TensorEntry, damaged
 
 LAYOUT = "safetensors"
-_LENGTH = 8  # bytes that say how long the header is
-_LONGEST_HEADER = 100_000_000  # the library's limit
-_NOT_OURS = "__metadata__"
+_MAX_HEADER_BYTES = 100_000_000  # the library's limit
+_LENGTH_BYTES = 8  # size of the field with the header's length
+_METADATA = "__metadata__"
 _DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -38,7 +38,7 @@ _DTYPES = {
 
 
 def recognises(path: Path) -> bool:
-    """Returns whether it is such a file, by its name."""
+    """Returns whether the path is a safetensors file, by its suffix."""
     return path.suffix == ".safetensors" and not path.is_dir()
 
 
@@ -46,44 +46,44 @@ def read(path: Path) -> Source:
     """Returns where the tensors lie."""
     try:
         header, data = _header(path)
-        _check_by_library(path)
+        _validate(path)
     except DamagedFile as error:
         return damaged(LAYOUT, path, error)
-    metadata = header.pop(_NOT_OURS, None) or {}
+    metadata = header.pop(_METADATA, None) or {}
     entries = [_entry(path, name, item, data) for name, item in header.items() if item["dtype"] in _DTYPES]
     entries.sort(key=lambda entry: entry.offset)
-    strange = sorted({item["dtype"] for item in header.values()} - _DTYPES.keys())
-    unchecked = tuple(f"{path.name}: tensors of dtype {dtype}, which torch does not read alone" for dtype in strange)
+    unknown = sorted({item["dtype"] for item in header.values()} - _DTYPES.keys())
+    unchecked = tuple(f"{path.name}: tensors of dtype {dtype}, which torch cannot load" for dtype in unknown)
     return Source(LAYOUT, path, (path,), entries, unchecked=unchecked, metadata=metadata)
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int]:
-    """The header as the file has it, and where the data begins; what is wrong with it, in words."""
+    """The header, and the position at which the data begins. Names the common kinds of damage in plain words."""
     with opened(path) as descriptor:
         size = os.fstat(descriptor).st_size
         if size == 0:
             raise DamagedFile("is empty (0 bytes)")
-        (length,) = struct.unpack("<Q", read_exactly(descriptor, _LENGTH, 0))
+        (length,) = struct.unpack("<Q", read_exactly(descriptor, _LENGTH_BYTES, 0))
         if length == 0:
             raise DamagedFile("has a header of 0 bytes: its beginning was overwritten, most likely with zeros")
-        if length > min(size, _LONGEST_HEADER):
+        if length > min(size, _MAX_HEADER_BYTES):
             raise DamagedFile(
-                f"says that its header takes {length} bytes, but it has {size}: cut off, or no safetensors"
+                f"says that its header takes {length} bytes, but it has {size}: it is cut off, or not safetensors"
             )
-        text = read_exactly(descriptor, length, _LENGTH)
+        text = read_exactly(descriptor, length, _LENGTH_BYTES)
     try:
         header = json.loads(text)
-        ends = [item["data_offsets"][1] for name, item in header.items() if name != _NOT_OURS]
-        end = _LENGTH + length + max(ends, default=0)
+        ends = [item["data_offsets"][1] for name, item in header.items() if name != _METADATA]
+        end = _LENGTH_BYTES + length + max(ends, default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        raise DamagedFile("has a header that is damaged, or no safetensors header") from None
+        raise DamagedFile("has a damaged header, or is not safetensors") from None
     if size < end:
         raise DamagedFile(f"is cut off: it has {size} bytes, and its tensors need {end}")
-    return header, _LENGTH + length
+    return header, _LENGTH_BYTES + length
 
 
-def _check_by_library(path: Path) -> None:
-    """Overlaps, holes, sizes that do not fit the shape, names twice, and whatever else the library knows."""
+def _validate(path: Path) -> None:
+    """Lets the library check for overlaps, gaps, wrong sizes, repeated names and the like."""
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,9 +1,10 @@
-"""What a reader makes of files: where every tensor's bytes lie. No value is read for it."""
+"""The result of all readers: where the bytes of every tensor lie. Loads single tensors from there."""
 
 from __future__ import annotations
 
 import itertools
 import math
+import mmap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,19 +17,27 @@ from hallo_numguard.core.findings import Finding
 from hallo_numguard.ops.layout import unravel
 
 DAMAGED_REMEDY = "Load an intact copy: download it again, or go back to an earlier checkpoint."
+_STATE_ROLES = {
+    "exp_avg": "exp_avg",
+    "exp_avg_sq": "exp_avg_sq",
+    "max_exp_avg_sq": "max_exp_avg_sq",
+    "momentum_buffer": "momentum",
+    "step": "step",
+    "fp32": "fp32",
+}
 
 
 class UnknownLayout(NumGuardError):
-    """A path that is not there, or that no reader knows."""
+    """The path does not exist, or no reader recognises it."""
 
 
 class DamagedFile(NumGuardError):
-    """A file whose structure cannot be read; its text says why. Readers turn it into a finding.
+    """A file whose structure cannot be read. Readers turn it into a finding.
 
     Args:
-        cause: What is wrong, without the name of the file.
-        kind: Of the finding.
-        remedy: What to do.
+        cause: What is wrong, as a predicate without the file's name ("is empty").
+        kind: Kind of the finding.
+        remedy: What to do about it.
     """
 
     def __init__(self, cause: str, kind: str = "damaged_file", remedy: str = DAMAGED_REMEDY) -> None:
@@ -37,26 +46,27 @@ class DamagedFile(NumGuardError):
         self.remedy = remedy
 
     def finding(self, file: Path) -> Finding:
-        """Returns it as what a report lists."""
+        """Returns this damage as a finding about `file`."""
         return Finding(self.kind, f"{file.name}: {self}", severity="error", file=str(file), remedy=self.remedy)
 
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor in a file, or the piece of one that a rank has saved.
+    """A tensor in a file, or the piece of one that a rank saved.
 
     Attributes:
-        name: Fully qualified, as the file has it; of the state of an optimizer, the parameter's.
+        name: Fully qualified name in the file; for optimizer state, the parameter's name.
         role: "parameter", "buffer", "fp32" (master copy), "exp_avg", "exp_avg_sq", "momentum", "step", "state", ...
-        dtype: Of the elements in the file.
-        shape: Of the tensor, or of the piece.
-        file: That holds it.
-        offset, nbytes: The run of bytes in the file in which its elements lie.
-        stride: In elements, from the start of the run; None if the elements lie one after the other in row-major order.
-        rank: That saved it, of a sharded one; else None.
-        start: Of a piece, the flat index of its first element in the whole tensor.
-        whole: Of a piece, the shape of the whole tensor, if known; else None.
-        corner: Of a piece that is a block and no run, the index of its first element in the whole tensor; else None.
+        dtype: Element type in the file.
+        shape: Shape of the tensor or piece.
+        file: File with the bytes.
+        offset: Position of the first element, in bytes from the start of the file.
+        nbytes: Bytes from the first element to the end of the last.
+        stride: Strides in elements; None for contiguous row-major tensors.
+        rank: Rank that saved a sharded tensor, else None.
+        start: Flat index of the piece's first element in the whole tensor.
+        whole: Shape of the whole tensor that this is a piece of; None if it is no piece, or unknown.
+        corner: Index of the first element in the whole tensor, for pieces that are blocks; None for flat pieces.
     """
 
     name: str
@@ -79,22 +89,22 @@ class TensorEntry:
 
     @property
     def numel(self) -> int:
-        """Number of elements of the tensor, or of the piece."""
+        """Number of elements of the tensor or piece."""
         return math.prod(self.shape)
 
     def index_of(self, position: int) -> tuple[int, ...]:
-        """Returns the index, in the whole tensor's shape, of the element at a position in the run."""
+        """Returns the index in the whole tensor of the element at `position`, counted in elements from `offset`."""
         if self.corner is None and self.stride is None:
             return unravel(self.start + position, self.whole_shape)
-        inside = unravel(position, self.shape)
+        index = unravel(position, self.shape)
         if self.stride is not None:
-            inside = _strided_index(position, self.shape, self.stride)
-        return inside if self.corner is None else tuple(map(sum, zip(self.corner, inside, strict=True)))
+            index = _strided_index(position, self.shape, self.stride)
+        return index if self.corner is None else tuple(map(sum, zip(self.corner, index, strict=True)))
 
 
 @dataclass(frozen=True)
 class Checksum:
-    """A CRC-32 that a file holds of a run of its own bytes, named as the file names the run."""
+    """CRC-32 that a file stores for `nbytes` of its own bytes from `offset` on, under the record's name."""
 
     file: Path
     name: str
@@ -108,14 +118,14 @@ class Source:
     """Files that belong together, and the tensors in them.
 
     Attributes:
-        layout: For example "safetensors", "torch" or "deepspeed zero-2".
-        root: The path that was opened.
-        files: Every file that belongs to it.
-        entries: Every tensor whose bytes were found.
-        findings: Damage that showed while the structure was read.
-        unchecked: What could not be looked at, and why, a sentence each.
-        metadata: What the files say besides tensors: inert values only.
-        checksums: Those that the files hold, to be compared when the bytes are read.
+        layout: Name of the layout, for example "safetensors", "torch" or "deepspeed zero-2".
+        root: Path that was opened.
+        files: All files of the model or checkpoint.
+        entries: Tensors whose bytes were found.
+        findings: Damage found in the structure.
+        unchecked: What could not be read and why, one sentence each.
+        metadata: Plain values in the files beside tensors.
+        checksums: Checksums stored in the files, to be compared when the bytes are read.
     """
 
     layout: str
@@ -128,28 +138,42 @@ class Source:
     checksums: tuple[Checksum, ...] = ()
 
 
-_STATES = {
-    "exp_avg": "exp_avg",
-    "exp_avg_sq": "exp_avg_sq",
-    "max_exp_avg_sq": "max_exp_avg_sq",
-    "momentum_buffer": "momentum",
-    "step": "step",
-    "fp32": "fp32",
-}
+def load(entry: TensorEntry) -> torch.Tensor:
+    """Returns a tensor's values by memory map: pages are read from the file when they are used.
+
+    Writing into the tensor changes a private copy of the page, never the file.
+
+    Raises:
+        DamagedFile: If the file ends before the tensor does.
+        OSError: If the file cannot be opened.
+    """
+    if entry.nbytes == 0:
+        return torch.empty(entry.shape, dtype=entry.dtype)
+    first = entry.offset - entry.offset % mmap.ALLOCATIONGRANULARITY
+    with entry.file.open("rb") as file:
+        try:
+            view = mmap.mmap(file.fileno(), entry.offset + entry.nbytes - first, access=mmap.ACCESS_COPY, offset=first)
+        except ValueError as error:
+            raise DamagedFile(f"{entry.file.name} ends before the data of {entry.name}") from error
+    count = entry.nbytes // entry.dtype.itemsize
+    flat = torch.frombuffer(view, dtype=entry.dtype, count=count, offset=entry.offset - first)
+    if entry.stride is not None:
+        return flat.as_strided(entry.shape, entry.stride)
+    return flat.view(entry.shape) if entry.numel == count else flat
 
 
 def role_of(name: str) -> str:
-    """Returns the role of a tensor by the last part of its name: that of an optimizer's state, or "parameter"."""
-    return _STATES.get(name.rpartition(".")[2], "parameter")
+    """Returns the role that the last part of a tensor's name stands for; "parameter" unless it is optimizer state."""
+    return _STATE_ROLES.get(name.rpartition(".")[2], "parameter")
 
 
 def damaged(layout: str, path: Path, error: DamagedFile) -> Source:
-    """Returns the source of a file of which nothing can be read."""
+    """Returns the source of a file in which nothing can be read."""
     return Source(layout, path, (path,), findings=(error.finding(path),))
 
 
 def joined(layout: str, root: Path, sources: Iterable[Source], **metadata: Any) -> Source:
-    """Returns one source of the tensors, findings and files of several."""
+    """Returns one source with the files, tensors, findings and checksums of several."""
     parts = list(sources)
     return Source(
         layout,
@@ -164,14 +188,14 @@ def joined(layout: str, root: Path, sources: Iterable[Source], **metadata: Any) 
 
 
 def row_major(shape: Sequence[int]) -> tuple[int, ...]:
-    """Returns the strides, in elements, of a tensor that lies in row-major order."""
+    """Returns the strides, in elements, of a contiguous tensor."""
     if 0 in shape:
         return (1,) * len(shape)
     return tuple(itertools.accumulate(reversed(shape[1:]), initial=1, func=lambda a, b: a * b))[::-1] if shape else ()
 
 
 def _strided_index(position: int, shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
-    """The index of the element that many elements from the first; of one between elements, that of the one before."""
+    """The index of the element at or before `position`; strides may leave gaps between elements."""
     index = [0] * len(shape)
     for axis in sorted(range(len(shape)), key=lambda axis: -stride[axis]):
         if stride[axis] > 0:

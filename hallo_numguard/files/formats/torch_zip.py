@@ -1,4 +1,4 @@
-"""Files of torch.save: a zip archive of a pickle and of one stored record a storage."""
+"""Files of torch.save: a zip archive with a pickle and one uncompressed record per storage."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from hallo_numguard.core.findings import Finding
-from hallo_numguard.files.formats.file_access import Window, opened, read_exactly
-from hallo_numguard.files.formats.pickles import StoredTensor, Unpickled, inert, refusal, unpickle
+from hallo_numguard.files.formats.file_access import Window, first_bytes, opened, read_exactly
+from hallo_numguard.files.formats.pickles import StoredTensor, Unpickled, plain, unpickle
 from hallo_numguard.files.formats.source import (
     Checksum,
     DamagedFile,
@@ -26,13 +26,13 @@ from hallo_numguard.files.formats.source import (
 LAYOUT = "torch"
 _SUFFIXES = (".pt", ".pth", ".ckpt")
 _ZIP = b"PK\x03\x04"
-_GLANCE = 512  # bytes in which the name of the first record stands
+_FIRST_RECORD_WITHIN = 512  # bytes
 _PICKLE = b"\x80"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
-_MOST_RECORDS = 2_000_000
-_MOST_PICKLE = 64 << 20  # bytes
-_MOST_DEPTH = 50
-_PICKLE_REMEDY = "Load it where it is trusted and save it again with a torch of today, or better as safetensors."
+_MAX_RECORDS = 2_000_000
+_MAX_PICKLE_BYTES = 64 << 20
+_MAX_NESTING = 50  # containers around a tensor
+_PICKLE_REMEDY = "Load it where it is trusted and save it again with a current torch, or better as safetensors."
 
 
 @dataclass
@@ -40,11 +40,11 @@ class Archive:
     """A file of torch.save.
 
     Attributes:
-        path: Of the file.
-        unpickled: What its pickle holds.
-        records: Where the bytes of each storage lie: offset and number, by key.
-        checksums: CRC-32 of its records; those that were not computed are left out.
-        findings: What is wrong with it.
+        path: The file.
+        unpickled: Content of its pickle.
+        records: Offset and size in bytes of each storage, by key.
+        checksums: CRC-32 of its records, unless they were not computed when the file was written.
+        findings: Damage found so far.
     """
 
     path: Path
@@ -55,53 +55,42 @@ class Archive:
 
     @property
     def value(self) -> Any:
-        """What the pickle holds."""
+        """The object in the pickle."""
         return self.unpickled.value
 
     def entry(self, name: str, role: str, tensor: StoredTensor, **more: Any) -> TensorEntry:
-        """Returns where a tensor lies.
+        """Returns where a tensor lies; `more` are further fields of the entry.
 
         Raises:
-            DamagedFile: If the archive does not hold all of its bytes.
+            DamagedFile: If some of its bytes are missing.
         """
         key = tensor.storage.key
         if key not in self.records:
             raise DamagedFile(f"lacks the data of {name} (record {key})")
         offset, nbytes = self.records[key]
         size = tensor.dtype.itemsize
-        begin, run = tensor.offset * size, _extent(tensor) * size
-        if begin + run > nbytes:
-            raise DamagedFile(f"holds {nbytes} bytes for {name}, which needs {begin + run}")
-        stride = None if tensor.stride == row_major(tensor.shape) or run == 0 else tensor.stride
-        return TensorEntry(name, role, tensor.dtype, tensor.shape, self.path, offset + begin, run, stride, **more)
+        begin, length = tensor.offset * size, _extent(tensor) * size
+        if begin + length > nbytes:
+            raise DamagedFile(f"holds {nbytes} bytes for {name}, which needs {begin + length}")
+        stride = None if tensor.stride == row_major(tensor.shape) or length == 0 else tensor.stride
+        return TensorEntry(name, role, tensor.dtype, tensor.shape, self.path, offset + begin, length, stride, **more)
 
     def source(self, layout: str, entries: list[TensorEntry], metadata: Mapping[str, Any]) -> Source:
-        """Returns it as a source."""
-        return Source(
-            layout,
-            self.path,
-            (self.path,),
-            entries,
-            tuple(self.findings),
-            metadata=metadata,
-            checksums=self.checksums,
-        )
+        """Returns the archive as a source with these tensors."""
+        found = tuple(self.findings)
+        return Source(layout, self.path, (self.path,), entries, found, (), metadata, self.checksums)
 
 
 def recognises(path: Path) -> bool:
-    """Returns whether it is such a file: by its name, or by its first record. Many files are called .bin."""
+    """Returns whether this is a file of torch.save, by its name or its first record: many files are called .bin."""
     if path.suffix in _SUFFIXES or (path.suffix == ".bin" and "model" in path.name):
         return True
-    try:
-        with opened(path) as descriptor:
-            beginning = os.pread(descriptor, _GLANCE, 0)
-    except (DamagedFile, OSError):
-        return False
+    beginning = first_bytes(path, _FIRST_RECORD_WITHIN)
     return beginning.startswith(_ZIP) and b"data.pkl" in beginning
 
 
 def read(path: Path) -> Source:
-    """Returns where the tensors lie. Names are the keys of nested dictionaries, joined by points."""
+    """Returns where the tensors lie. Their names are the keys of nested dictionaries, joined by dots."""
     try:
         return source_of(open_archive(path), LAYOUT)
     except DamagedFile as error:
@@ -109,7 +98,7 @@ def read(path: Path) -> Source:
 
 
 def source_of(archive: Archive, layout: str) -> Source:
-    """Returns every tensor of an archive, and the plain values at its top."""
+    """Returns all tensors of an archive, with the plain values at the top level as metadata."""
     entries = []
     for name, tensor in named_tensors(archive.value):
         try:
@@ -120,15 +109,15 @@ def source_of(archive: Archive, layout: str) -> Source:
 
 
 def open_archive(path: Path, begin: int = 0, nbytes: int | None = None) -> Archive:
-    """Reads the directory and the pickle.
+    """Reads the zip directory and the pickle.
 
     Args:
-        path: Of the file.
-        begin: Where in it the archive begins, if it is not all of it.
-        nbytes: Of the archive; up to the end of the file if left out.
+        path: File with the archive.
+        begin: Position at which the archive begins.
+        nbytes: Size of the archive (default: up to the end of the file).
 
     Raises:
-        DamagedFile: If there is no whole archive with a pickle in it.
+        DamagedFile: If there is no complete archive with a pickle in it.
     """
     with opened(path) as descriptor:
         size = os.fstat(descriptor).st_size
@@ -140,7 +129,7 @@ def open_archive(path: Path, begin: int = 0, nbytes: int | None = None) -> Archi
         prefix = _prefix(members)
         places = {member.filename: _place(window, member) for member in members}
         offset, length = places[f"{prefix}data.pkl"]
-        if length > _MOST_PICKLE:
+        if length > _MAX_PICKLE_BYTES:
             raise DamagedFile(f"holds a pickle of {length} bytes")
         unpickled = unpickle(read_exactly(descriptor, length, offset))
     data = f"{prefix}data/"
@@ -148,13 +137,12 @@ def open_archive(path: Path, begin: int = 0, nbytes: int | None = None) -> Archi
     checksums = tuple(
         Checksum(path, member.filename, *places[member.filename], member.CRC) for member in members if member.CRC
     )
-    refusals = filter(None, map(refusal, sorted(unpickled.foreign)))
-    return Archive(path, unpickled, records, checksums, [error.finding(path) for error in refusals])
+    return Archive(path, unpickled, records, checksums, unpickled.code_findings(path))
 
 
-def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, StoredTensor]]:
-    """Yields every tensor in nested containers once, with the keys that lead to it."""
-    stack = [(prefix, value, 0)]
+def named_tensors(value: Any) -> Iterator[tuple[str, StoredTensor]]:
+    """Yields every tensor in nested containers, with the keys that lead to it joined by dots."""
+    stack = [("", value, 0)]
     seen: set[int] = set()
     while stack:
         name, item, depth = stack.pop()
@@ -162,7 +150,7 @@ def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, StoredTen
             yield name, item
         if not isinstance(item, (Mapping, list, tuple)) or isinstance(item, StoredTensor):
             continue
-        if id(item) in seen or depth > _MOST_DEPTH:
+        if id(item) in seen or depth > _MAX_NESTING:
             continue
         seen.add(id(item))
         pairs = list(item.items()) if isinstance(item, Mapping) else list(enumerate(item))
@@ -172,12 +160,12 @@ def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, StoredTen
 def _metadata(value: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         return {}
-    plain = (str, int, float, bool)
-    return {key: inert(item) for key, item in value.items() if isinstance(key, str) and isinstance(item, plain)}
+    scalar = (str, int, float, bool)
+    return {key: plain(item) for key, item in value.items() if isinstance(key, str) and isinstance(item, scalar)}
 
 
 def _extent(tensor: StoredTensor) -> int:
-    """Elements from the first to the last."""
+    """Number of elements from the first to the last in memory, gaps included."""
     if 0 in tensor.shape:
         return 0
     return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride, strict=True))
@@ -190,9 +178,11 @@ def _check_beginning(window: Window) -> None:
     if beginning.startswith(_ZIP):
         return
     if beginning.startswith(_PICKLE):
-        raise DamagedFile("is a bare pickle, no archive of torch.save", kind="bare_pickle", remedy=_PICKLE_REMEDY)
+        raise DamagedFile("is a bare pickle, not an archive of torch.save", kind="bare_pickle", remedy=_PICKLE_REMEDY)
     zeros = " (it begins with zeros)" if not any(beginning) else ""
-    raise DamagedFile(f"is no archive of torch.save{zeros}: its beginning was overwritten, or it is something else")
+    raise DamagedFile(
+        f"is no archive of torch.save{zeros}: its beginning was overwritten, or it is another kind of file"
+    )
 
 
 def _members(window: Window) -> list[zipfile.ZipInfo]:
@@ -201,8 +191,8 @@ def _members(window: Window) -> list[zipfile.ZipInfo]:
             members = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, struct.error, OverflowError) as error:
         raise DamagedFile(f"is cut off or damaged: the directory at its end cannot be read ({error})") from None
-    if len(members) > _MOST_RECORDS or len({member.filename for member in members}) != len(members):
-        raise DamagedFile("has a directory that names the same record twice, or far too many")
+    if len(members) > _MAX_RECORDS or len({member.filename for member in members}) != len(members):
+        raise DamagedFile("has a directory that names a record twice, or far too many records")
     if any(member.filename.endswith("/constants.pkl") for member in members):
         raise DamagedFile(
             "is a TorchScript archive, which is a program", kind="torchscript", remedy="Save its state_dict instead."
@@ -219,16 +209,16 @@ def _members(window: Window) -> list[zipfile.ZipInfo]:
 
 
 def _prefix(members: list[zipfile.ZipInfo]) -> str:
-    """The folder in the archive in which torch.save puts everything."""
+    """The name of the top folder inside the archive, with a slash."""
     names = [member.filename for member in members]
     pickles = [name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")]
     if len(pickles) != 1:
-        raise DamagedFile("is an archive, but not one of torch.save: it has no data.pkl")
+        raise DamagedFile("is a zip archive, but not of torch.save: it has no data.pkl")
     return pickles[0].removesuffix("data.pkl")
 
 
 def _place(window: Window, member: zipfile.ZipInfo) -> tuple[int, int]:
-    """Where a record's bytes lie: the directory says where its own header does, and that is of variable length."""
+    """Offset and size of a record: the directory gives the offset of its header, whose length varies."""
     header = read_exactly(window.descriptor, _LOCAL_HEADER.size, window.begin + member.header_offset)
     magic, name_length, extra_length = _LOCAL_HEADER.unpack(header)
     offset = member.header_offset + _LOCAL_HEADER.size + name_length + extra_length

@@ -1,1 +1,1 @@
-"""Checkpoints of which one is always known to be good."""
+"""Rotation of checkpoints that always keeps one that is known to be healthy."""

@@ -1,4 +1,4 @@
-"""Checkpoints of which one is always known to be good."""
+"""Rotation of checkpoints that always keeps one that is known to be healthy."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
 from hallo_numguard.core.errors import CheckpointFailed, InvalidInput
 from hallo_numguard.core.records import StepRecord
-from hallo_numguard.files.keeper.health import changed, illness
+from hallo_numguard.files.keeper.health import health_problem, manifest_problem
 from hallo_numguard.files.keeper.store import Checkpoint, Meta, Store, write_meta
 from hallo_numguard.files.keeper.targets import Target, target_for
 from hallo_numguard.files.manifest.write import write_manifest
@@ -27,22 +27,22 @@ T = TypeVar("T")
 
 
 class CheckpointKeeper:
-    """Saves checkpoints, finds out which are healthy, and goes back to the last of those.
+    """Saves checkpoints, finds out which are healthy, and rolls back to the last healthy one.
 
-    A checkpoint is *healthy* when so many steps in a row after it were clean, its bytes are those of its manifest, and
-    a scan of its values found nothing: a run is often damaged some steps before it shows. The newest are kept, the last
-    healthy one whatever its age, and the one that is next to be proved.
+    A run is often damaged some steps before it shows. So a checkpoint is *healthy* when `healthy_after` steps in a row
+    after it were clean, its bytes agree with its manifest, and a scan of its values found no error. Kept are the newest
+    checkpoints, the last healthy one whatever its age, and the one that is next to be checked.
 
-    A process that is killed at any moment leaves the checkpoints that were there. One run writes to a folder at a time;
-    with several ranks it must be one that all of them see, and each rank makes a keeper and calls it alike.
+    Killing the process at any moment leaves all complete checkpoints in place. One run writes to a folder at a time.
+    With several ranks the folder must be shared, and each rank creates a keeper and makes the same calls.
 
     Args:
-        folder: Is made if it is not there.
-        keep: Number of the newest that are kept.
-        healthy_after: Clean steps in a row until a checkpoint is looked at.
+        folder: Folder of the checkpoints; created when needed.
+        keep: Number of newest checkpoints to keep.
+        healthy_after: Number of clean steps in a row before a checkpoint is checked.
 
     Attributes:
-        run: What `save` was last given, for a guard that goes back to it; None before.
+        run: Run that `save` was last given, for a guard that rolls it back; None before.
 
     Raises:
         InvalidInput: If a number is not positive.
@@ -55,11 +55,9 @@ class CheckpointKeeper:
         self._store = Store(Path(folder))
         self._keep = keep
         self._healthy_after = healthy_after
-        self._waiting: dict[Checkpoint, int] = {}  # clean steps since each, the oldest first
+        self._clean_steps: dict[Checkpoint, int] = {}  # since each unchecked checkpoint, the oldest first
         self._last: StepRecord | None = None
         self.run: Any = None
-
-    # -- saving ------------------------------------------------------------------------------------------------------
 
     def save(
         self,
@@ -72,34 +70,33 @@ class CheckpointKeeper:
     ) -> Checkpoint:
         """Saves a run, with a manifest. Every rank must call it.
 
+        Writes everything once; rank 0 reads it once for the manifest.
+
         Args:
-            run: A DeepSpeedEngine, an accelerate.Accelerator, or a dict of what has `state_dict`, as in
+            run: DeepSpeedEngine, accelerate.Accelerator, or dict of objects with `state_dict`, as in
                 `{"model": model, "optimizer": optimizer}`.
-            step: Optimizer steps so far; needed where neither the run nor a guard counts them.
-            loss: To be written beside it, as are `grad_norm` and `loss_scale`; a guard that was given this keeper
-                knows them.
-            grad_norm: Of the gradients, unscaled.
-            loss_scale: In force.
+            step: Number of optimizer steps so far; needed where neither the run nor a guard counts them.
+            loss: Loss, saved beside the checkpoint (default: from the guard that has this keeper).
+            grad_norm: Unscaled gradient norm, saved in the same way.
+            loss_scale: Loss scale, saved in the same way.
 
         Raises:
-            InvalidInput: If `run` is nothing of the kind, or `step` is missing.
-            CheckpointFailed: If it could not be written, on every rank; nothing else is changed. A rank on which
-                DeepSpeed itself fails while the others wait for it in DeepSpeed ends in their time-out.
-
-        Cost: one write of everything, and one read for the manifest, on rank 0.
+            InvalidInput: If `run` cannot be saved, or `step` is missing.
+            CheckpointFailed: On every rank, if writing failed; all other checkpoints stay as they are. If DeepSpeed
+                fails on some ranks only, the others wait in DeepSpeed until its time-out.
         """
         target = target_for(run)
         step = self._step_of(target, step)
-        begun = self._together("begin", lambda: self._store.begin(step))
+        begun = self._on_rank_0("begin", lambda: self._store.begin(step))
         try:
-            self._everywhere("save", lambda: target.save(begun.path))
+            self._on_all_ranks("save", lambda: target.save(begun.path))
             meta = self._meta(target, step, loss, grad_norm, loss_scale)
-            saved = self._together("finish", lambda: self._finish(begun, meta))
+            saved = self._on_rank_0("finish", lambda: self._finish(begun, meta))
         except BaseException:
             if _rank() == 0:
                 shutil.rmtree(begun.path, ignore_errors=True)
             raise
-        self._waiting[saved] = 0
+        self._clean_steps[saved] = 0
         self.run = run
         if _rank() == 0:
             self._rotate()
@@ -132,116 +129,108 @@ class CheckpointKeeper:
 
     def _rotate(self) -> None:
         try:
-            deleted = self._store.rotate(self._keep, spare=list(self._waiting)[:1])
+            deleted = self._store.rotate(self._keep, spare=list(self._clean_steps)[:1])
         except OSError as error:
-            _log.warning("old checkpoints could not be deleted, and are tried again after the next: %s", error)
+            _log.warning("old checkpoints could not be deleted; the next save tries again: %s", error)
             return
         for checkpoint in deleted:
-            self._waiting.pop(checkpoint, None)
+            self._clean_steps.pop(checkpoint, None)
             _log.info("checkpoint %s was deleted: %d newer ones are kept", checkpoint, self._keep)
 
-    # -- health ------------------------------------------------------------------------------------------------------
-
     def clean_step(self, record: StepRecord | None = None) -> None:
-        """Counts a step whose loss and gradients were finite. A guard that was given this keeper calls it.
+        """Counts a step whose loss and gradients were finite. A guard that has this keeper calls it.
+
+        After the last clean step that a checkpoint needs, rank 0 reads the checkpoint twice; else it costs nothing.
 
         Args:
-            record: Its figures, if they are known.
-
-        Cost: nothing, but for the step with which a checkpoint has been proved: rank 0 then reads it twice.
+            record: Statistics of the step, if known.
         """
         self._last = record or self._last
-        for checkpoint in self._waiting:
-            self._waiting[checkpoint] += 1
-        for checkpoint in [one for one, steps in self._waiting.items() if steps >= self._healthy_after]:
-            del self._waiting[checkpoint]
+        for checkpoint in self._clean_steps:
+            self._clean_steps[checkpoint] += 1
+        for checkpoint in [one for one, steps in self._clean_steps.items() if steps >= self._healthy_after]:
+            del self._clean_steps[checkpoint]
             if _rank() == 0:
-                self._judge(checkpoint)
+                self._check_health(checkpoint)
 
     def bad_step(self) -> None:
-        """Notes a step that was not clean: those that wait to be proved begin anew."""
-        self._waiting = dict.fromkeys(self._waiting, 0)
+        """Counts a step that was not clean: unchecked checkpoints start counting again."""
+        self._clean_steps = dict.fromkeys(self._clean_steps, 0)
 
-    def _judge(self, checkpoint: Checkpoint) -> None:
-        """Looks at a checkpoint that was followed by enough clean steps. Its failure is no reason to stop training."""
+    def _check_health(self, checkpoint: Checkpoint) -> None:
+        """Checks a checkpoint that was followed by enough clean steps. A failure to do so does not stop training."""
         try:
-            reason = illness(checkpoint.path)
-            if reason is None:
+            problem = health_problem(checkpoint.path)
+            if problem is None:
                 self._store.mark(checkpoint, "healthy", f"{self._healthy_after} clean steps, and a scan of its values")
                 self._rotate()
                 return
-            self._store.mark(checkpoint, "rejected", reason)
-            _log.warning("checkpoint %s is not healthy: %s", checkpoint, reason)
-        except Exception:  # noqa: BLE001 - a disk that is full, a file that no reader can stand: training goes on
-            _log.exception("checkpoint %s could not be looked at, and is not called healthy", checkpoint)
+            self._store.mark(checkpoint, "rejected", problem)
+            _log.warning("checkpoint %s is not healthy: %s", checkpoint, problem)
+        except Exception:  # noqa: BLE001 - a full disk, a file that breaks a reader: training goes on
+            _log.exception("checkpoint %s could not be checked, and does not count as healthy", checkpoint)
 
     def latest_healthy(self) -> Checkpoint | None:
-        """Returns the newest checkpoint that is healthy and unchanged since; None if there is none.
+        """Returns the newest checkpoint that is healthy and unchanged since, or None.
 
-        Logs which newer ones it passes over, and why. For one rank: no other takes part.
-
-        Cost: reads the one that it returns.
+        Reads the one that it returns, and logs why it skips newer ones. Not collective: any one rank may call it.
         """
         for checkpoint in reversed(self._store.checkpoints()):
             status, reason = self._store.status(checkpoint)
             if status == "healthy":
-                difference = changed(checkpoint.path)
-                if difference is None:
+                problem = manifest_problem(checkpoint.path)
+                if problem is None:
                     return checkpoint
-                reason = f"it is not as it was saved: {difference}"
+                reason = f"it is not as it was saved: {problem}"
             _log.warning("checkpoint %s is passed over: %s", checkpoint, reason)
         return None
 
-    # -- going back --------------------------------------------------------------------------------------------------
-
     def rollback(self, run: Any) -> Checkpoint:
-        """Puts a run back to the last healthy checkpoint; also to resume one. Every rank must call it.
+        """Loads the last healthy checkpoint into a run, also to resume one. Every rank must call it.
 
-        Checkpoints that waited to be proved never will be: what came after them is what is left behind.
+        Checkpoints that were not checked yet never will be, because the steps after them are discarded.
 
         Args:
-            run: As for `save`.
+            run: Run as for `save`.
 
         Raises:
-            InvalidInput: If `run` is nothing of the kind.
-            CheckpointFailed: If there is no healthy checkpoint, or it cannot be loaded, on every rank.
+            InvalidInput: If `run` cannot be saved.
+            CheckpointFailed: On every rank, if there is no healthy checkpoint, or it cannot be loaded.
         """
         target = target_for(run)
-        checkpoint = self._together("find", self._found)
-        self._everywhere("load", lambda: target.load(checkpoint.path))
-        self._waiting.clear()
+        checkpoint = self._on_rank_0("find", self._find)
+        self._on_all_ranks("load", lambda: target.load(checkpoint.path))
+        self._clean_steps.clear()
         self._last = None
         return checkpoint
 
-    def _found(self) -> Checkpoint:
+    def _find(self) -> Checkpoint:
         found = self.latest_healthy()
         if found is None:
             raise CheckpointFailed(f"there is no healthy checkpoint in {self._store.folder}")
         return found
 
-    # -- ranks -------------------------------------------------------------------------------------------------------
-
-    def _together(self, what: str, work: Callable[[], T]) -> T:
-        """Lets rank 0 do something, and returns its result on every rank, or raises its failure there."""
-        answer: list[Any] = [None, None]
+    def _on_rank_0(self, what: str, work: Callable[[], T]) -> T:
+        """Does something on rank 0, and returns its result, or raises its failure, on every rank."""
+        outcome: list[Any] = [None, None]
         if _rank() == 0:
             try:
-                answer = [work(), None]
-            except Exception as error:  # noqa: BLE001 - raised on every rank, none of which must wait for this one
-                answer = [None, _in_words(error)]
+                outcome = [work(), None]
+            except Exception as error:  # noqa: BLE001 - raised on every rank below, so that none waits for this one
+                outcome = [None, _in_words(error)]
         if _world_size() > 1:
-            dist.broadcast_object_list(answer, src=0)
-        if answer[1] is not None:
-            raise CheckpointFailed(f"could not {what}: {answer[1]}")
-        result: T = answer[0]
-        return result
+            dist.broadcast_object_list(outcome, src=0)
+        result, problem = outcome
+        if problem is not None:
+            raise CheckpointFailed(f"could not {what}: {problem}")
+        return cast(T, result)
 
-    def _everywhere(self, what: str, work: Callable[[], None]) -> None:
-        """Lets every rank do something, and raises on all of them if one fails."""
+    def _on_all_ranks(self, what: str, work: Callable[[], object]) -> None:
+        """Does something on every rank, and raises on all of them if one fails."""
         problem = None
         try:
             work()
-        except Exception as error:  # noqa: BLE001 - likewise
+        except Exception as error:  # noqa: BLE001 - raised on every rank below
             problem = _in_words(error)
         problems = [problem] * _world_size()
         if _world_size() > 1:

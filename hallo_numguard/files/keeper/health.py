@@ -1,4 +1,4 @@
-"""Whether the values of a checkpoint are those of a healthy run."""
+"""Whether a checkpoint on disk is healthy: its bytes against the manifest, and its values."""
 
 from __future__ import annotations
 
@@ -8,25 +8,22 @@ from pathlib import Path
 from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.core.findings import Finding, PreflightReport
 from hallo_numguard.core.safe_text import harmless
-from hallo_numguard.files.formats import UnknownLayout, open_source
-from hallo_numguard.files.manifest.file_names import is_listed
+from hallo_numguard.files.manifest.facts import sources
+from hallo_numguard.files.manifest.tree import walk
 from hallo_numguard.files.manifest.verify import verify_manifest
-from hallo_numguard.files.scan.scan import scan
+from hallo_numguard.files.scan.scan import scan_opened
 
-_OURS = {"code"}  # kinds of findings that are about who wrote a file: this run did
-_MOST = 3  # sentences
-
-
-def illness(folder: Path) -> str | None:
-    """Returns what is wrong with the checkpoint in a folder; None if nothing is.
-
-    Cost: every file is read twice.
-    """
-    return changed(folder) or _bad_values(folder)
+_TRUSTED_KINDS = {"code"}  # findings about who wrote a file: this run did
+_MAX_SENTENCES = 3
 
 
-def changed(folder: Path) -> str | None:
-    """Returns how a folder differs from its manifest; None if it does not. Every file is read once."""
+def health_problem(folder: Path) -> str | None:
+    """Returns what is wrong with the checkpoint in a folder, or None. Reads every file twice."""
+    return manifest_problem(folder) or _value_problem(folder)
+
+
+def manifest_problem(folder: Path) -> str | None:
+    """Returns how a folder differs from its manifest, or None. Reads every file once."""
     try:
         report = verify_manifest(folder)
     except (InvalidInput, OSError) as error:
@@ -34,33 +31,16 @@ def changed(folder: Path) -> str | None:
     return _in_words([finding for finding in report.findings if finding.severity != "info"], report)
 
 
-def _bad_values(folder: Path) -> str | None:
-    sources = _sources(folder)
-    if not sources:
-        return "no file in it is of a layout that can be read, so its values are not known"
-    report = scan(*sources)
-    return _in_words(
-        [finding for finding in report.findings if finding.severity == "error" and finding.kind not in _OURS], report
-    )
+def _value_problem(folder: Path) -> str | None:
+    opened = list(sources(folder, walk(folder).files.values()))
+    if not opened:
+        return "no file in it has a layout that can be read, so its values are unknown"
+    report = scan_opened(opened)
+    errors = [item for item in report.findings if item.severity == "error" and item.kind not in _TRUSTED_KINDS]
+    return _in_words(errors, report)
 
 
 def _in_words(problems: Sequence[Finding], report: PreflightReport) -> str | None:
-    """The first problems, else what could not be looked at; None if all is well. Names in it are made harmless."""
-    sentences = [finding.message for finding in problems[:_MOST]] or list(report.unchecked[:_MOST])
+    """The first problems, else what could not be checked, with names made harmless; None without any."""
+    sentences = [finding.message for finding in problems[:_MAX_SENTENCES]] or list(report.unchecked[:_MAX_SENTENCES])
     return "; ".join(map(harmless, sentences)) or None
-
-
-def _sources(folder: Path) -> list[Path]:
-    """The folder itself if a reader knows it as a whole, else those of its files that hold tensors."""
-    if _is_known(folder):
-        return [folder]
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return [path for path in files if is_listed(path.relative_to(folder).as_posix()) and _is_known(path)]
-
-
-def _is_known(path: Path) -> bool:
-    try:
-        open_source(path)
-    except UnknownLayout:
-        return False
-    return True

@@ -1,1 +1,1 @@
-"""What files should be: manifests of folders, in the formats that others read too, and what has changed since."""
+"""Manifests of folders in formats that other tools read too, and what has changed since they were written."""

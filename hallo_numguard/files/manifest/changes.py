@@ -1,4 +1,4 @@
-"""Which tensors of a file that was changed differ from what its manifest says, and by how much."""
+"""Which tensors of a changed file differ from its manifest, and by how much."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ from collections.abc import Iterator
 
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.core.records import Record, counts_in_words, shape_in_words
-from hallo_numguard.files.manifest.file_names import title
+from hallo_numguard.files.manifest.listing import tensor_title
 from hallo_numguard.files.manifest.statement import FileContents, TensorFacts
 
-_ALIKE = 1e-6  # of a norm: as exact as records of different instruction sets are
+_NORM_TOLERANCE = 1e-6  # relative; records of different instruction sets agree that closely
 
 
 def changes(file: str, before: FileContents, now: FileContents) -> Iterator[Finding]:
-    """Yields a finding if a file's size is another, and for each tensor that is missing, extra or changed in it."""
+    """Yields a finding for a changed size, and for each missing, extra or changed tensor of a file."""
     if now.size != before.size:
-        less = f"{abs(now.size - before.size)} bytes {'fewer' if now.size < before.size else 'more'}"
-        message = f"{file} has {less} than it had: {now.size} in place of {before.size}"
+        difference = f"{abs(now.size - before.size)} bytes {'fewer' if now.size < before.size else 'more'}"
+        message = f"{file} has {difference} than before: {now.size} instead of {before.size}"
         yield Finding("changed_size", message, severity="error", file=file)
     old = {_key(tensor): tensor for tensor in before.tensors}
     new = {_key(tensor): tensor for tensor in now.tensors}
     for key, tensor in old.items():
         if key not in new:
             yield _finding("missing_tensor", file, tensor, "is missing")
-        elif what := _change(tensor, new[key]):
-            yield _finding("changed_tensor", file, tensor, what)
+        elif change := _change(tensor, new[key]):
+            yield _finding("changed_tensor", file, tensor, change)
     for key, tensor in new.items():
         if key not in old:
-            yield _finding("extra_tensor", file, tensor, "is there, but the manifest does not name it")
+            yield _finding("extra_tensor", file, tensor, "is not in the manifest")
 
 
 def _key(tensor: TensorFacts) -> tuple[object, ...]:
@@ -38,7 +38,7 @@ def _key(tensor: TensorFacts) -> tuple[object, ...]:
 def _finding(kind: str, file: str, tensor: TensorFacts, message: str) -> Finding:
     return Finding(
         kind,
-        f"{file}: {title(tensor.name, tensor.role, tensor.rank)} {message}",
+        f"{file}: {tensor_title(tensor.name, tensor.role, tensor.rank)} {message}",
         name=tensor.name,
         severity="error",
         file=file,
@@ -46,7 +46,7 @@ def _finding(kind: str, file: str, tensor: TensorFacts, message: str) -> Finding
 
 
 def _change(before: TensorFacts, now: TensorFacts) -> str:
-    """What has become of a tensor, "" if it is as it was."""
+    """How a tensor has changed; "" if it has not."""
     parts = []
     if before.shape != now.shape:
         parts.append(f"was {shape_in_words(before.shape)} and is {shape_in_words(now.shape)}")
@@ -79,9 +79,9 @@ def _nonfinite(record: Record) -> str:
 
 
 def _norms(before: Record, now: Record) -> tuple[str, str]:
-    """The norms of the finite elements; the same text for both if they are as good as equal."""
+    """The norms of the finite elements, with the same text for both if they agree within rounding."""
     old, new = math.sqrt(before.sumsq), math.sqrt(now.sumsq)
-    return _number(old), _number(old if math.isclose(old, new, rel_tol=_ALIKE) else new)
+    return _number(old), _number(old if math.isclose(old, new, rel_tol=_NORM_TOLERANCE) else new)
 
 
 def _number(value: float) -> str:

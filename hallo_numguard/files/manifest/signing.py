@@ -1,4 +1,4 @@
-"""Signatures of a folder. The work is model-signing's (OpenSSF): there is no cryptography in this package."""
+"""Signatures of a folder, made and checked by model-signing (OpenSSF): there is no cryptography in this package."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from typing import Any
 from hallo_numguard.core.atomic_files import write_whole
 from hallo_numguard.core.errors import BackendUnavailable, InvalidInput, NumGuardError
 from hallo_numguard.core.findings import Finding, PreflightReport
-from hallo_numguard.files.manifest.file_names import DOWNLOADS, SIGNATURE
+from hallo_numguard.files.manifest.listing import HUB_DOWNLOADS, SIGNATURE
 
 
 class SigningFailed(NumGuardError):
-    """No signature was made; its text says why."""
+    """No signature was made. The text says why."""
 
 
 def sign(folder: str | os.PathLike[str], key: str | os.PathLike[str]) -> None:
-    """Signs all files of a folder, those of its manifest too, into `model.sig`, which `model_signing verify` reads.
+    """Signs all files of a folder, its manifest included, into `model.sig`, which `model_signing verify` reads.
+
+    model-signing reads every file once more.
 
     Args:
-        folder: To be signed.
-        key: File of a private key (PEM, elliptic curve).
+        folder: Folder to sign.
+        key: File with a private key (PEM, elliptic curve).
 
     Raises:
         BackendUnavailable: If model-signing is not installed.
-        SigningFailed: If it does not sign.
-        OSError: If the signature cannot be written; it is old or new then, and whole.
-
-    Cost: model-signing reads every file once more.
+        SigningFailed: If model-signing fails.
+        OSError: If the signature cannot be written. A signature that was there before is kept then.
     """
     root = Path(folder)
     config = _module("signing").Config().set_hashing_config(_hashing(root))
@@ -44,22 +44,22 @@ def sign(folder: str | os.PathLike[str], key: str | os.PathLike[str]) -> None:
 
 
 def check(folder: str | os.PathLike[str], key: str | os.PathLike[str]) -> PreflightReport:
-    """Returns whether `model.sig` is a signature of the folder by the owner of a key.
+    """Checks whether `model.sig` is a signature of the folder by the owner of a key.
+
+    model-signing reads every file.
 
     Args:
-        folder: That was signed.
-        key: File of the public key (PEM).
+        folder: Folder that was signed.
+        key: File with the public key (PEM).
 
     Raises:
         BackendUnavailable: If model-signing is not installed.
-        InvalidInput: If there is no such signature or key.
-
-    Cost: model-signing reads every file.
+        InvalidInput: If the signature or the key does not exist.
     """
     root = Path(folder)
     for file in (root / SIGNATURE, Path(key)):
         if not file.is_file():
-            raise InvalidInput(f"{file} is not there, so no signature can be checked")
+            raise InvalidInput(f"{file} does not exist, so no signature can be checked")
     try:
         _module("verifying").Config().use_elliptic_key_verifier(public_key=Path(key)).verify(root, root / SIGNATURE)
     except Exception as error:  # noqa: BLE001 - a hostile signature can fail in any way, and none of them is a pass
@@ -70,10 +70,12 @@ def check(folder: str | os.PathLike[str], key: str | os.PathLike[str]) -> Prefli
 
 
 def _hashing(root: Path) -> Any:
-    """Hashing of every file, those of the manifest too, but for signatures and what git and the Hub's cache keep."""
+    """Configuration that hashes every file, except for signatures, git's files and the Hub's cache."""
     signatures = [path.relative_to(root) for path in root.rglob("*.sig")]
     config = (
-        _module("hashing").Config().set_ignored_paths(paths=[SIGNATURE, DOWNLOADS, *signatures], ignore_git_paths=True)
+        _module("hashing")
+        .Config()
+        .set_ignored_paths(paths=[SIGNATURE, HUB_DOWNLOADS, *signatures], ignore_git_paths=True)
     )
     return config.set_allow_symlinks(any(path.is_symlink() for path in root.rglob("*")))
 

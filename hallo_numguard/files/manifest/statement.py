@@ -1,7 +1,6 @@
-"""in-toto statements: of files, as OpenSSF model signing v1 has them, and of the tensors in them.
+"""in-toto statements about files, as OpenSSF model signing v1 writes them, and about the tensors in the files.
 
-A statement is read only if writing what it says gives the same bytes again. So nothing in it can be altered without
-being seen, whatever field it is in.
+A statement is accepted only if writing its content again gives the same bytes, so no field can be altered unseen.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hallo_numguard.core.documents import encode
+from hallo_numguard.core.documents import decode, encode
 from hallo_numguard.core.records import Record
-from hallo_numguard.files.manifest.file_names import TENSORS, UNLISTED, in_order
-from hallo_numguard.files.manifest.listing import DamagedManifest, Listing
+from hallo_numguard.files.manifest.listing import TENSORS, UNLISTED, DamagedManifest, Listing, path_order
 
 SCHEMA_VERSION = 1
 FILES_PREDICATE = "https://model_signing/signature/v1.0"
@@ -23,21 +21,25 @@ TENSORS_PREDICATE = "https://hallo-numguard/tensors/v1"
 ALGORITHM = "sha256"
 
 _STATEMENT = "https://in-toto.io/Statement/v1"
-_DIGITS = 64
-_KEPT = ("nan", "pos_inf", "neg_inf", "absmax", "sumsq", "first_nonfinite")  # of a record
-_FORMS = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
+_DIGEST_DIGITS = 64
+_RECORD_FIELDS = ("nan", "pos_inf", "neg_inf", "absmax", "sumsq", "first_nonfinite")
+_MALFORMED = (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
 class TensorFacts:
-    """What a manifest keeps of a tensor.
+    """A tensor, or a piece of one, as a manifest describes it.
 
     Attributes:
-        name, role, rank, start, corner: Which one it is, or which piece of one, as the reader of its file tells.
-        dtype: As torch names it.
-        shape: Of the tensor, or of the piece.
-        digest: sha256 of its bytes as they lie in the file, in hexadecimal.
-        record: Statistics of its values; None if they are no floating-point numbers.
+        name: Name, as in `TensorEntry`.
+        role: Role, as in `TensorEntry`.
+        rank: Rank that saved it, as in `TensorEntry`.
+        start: Flat index of its first element, as in `TensorEntry`.
+        corner: Index of its first element, as in `TensorEntry`.
+        dtype: Name of the dtype, as in torch.
+        shape: Shape of the tensor or piece.
+        digest: sha256 of its bytes in the file, in hexadecimal.
+        record: Statistics of its values; None for dtypes without NaN (integers).
     """
 
     name: str
@@ -53,7 +55,7 @@ class TensorFacts:
 
 @dataclass(frozen=True)
 class FileContents:
-    """What a manifest keeps of a file beside its digest: its size in bytes, and its tensors in their order."""
+    """A file's size in bytes, and its tensors in order."""
 
     size: int
     tensors: tuple[TensorFacts, ...] = ()
@@ -61,7 +63,7 @@ class FileContents:
 
 @dataclass(frozen=True)
 class Contents:
-    """What a statement of tensors says: the model, the root digest of its files, and what is in each, by name."""
+    """A statement about tensors: name of the model, root digest of its files, and the content of each, by name."""
 
     model: str
     root: str
@@ -69,12 +71,12 @@ class Contents:
 
 
 def root_digest(digests: Iterable[str]) -> str:
-    """Returns sha256 over the raw digests of all files, in the order of their names."""
+    """Returns the sha256 over the raw digests of all files, in the order of their names."""
     return hashlib.sha256(b"".join(map(bytes.fromhex, digests))).hexdigest()
 
 
 def write_files(listing: Listing) -> bytes:
-    """Returns the statement of files."""
+    """Returns the statement about files."""
     predicate = {
         "serialization": {
             "method": "files",
@@ -90,28 +92,32 @@ def write_files(listing: Listing) -> bytes:
 
 
 def read_files(data: bytes, source: str) -> Listing:
-    """Returns what a statement of files says; `source` is the name of its file.
+    """Returns the content of a statement about files.
+
+    Args:
+        data: The statement.
+        source: Name of its file.
 
     Raises:
-        DamagedManifest: If it is none, or not as it was written.
+        DamagedManifest: If it is malformed, or not as it was written.
     """
     document = _parse(data, source, FILES_PREDICATE)
     try:
         resources = document["predicate"]["resources"]
-        digests = {_text(item["name"]): _digest(item["digest"]) for item in resources}
+        digests = {decode(str, item["name"]): _digest(item["digest"]) for item in resources}
         links = document["predicate"]["serialization"]["allow_symlinks"] is True
-        model = _text(document["subject"][0]["name"])
+        model = decode(str, document["subject"][0]["name"])
         listing = Listing(source, ALGORITHM, digests, complete=True, model=model, links=links)
-        whole = write_files(listing) == data
-    except _FORMS as error:
+        is_unaltered = write_files(listing) == data and list(digests) == sorted(digests, key=path_order)
+    except _MALFORMED as error:
         raise DamagedManifest(f"{source} is damaged: {error!r}") from error
-    if not whole or list(digests) != sorted(digests, key=in_order):
+    if not is_unaltered:
         raise DamagedManifest(f"{source} is not as it was written: something in it was altered")
     return listing
 
 
 def write_contents(contents: Contents) -> bytes:
-    """Returns the statement of tensors."""
+    """Returns the statement about tensors."""
     predicate = {
         "schema_version": SCHEMA_VERSION,
         "files": [
@@ -123,10 +129,10 @@ def write_contents(contents: Contents) -> bytes:
 
 
 def read_contents(data: bytes) -> Contents:
-    """Returns what a statement of tensors says.
+    """Returns the content of a statement about tensors.
 
     Raises:
-        DamagedManifest: If it is none, of another schema version, or not as it was written.
+        DamagedManifest: If it is malformed, of another schema version, or not as it was written.
     """
     document = _parse(data, TENSORS, TENSORS_PREDICATE)
     try:
@@ -135,12 +141,16 @@ def read_contents(data: bytes) -> Contents:
         version = predicate["schema_version"]
         if version != SCHEMA_VERSION:
             raise DamagedManifest(f"{TENSORS} is of schema version {version!r}; this version reads {SCHEMA_VERSION}")
-        files = {_text(item["name"]): _contents(item) for item in predicate["files"]}
-        contents = Contents(_text(subject["name"]), _digest(subject["digest"][ALGORITHM]), files)
-        whole = write_contents(contents) == data
-    except _FORMS as error:
+        files = {decode(str, item["name"]): decode(FileContents, item) for item in predicate["files"]}
+        for tensor in (tensor for file in files.values() for tensor in file.tensors):
+            _digest(tensor.digest)
+            if tensor.record is not None and not tensor.record.sumsq >= 0:
+                raise ValueError(f"expected a sum of squares, got {tensor.record.sumsq}")
+        contents = Contents(decode(str, subject["name"]), _digest(subject["digest"][ALGORITHM]), files)
+        is_unaltered = write_contents(contents) == data
+    except _MALFORMED as error:
         raise DamagedManifest(f"{TENSORS} is damaged: {error!r}") from error
-    if not whole:
+    if not is_unaltered:
         raise DamagedManifest(f"{TENSORS} is not as it was written: something in it was altered")
     return contents
 
@@ -161,7 +171,7 @@ def _parse(data: bytes, source: str, predicate_type: str) -> Mapping[str, Any]:
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DamagedManifest(f"{source} is no JSON document: {error}") from error
+        raise DamagedManifest(f"{source} is not a JSON document: {error}") from error
     found = document.get("predicateType") if isinstance(document, dict) else None
     if found != predicate_type:
         raise DamagedManifest(f"{source} should be a statement of type {predicate_type}, got {found!r}")
@@ -169,51 +179,11 @@ def _parse(data: bytes, source: str, predicate_type: str) -> Mapping[str, Any]:
 
 
 def _document(tensor: TensorFacts) -> dict[str, Any]:
-    record = None if tensor.record is None else {name: getattr(tensor.record, name) for name in _KEPT}
+    record = None if tensor.record is None else {name: getattr(tensor.record, name) for name in _RECORD_FIELDS}
     return {**vars(tensor), "record": record}
 
 
-def _contents(document: Mapping[str, Any]) -> FileContents:
-    return FileContents(int(document["size"]), tuple(map(_tensor, document["tensors"])))
-
-
-def _tensor(document: Mapping[str, Any]) -> TensorFacts:
-    record = document["record"]
-    rank, corner = document["rank"], document["corner"]
-    return TensorFacts(
-        name=_text(document["name"]),
-        role=_text(document["role"]),
-        rank=None if rank is None else int(rank),
-        start=int(document["start"]),
-        corner=None if corner is None else tuple(map(int, corner)),
-        dtype=_text(document["dtype"]),
-        shape=tuple(map(int, document["shape"])),
-        digest=_digest(document["digest"]),
-        record=None if record is None else _record(record),
-    )
-
-
-def _record(document: Mapping[str, Any]) -> Record:
-    record = Record(
-        nan=int(document["nan"]),
-        pos_inf=int(document["pos_inf"]),
-        neg_inf=int(document["neg_inf"]),
-        absmax=float(document["absmax"]),
-        sumsq=float(document["sumsq"]),
-        first_nonfinite=int(document["first_nonfinite"]),
-    )
-    if not record.sumsq >= 0:
-        raise ValueError(f"expected a sum of squares, got {record.sumsq}")
-    return record
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str):
-        raise TypeError(f"expected text, got {type(value).__name__}")
-    return value
-
-
 def _digest(value: Any) -> str:
-    if len(bytes.fromhex(value)) * 2 != _DIGITS:
-        raise ValueError(f"expected {_DIGITS} digits, got {value!r}")
+    if len(bytes.fromhex(value)) * 2 != _DIGEST_DIGITS:
+        raise ValueError(f"expected {_DIGEST_DIGITS} digits, got {value!r}")
     return str(value)

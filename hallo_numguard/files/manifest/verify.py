@@ -1,4 +1,4 @@
-"""Telling what has become of a folder since its manifest was written."""
+"""Compares a folder with its manifest."""
 
 from __future__ import annotations
 
@@ -8,16 +8,26 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hallo_numguard.core.findings import Finding, PreflightReport, by_severity
-from hallo_numguard.files.manifest import checksums, hub, statement
+from hallo_numguard.files.manifest import statement
 from hallo_numguard.files.manifest.changes import changes
-from hallo_numguard.files.manifest.facts import Progress, read_digests, read_folder
-from hallo_numguard.files.manifest.file_names import MANIFEST, SUMS, TENSORS, flaw, is_listed
-from hallo_numguard.files.manifest.listing import DamagedManifest, Listing, read_bytes
+from hallo_numguard.files.manifest.facts import Progress, read_folder
+from hallo_numguard.files.manifest.listing import (
+    MANIFEST,
+    SUMS,
+    TENSORS,
+    DamagedManifest,
+    Listing,
+    invalid_reason,
+    is_listed,
+    read_bytes,
+    read_checksums,
+    write_checksums,
+)
 from hallo_numguard.files.manifest.statement import ALGORITHM, Contents, FileContents
-from hallo_numguard.files.manifest.tree import Tree, walk
+from hallo_numguard.files.manifest.tree import Tree, hub_etags, hub_mismatches, is_sha256, walk
 
-_INTACT = "Go back to an intact copy: download it again, or take another checkpoint."
-_NAMES = (
+_INTACT_REMEDY = "Go back to an intact copy: download it again, or take another checkpoint."
+_MANIFEST_NAMES = (  # the strongest first
     MANIFEST,
     "SHA512SUMS",
     "SHA384SUMS",
@@ -28,9 +38,7 @@ _NAMES = (
     "MD5SUMS",
     "md5sums.txt",
 )
-"""What a manifest may be called, the strongest first."""
-
-_NONE = Listing("", ALGORITHM, {}, complete=False)
+_NO_LISTING = Listing("", ALGORITHM, {}, complete=False)
 
 
 def verify_manifest(
@@ -38,22 +46,20 @@ def verify_manifest(
     manifest: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> PreflightReport:
-    """Compares a folder with its manifest.
+    """Compares a folder with its manifest. Reads every file once, and changed files once more.
 
     Args:
-        folder: With the files.
-        manifest: File that says what they should be: one that `write_manifest` wrote, or a list of checksums as
-            sha256sum, md5sum and their BSD kin write. Left out, it is looked for in the folder.
-        progress: Called with the number of bytes just read and of all bytes, by several threads.
+        folder: Folder with the files.
+        manifest: Manifest written by `write_manifest`, or a list of checksums from sha256sum, md5sum or their BSD
+            counterparts (default: the one in the folder).
+        progress: Called by several threads with the number of bytes just read, and the total.
 
     Returns:
-        A finding for each file that is missing, extra or changed, and for each tensor that differs in a changed one.
-        Where the Hugging Face cache has the digests that the Hub gave, files are compared with these too.
+        Report with a finding for each file that is missing, extra or changed, and for each tensor that differs in a
+        changed one. Files are also compared with the digests in the Hugging Face cache, if there are any.
 
     Raises:
         InvalidInput: If it is no folder, or cannot be listed.
-
-    Cost: every file is read once, changed ones once more.
     """
     root = Path(folder)
     tree = walk(root)
@@ -64,28 +70,30 @@ def verify_manifest(
         contents = _contents(tree, listing)
         _check_sums(root, listing)
     except DamagedManifest as error:
-        return PreflightReport((_damaged(str(error)), *tree.findings), unchecked=("No file was compared.",))
-    etags = hub.etags(root, tree.files)
+        remedy = "Get the manifest from where it was written. If you trust the files themselves, write a new one."
+        damage = Finding("damaged_manifest", str(error), severity="error", remedy=remedy)
+        return PreflightReport((damage, *tree.findings), unchecked=("No file was compared.",))
+    etags = hub_etags(root, tree.files)
     if not listing.digests and not etags:
-        nothing = f"{root} has no manifest; `hallo-numguard manifest` writes one."
-        return PreflightReport(by_severity([*tree.findings]), unchecked=(nothing,))
+        reason = f"{root} has no manifest; `hallo-numguard manifest` writes one."
+        return PreflightReport(by_severity([*tree.findings]), unchecked=(reason,))
     return _compare(root, tree, listing, contents, etags, progress)
 
 
 def _listing(root: Path, manifest: Path | None) -> Listing:
-    """What the manifest says; nothing if there is none."""
+    """The files in the manifest; none if there is no manifest."""
     if manifest is None:
-        manifest = next((root / name for name in _NAMES if os.path.lexists(root / name)), None)
+        manifest = next((root / name for name in _MANIFEST_NAMES if os.path.lexists(root / name)), None)
     if manifest is None:
-        return _NONE
+        return _NO_LISTING
     data = read_bytes(manifest)
     if manifest.suffix == ".json":
         return statement.read_files(data, manifest.name)
-    return checksums.read(data, manifest.name)
+    return read_checksums(data, manifest.name)
 
 
 def _contents(tree: Tree, listing: Listing) -> Contents | None:
-    """What the files should hold; None where nobody knows, which includes that it is known but was altered."""
+    """The content that files should have; None if it is unknown, or was altered (which is a changed file)."""
     path, digest = tree.files.get(TENSORS), listing.digests.get(TENSORS)
     if path is None or digest is None:
         return None
@@ -99,17 +107,12 @@ def _contents(tree: Tree, listing: Listing) -> Contents | None:
 
 
 def _check_sums(root: Path, listing: Listing) -> None:
-    """Checks that the list of checksums, for those who have no other tool, says what the manifest says."""
+    """Checks that SHA256SUMS, for users of sha256sum, agrees with our manifest."""
     sums = root / SUMS[ALGORITHM]
     if listing.source != MANIFEST or not sums.is_file():
         return
-    if read_bytes(sums) != checksums.write(listing.digests):
+    if read_bytes(sums) != write_checksums(listing.digests):
         raise DamagedManifest(f"{sums.name} and {MANIFEST} should say the same, one of them was altered")
-
-
-def _damaged(cause: str) -> Finding:
-    remedy = "Get the manifest from where it was written. If you trust the files themselves, write it anew."
-    return Finding("damaged_manifest", cause, severity="error", remedy=remedy)
 
 
 def _compare(
@@ -121,56 +124,57 @@ def _compare(
     progress: Progress | None,
 ) -> PreflightReport:
     missing = [name for name in listing.digests if name not in tree.files]
-    known = listing.digests.keys() | {name for name, etag in etags.items() if hub.needs_sha256(etag)}
-    named = {name: path for name, path in tree.files.items() if name in known or missing}
+    known = listing.digests.keys() | {name for name, etag in etags.items() if is_sha256(etag)}
+    # With files missing, all others are read: one of them may be a missing one under another name.
+    files = {name: path for name, path in tree.files.items() if name in known or missing}
     algorithms = sorted({listing.algorithm, ALGORITHM}) if etags else [listing.algorithm]
-    digests, unreadable = read_digests(named, algorithms, progress)
-    found = digests[listing.algorithm]
+    facts = read_folder(root, files, algorithms, progress, tensors=False)
+    found = facts.digests[listing.algorithm]
     changed = [name for name, digest in found.items() if listing.digests.get(name, digest) != digest]
     before = {name: contents.files[name] for name in changed if name in contents.files} if contents else {}
+    unchanged = found.keys() & listing.digests.keys() - changed
     findings = [
         *tree.findings,
-        *unreadable,
+        *facts.findings,
         *_bad_names(listing),
         *_missing(missing, listing, found),
         *_extra(tree, listing),
         *_links(tree, listing),
         *(_changed(name, listing, found[name]) for name in changed),
         *_changed_contents(root, tree, before),
-        *hub.unlike_hub(etags, tree.files, digests.get(ALGORITHM, {}), found.keys() & listing.digests.keys() - changed),
+        *hub_mismatches(etags, tree.files, facts.digests.get(ALGORITHM, {}), unchanged),
     ]
     compared = sum(name in listing.digests or name in etags for name in tree.files)
-    sources = " and ".join(filter(None, (listing.source, "the digests that the Hub gave" if etags else "")))
+    sources = " and ".join(filter(None, (listing.source, "the Hub's digests" if etags else "")))
     return PreflightReport(by_severity(findings), (f"{compared} files were compared with {sources}.",))
 
 
 def _bad_names(listing: Listing) -> Iterator[Finding]:
     for name in listing.digests:
-        why = flaw(name) or ("no manifest lists" if listing.complete and not is_listed(name) else "")
-        if why:
-            message = f"{listing.source} names {name}, which {why}; no such file was looked at"
+        reason = invalid_reason(name) or ("no manifest lists" if listing.complete and not is_listed(name) else "")
+        if reason:
+            message = f"{listing.source} names {name}, which {reason}; no such file was opened"
             yield Finding("bad_name", message, severity="error", file=name)
 
 
 def _missing(missing: list[str], listing: Listing, digests: Mapping[str, str]) -> Iterator[Finding]:
-    elsewhere = {digest: name for name, digest in digests.items() if name not in listing.digests}
+    unlisted = {digest: name for name, digest in digests.items() if name not in listing.digests}
     for name in missing:
-        moved = elsewhere.get(listing.digests[name])
-        message = f"{name} is missing" + (f"; {moved} holds what it held" if moved else "")
-        remedy = f"Rename {moved} back." if moved else _INTACT
+        renamed = unlisted.get(listing.digests[name])
+        message = f"{name} is missing" + (f"; {renamed} has its content" if renamed else "")
+        remedy = f"Rename {renamed} back." if renamed else _INTACT_REMEDY
         yield Finding("missing_file", message, severity="error", file=name, remedy=remedy)
 
 
 def _extra(tree: Tree, listing: Listing) -> Iterator[Finding]:
-    """Findings about files that nothing is said of. Only a manifest of ours claims to name all."""
+    """Files that are not listed: information only, unless the manifest claims to list all."""
     if not listing.digests:
         return
     severity = "warning" if listing.complete else "info"
     for name in tree.files:
-        if name in listing.digests:
-            continue
-        message = f"{name} is there, but {listing.source} does not name it"
-        yield Finding("extra_file", message, severity=severity, file=name, remedy="Delete it, if nobody needs it.")
+        if name not in listing.digests:
+            message = f"{name} is not in {listing.source}"
+            yield Finding("extra_file", message, severity=severity, file=name, remedy="Delete it, if nobody needs it.")
 
 
 def _links(tree: Tree, listing: Listing) -> Iterator[Finding]:
@@ -180,17 +184,17 @@ def _links(tree: Tree, listing: Listing) -> Iterator[Finding]:
             f"{listing.source} says that {words[listing.links]} of the files are reached through links, "
             f"got {words[bool(tree.linked)]}"
         )
-        remedy = "If you copied the files out of a cache on purpose, write the manifest anew."
+        remedy = "If you copied the files out of a cache on purpose, write a new manifest."
         yield Finding("changed_links", message, file=listing.source, remedy=remedy)
 
 
 def _changed(name: str, listing: Listing, digest: str) -> Finding:
     message = f"{name} was changed: its {listing.algorithm} should be {listing.digests[name]}, got {digest}"
-    return Finding("changed_file", message, severity="error", file=name, remedy=_INTACT)
+    return Finding("changed_file", message, severity="error", file=name, remedy=_INTACT_REMEDY)
 
 
 def _changed_contents(root: Path, tree: Tree, before: Mapping[str, FileContents]) -> Iterator[Finding]:
-    """Findings about what is in files that were changed, beside the bytes."""
+    """Size and tensors of changed files, compared with those in the manifest."""
     if not before:
         return
     facts = read_folder(root, {name: tree.files[name] for name in before}, ())

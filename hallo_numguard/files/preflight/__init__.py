@@ -1,1 +1,1 @@
-"""What can be wrong with a run before its first step, one module a question. Each returns findings."""
+"""Checks of a run before its first step, one module per question. Each returns findings."""

@@ -1,9 +1,11 @@
-"""Whether a model holds what its files do: with `strict=False`, or a wrong name, nothing is loaded and nothing said."""
+"""A model in memory, and whether it holds the values of its files: `strict=False` hides that nothing was loaded."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,38 +13,65 @@ from torch import nn
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.files.formats import DamagedFile, Source, load, open_source
 
-_MOST = 10  # names in a sentence
-_MANY = 10  # times as many that are not as in the file, from which on hardly anything can have been loaded
+Shapes = Mapping[str, tuple[int, ...]]
+
+_MAX_NAMES = 10  # in a message
+_TRAINED_RATIO = 10  # times as many different tensors as equal ones: hardly anything can have been loaded
 
 
-def check(state: Mapping[str, torch.Tensor], source: Source) -> list[Finding]:
-    """Compares a model's tensors with those of the same name in a file.
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in memory.
 
-    Args:
-        state: The model's tensors by name; what is on no device, or elsewhere (ZeRO-3), is passed over.
-        source: The file.
-
-    Cost: one read of the file.
+    Attributes:
+        module: The model.
+        shapes: Shapes in its state dict by name; with ZeRO-3, of the whole weights.
+        state: Its tensors by name, as far as they lie on this rank.
+        aliases: First name of each tensor that has several, by every name.
+        unsaved: Names of buffers that are not in its state dict.
+        forward: Function that calls it as training does.
     """
-    same: list[str] = []
-    other: list[str] = []
+
+    module: nn.Module
+    shapes: Shapes
+    state: Mapping[str, torch.Tensor]
+    aliases: Mapping[str, str]
+    unsaved: frozenset[str]
+    forward: Callable[..., Any]
+
+
+def check(model: LoadedModel, source: Source) -> list[Finding]:
+    """Compares a model's values with those of the same name in a file. Reads the file once.
+
+    Tensors on the meta device, or of another shape (ZeRO-3), are ignored.
+    """
+    equal: list[str] = []
+    different: list[str] = []
     for entry in source.entries:
-        held = state.get(entry.name)
+        held = model.state.get(entry.name)
         if held is None or held.is_meta or entry.role not in ("parameter", "buffer") or held.shape != entry.shape:
             continue
         try:
-            equal = _equal(load(entry), held)
+            (equal if _equal(load(entry), held) else different).append(entry.name)
         except (DamagedFile, OSError):
-            continue  # which the scan of values says
-        (same if equal else other).append(entry.name)
-    return list(_findings(source, same, other))
+            continue  # the scan reports it
+    if not different:
+        return []
+    more = f" and {len(different) - _MAX_NAMES} more" if len(different) > _MAX_NAMES else ""
+    names = ", ".join(different[:_MAX_NAMES]) + more
+    total = len(equal) + len(different)
+    message = f"{len(different)} of {total} tensors of the model are not as in {source.root.name}: {names}"
+    severity = "info" if _TRAINED_RATIO * len(equal) > len(different) else "warning"
+    remedy = "Right if they were trained since, or come from elsewhere; else they were not loaded (strict=False)."
+    file = str(source.root)
+    return [Finding("not_loaded", message, name=different[0], severity=severity, file=file, remedy=remedy)]
 
 
 def fill(module: nn.Module, paths: Iterable[Path]) -> None:
-    """Gives a model the weights of files, where names and shapes are the same: what is not is for `keys` to say.
+    """Loads the weights of files into a model where names and shapes agree; `keys` reports the others.
 
     Raises:
-        UnknownLayout: If a file is of no known layout.
+        UnknownLayout: If a file has no known layout.
     """
     state = module.state_dict(keep_vars=True)
     with torch.no_grad():
@@ -57,15 +86,3 @@ def _equal(saved: torch.Tensor, held: torch.Tensor) -> bool:
     if not saved.is_floating_point():
         return torch.equal(saved, held)
     return torch.allclose(saved, held, rtol=0.0, atol=0.0, equal_nan=True)
-
-
-def _findings(source: Source, same: list[str], other: list[str]) -> Iterator[Finding]:
-    if not other:
-        return
-    where = source.root
-    more = f" and {len(other) - _MOST} more" if len(other) > _MOST else ""
-    names = ", ".join(other[:_MOST]) + more
-    message = f"{len(other)} of {len(same) + len(other)} tensors of the model are not as in {where.name}"
-    remedy = "Right if they were trained since, or are from elsewhere; else they were not loaded (names, strict=False)."
-    severity = "info" if _MANY * len(same) > len(other) else "warning"
-    yield Finding("not_loaded", f"{message}: {names}", name=other[0], severity=severity, file=str(where), remedy=remedy)

@@ -1,4 +1,4 @@
-"""The optimizer's state in a checkpoint: whether it is there, whole, possible, and that of the run to come."""
+"""Optimizer state and loss scaler in a checkpoint: present, complete, plausible, and as the run expects them."""
 
 from __future__ import annotations
 
@@ -8,26 +8,28 @@ from typing import Any
 
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.files.formats import DamagedFile, Source, TensorEntry, load
-from hallo_numguard.files.preflight.run_spec import Plan
+from hallo_numguard.files.preflight.run_spec import RunSpec
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum")
-_NEVER_NEGATIVE = ("exp_avg_sq", "max_exp_avg_sq")
-_COMPARED = ("lr", "betas", "eps", "weight_decay", "momentum")
-_REMEDY = "Go back to a checkpoint whose state is whole; else the first steps are made as if training began anew."
+_NONNEGATIVE_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
+_HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "momentum")
+_REMEDY = "Go back to a checkpoint with complete state; else the optimizer starts as in a new run."
 _NEGATIVE_REMEDY = "A mean of squares cannot be negative: the file is damaged. Go back to an earlier checkpoint."
-_MOST = 10  # names in a sentence
+_SCAN_REMEDY = "scan its weights (hallo-numguard scan)"
+_MAX_NAMES = 10  # in a message
+_MAX_HALVINGS_LEFT = 3  # of the loss scale before its minimum, for a warning
 
-State = dict[str, dict[str, list[TensorEntry]]]  # pieces, by parameter and role
+State = dict[str, dict[str, list[TensorEntry]]]  # pieces by parameter and role
 
 
-def check(source: Source, plan: Plan) -> list[Finding]:
-    """Returns what is wrong with the optimizer's state. That it is finite is for the scan of values to say.
+def check(source: Source, spec: RunSpec) -> list[Finding]:
+    """Checks the optimizer state and the loss scaler of a checkpoint, but for non-finite values, which the scan finds.
 
-    Cost: reads second moments and step counters, nothing else.
+    Reads second moments and step counters only.
     """
     state = _state(source)
     findings = [*_presence(source, state), *_coverage(source, state), *_negatives(state)]
-    return [*findings, *_steps(source, state), *_groups(source, plan)]
+    return [*findings, *_steps(source, state), *_groups(source, spec), *_loss_scale(source)]
 
 
 def _state(source: Source) -> State:
@@ -39,7 +41,7 @@ def _state(source: Source) -> State:
 
 
 def _owner(entry: TensorEntry) -> str:
-    """The parameter: in files of torch the name of a state ends in its own, as in optimizer.state.0.exp_avg."""
+    """The parameter of a state: files of torch.save append the state's name, as in optimizer.state.0.exp_avg."""
     head, _, last = entry.name.rpartition(".")
     return head if last == entry.role or last == "momentum_buffer" else entry.name
 
@@ -52,41 +54,39 @@ def _presence(source: Source, state: State) -> Iterator[Finding]:
         if steps or trained:
             yield _finding("no_optimizer_state", source, f"{source.root.name} holds no moments of an optimizer")
         return
-    lacking = sorted(trained - with_moments)
-    if lacking:
-        what = f"{source.root.name} holds no moments of {_some(lacking)}, and of {len(with_moments)} other parameters"
-        yield _finding("missing_state", source, what, name=lacking[0])
+    incomplete = sorted(trained - with_moments)
+    if incomplete:
+        message = f"{source.root.name} holds no moments of {_some(incomplete)}, but of {len(with_moments)} others"
+        yield _finding("missing_state", source, message, incomplete[0])
     for role in ("exp_avg", "exp_avg_sq"):
-        others = {name for name in with_moments if "exp_avg" in state[name] or "exp_avg_sq" in state[name]}
-        lacking = sorted(name for name in others if role not in state[name])
-        if lacking:
-            yield _finding("missing_state", source, f"{source.root.name} lacks {role} of {_some(lacking)}", lacking[0])
+        of_adam = {name for name in with_moments if "exp_avg" in state[name] or "exp_avg_sq" in state[name]}
+        incomplete = sorted(name for name in of_adam if role not in state[name])
+        if incomplete:
+            message = f"{source.root.name} lacks {role} of {_some(incomplete)}"
+            yield _finding("missing_state", source, message, incomplete[0])
 
 
 def _coverage(source: Source, state: State) -> Iterator[Finding]:
-    """Whether the pieces of all ranks make up the whole tensor."""
+    """Tensors whose pieces, over all ranks, do not add up to the whole."""
     for name, roles in state.items():
         for role in (*_MOMENTS, "fp32"):
             pieces = roles.get(role, [])
             if not pieces or pieces[0].whole is None:
                 continue
-            wanted, held = math.prod(pieces[0].whole), sum({_place(piece): piece.numel for piece in pieces}.values())
-            if held != wanted:
-                message = f"{source.root.name} holds {held} of the {wanted} elements of {role} of {name}"
+            numel = math.prod(pieces[0].whole)
+            held = sum({(piece.start, piece.corner): piece.numel for piece in pieces}.values())
+            if held != numel:
+                message = f"{source.root.name} holds {held} of the {numel} elements of {role} of {name}"
                 yield _finding("incomplete_state", source, message, name)
-
-
-def _place(piece: TensorEntry) -> tuple[int, ...]:
-    return (piece.start,) if piece.corner is None else piece.corner
 
 
 def _negatives(state: State) -> Iterator[Finding]:
     for name, roles in state.items():
-        for entry in (piece for role in _NEVER_NEGATIVE for piece in roles.get(role, [])):
+        for entry in (piece for role in _NONNEGATIVE_MOMENTS for piece in roles.get(role, [])):
             try:
                 values = load(entry).flatten()
             except (DamagedFile, OSError):
-                continue  # which the scan of values says
+                continue  # the scan reports it
             if values.numel() and values.min() < 0:
                 lowest = int(values.argmin())
                 index = ", ".join(map(str, entry.index_of(lowest)))
@@ -102,7 +102,7 @@ def _negatives(state: State) -> Iterator[Finding]:
 
 
 def _steps(source: Source, state: State) -> Iterator[Finding]:
-    """Step counters: one of every parameter or group, which have counted the same steps."""
+    """Step counters of parameters and groups, which should be equal, and agree with the run's."""
     counted: dict[int, list[str]] = {}
     for name, roles in state.items():
         for entry in roles.get("step", []):
@@ -111,13 +111,15 @@ def _steps(source: Source, state: State) -> Iterator[Finding]:
         if type(group.get("step")) is int:
             counted.setdefault(group["step"], []).append(f"group {number}")
     if len(counted) > 1:
-        told = "; ".join(f"{step}: {_some(names)}" for step, names in sorted(counted.items()))
-        yield _finding("step_counters", source, f"{source.root.name}: parameters have counted other steps ({told})")
-    taken = source.metadata.get("global_steps")
-    if type(taken) is int and counted and max(counted) > taken + 1:  # stage 0 makes one with no gradients at first
+        counts = "; ".join(f"{step}: {_some(names)}" for step, names in sorted(counted.items()))
+        yield _finding("step_counters", source, f"{source.root.name}: step counters of parameters differ ({counts})")
+    taken, skipped = (source.metadata.get(key) for key in ("global_steps", "skipped_steps"))
+    if type(taken) is not int or not counted:
+        return
+    if max(counted) > taken + 1:  # stage 0 makes one without gradients first
         message = f"{source.root.name}: the optimizer has counted {max(counted)} steps, and the run {taken}"
         yield _finding("step_counters", source, message)
-    if type(taken) is int and taken > source.metadata.get("skipped_steps", 0) and counted and max(counted) == 0:
+    if max(counted) == 0 and taken > (skipped if type(skipped) is int else 0):
         message = f"{source.root.name}: the optimizer has counted no step, and the run {taken}"
         yield _finding("step_counters", source, message)
 
@@ -129,20 +131,47 @@ def _number(entry: TensorEntry) -> int:
         return -1
 
 
-def _groups(source: Source, plan: Plan) -> Iterator[Finding]:
+def _groups(source: Source, spec: RunSpec) -> Iterator[Finding]:
     saved: Sequence[Mapping[str, Any]] = source.metadata.get("param_groups") or ()
-    if not saved or not plan.param_groups:
+    if not saved or not spec.param_groups:
         return
-    if len(saved) != len(plan.param_groups):
-        message = f"{source.root.name} has {len(saved)} parameter groups, and the optimizer {len(plan.param_groups)}"
-        yield _finding("param_groups", source, message, remedy="Make the optimizer's groups as they were when saved.")
+    if len(saved) != len(spec.param_groups):
+        message = f"{source.root.name} has {len(saved)} parameter groups, and the optimizer {len(spec.param_groups)}"
+        yield _finding(
+            "param_groups", source, message, remedy="Build the optimizer with the groups that it was saved with."
+        )
         return
-    for number, (then, now) in enumerate(zip(saved, plan.param_groups, strict=True)):
-        for key in _COMPARED:
+    for number, (then, now) in enumerate(zip(saved, spec.param_groups, strict=True)):
+        for key in _HYPERPARAMETERS:
             if key in then and key in now and not _same(then[key], now[key]):
                 message = f"group {number}: {key} was {then[key]} when {source.root.name} was saved, and is {now[key]}"
-                remedy = "load_checkpoint brings the saved one back: set it again afterwards if the new one is meant."
+                remedy = "load_checkpoint restores the saved value: set it again afterwards if the new one is meant."
                 yield Finding("param_groups", message, severity="info", file=str(source.root), remedy=remedy)
+
+
+def _loss_scale(source: Source) -> Iterator[Finding]:
+    """A loss scale so low that the run ends at one of its first overflows."""
+    scaler = source.metadata.get("loss_scaler") or {}
+    scale, minimum = scaler.get("cur_scale"), scaler.get("min_scale") or 1.0
+    if not isinstance(scale, (int, float)) or isinstance(scale, bool):
+        return
+    name, file = source.root.name, str(source.root)
+    if not math.isfinite(scale) or scale <= 0:
+        message = f"{name} was saved with the loss scale {scale}"
+        yield Finding("loss_scale", message, severity="error", file=file, remedy="Go back to an earlier checkpoint.")
+        return
+    if scaler.get("dynamic") is False:
+        return
+    halvings = max(0, round(math.log2(scale / minimum))) if 0 < minimum < math.inf else 0
+    if halvings == 0:
+        message = f"{name} was saved at the minimum loss scale ({scale:g}): the first overflow will end the run"
+        remedy = f"Every step before it overflowed: go back to an earlier checkpoint, and {_SCAN_REMEDY}."
+        yield Finding("loss_scale", message, severity="error", file=file, remedy=remedy)
+    elif halvings <= _MAX_HALVINGS_LEFT:
+        distance = f"{halvings} halvings above the minimum of {minimum:g}"
+        message = f"{name} was saved at loss scale {scale:g}, {distance}: it was overflowing"
+        remedy = f"Before resuming, {_SCAN_REMEDY}, or go back to an earlier checkpoint."
+        yield Finding("loss_scale", message, file=file, remedy=remedy)
 
 
 def _same(a: Any, b: Any) -> bool:
@@ -151,8 +180,8 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _some(names: Sequence[str]) -> str:
-    more = f" and {len(names) - _MOST} more" if len(names) > _MOST else ""
-    return ", ".join(names[:_MOST]) + more
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more
 
 
 def _finding(kind: str, source: Source, message: str, name: str = "", remedy: str = _REMEDY) -> Finding:

@@ -1,4 +1,4 @@
-"""How the run is meant to be made, as far as anybody has said."""
+"""How a run will be started, as far as it is known."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-_BLOCKS = {"fp16": "float16", "bf16": "bfloat16", "bfloat16": "bfloat16"}
+from hallo_numguard.files.formats.deepspeed_checkpoint import configured_dtype
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What is known of the run; None or empty where nothing is.
+class RunSpec:
+    """Facts about a run that will be started; None or empty where unknown.
 
     Attributes:
         world_size: Number of processes.
-        zero_stage: Of DeepSpeed's ZeRO.
-        dtype: That weights are trained in, such as "float16".
-        config: DeepSpeed's configuration.
-        param_groups: Hyperparameters of the optimizer's groups.
-        environment: Variables of the process that will train; None if this is not it.
+        zero_stage: ZeRO stage as given by the user.
+        dtype: Training dtype as given by the user, such as "float16".
+        config: DeepSpeed configuration.
+        param_groups: Hyperparameters of each parameter group of the optimizer.
+        environment: Environment variables of the training process; None outside of it.
     """
 
     world_size: int | None = None
@@ -31,7 +31,7 @@ class Plan:
 
     @property
     def stage(self) -> int | None:
-        """The stage of ZeRO: as was said, else the configuration's."""
+        """ZeRO stage as given, else that of the configuration."""
         if self.zero_stage is not None or not self.config:
             return self.zero_stage
         stage = block(self.config, "zero_optimization").get("stage", 0)
@@ -39,18 +39,16 @@ class Plan:
 
     @property
     def precision(self) -> str | None:
-        """The dtype: as was said, else the configuration's."""
-        if self.dtype is not None:
-            return self.dtype
-        return next((dtype for name, dtype in _BLOCKS.items() if is_on(self.config, name)), None)
+        """Training dtype as given, else that of the configuration."""
+        return configured_dtype(self.config) if self.dtype is None else self.dtype
 
 
 def block(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Returns a block of DeepSpeed's configuration; empty if there is none."""
+    """Returns a block of the DeepSpeed configuration; empty if there is none."""
     found = config.get(name)
     return found if isinstance(found, Mapping) else {}
 
 
-def is_on(config: Mapping[str, Any], name: str) -> bool:
-    """Returns whether a block is switched on. The "auto" of the Hugging Face Trainer is not known yet."""
+def is_enabled(config: Mapping[str, Any], name: str) -> bool:
+    """Returns whether a block is enabled. The "auto" of the Hugging Face Trainer is not decided yet."""
     return block(config, name).get("enabled") is True

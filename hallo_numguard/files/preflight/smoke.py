@@ -1,4 +1,4 @@
-"""One small batch, forward and backward, before training: nothing that training will see is changed."""
+"""A forward and backward pass on one small batch before training, which leaves everything unchanged."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from hallo_numguard.core.findings import Finding, PreflightReport
 from hallo_numguard.tracing.nested import floating_tensors_in
 from hallo_numguard.tracing.rerun import rerun, undisturbed
 
-_FAR = 2.0  # times the loss of then
+_MAX_LOSS_RATIO = 2.0  # to the loss when the checkpoint was saved
 
 LossFunction = Callable[[Any], torch.Tensor]
 
 
 class NoLoss(Exception):
-    """What the model returned has no loss in it, and no function was given that makes one."""
+    """The model's output has no loss, and no loss function was given."""
 
 
 @dataclass(frozen=True)
@@ -33,18 +33,16 @@ class _Pass:
 def check(
     module: nn.Module, call: Callable[[], Any], loss_fn: LossFunction | None, expected_loss: float | None
 ) -> PreflightReport:
-    """Makes a forward and a backward pass, and looks at every activation and gradient.
+    """Runs a forward and a backward pass, and checks every activation and gradient.
+
+    Three forward passes, and one to a few backward passes. Weights, buffers, gradients, random number generators and
+    the optimizer are left as they are.
 
     Args:
         module: The model.
-        call: Calls it with the batch.
-        loss_fn: Makes the loss of what it returned; left out, that has to be a loss, or have one as `loss`.
-        expected_loss: What the loss was when the checkpoint was saved.
-
-    Returns:
-        What was found. Weights, buffers, gradients, random numbers and optimizer are as before.
-
-    Cost: three forward passes and one to a few backward passes.
+        call: Calls the model with the batch, and returns its output.
+        loss_fn: Computes the loss from the output (default: the output, or its `loss`).
+        expected_loss: Loss when the checkpoint was saved.
     """
     try:
         first = _pass(module, call, loss_fn)
@@ -53,11 +51,13 @@ def check(
         return PreflightReport(unchecked=(f"Smoke step: {error}.",))
     except Exception as error:  # noqa: BLE001 - the model's own code, which would fail in training too
         message = f"the smoke step failed: {type(error).__name__}: {error}"
-        return PreflightReport((Finding("smoke", message, severity="error", remedy="Training would fail alike."),))
+        return PreflightReport(
+            (Finding("smoke", message, severity="error", remedy="Training would fail in the same way."),)
+        )
 
 
 def call_with(module: Callable[..., Any], batch: Any) -> Any:
-    """Calls a model with a batch: a dict is given by name, a tuple or list by place, all else as it is."""
+    """Calls a model with a batch: a dict as keyword arguments, a tuple or list as arguments, else as one argument."""
     if isinstance(batch, Mapping):
         return module(**batch)
     return module(*batch) if isinstance(batch, (tuple, list)) else module(batch)
@@ -81,32 +81,32 @@ def _loss(output: Any, loss_fn: LossFunction | None) -> torch.Tensor:
     elif loss_fn is None and not isinstance(output, torch.Tensor):
         loss = getattr(output, "loss", None)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        raise NoLoss("the model returns no loss: give loss_fn, which makes one of what it returns")
+        raise NoLoss("the model returns no loss: give loss_fn, which computes it from the output")
     return loss.reshape(())
 
 
 def _judge(module: nn.Module, call: Callable[[], Any], first: _Pass, expected_loss: float | None) -> PreflightReport:
     findings = []
     is_finite = math.isfinite(first.loss)
-    again = rerun(module, call, first.outputs, first.seeds, 1.0 if is_finite else None)
+    second = rerun(module, call, first.outputs, first.seeds, 1.0 if is_finite else None)
     if not is_finite:
-        where = f": {again.origin}" if again.origin is not None else ", and every module is: the loss function made it"
-        message = f"smoke step: the loss is {_words(first.loss)}{where}"
-        findings.append(_error(message, again.origin.name if again.origin is not None else ""))
-    elif again.origin is not None:
+        origin = second.origin or "every module's output is finite, so the loss function is the origin"
+        message = f"smoke step: the loss is {_words(first.loss)}: {origin}"
+        findings.append(_error(message, "" if second.origin is None else second.origin.name))
+    elif second.origin is not None:
         findings.append(
-            _error(f"smoke step: the loss is finite, its gradients are not: {again.origin}", again.origin.name)
+            _error(f"smoke step: the loss is finite, its gradients are not: {second.origin}", second.origin.name)
         )
-    elif expected_loss is not None and first.loss > _FAR * abs(expected_loss):
+    elif expected_loss is not None and first.loss > _MAX_LOSS_RATIO * abs(expected_loss):
         findings.append(
             Finding(
                 "smoke",
                 f"smoke step: the loss is {first.loss:.4g}, and was {expected_loss:.4g} when the checkpoint was saved",
-                remedy="Check that the weights were loaded (names, strict=False), and the batch against those of then.",
+                remedy="Check that the weights were loaded (names, strict=False), and that the batch is a normal one.",
             )
         )
-    if not again.same:
-        message = "smoke step: the model does not return the same for the same batch and random numbers"
+    if not second.same:
+        message = "smoke step: the model returns other values for the same batch and random numbers"
         findings.append(Finding("smoke", message, severity="info"))
     trained = sum(parameter.requires_grad for parameter in module.parameters())
     checked = f"Smoke step: loss {_words(first.loss)}; every activation, and the gradients of {trained} parameters"
@@ -114,7 +114,7 @@ def _judge(module: nn.Module, call: Callable[[], Any], first: _Pass, expected_lo
 
 
 def _error(message: str, name: str) -> Finding:
-    remedy = "Training would begin like this: look at that module's weights and at what it is given (ng.trace)."
+    remedy = "Training would begin like this: look at that module's weights and inputs (ng.trace)."
     return Finding("smoke", message, severity="error", name=name, remedy=remedy)
 
 

@@ -1,4 +1,4 @@
-"""Number of processes, stage of ZeRO and precision: those of the run to come against those of the checkpoint."""
+"""Number of processes, ZeRO stage and precision: those of the run against those of the checkpoint."""
 
 from __future__ import annotations
 
@@ -7,95 +7,98 @@ from typing import Any
 
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.files.formats import Source
-from hallo_numguard.files.preflight.run_spec import Plan
+from hallo_numguard.files.preflight.run_spec import RunSpec
 
 _UNIVERSAL = "convert it with DeepSpeed's ds_to_universal.py and set checkpoint.load_universal"
-_PLACES = {
-    "dp_world_size": "the files of the weights say {}",
-    "partition_count": "those of the optimizer say {}",
-    "optimizer_files": "{} files of the optimizer are there",
+_RANK_COUNTS = {  # metadata that should agree on the number of ranks, and how messages say it
+    "dp_world_size": "files with weights say {}",
+    "partition_count": "files with optimizer state say {}",
+    "optimizer_files": "{} files with optimizer state exist",
 }
 
 
-def check(source: Source, plan: Plan) -> list[Finding]:
-    """Returns where a checkpoint does not fit the run."""
+def check(source: Source, spec: RunSpec) -> list[Finding]:
+    """Checks whether a checkpoint fits the run."""
     if not source.layout.startswith("deepspeed"):
         return []
-    return [*_places_agree(source), *_world_size(source, plan), *_stage(source, plan), *_precision(source, plan)]
+    return [*_rank_counts(source), *_world_size(source, spec), *_stage(source, spec), *_precision(source, spec)]
 
 
-def data_parallel_size(source: Source) -> int | None:
-    """Returns the number of data-parallel ranks that wrote a checkpoint, as it says itself."""
-    for place in _PLACES:
-        number = source.metadata.get(place)
-        if type(number) is int and number > 0:
-            return number
-    return None
+def _data_parallel_size(source: Source) -> int | None:
+    """Number of data-parallel ranks that wrote a checkpoint, if known."""
+    counts = (source.metadata.get(key) for key in _RANK_COUNTS)
+    return next((count for count in counts if type(count) is int and count > 0), None)
 
 
-def _places_agree(source: Source) -> Iterator[Finding]:
+def _rank_counts(source: Source) -> Iterator[Finding]:
     if source.metadata.get("zero_stage") == 0:
         return
-    told = {place: source.metadata.get(place) for place in _PLACES}
-    known = {place: number for place, number in told.items() if type(number) is int}
-    parallel = _model_parallel_size(source)
+    counts = {key: source.metadata.get(key) for key in _RANK_COUNTS}
+    known = {key: count for key, count in counts.items() if type(count) is int}
     if "optimizer_files" in known:
-        known["optimizer_files"] //= parallel
+        known["optimizer_files"] //= _model_parallel_size(source)
     if len(set(known.values())) > 1:
-        words = ", ".join(_PLACES[place].format(number) for place, number in known.items())
+        words = ", ".join(_RANK_COUNTS[key].format(count) for key, count in known.items())
         yield Finding(
             "world_size",
-            f"{source.root.name} does not say with one voice how many ranks wrote it: {words}",
+            f"{source.root.name} contradicts itself about how many ranks wrote it: {words}",
             severity="error",
             file=str(source.root),
             remedy="Files of several checkpoints were mixed, or some are missing: copy the whole folder again.",
         )
 
 
-def _world_size(source: Source, plan: Plan) -> Iterator[Finding]:
-    saved = data_parallel_size(source)
-    if saved is None or plan.world_size is None:
+def _world_size(source: Source, spec: RunSpec) -> Iterator[Finding]:
+    saved, stage, file = _data_parallel_size(source), source.metadata.get("zero_stage"), str(source.root)
+    if saved is None:
         return
-    parallel = _model_parallel_size(source)
-    if plan.world_size == saved * parallel:
+    processes = saved * _model_parallel_size(source)
+    ranks = f"{source.root.name} was written by {saved} data-parallel ranks"
+    if spec.world_size is None and stage != 0:
+        yield Finding("world_size", f"{ranks}; the number of processes was not given", severity="info", file=file)
+    elif spec.world_size is None or spec.world_size == processes:
         return
-    if source.metadata.get("zero_stage") == 0:
-        message = f"{source.root.name} was written by {saved} data-parallel ranks, and the run has {plan.world_size}"
-        yield Finding("world_size", f"{message}: stage 0 does not mind", severity="info", file=str(source.root))
-        return
-    yield Finding(
-        "world_size",
-        f"{source.root.name} was written by {saved * parallel} processes (ZeRO stage "
-        f"{source.metadata.get('zero_stage')}), and the run has {plan.world_size}",
-        severity="error",
-        file=str(source.root),
-        remedy=f"Start with {saved * parallel} processes, or {_UNIVERSAL}.",
-    )
+    elif stage == 0:
+        message = f"{ranks}, and the run has {spec.world_size}: stage 0 can be loaded by any number"
+        yield Finding("world_size", message, severity="info", file=file)
+    else:
+        yield Finding(
+            "world_size",
+            f"{source.root.name} was written by {processes} processes (ZeRO stage {stage}), and the run has "
+            f"{spec.world_size}",
+            severity="error",
+            file=file,
+            remedy=f"Start with {processes} processes, or {_UNIVERSAL}.",
+        )
 
 
-def _stage(source: Source, plan: Plan) -> Iterator[Finding]:
-    saved, wanted = source.metadata.get("zero_stage"), plan.stage
-    if saved is None or wanted is None or saved == wanted:
+def _stage(source: Source, spec: RunSpec) -> Iterator[Finding]:
+    saved, expected = source.metadata.get("zero_stage"), spec.stage
+    if saved is None or expected is None or saved == expected:
         return
     yield Finding(
         "zero_stage",
-        f"{source.root.name} was written with ZeRO stage {saved}, and the run has stage {wanted}",
+        f"{source.root.name} was written with ZeRO stage {saved}, and the run has stage {expected}",
         severity="error",
         file=str(source.root),
         remedy=f"Set zero_optimization.stage to {saved}, or {_UNIVERSAL}.",
     )
 
 
-def _precision(source: Source, plan: Plan) -> Iterator[Finding]:
+def _precision(source: Source, spec: RunSpec) -> Iterator[Finding]:
     saved: Any = source.metadata.get("dtype")
-    wanted = plan.precision
-    if not isinstance(saved, str) or wanted is None or saved.removeprefix("torch.") == wanted.removeprefix("torch."):
+    expected = spec.precision
+    if (
+        not isinstance(saved, str)
+        or expected is None
+        or saved.removeprefix("torch.") == expected.removeprefix("torch.")
+    ):
         return
     yield Finding(
         "dtype",
-        f"{source.root.name} was trained in {saved}, and the run is in {wanted}",
+        f"{source.root.name} was trained in {saved}, and the run is in {expected}",
         file=str(source.root),
-        remedy="Train in the same dtype, or load weights only: the optimizer's state is of another kind.",
+        remedy="Train in the same dtype, or load weights only: the optimizer state does not fit.",
     )
 
 

@@ -1,1 +1,1 @@
-"""What the values in files are: one read of a file for digests, records and pages, and the rules that judge them."""
+"""Tensor values in files: one read of a file for statistics, digests and pages, and the rules that judge them."""

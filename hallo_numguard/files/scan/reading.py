@@ -1,8 +1,8 @@
-"""One read of a file for everything: the record of every tensor, digests, checksums, and what its pages look like.
+"""One read of a file for everything: statistics of every tensor, digests, checksums, and pages of zeros or repeats.
 
-A file is cut into spans. A thread reads a span into a buffer that it uses again and again, so that it stays in the
-cache, and all that is wanted of these bytes is computed from there. Parts of a tensor are put together in the order in
-which they lie in the file: results do not depend on the number of threads.
+The file is divided into spans. A thread reads a span into a buffer that it reuses, so that the bytes stay in the cache
+while everything is computed from them. Parts of a tensor are merged in file order: results do not depend on the number
+of threads.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import torch
 from hallo_numguard.core.records import Record
 from hallo_numguard.files.formats.file_access import opened
 from hallo_numguard.files.formats.source import Checksum, DamagedFile, TensorEntry
-from hallo_numguard.files.scan import crc
 from hallo_numguard.files.scan.pages import Pages
 from hallo_numguard.ops import dispatch
 from hallo_numguard.ops.api import multi_tensor_stats
@@ -29,32 +28,55 @@ from hallo_numguard.ops.backends import cpu as native
 from hallo_numguard.ops.formats import FORMATS
 from hallo_numguard.ops.table import StatsTable
 
-_SMALL_SPAN, _LARGE_SPAN = 1 << 20, 8 << 20  # bytes; the larger, the more seldom threads wait for the interpreter
-_SPANS = 64  # of a file between those two, so that no thread is left alone at the end
-_MARGIN = 16  # bytes after a span that are read with it, for an element that begins in it and ends behind it
-_MOST_READS = 8  # times the size of the file that overlapping tensors may take together
+crc32_combine: Callable[[int, int, int], int] | None
+try:
+    from isal.isal_zlib import crc32, crc32_combine  # five times as fast
+except ImportError:
+    from zlib import crc32
+
+    crc32_combine = None
+
+_MIN_SPAN_BYTES, _MAX_SPAN_BYTES = 1 << 20, 8 << 20  # large spans: threads wait less often for the interpreter lock
+_SPANS_PER_FILE = 64  # between those bounds, so that all threads have work until the end
+_MARGIN = 16  # bytes read beyond a span, for an element that begins in it and ends behind it
+_MAX_OVERLAP = 8  # times the size of the file that its tensors may add up to
+_DISK_REMEDY = "Check the disk (dmesg, smartctl) and copy the file from elsewhere."
 _EMPTY = Record(nan=0, pos_inf=0, neg_inf=0, absmax=0.0, sumsq=0.0, first_nonfinite=-1)
 
 
 @dataclass(frozen=True)
-class FileFacts:
-    """What a read of a file has found.
+class ScannedTensor:
+    """A tensor whose bytes were read.
 
     Attributes:
-        path, nbytes: Of the file.
-        digests: Hexadecimal, by the name of the algorithm.
-        records: In the order of the entries; None for a dtype that the kernels do not read (integers).
-        tensor_digests: Hexadecimal, in the order of the entries; empty if they were not asked for.
-        mismatches: Checksums that are not those of the bytes.
-        zero_pages: Runs of 4 KiB pages that are all zeros, where tensors of floats lie: offset and number of bytes.
-        repeated_pages: Runs of pages that are the same as others before: offset, offset of the other, number of bytes.
+        entry: Where it lies.
+        record: Statistics of its values; None for dtypes without NaN (integers).
+        digest: Hexadecimal digest of its bytes, "" if none was asked for.
+    """
+
+    entry: TensorEntry
+    record: Record | None
+    digest: str = ""
+
+
+@dataclass(frozen=True)
+class ScannedFile:
+    """A file that was read.
+
+    Attributes:
+        path: The file.
+        nbytes: Its size.
+        digests: Hexadecimal digests of the whole file, by algorithm.
+        tensors: Its tensors, in the order of the entries.
+        mismatches: Stored checksums that differ from those of the bytes.
+        zero_pages: Runs of 4 KiB pages that are all zeros: offset and number of bytes.
+        repeated_pages: Runs of pages equal to earlier ones: offset, offset of the earlier ones, number of bytes.
     """
 
     path: Path
     nbytes: int
     digests: Mapping[str, str]
-    records: tuple[Record | None, ...]
-    tensor_digests: tuple[str, ...] = ()
+    tensors: tuple[ScannedTensor, ...]
     mismatches: tuple[Checksum, ...] = ()
     zero_pages: tuple[tuple[int, int], ...] = ()
     repeated_pages: tuple[tuple[int, int, int], ...] = ()
@@ -69,42 +91,45 @@ def read_file(
     checksums: Sequence[Checksum] = (),
     threads: int | None = None,
     progress: Callable[[int], object] | None = None,
-) -> FileFacts:
-    """Reads a file once, and returns all that was asked for.
+) -> ScannedFile:
+    """Reads a file once.
+
+    Every byte is read once, and repeated pages once more. Memory: a buffer of 1 to 8 MiB per thread, and
+    8 bytes per page. Digests are sequential: with them spans are read in order, and computed on in parallel.
 
     Args:
-        path: Of the file.
-        entries: Of the tensors in it.
-        hashes: Algorithms of `hashlib`, or "blake3" if that is installed; for the whole file.
-        tensor_hash: Likewise, for each entry's bytes; None for no digests of tensors.
-        checksums: That the file holds of its parts.
-        threads: That read and compute; as many as there are CPUs if left out.
-        progress: Called with numbers of bytes as they are read.
+        path: The file.
+        entries: Tensors in it.
+        hashes: Digests of the whole file: names from `hashlib`, or "blake3" if that is installed.
+        tensor_hash: Digest of each tensor's bytes (default: none).
+        checksums: Checksums that the file stores for parts of itself.
+        threads: Reader threads (default: number of CPUs).
+        progress: Called with each number of bytes read.
 
     Raises:
-        DamagedFile: If the file is no regular file, is shorter than its tensors, or shrinks while it is read.
-        OSError: If the disk fails.
-
-    Cost: every byte is read once (again only where a page looks like another); `threads` buffers of 1 to 8 MiB, and
-    8 bytes a page. Digests are sequential: with them, spans are read in order, and computed on in parallel.
+        DamagedFile: If it cannot be read, is no regular file, is shorter than its tensors, or shrinks meanwhile.
     """
     with opened(path) as descriptor:
         size = os.fstat(descriptor).st_size
-        reading = _Reading(descriptor, size, entries, checksums, progress or (lambda nbytes: None))
+        reader = _SpanReader(descriptor, size, entries, checksums, progress or (lambda nbytes: None))
         workers = threads or len(os.sched_getaffinity(0))
-        if hashes or tensor_hash:
-            digests = _in_order(reading, workers, hashes, tensor_hash)
-        else:
-            _in_any_order(reading, workers)
-            digests = _Digests({}, [])
-        zero, repeated = reading.pages.runs(descriptor)
-    return FileFacts(
+        digests = _Digests(hashes, [tensor_hash] * len(entries) if tensor_hash else [])
+        try:
+            if hashes or tensor_hash or (checksums and crc32_combine is None):
+                _read_in_order(reader, workers, digests)
+            else:
+                _read_in_any_order(reader, workers)
+            zero, repeated = reader.pages.runs(descriptor)
+        except OSError as error:
+            cause = f"cannot be read: {error.strerror}"
+            raise DamagedFile(cause, kind="unreadable_file", remedy=_DISK_REMEDY) from error
+    tensor_digests = [hasher.hexdigest() for hasher in digests.tensors] or [""] * len(entries)
+    return ScannedFile(
         path,
         size,
         {name: hasher.hexdigest() for name, hasher in digests.whole.items()},
-        reading.records(),
-        tuple(hasher.hexdigest() for hasher in digests.tensors),
-        reading.mismatches(),
+        tuple(map(ScannedTensor, entries, reader.records(), tensor_digests)),
+        reader.mismatches(),
         zero,
         repeated,
     )
@@ -112,7 +137,7 @@ def read_file(
 
 @dataclass(frozen=True)
 class _Run:
-    """Bytes of the file that hold elements of one dtype; several entries may share it."""
+    """Bytes of the file that hold elements of one dtype; several entries may share them."""
 
     offset: int
     nbytes: int
@@ -121,15 +146,21 @@ class _Run:
 
 @dataclass
 class _Span:
+    """Part of the file that is read at once, and the rows of the runs, checksums and entries that it touches."""
+
     begin: int
     end: int
     runs: list[int] = field(default_factory=list)
     checksums: list[int] = field(default_factory=list)
     entries: list[int] = field(default_factory=list)
 
+    def overlap(self, offset: int, nbytes: int) -> tuple[int, int]:
+        """Returns where a run of bytes begins and ends inside the span, counted from the span's begin."""
+        return max(self.begin, offset) - self.begin, min(self.end, offset + nbytes) - self.begin
 
-class _Reading:
-    """The spans of a file, and what was computed of them so far. Threads call `fill` and `compute` on their own."""
+
+class _SpanReader:
+    """The spans of a file, and what was computed from them so far. Threads call its methods on different spans."""
 
     def __init__(
         self,
@@ -146,12 +177,14 @@ class _Reading:
         self.only_scans = not checksums and dispatch.runs_natively("cpu")
         self._checksums = checksums
         self._progress = progress
-        self._run_of_entry = [_run(entry) for entry in entries]
+        self._run_of_entry = [
+            _Run(entry.offset, entry.nbytes, entry.dtype) if entry.dtype in FORMATS else None for entry in entries
+        ]
         self._runs = list(dict.fromkeys(run for run in self._run_of_entry if run is not None))
-        self._check_runs()
+        self._check_extent()
         self._tables: list[tuple[list[tuple[int, int]], StatsTable, int]] = []
         self._crcs: dict[int, list[tuple[int, int, int]]] = {row: [] for row in range(len(checksums))}
-        self.span_bytes = min(max(size // _SPANS >> 20 << 20, _SMALL_SPAN), _LARGE_SPAN)
+        self.span_bytes = min(max(size // _SPANS_PER_FILE >> 20 << 20, _MIN_SPAN_BYTES), _MAX_SPAN_BYTES)
         self.spans = [_Span(begin, min(begin + self.span_bytes, size)) for begin in range(0, size, self.span_bytes)]
         for row, run in enumerate(self._runs):
             for span in self._touched(run.offset, run.nbytes):
@@ -163,24 +196,26 @@ class _Reading:
             for span in self._touched(entry.offset, entry.nbytes):
                 span.entries.append(row)
 
+    def buffer(self) -> memoryview:
+        """Returns a buffer for a span."""
+        return memoryview(bytearray(self.span_bytes + _MARGIN))
+
     def fill(self, buffer: memoryview, span: _Span) -> None:
-        """Reads a span, and a few bytes more where there are some."""
+        """Reads a span, and the margin behind it where the file goes on."""
         wanted = min(span.end + _MARGIN, self.size) - span.begin
         done = 0
         while done < wanted:
-            got = os.preadv(self.descriptor, [buffer[done:wanted]], span.begin + done)
-            if got == 0:
-                raise DamagedFile(
-                    "became shorter while it was read", remedy="Wait until it is written, then look again."
-                )
-            done += got
+            nbytes = os.preadv(self.descriptor, [buffer[done:wanted]], span.begin + done)
+            if nbytes == 0:
+                raise _shrunk()
+            done += nbytes
         self._progress(span.end - span.begin)
 
     def scan(self, span: _Span) -> None:
-        """Reads a span and scans it block by block in one call, where nothing else has to see its bytes."""
-        words = self.pages.words(span.begin, span.end)
+        """Reads and scans a span block by block in one native call, for files without checksums."""
         runs = [self._runs[row] for row in span.runs]
         places = [(run.offset, run.nbytes // run.dtype.itemsize, run.dtype) for run in runs]
+        words = self.pages.words(span.begin, span.end)
         try:
             packed = native.scan_file(self.descriptor, span.begin, span.end, places, words)
         except EOFError:
@@ -189,17 +224,19 @@ class _Reading:
         self._progress(span.end - span.begin)
 
     def compute(self, buffer: memoryview, span: _Span) -> None:
-        """Adds what the bytes of a span tell, but for digests."""
+        """Computes everything but digests from the bytes of a span."""
         self._measure(buffer, span)
-        self.pages.look(buffer, span.begin, span.end)
+        self.pages.add(buffer, span.begin, span.end)
         for row in span.checksums:
-            checksum = self._checksums[row]
-            begin, end = _within(span, checksum.offset, checksum.nbytes)
-            value = crc.crc32(buffer[begin - span.begin : end - span.begin])
-            self._crcs[row].append((begin, end - begin, value))
+            begin, end = span.overlap(self._checksums[row].offset, self._checksums[row].nbytes)
+            parts = self._crcs[row]
+            if crc32_combine is None:  # spans come in order
+                parts[:] = [(0, 0, crc32(buffer[begin:end], parts[0][2] if parts else 0))]
+            else:
+                parts.append((span.begin, end - begin, crc32(buffer[begin:end])))
 
     def records(self) -> tuple[Record | None, ...]:
-        """The record of every entry."""
+        """Returns the record of every entry."""
         parts: list[list[tuple[int, Record]]] = [[] for _ in self._runs]
         for places, table, _ in sorted(self._tables, key=lambda item: item[2]):
             for (row, first), record in zip(places, table.to_host(), strict=True):
@@ -208,9 +245,8 @@ class _Reading:
         return tuple(None if run is None else merged[run] for run in self._run_of_entry)
 
     def mismatches(self) -> tuple[Checksum, ...]:
-        """Checksums that are not those of the bytes that were read."""
-        parts = ([(nbytes, value) for _, nbytes, value in sorted(self._crcs[row])] for row in self._crcs)
-        return tuple(c for c, part in zip(self._checksums, parts, strict=True) if crc.joined(part) != c.crc32)
+        """Returns the checksums that differ from those of the bytes."""
+        return tuple(c for row, c in enumerate(self._checksums) if _combined(sorted(self._crcs[row])) != c.crc32)
 
     def _measure(self, buffer: memoryview, span: _Span) -> None:
         """Scans the elements that begin in a span."""
@@ -231,76 +267,75 @@ class _Reading:
         if nbytes > 0:
             yield from self.spans[offset // self.span_bytes : (offset + nbytes - 1) // self.span_bytes + 1]
 
-    def _check_runs(self) -> None:
+    def _check_extent(self) -> None:
         if any(entry.offset < 0 or entry.offset + entry.nbytes > self.size for entry in self.entries):
             raise DamagedFile("is shorter than its tensors")
-        if sum(run.nbytes for run in self._runs) > _MOST_READS * self.size:
+        if sum(run.nbytes for run in self._runs) > _MAX_OVERLAP * self.size:
             raise DamagedFile("has tensors that overlap each other many times over")
 
 
-@dataclass
 class _Digests:
-    whole: dict[str, Any]
-    tensors: list[Any]
+    """Hashers of the whole file, by algorithm, and of each tensor."""
+
+    def __init__(self, whole: Sequence[str], tensors: Sequence[str]) -> None:
+        self.whole = {name: _hasher(name) for name in whole}
+        self.tensors = [_hasher(name) for name in tensors]
 
     def add_whole(self, name: str, data: memoryview) -> None:
         self.whole[name].update(data)
 
     def add_tensors(self, entries: Sequence[TensorEntry], buffer: memoryview, span: _Span) -> None:
         for row in span.entries:
-            begin, end = _within(span, entries[row].offset, entries[row].nbytes)
-            self.tensors[row].update(buffer[begin - span.begin : end - span.begin])
+            begin, end = span.overlap(entries[row].offset, entries[row].nbytes)
+            self.tensors[row].update(buffer[begin:end])
 
 
-def _in_any_order(reading: _Reading, workers: int) -> None:
+def _read_in_any_order(reader: _SpanReader, workers: int) -> None:
     """Every thread takes the next span, reads it and computes on it."""
-    spans = iter(reading.spans)
+    spans = iter(reader.spans)
     lock = threading.Lock()
 
     def take() -> _Span | None:
         with lock:
             return next(spans, None)
 
-    def work() -> None:
-        buffer = _buffer(reading)
+    def read_and_compute() -> None:
+        buffer = reader.buffer()
         while (span := take()) is not None:
-            reading.fill(buffer, span)
-            reading.compute(buffer, span)
+            reader.fill(buffer, span)
+            reader.compute(buffer, span)
 
     def scan() -> None:
         while (span := take()) is not None:
-            reading.scan(span)
+            reader.scan(span)
 
     with _pool(workers) as pool:
-        job = scan if reading.only_scans else work
-        for future in [pool.submit(job) for _ in range(min(workers, len(reading.spans)))]:
+        job = scan if reader.only_scans else read_and_compute
+        for future in [pool.submit(job) for _ in range(min(workers, len(reader.spans)))]:
             future.result()
 
 
-def _in_order(reading: _Reading, workers: int, hashes: Sequence[str], tensor_hash: str | None) -> _Digests:
-    """Reads one span after the other; while the next is read, the pool computes on the one before."""
-    tensors = [_hasher(tensor_hash) for _ in reading.entries] if tensor_hash else []
-    digests = _Digests({name: _hasher(name) for name in hashes}, tensors)
-    buffers = (_buffer(reading), _buffer(reading))
+def _read_in_order(reader: _SpanReader, workers: int, digests: _Digests) -> None:
+    """Reads one span after the other; while the next is read, the pool computes on the previous one."""
+    buffers = (reader.buffer(), reader.buffer())
     pending: list[Future[None]] = []
     with _pool(workers) as pool:
-        for number, span in enumerate(reading.spans):
+        for number, span in enumerate(reader.spans):
             buffer = buffers[number % 2]
-            reading.fill(buffer, span)
+            reader.fill(buffer, span)
             for future in pending:
                 future.result()
             data = buffer[: span.end - span.begin]
-            pending = [pool.submit(digests.add_whole, name, data) for name in hashes]
-            if tensor_hash:
-                pending.append(pool.submit(digests.add_tensors, reading.entries, buffer, span))
-            pending.append(pool.submit(reading.compute, buffer, span))
+            pending = [pool.submit(digests.add_whole, name, data) for name in digests.whole]
+            if digests.tensors:
+                pending.append(pool.submit(digests.add_tensors, reader.entries, buffer, span))
+            pending.append(pool.submit(reader.compute, buffer, span))
         for future in pending:
             future.result()
-    return digests
 
 
 def _shrunk() -> DamagedFile:
-    return DamagedFile("became shorter while it was read", remedy="Wait until it is written, then look again.")
+    return DamagedFile("became shorter while it was read", remedy="Wait until it is completely written, and try again.")
 
 
 def _pool(workers: int) -> ThreadPoolExecutor:
@@ -315,21 +350,17 @@ def _hasher(name: str) -> Any:
     return hashlib.new(name, usedforsecurity=False)
 
 
-def _buffer(reading: _Reading) -> memoryview:
-    return memoryview(bytearray(reading.span_bytes + _MARGIN))
-
-
-def _run(entry: TensorEntry) -> _Run | None:
-    return _Run(entry.offset, entry.nbytes, entry.dtype) if entry.dtype in FORMATS else None
-
-
-def _within(span: _Span, offset: int, nbytes: int) -> tuple[int, int]:
-    """Where the bytes of a run begin and end that lie in a span."""
-    return max(span.begin, offset), min(span.end, offset + nbytes)
+def _combined(parts: Sequence[tuple[int, int, int]]) -> int:
+    """The CRC-32 of consecutive parts, each given as offset, number of bytes and CRC-32."""
+    total = parts[0][2] if parts else 0
+    if crc32_combine is not None:  # else the one part is the sum of all
+        for _, nbytes, value in parts[1:]:
+            total = crc32_combine(total, value, nbytes)
+    return total
 
 
 def _merged(parts: list[tuple[int, Record]]) -> Record:
-    """The record of all parts in order, each with the position that its indices count from (as `csrc/record.h`)."""
+    """The record of consecutive parts, each given with the position that its indices count from (csrc/record.h)."""
     total = _EMPTY
     for first, part in parts:
         position = total.first_nonfinite

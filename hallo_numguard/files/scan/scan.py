@@ -1,4 +1,4 @@
-"""The values of files: `scan` reads all of them once and says what no healthy model holds."""
+"""`scan`: reads every tensor value of files and folders once, and reports what no healthy model holds."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from pathlib import Path
 import torch
 
 from hallo_numguard.core.errors import InvalidInput
-from hallo_numguard.core.findings import Finding, PreflightReport, by_severity, merge
+from hallo_numguard.core.findings import PreflightReport, by_severity, merge
 from hallo_numguard.files.formats import DamagedFile, Source, TensorEntry, UnknownLayout, open_source
-from hallo_numguard.files.scan.reading import FileFacts, read_file
-from hallo_numguard.files.scan.value_rules import Measured, judge
+from hallo_numguard.files.formats.file_access import file_size
+from hallo_numguard.files.scan.reading import ScannedFile, read_file
+from hallo_numguard.files.scan.value_rules import judge
 
 Progress = Callable[[int, int], object]
-_DISK_REMEDY = "Check the disk (dmesg, smartctl) and copy the file from elsewhere."
 
 
 def scan(
@@ -24,34 +24,34 @@ def scan(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> PreflightReport:
-    """Reads every tensor of files and folders, and reports what is damaged.
+    """Reads every tensor of files and folders, and reports damage.
 
-    Finds NaN, infinity, values that the training dtype cannot hold, weights that are all zeros, pages of zeros or of
-    another place, values far above those of other layers, dtypes that differ between layers, bytes that are not those
-    of the checksum; and all that is wrong with the structure of a file. See docs/preflight.md for what it cannot see.
+    Finds NaN and infinity, values that overflow the training dtype, weights that are all zeros, zeroed or misplaced
+    pages, values far above those of other layers, dtypes that differ between layers, checksum errors, and damage to
+    the structure of a file. docs/preflight.md says what it cannot see.
+
+    Reads every file once, with up to 8 MiB of memory per thread and 8 bytes per 4 KiB page. Runs no code from the
+    files.
 
     Args:
-        paths: Files of weights, and folders of models or checkpoints, in any layout that `open_source` knows.
-        dtype: That the weights will be trained in, such as "float16"; what the configuration beside them says if left
-            out.
-        threads: That read and compute; as many as there are CPUs if left out.
-        progress: Called with the number of bytes just read and of all bytes.
+        paths: Files of weights, and folders of models or checkpoints.
+        dtype: Training dtype, such as "float16" (default: that of the configuration beside the weights).
+        threads: Reader threads (default: number of CPUs).
+        progress: Called with the number of bytes just read, and the total.
 
     Returns:
-        What was found, checked and not checked. Its `exit_code` is 0, 1 or 2.
+        Report with findings; its `exit_code` is 0 without errors and warnings, 1 with some, 2 if a path was not read.
 
     Raises:
-        InvalidInput: If `dtype` is no dtype of floats.
-
-    Cost: one read of every file; up to 8 MiB a thread and 8 bytes a page. No foreign code runs.
+        InvalidInput: If `dtype` is not a floating-point dtype.
     """
-    wanted = as_dtype(dtype)
+    training_dtype = as_dtype(dtype)
     opened, unchecked = open_all(map(Path, paths))
-    return merge([scan_opened(opened, wanted, threads, progress), PreflightReport(unchecked=unchecked)])
+    return merge([scan_opened(opened, training_dtype, threads, progress), PreflightReport(unchecked=unchecked)])
 
 
 def open_all(paths: Iterable[Path]) -> tuple[list[Source], tuple[str, ...]]:
-    """Returns the sources at the paths, and a sentence for each path that cannot be read or that no reader knows."""
+    """Returns the sources at the paths, and a sentence for each path that cannot be read."""
     opened: list[Source] = []
     unchecked = []
     for path in paths:
@@ -65,30 +65,33 @@ def open_all(paths: Iterable[Path]) -> tuple[list[Source], tuple[str, ...]]:
 
 
 def scan_opened(
-    opened: Sequence[Source], dtype: torch.dtype | None, threads: int | None, progress: Progress | None
+    opened: Sequence[Source],
+    dtype: torch.dtype | None = None,
+    threads: int | None = None,
+    progress: Progress | None = None,
 ) -> PreflightReport:
-    """Scans sources that are open already; see `scan`."""
-    total = sum(_size(file) for source in opened for file in _by_file(source.entries))
+    """Scans sources that were opened before. See `scan`."""
+    total = sum(file_size(file) for source in opened for file in _by_file(source.entries))
     report = progress or (lambda done, of: None)
     return merge([_scan(source, dtype, threads, lambda done: report(done, total)) for source in opened])
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    """Returns the dtype of that name.
+    """Returns the floating-point dtype with a name; None for None.
 
     Raises:
-        InvalidInput: If there is none, or it is none of floats.
+        InvalidInput: If no floating-point dtype has that name.
     """
-    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
-    if found is None and dtype is None:
+    if dtype is None:
         return None
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
-        raise InvalidInput(f"expected a dtype of floats such as float16 or bfloat16, got {dtype}")
+        raise InvalidInput(f"expected a floating-point dtype such as float16 or bfloat16, got {dtype}")
     return found
 
 
-def training_dtype(source: Source) -> torch.dtype | None:
-    """Returns the dtype that the configuration in a source asks for; None if it does not, or names none."""
+def _configured_dtype(source: Source) -> torch.dtype | None:
+    """The dtype in the configuration of a model or checkpoint; None if it names no floating-point dtype."""
     try:
         return as_dtype(source.metadata.get("dtype"))
     except (InvalidInput, AttributeError):
@@ -99,33 +102,15 @@ def _scan(
     source: Source, dtype: torch.dtype | None, threads: int | None, progress: Callable[[int], object]
 ) -> PreflightReport:
     findings = list(source.findings)
-    facts: list[FileFacts] = []
-    measured: list[Measured] = []
-    skipped: list[TensorEntry] = []
+    files: list[ScannedFile] = []
     for file, entries in _by_file(source.entries).items():
+        checksums = [checksum for checksum in source.checksums if checksum.file == file]
         try:
-            fact = read_file(
-                file,
-                entries,
-                (),
-                checksums=[checksum for checksum in source.checksums if checksum.file == file],
-                threads=threads,
-                progress=progress,
-            )
+            files.append(read_file(file, entries, (), checksums=checksums, threads=threads, progress=progress))
         except DamagedFile as error:
             findings.append(error.finding(file))
-            continue
-        except OSError as error:
-            findings.append(_unreadable(file, error))
-            continue
-        facts.append(fact)
-        for entry, record in zip(entries, fact.records, strict=True):
-            if record is None:
-                skipped.append(entry)
-            else:
-                measured.append(Measured(entry, record))
-    findings += judge(measured, facts, dtype or training_dtype(source))
-    return PreflightReport(by_severity(findings), (_checked(source, measured, skipped, facts),), source.unchecked)
+    findings += judge(files, dtype or _configured_dtype(source))
+    return PreflightReport(by_severity(findings), (_summary(source, files),), source.unchecked)
 
 
 def _by_file(entries: Iterable[TensorEntry]) -> dict[Path, list[TensorEntry]]:
@@ -135,22 +120,13 @@ def _by_file(entries: Iterable[TensorEntry]) -> dict[Path, list[TensorEntry]]:
     return files
 
 
-def _checked(source: Source, measured: list[Measured], skipped: list[TensorEntry], facts: list[FileFacts]) -> str:
-    nbytes = sum(fact.nbytes for fact in facts)
-    integers = f", and {len(skipped)} of integers, whose values can be anything" if skipped else ""
-    return (
-        f"{source.root} ({source.layout}): {len(measured)} tensors of floats{integers}, "
-        f"in {len(facts)} files of {nbytes / 1e6:,.1f} MB"
+def _summary(source: Source, files: Sequence[ScannedFile]) -> str:
+    has_record = [tensor.record is not None for file in files for tensor in file.tensors]
+    nbytes = sum(file.nbytes for file in files)
+    integers = (
+        f", and {has_record.count(False)} of integers, whose values can be anything" if False in has_record else ""
     )
-
-
-def _unreadable(file: Path, error: OSError) -> Finding:
-    message = f"{file.name}: cannot be read: {error.strerror}"
-    return Finding("unreadable", message, severity="error", file=str(file), remedy=_DISK_REMEDY)
-
-
-def _size(file: Path) -> int:
-    try:
-        return file.stat().st_size
-    except OSError:
-        return 0
+    return (
+        f"{source.root} ({source.layout}): {has_record.count(True)} tensors of floats{integers}, "
+        f"in {len(files)} files of {nbytes / 1e6:,.1f} MB"
+    )

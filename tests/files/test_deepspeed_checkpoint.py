@@ -183,3 +183,20 @@ def test_checkpoints_of_one_and_of_two_ranks_have_the_same_tensors(one_rank: Pat
     kinds = {finding.kind for finding in report.findings if "rank 1" not in finding.message}
     assert kinds == {"values_differ"}  # two ranks were given twice as many samples
     assert len([finding for finding in report.findings if finding.message.startswith("fp32 of ")]) == 7
+
+
+def test_preflight_compares_ranks_with_the_run_and_finds_that_one_file_is_gone(two_ranks: Path, tmp_path: Path) -> None:
+    folder = copied(two_ranks / "stage2-fp16", tmp_path)
+
+    def found(kind: str, world_size: int) -> list[str]:
+        findings = ng.preflight(checkpoint=folder, world_size=world_size).findings
+        return [finding.message for finding in findings if finding.kind == kind]
+
+    assert ng.preflight(checkpoint=folder, world_size=2).ok
+    (wrong,) = found("world_size", 1)
+    assert "written by 2 processes" in wrong
+    next(folder.rglob("*rank_1_*optim_states.pt")).unlink()
+    assert found("missing_shard", 2)
+    assert "holds 364 of the 384 elements of exp_avg of hidden.weight" in "".join(found("incomplete_state", 2))
+    (contradiction,) = found("world_size", 2)
+    assert "contradicts itself" in contradiction

@@ -60,11 +60,6 @@ def test_a_run_goes_back_bit_for_bit(keeper):
     assert saved.meta.rng != keeper.save(run, step=2).meta.rng, "other random numbers were drawn since"
 
 
-def test_sha256sum_agrees(keeper):
-    saved = keeper.save(make_run(), step=1)
-    subprocess.run(["sha256sum", "-c", "--strict", "SHA256SUMS"], cwd=saved.path, check=True, capture_output=True)
-
-
 def test_it_is_healthy_after_enough_clean_steps_in_a_row(keeper):
     saved = keeper.save(make_run(), step=1)
     assert keeper.latest_healthy() is None
@@ -99,7 +94,7 @@ def test_a_manifest_that_was_written_anew_is_no_proof(keeper, caplog):
     torch.save(nn.Linear(2, 2).state_dict(), saved.path / "model.pt")
     ng.write_manifest(saved.path)
     assert keeper.latest_healthy() is None
-    assert "its manifest is another than when it was looked at" in caplog.text
+    assert "its manifest has changed since it was checked" in caplog.text
 
 
 def test_one_that_was_changed_is_passed_over_and_it_says_why(keeper, caplog):
