@@ -25,19 +25,15 @@ ERROR_SCHEMA_VERSION = 1
 _CANNOT_CHECK = 2
 _INTERRUPTED = 130  # as shells count: 128 and the number of the signal
 
-_EPILOG = (
-    epilog(
-        "preflight --model model/ --checkpoint run/ --world-size 8",
-        "scan model.safetensors --dtype float16",
-        "report dump/*.json --html report.html",
-    )
-    + """
-
-\b
+_EXAMPLES = epilog(
+    "preflight --model model/ --checkpoint run/ --world-size 8",
+    "scan model.safetensors --dtype float16",
+    "report dump/*.json --html report.html",
+)
+_COMPLETION = """\b
 Shell completion, for ~/.bashrc (zsh and fish: zsh_source, fish_source):
   eval "$(_HALLO_NUMGUARD_COMPLETE=bash_source hallo-numguard)"
 """
-)
 
 
 class Commands(click.Group):
@@ -87,7 +83,7 @@ def _fail(message: str, code: int, is_json: bool) -> NoReturn:
 
 @click.group(
     cls=Commands,
-    epilog=_EPILOG,
+    epilog=f"{_EXAMPLES}\n\n{_COMPLETION}",
     context_settings={"help_option_names": ["-h", "--help"], "show_default": True, "max_content_width": 100},
 )
 @click.version_option(__version__)

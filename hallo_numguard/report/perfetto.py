@@ -77,7 +77,7 @@ def _calls(named: NamedTrace, process: int) -> Iterator[Event]:
         forward = spans[frame.position]
         yield _call(frame, process, _FORWARD, forward, _FORWARD_PARTS)
         if any(getattr(frame, part) for part in _BACKWARD_PARTS):
-            # What was called last is the first to be gone back through.
+            # The backward pass begins with the last call.
             backward = _Span(2 * last - forward.end, 2 * last - forward.begin)
             yield _call(frame, process, _BACKWARD, backward, _BACKWARD_PARTS)
     yield from _origin(trace, process, spans, last)

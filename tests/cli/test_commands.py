@@ -22,7 +22,7 @@ def run(*arguments):
 
 
 def test_every_file_is_a_command():
-    assert FILES == ["diff", "env", "manifest", "preflight", "report", "scan", "verify"]
+    assert {"diff", "env", "manifest", "preflight", "report", "scan", "verify"} <= set(FILES)
     assert cli.main.list_commands(None) == FILES
     assert [cli.main.get_command(None, name).name for name in FILES] == FILES
     assert cli.main.get_command(None, "_shared") is None

@@ -122,7 +122,7 @@
     };
   }
 
-  // What is not finite stands at the top of its panel.
+  // Non-finite values stand at the top of their panel.
   function marksOf(line, label) {
     const top = line.values.some((value) => value > 0) ? highest(positive(line.values)) : 1;
     return {
