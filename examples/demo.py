@@ -30,7 +30,7 @@ from rich.text import Text
 
 import hallo_numguard as ng
 from hallo_numguard.core.safe_text import printable
-from hallo_numguard.report.console import panel
+from hallo_numguard.report.terminal import panel
 
 TENSOR = "encoder.layer.2.attention.self.query.weight"
 INDEX = (131, 77)

@@ -1,4 +1,4 @@
-"""What the user may choose. Standard library only."""
+"""Settings of a guard, and actions after an overflow."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Verdict
 
 ACTIONS = ("continue", "warn", "skip", "rollback", "raise")
-"""What can be done about an overflow, mildest first. The step itself is skipped in any case."""
+"""Actions after an overflow, mildest first. The step itself is skipped in any case."""
 
 MODES = ("replace", "observe")
 LOCAL_GRADIENTS = ("never", "on_alarm", "always")
@@ -22,7 +22,7 @@ Action = str | OverflowCallback
 
 
 def check_action(action: object, where: str) -> str:
-    """Returns `action` if it is one.
+    """Returns `action` if it is the name of an action.
 
     Raises:
         InvalidInput: If it is not.
@@ -34,24 +34,22 @@ def check_action(action: object, where: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Policy:
-    """What to do about an overflow.
+    """Actions after an overflow.
 
     Attributes:
         on_unrecoverable: Action where `report.recoverable` is False: "raise" (default) stops at once in place of
             burning every halving of the loss scale; "rollback" puts the run back to the last healthy checkpoint of
             `GuardConfig.keeper` and goes on with the next batch; "warn" lets DeepSpeed go on.
         actions: Action by verdict, in place of the default: a name, or a callable that gets the report and returns a
-            name or None. "continue" logs one line, "warn" and "skip" log the report (the step
-            is skipped in any case), "rollback" goes back, "raise" raises `NumericsError` once DeepSpeed has dropped
-            the step's gradients.
-        max_consecutive_skips: Raise after so many skipped steps in a row, unless a lower loss scale is still to be
-            tried or `actions` says otherwise. Frameworks skip in silence where they do not scale the loss. A
+            name or None. "continue" logs one line, "warn" and "skip" log the report (the step is skipped in any case),
+            "rollback" goes back, "raise" raises `NumericsError` once the framework has dropped the step's gradients.
+        max_consecutive_skips: Number of skipped steps in a row after which the guard raises, unless a lower loss scale
+            is still to be tried or `actions` says otherwise. Frameworks that do not scale the loss skip in silence. A
             `rank_fault` that comes back on the same rank is unrecoverable.
-        keep_scale: Do not lower the loss scale for what it is not to blame for: a loss that is not finite already.
-        max_rollbacks: Of one guard. Instead of going back once more it raises, as it does where there is no healthy
-            checkpoint.
-        enforce: Skip a step with non-finite gradients also where the framework's own configuration says that they
-            must not be looked for (DeepSpeed's `bf16.check_grad_overflow: false`); else it is reported only.
+        keep_scale: Whether the loss scale stays where lowering it cannot help: the loss was non-finite before scaling.
+        max_rollbacks: Number of rollbacks of one guard. After these it raises, as it does without a healthy checkpoint.
+        enforce: Whether a step with non-finite gradients is skipped also where the framework's own configuration
+            switches the check off (DeepSpeed's `bf16.check_grad_overflow: false`); else it is reported only.
     """
 
     on_unrecoverable: str = "raise"
@@ -77,7 +75,7 @@ class Policy:
                 check_action(action, f"policy.actions[{verdict}]")
 
     def action_for(self, report: OverflowReport) -> str:
-        """Returns the name of what to do about `report`."""
+        """Returns the name of the action for `report`."""
         chosen = self.actions.get(report.verdict)
         if callable(chosen):
             chosen = chosen(report)
@@ -94,28 +92,28 @@ class Policy:
 
 @dataclass(frozen=True, kw_only=True)
 class GuardConfig:
-    """How a guard works.
+    """Settings of a guard.
 
     Attributes:
         mode: "replace" (default): the guard's pass over the gradients stands in for the framework's own check and norm,
-            where it has such that can be replaced; "observe": the framework makes its own passes as well.
+            where these can be replaced; "observe": the framework makes its own passes as well.
         history: Number of steps that the flight recorder keeps.
-        local_gradients: When to look at gradients before the reduction as well, which tells whose they are: "never",
-            "on_alarm" (default: from the step after an overflow on, until 20 steps were clean) or "always". While it
-            looks it costs a small pass and a Python call a parameter.
-        policy: What to do about an overflow.
-        dump_dir: Folder that every report is written to, with the flight recorder's steps of each parameter, as
-            `overflow-step<number>-rank<number>.json`: by rank 0, and by the rank that is named. None for nowhere.
-        repro_dir: Folder for bundles that reproduce what is not the loss scale's fault in one process, without the
-            framework: the batch, the random state, the configuration, the report, the one bad call of the named module
-            with its weights, and a script. Costs a pass over the batch, on such an overflow only; 8 bundles a run.
-            None for nowhere.
-        sinks: Where rank 0's figures of every step and the reports go, each one of: a SummaryWriter that the run has
-            (torch.utils.tensorboard, tensorboardX); "wandb" or "mlflow", for the run that is active when the first
-            step is over; "csv:<path>"; "name:text" of what another package offers as an entry point
+        local_gradients: When gradients are scanned before the reduction as well, which tells the rank that they come
+            from: "never", "on_alarm" (default: from the step after an overflow on, until 20 steps were clean) or
+            "always". Costs a small pass and a Python call a parameter in these steps.
+        policy: Actions after an overflow.
+        dump_dir: Folder for all reports, with the flight recorder's steps of each parameter, as
+            `overflow-step<number>-rank<number>.json`: from rank 0, and from the rank that is named. None for nowhere.
+        repro_dir: Folder for bundles that reproduce an overflow in one process, without the framework: the batch, the
+            random state, the configuration, the report, the one bad call of the named module with its weights, and a
+            script. None are made for overflows of the loss scale. Costs a pass over the batch, on such an overflow
+            only; 8 bundles a run. None for nowhere.
+        sinks: Trackers that get rank 0's figures of every step and the reports, each one of: a SummaryWriter that the
+            run has (torch.utils.tensorboard, tensorboardX); "wandb" or "mlflow", for the run that is active when the
+            first step is over; "csv:<path>"; "name:text", with the name of another package's entry point in the group
             `hallo_numguard.sinks`; or a `Sink` of your own. No run is ever started. Costs no synchronisation.
-        keeper: A `CheckpointKeeper`, which is told of clean and bad steps, and goes back where the policy says so. The
-            script calls its `save`; a `GuardedOptimizer` goes back with what that was last given.
+        keeper: `CheckpointKeeper` that counts clean and bad steps, and does the rollbacks of the policy. The script
+            calls its `save`; a `GuardedOptimizer` rolls back what that was last given.
     """
 
     mode: str = "replace"
@@ -147,4 +145,4 @@ class GuardConfig:
         if self.keeper is not None and not all(hasattr(self.keeper, name) for name in ("clean_step", "rollback")):
             raise InvalidInput(f"keeper must be a CheckpointKeeper, got {type(self.keeper).__name__}")
         if self.keeper is None and "rollback" in (self.policy.on_unrecoverable, *self.policy.actions.values()):
-            raise InvalidInput("the policy says rollback: give GuardConfig a keeper to go back with")
+            raise InvalidInput("the policy says rollback: give GuardConfig a keeper")

@@ -1,4 +1,4 @@
-"""What a report was made with, and what on that machine hides NaN by default. Imports none of what it names."""
+"""Versions and host that a report was made with, and loaded libraries that hide NaN. Imports none of them."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import platform
 import sys
 from collections.abc import Mapping
 from importlib import metadata
-from typing import Any
 
-_DISTRIBUTIONS = ("hallo-numguard", "torch", "deepspeed", "accelerate", "transformers", "lightning", "wandb")
+Environment = Mapping[str, str | int | tuple[str, ...] | None]
+"""Facts by name, as `collect` returns them."""
+
+_DISTRIBUTIONS = ("hallo-numguard", "torch", "deepspeed", "triton", "accelerate", "transformers", "lightning", "wandb")
 _HIDES_NAN = {
     "transformers.trainer": (
         "transformers.Trainer writes the mean of earlier losses into its log where a loss is NaN or infinite, unless "
@@ -22,40 +24,41 @@ _HIDES_NAN = {
 }
 
 
-def collect(rank: int | None = None) -> dict[str, Any]:
+def collect(rank: int | None = None) -> Environment:
     """Returns what is known about this process without importing anything.
 
     Args:
-        rank: Global rank of the process that asks.
+        rank: Global rank of this process.
 
     Returns:
         Versions by distribution (None where it is not installed), "python", "cuda", "platform", "hostname", "rank",
-        and "hides_nan": sentences on loaded modules that keep NaN out of their logs unless told otherwise.
+        and "hides_nan": sentences on loaded modules that keep NaN out of their logs unless configured otherwise.
     """
     return {
-        "python": platform.python_version(),
-        **_versions(),
+        **versions(),
         "cuda": getattr(getattr(sys.modules.get("torch"), "version", None), "cuda", None),
         "platform": platform.platform(),
         "hostname": platform.node(),
         "rank": rank,
-        "hides_nan": [sentence for module, sentence in _HIDES_NAN.items() if module in sys.modules],
+        "hides_nan": tuple(sentence for module, sentence in _HIDES_NAN.items() if module in sys.modules),
     }
 
 
-def rows(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Returns what there is to be shown of an environment: names and values, without what is unknown."""
+def rows(environment: Environment) -> list[tuple[str, str]]:
+    """Returns names and values for a display, without unknown ones."""
     return [(name, str(value)) for name, value in environment.items() if name != "hides_nan" and value is not None]
 
 
-def hides_nan(environment: Mapping[str, Any]) -> list[str]:
-    """Returns the sentences of an environment on what hides NaN."""
-    return list(environment.get("hides_nan", ()))
+def hides_nan(environment: Environment) -> tuple[str, ...]:
+    """Returns the sentences on loaded libraries that keep NaN out of their logs."""
+    sentences = environment.get("hides_nan")
+    return sentences if isinstance(sentences, tuple) else ()
 
 
 @functools.cache
-def _versions() -> dict[str, str | None]:
-    return {name: _version(name) for name in _DISTRIBUTIONS}
+def versions() -> Mapping[str, str | None]:
+    """Returns the versions of Python and of distributions, None for those that are not installed."""
+    return {"python": platform.python_version(), **{name: _version(name) for name in _DISTRIBUTIONS}}
 
 
 def _version(distribution: str) -> str | None:

@@ -1,4 +1,4 @@
-"""What can go wrong, one class a cause. Messages say what happened, what was expected, and what to do."""
+"""Errors, one class a cause. Messages say what happened, what was expected, and what to do."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class NumGuardError(RuntimeError):
 
 
 class InvalidInput(NumGuardError, ValueError):
-    """An argument that cannot be worked with: a dtype, an offset, an option."""
+    """An argument that is not accepted: a dtype, an offset, an option."""
 
 
 class BackendUnavailable(NumGuardError):
@@ -25,15 +25,15 @@ class UnsupportedDeepSpeed(NumGuardError):
 
 
 class NoActiveRun(NumGuardError):
-    """Figures were to go to a tracker that has no run to attach to; none is started for them."""
+    """A tracker has no active run to send figures to; none is started for them."""
 
 
 class CheckpointFailed(NumGuardError):
-    """A checkpoint could not be saved, or there is none to go back to. Those that were there are untouched."""
+    """A checkpoint could not be saved, or there is none to roll back to. Earlier checkpoints are untouched."""
 
 
 class NumericsError(NumGuardError):
-    """Training was stopped by policy, because of what `report` tells."""
+    """Training was stopped by policy, after the overflow of `report`."""
 
     def __init__(self, report: OverflowReport) -> None:
         super().__init__(str(report))

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from hallo_numguard.core.atomic_files import write_whole
-from hallo_numguard.core.documents import without_nonfinite
+from hallo_numguard.core.documents import decode, encode
 from hallo_numguard.core.records import Record, counts_in_words, shape_in_words
 
 SCHEMA_VERSION = 1
+
+PARTS = {
+    "inputs": "input",
+    "weights": "weight",
+    "outputs": "output",
+    "grad_outputs": "gradient of output",
+    "grad_inputs": "gradient of input",
+    "grad_weights": "gradient of weight",
+}
+"""The parts of a frame, and what a tensor in each of them is called."""
+
+_BACKWARD = "grad_"
+_GZIP = b"\x1f\x8b"
+_HEADER_LINE = re.compile(rb'\s*\{[^\n]*"kind":\s*"trace"')
+_HEADER_BYTES = 4096  # within which a trace says that it is one
 
 
 @dataclass(frozen=True)
@@ -21,10 +37,11 @@ class TensorRecord:
     """A tensor at the moment when a module got it or made it, or its gradient.
 
     Attributes:
-        name: "input[0]", "output['hidden']", or of a weight its own name inside of the module, as "weight".
-        shape, dtype: Of the tensor.
-        record: What it held.
-        index: Of the first non-finite element, in the tensor's shape; () if all are finite.
+        name: "input[0]", "output['hidden']", or a weight's own name inside of the module, as "weight".
+        shape: Shape of the tensor.
+        dtype: Its dtype, as "float16".
+        record: Statistics of its elements.
+        index: Index of the first non-finite element, in the tensor's shape; () if all are finite.
     """
 
     name: str
@@ -46,12 +63,15 @@ class Frame:
     Attributes:
         position: Place in the order in which calls were completed, from 0; a module comes after those inside of it.
         name: Fully qualified name of the module, "" for the root.
-        cls: Its class.
-        call: How often this module had been called before.
+        cls: Class of the module.
+        call: Number of calls of this module before this one.
         parent: Position of the call that this one was made in; None for the outermost.
-        inputs, outputs: What it was called with, and what it returned.
-        weights: Its own parameters and buffers, not those of modules inside of it.
-        grad_outputs, grad_inputs, grad_weights: Gradients with respect to these, where a backward pass gave them.
+        inputs: Tensors that the module was called with.
+        weights: The module's own parameters and buffers, not those of modules inside of it.
+        outputs: Tensors that it returned.
+        grad_outputs: Gradients with respect to the outputs, where a backward pass gave them.
+        grad_inputs: Gradients with respect to the inputs, where a backward pass gave them.
+        grad_weights: Gradients with respect to the weights, where a backward pass gave them.
     """
 
     position: int
@@ -67,13 +87,10 @@ class Frame:
     grad_weights: tuple[TensorRecord, ...] = ()
 
     def tensors(self) -> Iterator[tuple[str, TensorRecord]]:
-        """Yields all of them, each with the part of the frame that it is of."""
-        for part in _PARTS:
+        """Yields all tensors, each with the part of the frame that it belongs to, a key of `PARTS`."""
+        for part in PARTS:
             for tensor in getattr(self, part):
                 yield part, tensor
-
-
-_PARTS = ("inputs", "weights", "outputs", "grad_outputs", "grad_inputs", "grad_weights")
 
 
 @dataclass(frozen=True)
@@ -81,14 +98,14 @@ class Origin:
     """The first call that turned finite into non-finite.
 
     Attributes:
-        name: Fully qualified name of the module; of a weight or an input that was not finite already, its own.
+        name: Fully qualified name of the module, or of the weight or input that was not finite already.
         module: Class of the module.
         phase: "forward" or "backward".
-        call: How often the module had been called before.
-        index: Of the first non-finite element, in the shape of the tensor.
+        call: Number of calls of the module before this one.
+        index: Index of the first non-finite element, in the shape of the tensor.
         kind: "activation", "gradient"; "parameter", "buffer" or "input" if that was where it came from.
-        tensor: What was not finite: an output, an input or a weight, or the gradient of one.
-        position: Of the frame.
+        tensor: The output, input, weight or gradient that was not finite.
+        position: Position of the frame.
         neighbours: Values around that element in the flattened tensor, where they were kept.
         operation: The operation inside of the module, and the line that called it, where a second pass has named it.
     """
@@ -114,19 +131,63 @@ class Origin:
         )
 
 
+class NonfiniteTensor(NamedTuple):
+    """A tensor that is not finite.
+
+    Attributes:
+        frame: The call that it belongs to.
+        part: Part of that frame, a key of `PARTS`.
+        tensor: What it held.
+    """
+
+    frame: Frame
+    part: str
+    tensor: TensorRecord
+
+
 @dataclass(frozen=True)
 class Frames:
     """A whole trace.
 
     Attributes:
-        frames: In the order in which calls were completed.
-        first_nonfinite: See `Origin`; None if everything stayed finite.
+        frames: Calls, in the order in which they were completed.
+        first_nonfinite: The first call that turned finite into non-finite; None if everything stayed finite.
         dropped: Number of frames at the beginning that were not kept.
     """
 
     frames: Sequence[Frame]
     first_nonfinite: Origin | None
     dropped: int = 0
+
+    def nonfinite_tensors(self) -> Iterator[NonfiniteTensor]:
+        """Yields those of the forward pass in the order of calls, then gradients in the reverse order."""
+        for frame in self.frames:
+            yield from _nonfinite(frame, backward=False)
+        for frame in reversed(self.frames):
+            yield from _nonfinite(frame, backward=True)
+
+
+def _nonfinite(frame: Frame, backward: bool) -> Iterator[NonfiniteTensor]:
+    for part, tensor in frame.tensors():
+        if tensor.counts and part.startswith(_BACKWARD) == backward:
+            yield NonfiniteTensor(frame, part, tensor)
+
+
+@dataclass(frozen=True)
+class Header:
+    """First line of a trace's file.
+
+    Attributes:
+        schema_version: Version of the format.
+        kind: "trace".
+        dropped: Number of frames at the beginning that were not kept.
+        first_nonfinite: The first call that turned finite into non-finite; None if everything stayed finite.
+    """
+
+    schema_version: int
+    kind: str
+    dropped: int
+    first_nonfinite: Origin | None
 
 
 def save(trace: Frames, path: str | Path) -> None:
@@ -135,16 +196,8 @@ def save(trace: Frames, path: str | Path) -> None:
     Non-finite numbers are written as strings. The file is written whole or not at all.
     """
     path = Path(path)
-    first = trace.first_nonfinite
-    header = {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "trace",
-        "dropped": trace.dropped,
-        "first_nonfinite": first and asdict(first),
-    }
-    lines = [
-        json.dumps(without_nonfinite(document), allow_nan=False) for document in (header, *map(asdict, trace.frames))
-    ]
+    header = Header(SCHEMA_VERSION, "trace", trace.dropped, trace.first_nonfinite)
+    lines = [json.dumps(encode(document), allow_nan=False) for document in (header, *trace.frames)]
     data = ("\n".join(lines) + "\n").encode()
     write_whole(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
@@ -156,34 +209,32 @@ def load(path: str | Path) -> Frames:
         ValueError: If it is no trace, or of a version that this one cannot read; names the file.
         OSError: If it cannot be read.
     """
-    data = Path(path).read_bytes()
     try:
-        text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode()
-        header, *frames = map(json.loads, text.splitlines())
-        if header.get("kind") != "trace" or header["schema_version"] != SCHEMA_VERSION:
-            raise ValueError(f"schema version {header.get('schema_version')!r}, expected {SCHEMA_VERSION}")
-        first = header["first_nonfinite"]
-        return Frames(tuple(map(_frame, frames)), first and _origin(first), int(header["dropped"]))
-    except (ValueError, KeyError, TypeError, AttributeError, EOFError, gzip.BadGzipFile) as error:
+        return read(Path(path).read_bytes())
+    except ValueError as error:
         raise ValueError(f"{path} is not a trace of hallo-numguard: {error}") from error
 
 
-def _frame(document: Mapping[str, Any]) -> Frame:
-    return Frame(**{**document, **{part: tuple(map(_tensor, document[part])) for part in _PARTS}})
+def read(data: bytes) -> Frames:
+    """Returns the trace that the bytes of a file hold.
+
+    Raises:
+        ValueError: If they hold none, or one of a version that this one cannot read; `InvalidDocument` if they hold
+            values of other types than the format has.
+    """
+    try:
+        text = (gzip.decompress(data) if data.startswith(_GZIP) else data).decode()
+    except (EOFError, OSError) as error:
+        raise ValueError(f"cannot be decompressed: {error}") from error
+    header, *frames = map(json.loads, text.splitlines() or [""])
+    if not isinstance(header, Mapping) or header.get("kind") != "trace":
+        raise ValueError("the first line is no header of a trace")
+    if header.get("schema_version") != SCHEMA_VERSION:
+        raise ValueError(f"schema version {header.get('schema_version')!r}, expected {SCHEMA_VERSION}")
+    first = decode(Header, header)
+    return Frames(tuple(decode(Frame, frame) for frame in frames), first.first_nonfinite, first.dropped)
 
 
-def _tensor(document: Mapping[str, Any]) -> TensorRecord:
-    figures = {name: float(document["record"][name]) for name in ("absmax", "sumsq")}
-    record = Record(**{**document["record"], **figures})
-    return TensorRecord(document["name"], tuple(document["shape"]), document["dtype"], record, tuple(document["index"]))
-
-
-def _origin(document: Mapping[str, Any]) -> Origin:
-    return Origin(
-        **{
-            **document,
-            "index": tuple(document["index"]),
-            "tensor": _tensor(document["tensor"]),
-            "neighbours": tuple(map(float, document["neighbours"])),
-        }
-    )
+def is_trace(data: bytes) -> bool:
+    """Returns whether a file that begins so is a trace."""
+    return data.startswith(_GZIP) or _HEADER_LINE.match(data[:_HEADER_BYTES]) is not None

@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 RECORD_FIELDS = (
     "nan",
@@ -37,11 +36,14 @@ class Record:
     """The statistics of one segment, on the host.
 
     Attributes:
-        nan, pos_inf, neg_inf: Number of such elements.
+        nan: Number of NaN elements.
+        pos_inf: Number of +Inf elements.
+        neg_inf: Number of -Inf elements.
         absmax: Largest absolute value among the finite elements, 0 if there are none.
         sumsq: Sum of the squares of the finite elements.
         first_nonfinite: Flat index inside the segment of the first NaN or infinity, or -1.
-        zeros, subnormals: Number of such elements; None unless they were asked for.
+        zeros: Number of elements that are 0; None without `detail`.
+        subnormals: Number of subnormal elements; None without `detail`.
     """
 
     nan: int
@@ -67,7 +69,7 @@ class Record:
 
 
 class Verdict(str, Enum):
-    """What an overflow means."""
+    """Cause of an overflow."""
 
     SCALE_TOO_HIGH = "scale_too_high"
     WEIGHTS_NONFINITE = "weights_nonfinite"
@@ -89,16 +91,20 @@ class Offender:
 
     Attributes:
         kind: "parameter", "buffer", "optimizer_state", "input", "activation", "loss", "gradient" or "reduction".
-        name: Fully qualified name; of an input the argument of the model, as in `batch['pixels']`; of an activation the
-            module that returned it; of a gradient the parameter, or the module if it is that of an activation; "loss"
-            for the loss.
+        name: Fully qualified name. An input is named by the model's argument, as in `batch['pixels']`; an activation by
+            the module that returned it; a gradient by its parameter, or by the module if it is an activation's; the
+            loss is "loss".
         module: Fully qualified name of the module that owns it, "" for the root.
         rank: Global rank on which it was seen, the lowest if on several; None for a gradient of several ranks, because
             after the reduction all of them see it.
-        index: Of the first non-finite element, in the tensor's own shape.
-        nan, pos_inf, neg_inf: Number of such elements.
+        index: Index of the first non-finite element, in the tensor's own shape.
+        nan: Number of NaN elements.
+        pos_inf: Number of +Inf elements.
+        neg_inf: Number of -Inf elements.
         absmax: Largest absolute value among the finite elements.
-        numel, shape, dtype: Of the whole tensor.
+        numel: Number of elements of the whole tensor.
+        shape: Shape of the whole tensor.
+        dtype: Its dtype, as "float16".
         aliases: Other names of the same tensor (tied weights).
     """
 
@@ -134,33 +140,15 @@ class Offender:
         """The non-finite values in words, for example "2 NaN, 1 +Inf"."""
         return counts_in_words(self.nan, self.pos_inf, self.neg_inf)
 
-    @classmethod
-    def from_document(cls, document: Mapping[str, Any]) -> Offender:
-        """Returns the offender that `dataclasses.asdict` was made of, after it has been through JSON.
-
-        Raises:
-            KeyError, TypeError, ValueError: If it is none.
-        """
-        values = dict(document)
-        for name in ("kind", "name", "module", "dtype"):
-            values[name] = str(values[name])
-        for name in ("nan", "pos_inf", "neg_inf", "numel"):
-            values[name] = int(values[name])
-        for name in ("index", "shape"):
-            values[name] = tuple(map(int, values[name]))
-        values["aliases"] = tuple(map(str, values["aliases"]))
-        values["rank"] = None if values["rank"] is None else int(values["rank"])
-        values["absmax"] = float(values["absmax"])
-        return cls(**values)
-
 
 @dataclass(frozen=True)
 class GradientRecord:
     """What this rank held of one parameter's gradient in a step, before unscaling and clipping.
 
     Attributes:
-        absmax, norm: Of the finite elements.
-        nonfinite: Number of the others.
+        absmax: Largest absolute value among the finite elements.
+        norm: L2 norm of the finite elements.
+        nonfinite: Number of non-finite elements.
     """
 
     absmax: float
@@ -175,12 +163,14 @@ class StepRecord:
     Attributes:
         step: Number of the step, from 1, as DeepSpeed counts (skipped steps too).
         loss: Last micro-batch's loss, unscaled; None if the guard could not see it.
-        loss_scale: In force during the backward pass; 1.0 without loss scaling.
-        absmax, norm: Of the finite elements of this rank's gradients, before unscaling and clipping.
+        loss_scale: Loss scale in force during the backward pass; 1.0 without loss scaling.
+        absmax: Largest absolute value among the finite elements of this rank's gradients, before unscaling and
+            clipping.
+        norm: L2 norm of these elements.
         nonfinite: Number of non-finite elements of this rank's gradients.
         applied: False if the step was skipped.
         limit: Largest number that gradients of this model can hold, where that is near (float16); else None.
-        parameters: The same by name of the parameter; empty where only the sums were kept.
+        parameters: The same figures by name of the parameter; empty where only the sums were kept.
     """
 
     step: int
@@ -195,5 +185,5 @@ class StepRecord:
 
     @property
     def headroom(self) -> float | None:
-        """How often the largest gradient element could be doubled before it overflows, in bits; None if far away."""
+        """Doublings until the largest gradient element overflows, in bits; None where overflow is far away."""
         return math.log2(self.limit / self.absmax) if self.limit and self.absmax else None

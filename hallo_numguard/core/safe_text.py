@@ -1,8 +1,8 @@
-"""Names from files and models, made harmless. They are text that nobody has checked."""
+"""Names from files and models, which nobody has checked, as harmless text."""
 
 from __future__ import annotations
 
-LONGEST_SENTENCE = 1000
+MAX_SENTENCE = 1000  # characters
 
 
 def printable(text: str) -> str:
@@ -19,6 +19,6 @@ def shortened(text: str, width: int) -> str:
     return f"{text[:head]}…{text[len(text) - tail :]}"
 
 
-def harmless(text: str, width: int = LONGEST_SENTENCE) -> str:
+def harmless(text: str, width: int = MAX_SENTENCE) -> str:
     """Returns `text` on one line, without control characters, no longer than `width`."""
     return printable(shortened(text, width))

@@ -9,7 +9,7 @@ import torch
 
 from hallo_numguard.core.config import ACTIONS, OverflowCallback, Policy, check_action
 from hallo_numguard.core.errors import NumericsError
-from hallo_numguard.core.overflow_report import OverflowReport, headline
+from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.guard.collectives import Ranks
 
 _log = logging.getLogger("hallo_numguard")
@@ -64,6 +64,6 @@ def _choose(report: OverflowReport, policy: Policy, callback: OverflowCallback |
 
 def _announce(report: OverflowReport, action: str) -> None:
     if action == "continue":
-        _log.info("%s", headline(report))
+        _log.info("%s", report.headline())
     else:
         _log.warning("%s", report)

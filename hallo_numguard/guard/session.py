@@ -120,6 +120,7 @@ class Session:
     def stop(self) -> None:
         """Lets go of the model; reports and history stay readable."""
         self.probes.run("trackers", self._write_figures, wait=True)
+        self.probes.run("trackers", self._feed.close)
         self._collector.stop()
         self._local_gradients.stop()
         self._steps.pending.clear()

@@ -1,1 +1,1 @@
-"""How a report looks. Imports no torch."""
+"""Renderers of reports and traces: each module has `render`. Imports no torch."""

@@ -1,4 +1,4 @@
-"""What a look at files has found, as text for a terminal."""
+"""The findings of a check of files, as text for a terminal."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from rich.text import Text
 from hallo_numguard.core.findings import PreflightReport
 from hallo_numguard.core.safe_text import harmless
 
-_MOST = 50  # findings; JSON has all
+_MAX_FINDINGS = 50  # JSON has all
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 
 
 def render(report: PreflightReport) -> Group:
-    """Returns it ready for `rich.console.Console.print`, the gravest first."""
+    """Returns a display for `rich.console.Console.print`, errors first."""
     table = Table.grid(padding=(0, 1))
-    for finding in report.findings[:_MOST]:
+    for finding in report.findings[:_MAX_FINDINGS]:
         table.add_row(Text(finding.severity, style=_STYLES[finding.severity]), Text(harmless(finding.message)))
         if finding.remedy:
             table.add_row("", Text(harmless(finding.remedy), style="dim"))
@@ -26,8 +26,8 @@ def render(report: PreflightReport) -> Group:
 
 
 def _lines(report: PreflightReport) -> Iterator[Text]:
-    if len(report.findings) > _MOST:
-        yield Text(f"and {len(report.findings) - _MOST} findings more, which --format json shows")
+    if len(report.findings) > _MAX_FINDINGS:
+        yield Text(f"and {len(report.findings) - _MAX_FINDINGS} findings more, which --format json shows")
     for sentence in report.checked:
         yield Text(harmless(sentence))
     for sentence in report.unchecked:

@@ -1,21 +1,21 @@
-"""Files that a report is made of: overflow reports and traces, told apart by what is in them."""
+"""The data of a report: overflow reports and traces, told apart by their contents, by step and by rank."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hallo_numguard.core import frames
-from hallo_numguard.core.declared import is_as_declared
+from hallo_numguard.core.documents import InvalidDocument
+from hallo_numguard.core.environment import hides_nan
 from hallo_numguard.core.errors import NumGuardError
 from hallo_numguard.core.frames import Frames
 from hallo_numguard.core.overflow_report import OverflowReport
+from hallo_numguard.core.records import StepRecord
 
-_GZIP = b"\x1f\x8b"
-_TRACE = re.compile(rb'\s*\{[^\n]*"kind":\s*"trace"')
-_HEADER = 4096  # bytes within which a trace says that it is one
 _RANK = re.compile(r"rank(\d+)")
 
 
@@ -29,8 +29,8 @@ class RankReport:
 
     Attributes:
         source: Name of the file.
-        rank: That wrote it; None if neither the report nor the file's name tells.
-        report: What it says. The ranks of a step agree on it; the history and the environment are each rank's own.
+        rank: Global rank that wrote it; None if neither the report nor the file's name tells.
+        report: The report. The ranks of a step agree on it; the history and the environment are each rank's own.
     """
 
     source: str
@@ -39,44 +39,85 @@ class RankReport:
 
     @property
     def label(self) -> str:
-        """What the rank is called in a display."""
+        """Name of the rank in a display."""
         return self.source if self.rank is None else f"rank {self.rank}"
 
 
 @dataclass(frozen=True)
 class Overflow:
-    """All that was given of one step's overflow: a report of every rank that wrote one, by rank."""
+    """All files on one step's overflow: a report of every rank that wrote one, by rank."""
 
     ranks: tuple[RankReport, ...]
 
     @property
     def report(self) -> OverflowReport:
-        """The lowest rank's."""
+        """Report of the lowest rank."""
         return self.ranks[0].report
+
+    def hides_nan(self) -> list[str]:
+        """Returns sentences on libraries that kept NaN out of the logs on any of the ranks."""
+        return list(dict.fromkeys(text for item in self.ranks for text in hides_nan(item.report.environment)))
 
 
 @dataclass(frozen=True)
 class NamedTrace:
-    """A trace, and the name of its file."""
+    """A trace.
+
+    Attributes:
+        source: Name of the file.
+        trace: The trace.
+    """
 
     source: str
     trace: Frames
 
 
 @dataclass(frozen=True)
-class Material:
-    """What is to be shown.
+class RankHistory:
+    """The steps that one rank recorded, from all its reports.
 
     Attributes:
-        overflows: By step.
-        traces: In the order in which they were given.
+        label: Name of the rank in a display.
+        steps: Each step once, oldest first.
+    """
+
+    label: str
+    steps: tuple[StepRecord, ...]
+
+    def series(self) -> Iterator[tuple[str, list[float | None]]]:
+        """Yields name and values of each figure: None where it is not known, NaN where it was not finite."""
+        yield "loss", [step.loss for step in self.steps]
+        yield "loss scale", [step.loss_scale for step in self.steps]
+        yield "norm", [math.nan if step.nonfinite else step.norm for step in self.steps]
+        yield "absmax", [math.nan if step.nonfinite else step.absmax for step in self.steps]
+
+
+@dataclass(frozen=True)
+class ReportInputs:
+    """The data of a report.
+
+    Attributes:
+        overflows: Overflows, by step.
+        traces: Traces, in the order of their files.
     """
 
     overflows: tuple[Overflow, ...]
     traces: tuple[NamedTrace, ...]
 
+    def histories(self) -> list[RankHistory]:
+        """Returns every rank's history. Where reports overlap, the later one's record of a step counts."""
+        ranks: dict[str, dict[int, StepRecord]] = {}
+        for overflow in self.overflows:
+            for item in overflow.ranks:
+                ranks.setdefault(item.label, {}).update((step.step, step) for step in item.report.history)
+        return [
+            RankHistory(label, tuple(steps[number] for number in sorted(steps)))
+            for label, steps in ranks.items()
+            if steps
+        ]
 
-def read(paths: Iterable[Path]) -> Material:
+
+def read(paths: Iterable[Path]) -> ReportInputs:
     """Reads files of either kind.
 
     Raises:
@@ -90,24 +131,19 @@ def read(paths: Iterable[Path]) -> Material:
             traces.append(NamedTrace(path.name, value))
         else:
             reports.append(RankReport(path.name, _rank(path, value), value))
-    return Material(_by_step(reports), tuple(traces))
+    return ReportInputs(_by_step(reports), tuple(traces))
 
 
 def _read(path: Path) -> OverflowReport | Frames:
     try:
         data = path.read_bytes()
-        value = frames.load(path) if _is_trace(data) else OverflowReport.from_json(data.decode())
+        return frames.read(data) if frames.is_trace(data) else OverflowReport.from_json(data.decode())
     except OSError as error:
         raise UnreadableFile(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, OverflowError, RecursionError) as error:
+    except InvalidDocument as error:
+        raise UnreadableFile(f"{path} is damaged: {error}") from error
+    except (ValueError, RecursionError) as error:
         raise UnreadableFile(f"{path} is neither an overflow report nor a trace: {error}") from error
-    if not is_as_declared(value, type(value)):
-        raise UnreadableFile(f"{path} is damaged: it holds values of other types than the format has")
-    return value
-
-
-def _is_trace(data: bytes) -> bool:
-    return data.startswith(_GZIP) or _TRACE.match(data[:_HEADER]) is not None
 
 
 def _rank(path: Path, report: OverflowReport) -> int | None:

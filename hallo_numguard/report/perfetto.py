@@ -6,6 +6,7 @@ nesting; the backward pass follows the forward pass, in reverse. In a history ev
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -13,33 +14,37 @@ from typing import Any, NamedTuple
 from hallo_numguard.core.frames import Frame, Frames, TensorRecord
 from hallo_numguard.core.records import shape_in_words
 from hallo_numguard.core.safe_text import harmless
-from hallo_numguard.report.history import RankHistory, by_rank, series
-from hallo_numguard.report.inputs import Material, NamedTrace
+from hallo_numguard.report.inputs import NamedTrace, RankHistory, ReportInputs
 
 Event = dict[str, Any]
 
 _UNIT = 1000  # microseconds
-_NAME = 200  # characters
+_MAX_NAME = 200  # characters
 _FORWARD, _BACKWARD = 1, 2  # threads
 _FORWARD_PARTS = ("inputs", "weights", "outputs")
 _BACKWARD_PARTS = ("grad_outputs", "grad_inputs", "grad_weights")
 
 
-def timeline(material: Material) -> dict[str, Any]:
-    """Returns the document: a process a rank, then a process a trace."""
+def render(inputs: ReportInputs) -> str:
+    """Returns the timeline as a JSON document."""
+    return json.dumps(timeline(inputs), allow_nan=False)
+
+
+def timeline(inputs: ReportInputs) -> dict[str, Any]:
+    """Returns the timeline as values that JSON has: a process a rank, then a process a trace."""
     events: list[Event] = []
-    histories = by_rank(material.overflows)
+    histories = inputs.histories()
     for process, history in enumerate(histories):
         events.extend(_steps(history, process))
-    for process, trace in enumerate(material.traces, len(histories)):
+    for process, trace in enumerate(inputs.traces, len(histories)):
         events.extend(_calls(trace, process))
     note = "order, not duration: nothing was timed"
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"time": note}}
 
 
 def _steps(history: RankHistory, process: int) -> Iterator[Event]:
-    yield _named(process, "process_name", history.label)
-    yield _named(process, "thread_name", "optimizer steps", _FORWARD)
+    yield _label(process, "process_name", history.label)
+    yield _label(process, "thread_name", "optimizer steps", _FORWARD)
     start = history.steps[0].step
     for step in history.steps:
         skipped = "" if step.applied else " (skipped)"
@@ -47,7 +52,7 @@ def _steps(history: RankHistory, process: int) -> Iterator[Event]:
             **_slice(f"step {step.step}{skipped}", process, _FORWARD, (step.step - start) * _UNIT, _UNIT),
             "args": {"loss_scale": _number(step.loss_scale), "nonfinite": step.nonfinite, "loss": _number(step.loss)},
         }
-    for name, values in series(history.steps):
+    for name, values in history.series():
         for step, value in zip(history.steps, values, strict=True):
             if value is not None and math.isfinite(value):
                 at = (step.step - start) * _UNIT
@@ -55,7 +60,7 @@ def _steps(history: RankHistory, process: int) -> Iterator[Event]:
 
 
 class _Span(NamedTuple):
-    """When a call began and ended, in units."""
+    """Begin and end of a call, in units."""
 
     begin: int
     end: int
@@ -63,23 +68,23 @@ class _Span(NamedTuple):
 
 def _calls(named: NamedTrace, process: int) -> Iterator[Event]:
     trace = named.trace
-    yield _named(process, "process_name", f"trace {named.source}")
-    yield _named(process, "thread_name", "forward", _FORWARD)
-    yield _named(process, "thread_name", "backward", _BACKWARD)
+    yield _label(process, "process_name", f"trace {named.source}")
+    yield _label(process, "thread_name", "forward", _FORWARD)
+    yield _label(process, "thread_name", "backward", _BACKWARD)
     spans = _spans(trace.frames)
     last = max((span.end for span in spans.values()), default=0)
     for frame in trace.frames:
         forward = spans[frame.position]
         yield _call(frame, process, _FORWARD, forward, _FORWARD_PARTS)
         if any(getattr(frame, part) for part in _BACKWARD_PARTS):
-            # What was called last is the first to be gone back through.
+            # The backward pass begins with the last call.
             backward = _Span(2 * last - forward.end, 2 * last - forward.begin)
             yield _call(frame, process, _BACKWARD, backward, _BACKWARD_PARTS)
     yield from _origin(trace, process, spans, last)
 
 
 def _spans(frames: Sequence[Frame]) -> dict[int, _Span]:
-    """The span of every call by its position: a call without others inside of it is one unit long."""
+    """Returns every call's span by its position: a call without others inside of it is one unit long."""
     begun: dict[int, int] = {}  # by the position of a parent, which is completed after its children
     spans: dict[int, _Span] = {}
     now = 0
@@ -98,7 +103,7 @@ def _call(frame: Frame, process: int, thread: int, span: _Span, parts: Sequence[
     event = _slice(name, process, thread, span.begin * _UNIT, (span.end - span.begin) * _UNIT)
     event["args"] = {
         "call": frame.call,
-        **{harmless(f"{part}: {tensor.name}", _NAME): _described(tensor) for part, tensor in tensors},
+        **{harmless(f"{part}: {tensor.name}", _MAX_NAME): _description(tensor) for part, tensor in tensors},
     }
     if any(tensor.counts for _, tensor in tensors):
         event["cname"] = "terrible"  # the format's own name of a strong red
@@ -122,17 +127,17 @@ def _origin(trace: Frames, process: int, spans: dict[int, _Span], last: int) -> 
 
 
 def _slice(name: str, process: int, thread: int, begin: int, length: int) -> Event:
-    return {"name": harmless(name, _NAME), "ph": "X", "ts": begin, "dur": length, "pid": process, "tid": thread}
+    return {"name": harmless(name, _MAX_NAME), "ph": "X", "ts": begin, "dur": length, "pid": process, "tid": thread}
 
 
-def _named(process: int, what: str, name: str, thread: int = 0) -> Event:
-    return {"name": what, "ph": "M", "pid": process, "tid": thread, "args": {"name": harmless(name, _NAME)}}
+def _label(process: int, kind: str, name: str, thread: int = 0) -> Event:
+    return {"name": kind, "ph": "M", "pid": process, "tid": thread, "args": {"name": harmless(name, _MAX_NAME)}}
 
 
-def _described(tensor: TensorRecord) -> str:
+def _description(tensor: TensorRecord) -> str:
     shape = shape_in_words(tensor.shape)
     found = tensor.counts or "finite"
-    return harmless(f"{found}, absmax {tensor.record.absmax:.4g}, {shape} {tensor.dtype}", _NAME)
+    return harmless(f"{found}, absmax {tensor.record.absmax:.4g}, {shape} {tensor.dtype}", _MAX_NAME)
 
 
 def _number(value: float | None) -> float | str | None:

@@ -1,1 +1,1 @@
-"""Where figures go while training runs: trackers that a run has already. None of them is ever started here."""
+"""Trackers that a run has already get its figures. None of them is ever started here."""

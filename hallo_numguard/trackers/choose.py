@@ -1,4 +1,4 @@
-"""From what the user names to a sink."""
+"""The sink that a user names."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from hallo_numguard.trackers.base import Sink
 from hallo_numguard.trackers.tensorboard import TensorBoardSink
 
 GROUP = "hallo_numguard.sinks"
-"""Of entry points: each is called with the text after the colon of "name:text", or with None."""
+"""Group of entry points; each is called with the text after the colon of "name:text", or with None."""
 
 _BUILT_IN = {"csv": "csv_file:CsvSink", "mlflow": "mlflow:MlflowSink", "wandb": "wandb:WandbSink"}
 
 
 def sink_for(item: Any) -> Sink:
-    """Returns the sink that `item` is, is a writer of, or names; see `GuardConfig.sinks`. Starts nothing.
+    """Returns the sink of one item of `GuardConfig.sinks`. Starts no run.
+
+    Args:
+        item: A `Sink`, a SummaryWriter, or the name of a tracker.
 
     Raises:
-        InvalidInput: If it is none.
+        InvalidInput: If it is none of these.
     """
     if isinstance(item, str):
         return _named(item)

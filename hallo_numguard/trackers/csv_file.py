@@ -1,4 +1,4 @@
-"""A table that anything can read."""
+"""CSV, a table that anything can read."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ class CsvSink:
     """Appends a line a step to a file, which begins with a header; reports go to the same name with `.txt` after it.
 
     Args:
-        path: Of the file; one that was written before is continued.
+        path: Path of the file; a table that is there already is continued.
     """
 
     def __init__(self, path: str | None) -> None:
         if path is None:
             raise InvalidInput("expected the path of a file, as in csv:figures.csv")
         self._path = Path(path)
-        self._checked = False  # whether the file that is there is such a table
+        self._checked = False  # whether the file there is such a table
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """See `Sink`. The file is whole after every step."""

@@ -1,4 +1,4 @@
-"""Hands what has arrived on the host to the sinks."""
+"""Passes the figures of steps that have arrived on the host on to the sinks."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 from hallo_numguard.core.errors import NumGuardError
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import StepRecord
-from hallo_numguard.trackers.base import Sink
+from hallo_numguard.trackers.base import Sink, figures_of
 
 _log = logging.getLogger("hallo_numguard")
 
 
 class Feed:
-    """Passes every step on, and drops a sink that fails. Waits for nothing.
+    """Passes every step on, and drops a sink that fails. No host sync.
 
     Args:
-        sinks: Where to.
+        sinks: Sinks of this rank.
     """
 
     def __init__(self, sinks: Sequence[Sink]) -> None:
@@ -29,7 +29,7 @@ class Feed:
         """Writes steps.
 
         Args:
-            records: Those that have not been written yet, oldest first.
+            records: Steps that have not been written yet, oldest first.
             findings: Number of findings so far.
         """
         for record in records:
@@ -41,28 +41,20 @@ class Feed:
         """Passes a report on."""
         self._each("report", report)
 
+    def close(self) -> None:
+        """Waits for the last deliveries of sinks that have a `close`."""
+        for sink in [sink for sink in self._sinks if hasattr(sink, "close")]:
+            self._call(sink, "close")
+
     def _each(self, method: str, *args: Any) -> None:
         for sink in list(self._sinks):
-            try:
-                getattr(sink, method)(*args)
-            except Exception as error:  # noqa: BLE001 - of trackers, networks and third parties; training goes on
-                self._sinks.remove(sink)
-                expected = isinstance(error, (ImportError, NumGuardError))
-                name = type(sink).__name__
-                _log.warning("%s gets no more figures; training goes on: %s", name, error, exc_info=not expected)
+            self._call(sink, method, *args)
 
-
-def figures_of(record: StepRecord) -> dict[str, float]:
-    """Returns the figures of one step. Those of gradients are unscaled, before clipping, of what this rank owns.
-
-    `loss` is there if the guard could see it, `headroom` (bits until the largest gradient overflows) in half precision.
-    """
-    figures: dict[str, float] = {
-        "gradient_norm": record.norm / record.loss_scale,
-        "gradient_absmax": record.absmax / record.loss_scale,
-        "gradient_nonfinite": record.nonfinite,
-        "loss_scale": record.loss_scale,
-        "applied": int(record.applied),
-    }
-    optional = {"loss": record.loss, "headroom": record.headroom}
-    return figures | {name: value for name, value in optional.items() if value is not None}
+    def _call(self, sink: Sink, method: str, *args: Any) -> None:
+        try:
+            getattr(sink, method)(*args)
+        except Exception as error:  # noqa: BLE001 - of trackers, networks and third parties; training goes on
+            self._sinks.remove(sink)
+            expected = isinstance(error, (ImportError, NumGuardError))
+            name = type(sink).__name__
+            _log.warning("%s gets no more figures; training goes on: %s", name, error, exc_info=not expected)

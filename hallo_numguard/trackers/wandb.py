@@ -6,16 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from hallo_numguard.core.errors import InvalidInput, NoActiveRun
-from hallo_numguard.core.overflow_report import OverflowReport, headline
+from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.trackers.base import tag
 
 _STEP = tag("step")
 
 
 class WandbSink:
-    """Adds figures to the row that the run writes next, so its own step is never moved. The run is found when needed.
+    """Adds figures to the row that the run writes next, so that the run's own step is never moved.
 
-    Of several steps between two rows of the run the last one's figures stay. `numguard/step` is their axis.
+    The run is the one that is active in the first step. If several steps pass between two rows of the run, the last
+    one's figures stay. `numguard/step` is their axis.
     """
 
     def __init__(self, argument: str | None = None) -> None:
@@ -33,7 +34,7 @@ class WandbSink:
         run = self._run()
         run.summary[tag("report")] = str(report)
         if report.recoverable is not True:
-            run.alert(title=headline(report)[:100], text=str(report), level="WARN", wait_duration=300)
+            run.alert(title=report.headline()[:100], text=str(report), level="WARN", wait_duration=300)
 
     def _run(self) -> Any:
         if self._found is None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from dataclasses import replace
 
-import jsonschema
+import json_schemas
 import pytest
 import torch
 from click.testing import CliRunner
@@ -15,30 +14,24 @@ from rich.console import Console
 
 import hallo_numguard as ng
 from hallo_numguard.cli import main
-from hallo_numguard.core import environment, frames
-from hallo_numguard.core import safe_text as names
-from hallo_numguard.core.atomic_files import write_whole
-from hallo_numguard.core.overflow_report import OverflowReport, headline
-from hallo_numguard.core.records import Offender, StepRecord, Verdict
+from hallo_numguard.core import frames
 from hallo_numguard.report import inputs as files
-from hallo_numguard.report import perfetto, terminal
+from hallo_numguard.report import terminal
 from hallo_numguard.report.html import page
-from hallo_numguard.report.sparkline import sparkline
+from hallo_numguard.report.terminal import sparkline
 
 import report_support as support
-from paths import ROOT
-
-DOCS = ROOT / "docs"
+from report_support import GOLDENS
 
 
 def run(*arguments):
     return CliRunner().invoke(main, ["report", *map(str, arguments)], env={"COLUMNS": "200"})
 
 
-def printed(material):
+def printed(inputs):
     console = Console(width=110, color_system=None)
     with console.capture() as capture:
-        console.print(terminal.render(material))
+        console.print(terminal.render(inputs))
     return "\n".join(line.rstrip() for line in capture.get().splitlines()) + "\n"
 
 
@@ -51,7 +44,7 @@ def trace_file(tmp_path):
 
 
 def test_a_terminal_shows_what_it_did_before(trace_file):
-    support.compare("terminal.txt", printed(files.read([*support.REAL, trace_file])))
+    support.compare(GOLDENS / "terminal.txt", printed(files.read([*support.REAL, trace_file])))
 
 
 def test_verdict_evidence_advice_offenders_and_history_are_printed():
@@ -120,6 +113,24 @@ def test_without_plotly_the_extra_is_named_and_the_rest_works(tmp_path, monkeypa
     assert done.exit_code == 2
     assert "pip install 'hallo-numguard[report]'" in done.stderr
     assert run(support.REAL[0]).exit_code == 0
+
+
+def test_a_trace_of_a_real_model_follows_the_schema_and_is_shown(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
+    with torch.no_grad():
+        model[1].weight[2] = float("nan")
+    with ng.trace(model) as tracer:
+        model(torch.ones(3, 4)).sum().backward()
+    path = tmp_path / "trace.jsonl"
+    tracer.save(path)
+    check = json_schemas.validator("trace")
+    for line in path.read_text().splitlines():
+        check.validate(json.loads(line))
+    done = run(path, "--perfetto", tmp_path / "timeline.json")
+    assert done.exit_code == 0
+    assert "holds 1 NaN" in done.output
+    (drawn,) = page.content(files.read([path]))["figures"]["grids"]
+    assert [drawn["rows"][row] for row in drawn["first"]] == ["1"]
 
 
 # -- files that are no good ------------------------------------------------------------------------------------------
@@ -223,17 +234,6 @@ def test_hostile_names_survive_the_json_documents(tmp_path):
     assert [one["name"] for one in document["reports"][0]["report"]["offenders"]] == list(support.HOSTILE)
 
 
-@pytest.mark.parametrize("width", [1, 2, 10, 100])
-def test_a_shortened_text_keeps_its_ends(width):
-    text = "".join(map(chr, range(65, 91))) * 4
-    short = names.shortened(text, width)
-    assert len(short) == min(width, len(text))
-    if 10 <= width < len(text):
-        assert short.startswith("ABC")
-        assert short.endswith("XYZ")
-    assert names.shortened("abc", 3) == "abc"
-
-
 # -- sparklines --------------------------------------------------------------------------------------------------------
 
 
@@ -252,179 +252,3 @@ def test_a_shortened_text_keeps_its_ends(width):
 )
 def test_a_sparkline_has_a_character_a_value(values, logarithmic, line):
     assert sparkline(values, logarithmic) == line
-
-
-# -- the timeline ------------------------------------------------------------------------------------------------------
-
-
-def timeline(*paths):
-    return perfetto.timeline(files.read(paths))
-
-
-def test_the_timeline_is_what_it_was_before(trace_file):
-    support.compare("timeline.json", json.dumps(timeline(*support.LAST_STEP, trace_file), indent=1) + "\n")
-
-
-def test_calls_lie_inside_of_the_call_that_made_them(trace_file):
-    trace = frames.load(trace_file)
-    events = [event for event in timeline(trace_file)["traceEvents"] if event["ph"] == "X"]
-    for thread in (1, 2):
-        spans = [(event["ts"], event["ts"] + event["dur"]) for event in events if event["tid"] == thread]
-        assert len(spans) == len(trace.frames)
-        for frame, (begin, end) in zip(trace.frames, spans, strict=True):
-            assert begin < end
-            if frame.parent is not None:
-                outer = spans[frame.parent]
-                assert outer[0] <= begin
-                assert end <= outer[1]
-    forward = max(event["ts"] + event["dur"] for event in events if event["tid"] == 1)
-    assert forward <= min(event["ts"] for event in events if event["tid"] == 2)
-
-
-def test_the_first_nonfinite_call_is_marked_in_the_timeline(trace_file):
-    (mark,) = [event for event in timeline(trace_file)["traceEvents"] if event["ph"] == "i"]
-    assert mark["name"].startswith("first not finite: encoder.1.proj")
-    red = [event["name"] for event in timeline(trace_file)["traceEvents"] if event.get("cname") == "terrible"]
-    assert red[0] == "encoder.0.norm (LayerNorm)", "its gradient came back as NaN"
-
-
-def test_counters_leave_out_what_is_not_finite():
-    events = timeline(*support.LAST_STEP)["traceEvents"]
-    norms = [event for event in events if event["ph"] == "C" and event["name"] == "norm" and event["pid"] == 0]
-    assert len(norms) == 11
-    assert "step 21 (skipped)" in [event["name"] for event in events]
-    json.dumps(events, allow_nan=False)
-
-
-# -- schemas -----------------------------------------------------------------------------------------------------------
-
-
-def validator(name):
-    schema = json.loads((DOCS / name).read_text())
-    jsonschema.Draft202012Validator.check_schema(schema)
-    return jsonschema.Draft202012Validator(schema)
-
-
-def test_real_reports_follow_the_schema():
-    check = validator("report.schema.json")
-    for path in support.REAL:
-        check.validate(json.loads(path.read_text()))
-    check.validate(json.loads(support.hostile_report().to_json()))
-
-
-def test_the_schema_names_every_field_and_every_verdict():
-    schema = json.loads((DOCS / "report.schema.json").read_text())
-    assert set(schema["properties"]) == {"schema_version", *OverflowReport.__dataclass_fields__}
-    assert set(schema["$defs"]["offender"]["properties"]) == set(Offender.__dataclass_fields__)
-    assert set(schema["$defs"]["step"]["properties"]) == set(StepRecord.__dataclass_fields__)
-    assert schema["properties"]["verdict"]["enum"] == list(map(str, Verdict))
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"step": "21"},
-        {"verdict": "fine"},
-        {"recoverable": "no"},
-        {"loss_scale": "large"},
-        {"offenders": [{"name": "x"}]},
-        {"evidence": "one"},
-        {"schema_version": 2},
-        {"more": 1},
-        {"environment": {"hides_nan": "all"}},
-    ],
-    ids=str,
-)
-def test_broken_reports_do_not_follow_the_schema(change):
-    document = json.loads(support.LAST_STEP[0].read_text())
-    assert not validator("report.schema.json").is_valid({**document, **change})
-
-
-def test_traces_follow_the_schema(tmp_path):
-    check = validator("trace.schema.json")
-    lines = support.write_trace(tmp_path, support.trace(), "trace.jsonl").read_text().splitlines()
-    for line in lines:
-        check.validate(json.loads(line))
-    header, frame = json.loads(lines[0]), json.loads(lines[1])
-    assert not check.is_valid({**header, "kind": "report"})
-    assert not check.is_valid({**header, "first_nonfinite": {}})
-    assert not check.is_valid({**frame, "position": "0"})
-    assert not check.is_valid({**frame, "outputs": [{"name": "output[0]"}]})
-    assert not check.is_valid({key: value for key, value in frame.items() if key != "cls"})
-
-
-def test_a_trace_of_a_real_model_follows_the_schema_and_is_shown(tmp_path):
-    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.LayerNorm(4), torch.nn.Linear(4, 2))
-    with torch.no_grad():
-        model[1].weight[2] = float("nan")
-    with ng.trace(model) as tracer:
-        model(torch.ones(3, 4)).sum().backward()
-    path = tmp_path / "trace.jsonl"
-    tracer.save(path)
-    check = validator("trace.schema.json")
-    for line in path.read_text().splitlines():
-        check.validate(json.loads(line))
-    done = run(path, "--perfetto", tmp_path / "timeline.json")
-    assert done.exit_code == 0
-    assert "holds 1 NaN" in done.output
-    (drawn,) = page.content(files.read([path]))["figures"]["grids"]
-    assert [drawn["rows"][row] for row in drawn["first"]] == ["1"]
-
-
-# -- the environment ---------------------------------------------------------------------------------------------------
-
-
-def test_the_environment_is_collected_without_importing_anything():
-    code = (
-        "import sys, json\n"
-        "from hallo_numguard.core.environment import collect\n"
-        "facts = collect(3)\n"
-        "assert not {'torch', 'deepspeed', 'transformers', 'accelerate', 'wandb'} & set(sys.modules)\n"
-        "print(json.dumps(facts))\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    facts = json.loads(done.stdout)
-    assert facts["rank"] == 3
-    assert facts["torch"]
-    assert facts["deepspeed"]
-    assert facts["hides_nan"] == []
-
-
-def test_loaded_modules_that_hide_nan_are_named(monkeypatch):
-    monkeypatch.setitem(sys.modules, "transformers.trainer", object())
-    monkeypatch.setitem(sys.modules, "wandb", object())
-    first, second = environment.collect()["hides_nan"]
-    assert "logging_nan_inf_filter" in first
-    assert "wandb.watch" in second
-
-
-def test_the_environment_is_read_back_and_does_not_count_in_comparisons():
-    real = OverflowReport.from_json(support.LAST_STEP[0].read_text())
-    assert real.environment["hostname"] == "node-0"
-    assert replace(real, environment={}) == real
-    older = {key: value for key, value in json.loads(real.to_json()).items() if key != "environment"}
-    assert OverflowReport.from_json(json.dumps(older)).environment == {}
-
-
-def test_a_step_that_was_applied_all_the_same_is_not_called_skipped():
-    (last, _) = (OverflowReport.from_json(path.read_text()) for path in support.LAST_STEP)
-    report = replace(last, consecutive_skips=0)
-    overflow = files.Overflow((files.RankReport("file", 0, report),))
-    banner = page.content(files.Material((overflow,), ()))["banner"]["step"]
-    for shown in (str(report), headline(report), banner):
-        assert "was applied all the same" in shown
-        assert "was skipped" not in shown
-
-
-def test_only_what_is_undetermined_is_called_not_proved():
-    report = OverflowReport.from_json(support.LAST_STEP[0].read_text())
-    proved = replace(report, verdict=Verdict.FORWARD_NONFINITE, recoverable=None)
-    assert "forward_nonfinite (it may come back)" in str(proved)
-    assert "undetermined (cause not proved)" in str(replace(proved, verdict=Verdict.UNDETERMINED))
-
-
-def test_files_have_the_permissions_that_new_files_have(tmp_path):
-    write_whole(tmp_path / "ours", b"data")
-    (tmp_path / "any").touch()
-    assert (tmp_path / "ours").stat().st_mode == (tmp_path / "any").stat().st_mode
-    assert [path.name for path in sorted(tmp_path.iterdir())] == ["any", "ours"]

@@ -26,9 +26,8 @@ HOSTILE = (
 )
 
 
-def compare(name: str, text: str) -> None:
-    """Compares with a golden file; UPDATE_GOLDENS=1 writes it anew."""
-    path = GOLDENS / name
+def compare(path: Path, text: str) -> None:
+    """Compares with a generated file; UPDATE_GOLDENS=1 writes it anew."""
     if os.environ.get("UPDATE_GOLDENS"):
         path.write_text(text, encoding="utf-8")
     assert text == path.read_text(encoding="utf-8")

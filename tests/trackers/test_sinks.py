@@ -7,13 +7,16 @@ import logging
 import math
 import struct
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
 import hallo_numguard as ng
+from hallo_numguard.trackers.background import MAX_WAITING
 from hallo_numguard.trackers.base import FIGURES
+from hallo_numguard.trackers.mlflow import MlflowSink
 
 import deepspeed_support as support
 
@@ -183,6 +186,24 @@ def test_the_active_run_of_mlflow(train, mlflow, tmp_path):
     (text,) = (tmp_path / "artifacts").rglob("overflow-step*.txt")
     assert text.name == "overflow-step00000003.txt"
     assert "forward_nonfinite" in text.read_text()
+
+
+def test_a_server_of_mlflow_that_does_not_answer_costs_training_nothing(mlflow, monkeypatch, caplog):
+    run, server = mlflow.start_run(), threading.Event()
+    sent = []
+
+    class OnItsWay:
+        wait = server.wait
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", lambda *_, **figures: sent.append(figures) or OnItsWay)
+    sink = MlflowSink()
+    for step in range(1, 101):
+        sink.write(step, {"loss": 1.0})
+    assert MAX_WAITING <= len(sent) <= MAX_WAITING + 1
+    server.set()
+    sink.close()
+    assert f"MLflow was too slow: {100 - len(sent)} deliveries were dropped" in caplog.text
+    assert mlflow.active_run() is run
 
 
 def test_no_active_run_is_told_once_and_none_is_started(train, wandb, mlflow, tmp_path, caplog):

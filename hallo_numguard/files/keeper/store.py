@@ -15,11 +15,11 @@ import re
 import shutil
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hallo_numguard.core.atomic_files import sync, write_whole
-from hallo_numguard.core.documents import without_nonfinite
+from hallo_numguard.core.documents import InvalidDocument, decode, encode
 from hallo_numguard.files.manifest.listing import MANIFEST
 
 META = "numguard.checkpoint.json"
@@ -76,12 +76,9 @@ class Checkpoint:
         """
         document = json.loads((self.path / META).read_bytes())
         try:
-            values = {field.name: document[field.name] for field in fields(Meta)}
-            for name in ("loss", "grad_norm", "loss_scale"):
-                values[name] = None if values[name] is None else float(values[name])
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{META} is damaged: {error!r}") from error
-        return Meta(**values)
+            return decode(Meta, document)
+        except InvalidDocument as error:
+            raise ValueError(f"{META} is damaged: {error}") from error
 
     def __str__(self) -> str:
         return f"{self.path.name} (step {self.step})"
@@ -181,7 +178,7 @@ class Store:
 
 def write_meta(folder: Path, meta: Meta) -> None:
     """Writes the facts about a checkpoint into its folder."""
-    write_whole(folder / META, json.dumps(without_nonfinite(asdict(meta)), indent=1).encode())
+    write_whole(folder / META, json.dumps(encode(meta), indent=1).encode())
 
 
 def _health_of(checkpoint: Checkpoint) -> Path:

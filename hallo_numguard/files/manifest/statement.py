@@ -5,15 +5,13 @@ A statement is accepted only if writing its content again gives the same bytes, 
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
-from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Any
 
-from hallo_numguard.core.documents import without_nonfinite
+from hallo_numguard.core.documents import decode, encode
 from hallo_numguard.core.records import Record
 from hallo_numguard.files.manifest.listing import TENSORS, UNLISTED, DamagedManifest, Listing, path_order
 
@@ -106,9 +104,9 @@ def read_files(data: bytes, source: str) -> Listing:
     document = _parse(data, source, FILES_PREDICATE)
     try:
         resources = document["predicate"]["resources"]
-        digests = {_load(str, item["name"]): _digest(item["digest"]) for item in resources}
+        digests = {decode(str, item["name"]): _digest(item["digest"]) for item in resources}
         links = document["predicate"]["serialization"]["allow_symlinks"] is True
-        model = _load(str, document["subject"][0]["name"])
+        model = decode(str, document["subject"][0]["name"])
         listing = Listing(source, ALGORITHM, digests, complete=True, model=model, links=links)
         is_unaltered = write_files(listing) == data and list(digests) == sorted(digests, key=path_order)
     except _MALFORMED as error:
@@ -127,7 +125,7 @@ def write_contents(contents: Contents) -> bytes:
             for name, file in contents.files.items()
         ],
     }
-    return _write(contents.model, contents.root, TENSORS_PREDICATE, without_nonfinite(predicate))
+    return _write(contents.model, contents.root, TENSORS_PREDICATE, encode(predicate))
 
 
 def read_contents(data: bytes) -> Contents:
@@ -143,12 +141,12 @@ def read_contents(data: bytes) -> Contents:
         version = predicate["schema_version"]
         if version != SCHEMA_VERSION:
             raise DamagedManifest(f"{TENSORS} is of schema version {version!r}; this version reads {SCHEMA_VERSION}")
-        files = {_load(str, item["name"]): _load(FileContents, item) for item in predicate["files"]}
+        files = {decode(str, item["name"]): decode(FileContents, item) for item in predicate["files"]}
         for tensor in (tensor for file in files.values() for tensor in file.tensors):
             _digest(tensor.digest)
             if tensor.record is not None and not tensor.record.sumsq >= 0:
                 raise ValueError(f"expected a sum of squares, got {tensor.record.sumsq}")
-        contents = Contents(_load(str, subject["name"]), _digest(subject["digest"][ALGORITHM]), files)
+        contents = Contents(decode(str, subject["name"]), _digest(subject["digest"][ALGORITHM]), files)
         is_unaltered = write_contents(contents) == data
     except _MALFORMED as error:
         raise DamagedManifest(f"{TENSORS} is damaged: {error!r}") from error
@@ -183,32 +181,6 @@ def _parse(data: bytes, source: str, predicate_type: str) -> Mapping[str, Any]:
 def _document(tensor: TensorFacts) -> dict[str, Any]:
     record = None if tensor.record is None else {name: getattr(tensor.record, name) for name in _RECORD_FIELDS}
     return {**vars(tensor), "record": record}
-
-
-def _load(kind: Any, value: Any) -> Any:
-    """The value of a type of the dataclasses above that a JSON value stands for.
-
-    Raises:
-        KeyError, TypeError, ValueError: If it stands for none.
-    """
-    if isinstance(kind, type) and is_dataclass(kind):
-        types = _field_types(kind)
-        values = {field.name: value[field.name] for field in fields(kind) if field.name in value}
-        return kind(**{name: _load(types[name], item) for name, item in values.items()})
-    if isinstance(kind, UnionType):  # with None
-        return None if value is None else _load(get_args(kind)[0], value)
-    if get_origin(kind) is tuple:
-        return tuple(_load(get_args(kind)[0], item) for item in value)
-    if kind is float:
-        return float(value)  # also "NaN" and "Infinity"
-    if type(value) is not kind:
-        raise TypeError(f"expected {kind.__name__}, got {type(value).__name__}")
-    return value
-
-
-@functools.cache
-def _field_types(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
 
 
 def _digest(value: Any) -> str:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from hallo_numguard.core.documents import decode
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Offender, Verdict
 from hallo_numguard.guard.collectives import Ranks
@@ -332,4 +333,4 @@ def _proved_before(report: OverflowReport | None, step: BadStep) -> float | None
 
 def _read_input(text: str) -> tuple[Offender, int]:
     document, micro_batch = json.loads(text)
-    return Offender.from_document(document), micro_batch
+    return decode(Offender, document), micro_batch

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hallo_numguard.core.documents import decode
 from hallo_numguard.core.frames import Origin
 from hallo_numguard.core.records import Offender
 from hallo_numguard.guard.collectives import Ranks, clip
@@ -209,7 +210,7 @@ class Replayer:
         if answer.origin_text is None:
             return found
         origin, details, number = json.loads(answer.origin_text)
-        return replace(found, origin=Offender.from_document(origin), details=tuple(details), number=number)
+        return replace(found, origin=decode(Offender, origin), details=tuple(details), number=number)
 
 
 def _is_complete(call: Call) -> bool:

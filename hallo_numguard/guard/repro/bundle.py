@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from hallo_numguard.core.atomic_files import write_folder
-from hallo_numguard.core.documents import without_nonfinite
+from hallo_numguard.core.documents import encode
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Verdict
 from hallo_numguard.guard.collectives import Ranks
@@ -158,7 +158,7 @@ def _main_file() -> str:
 
 
 def _json(value: Any) -> bytes:
-    return json.dumps(without_nonfinite(value), indent=1, default=str, allow_nan=False).encode()
+    return json.dumps(encode(value), indent=1, default=str, allow_nan=False).encode()
 
 
 def _pickled(value: Any) -> bytes | str:

@@ -1,4 +1,4 @@
-"""Heat maps as numbers: rows of cells, made fewer where there are more than anybody could look at."""
+"""Heat maps as numbers: rows of cells, put together where there are too many to draw."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-MOST_ROWS = 2000
-MOST_COLUMNS = 120
-_DEEPEST = 12  # parts of a name that are looked at to group rows
+MAX_ROWS = 2000
+MAX_COLUMNS = 120
+_MAX_DEPTH = 12  # parts of a name by which rows are grouped
 _NOT_A_NUMBER = "×"
 _INFINITE = "∞"
 
 
 class Cell(NamedTuple):
-    """What one cell shows.
+    """Figures of one cell.
 
     Attributes:
         absmax: Largest absolute value among the finite elements.
-        nonfinite: Number of the others.
-        infinite: How many of these are known to be infinite.
+        nonfinite: Number of non-finite elements.
+        infinite: Number of these that are known to be infinite.
     """
 
     absmax: float
@@ -35,8 +35,8 @@ class Cell(NamedTuple):
         return _INFINITE if self.infinite == self.nonfinite else _NOT_A_NUMBER
 
 
-def together(one: Cell | None, other: Cell | None) -> Cell | None:
-    """Returns a cell for the elements of two."""
+def merged(one: Cell | None, other: Cell | None) -> Cell | None:
+    """Returns a cell for the elements of two cells."""
     if one is None or other is None:
         return one or other
     return Cell(max(one.absmax, other.absmax), one.nonfinite + other.nonfinite, one.infinite + other.infinite)
@@ -47,9 +47,9 @@ class Grid:
     """Rows by name, with a cell or nothing for each column.
 
     Attributes:
-        columns: Their labels.
-        rows: Cells by the row's name.
-        note: What was left out or put together, in a sentence; "" if nothing was.
+        columns: Labels of the columns.
+        rows: Cells by name of the row.
+        note: Sentence on what was put together; "" if nothing was.
     """
 
     columns: list[str]
@@ -57,38 +57,38 @@ class Grid:
     note: str = ""
 
     def add(self, name: str, column: int, cell: Cell) -> None:
-        """Puts a cell in, together with what is there already."""
+        """Adds the elements of a cell to a place."""
         row = self.rows.setdefault(name, [None] * len(self.columns))
-        row[column] = together(row[column], cell)
+        row[column] = merged(row[column], cell)
 
 
-def bins(labels: Sequence[str], most: int) -> tuple[list[str], list[int]]:
-    """Puts neighbouring columns together where there are more than `most`.
+def bins(labels: Sequence[str], limit: int) -> tuple[list[str], list[int]]:
+    """Puts neighbouring columns together where there are more than `limit`.
 
     Returns:
-        The labels of what is left, and for each column that there was the one that it is in now.
+        Labels of the remaining columns, and for each old column the position of its new one.
     """
-    width = math.ceil(len(labels) / most) or 1
+    width = math.ceil(len(labels) / limit) or 1
     starts = range(0, len(labels), width)
     parts = [labels[start : start + width] for start in starts]
     left = [part[0] if len(part) == 1 else f"{part[0]} to {part[-1]}" for part in parts]
     return left, [position // width for position in range(len(labels))]
 
 
-def with_fewer_rows(grid: Grid, first: Iterable[str] = (), most: int = MOST_ROWS) -> Grid:
-    """Returns a grid of at most `most` rows: those of the same module become one, but for those that are not finite.
+def with_fewer_rows(grid: Grid, first: Iterable[str] = (), limit: int = MAX_ROWS) -> Grid:
+    """Returns a grid of at most `limit` rows: finite rows of the same module become one.
 
     Args:
-        grid: Any.
-        first: Rows that stay on their own before any others.
-        most: One half for rows on their own, the other for modules.
+        grid: The grid.
+        first: Rows that keep a row of their own before any others.
+        limit: Number of rows: one half for rows on their own, the other for modules.
     """
-    if len(grid.rows) <= most:
+    if len(grid.rows) <= limit:
         return grid
     bad = [name for name, row in grid.rows.items() if any(cell is not None and cell.nonfinite for cell in row)]
     wanted = dict.fromkeys([*(name for name in first if name in grid.rows), *bad])
-    alone = set(list(wanted)[: most // 2])
-    depth = _depth([name for name in grid.rows if name not in alone], most // 2)
+    alone = set(list(wanted)[: limit // 2])
+    depth = _depth([name for name in grid.rows if name not in alone], limit // 2)
     fewer = Grid(grid.columns)
     members: dict[str, list[str]] = {}
     for name in grid.rows:
@@ -107,14 +107,14 @@ def with_fewer_rows(grid: Grid, first: Iterable[str] = (), most: int = MOST_ROWS
 def _column_by_column(rows: Sequence[list[Cell | None]]) -> list[Cell | None]:
     total = list(rows[0])
     for row in rows[1:]:
-        total = [together(one, other) for one, other in zip(total, row, strict=True)]
+        total = [merged(one, other) for one, other in zip(total, row, strict=True)]
     return total
 
 
-def _depth(names: Sequence[str], most: int) -> int:
-    """How many parts of the names make at most so many different prefixes; 0 if even one makes more."""
-    for depth in range(_DEEPEST, 0, -1):
-        if len({_prefix(name, depth) for name in names}) <= most:
+def _depth(names: Sequence[str], limit: int) -> int:
+    """Returns the number of parts of names that make at most `limit` different prefixes; 0 if even one makes more."""
+    for depth in range(_MAX_DEPTH, 0, -1):
+        if len({_prefix(name, depth) for name in names}) <= limit:
             return depth
     return 0
 

@@ -1,4 +1,4 @@
-"""What the HTML page shows, as values that JSON has. Names in it are harmless text, which still has to be escaped."""
+"""Contents of the HTML page, as values that JSON has. Names in it are harmless text, which still has to be escaped."""
 
 from __future__ import annotations
 
@@ -7,48 +7,45 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hallo_numguard.core import environment
-from hallo_numguard.core.frames import Frames
-from hallo_numguard.core.overflow_report import headline, outcome, rows
+from hallo_numguard.core.frames import PARTS, Frames
 from hallo_numguard.core.records import Offender, StepRecord, shape_in_words
 from hallo_numguard.core.safe_text import harmless
-from hallo_numguard.report.calls import PARTS, nonfinite_tensors
-from hallo_numguard.report.history import RankHistory, by_rank, series
-from hallo_numguard.report.html.grid import MOST_COLUMNS, MOST_ROWS, Cell, Grid, bins, with_fewer_rows
-from hallo_numguard.report.inputs import Material, NamedTrace, Overflow
+from hallo_numguard.report.html.grid import MAX_COLUMNS, MAX_ROWS, Cell, Grid, bins, with_fewer_rows
+from hallo_numguard.report.inputs import NamedTrace, Overflow, RankHistory, ReportInputs
 
-_MOST_RANKS = 32  # in tables
-_MOST_LINES = 8  # ranks in the timeline
-_MOST_EARLIER = 200
+_MAX_RANKS = 32  # in tables
+_MAX_LINES = 8  # ranks in the timeline
+_MAX_EARLIER = 200
 _ROOT = "(root)"
 _OUTLOOK = {True: "recovers", False: "unrecoverable", None: "unknown"}
 
 
-def content(material: Material) -> dict[str, Any]:
-    """Returns all that the template needs; `figures` is for the page's script."""
-    histories = by_rank(material.overflows)
+def content(inputs: ReportInputs) -> dict[str, Any]:
+    """Returns the template's variables; `figures` is for the page's script."""
+    histories = inputs.histories()
     return {
-        "title": _title(material),
-        "banner": _banner(material.overflows),
-        "earlier": [headline(overflow.report) for overflow in reversed(material.overflows[:-1])][:_MOST_EARLIER],
-        "traces": list(map(_origin, material.traces)),
-        "hides_nan": _hides_nan(material.overflows),
-        "ranks": _ranks(material.overflows),
-        "environment": _environment(material.overflows),
+        "title": _title(inputs),
+        "banner": _banner(inputs.overflows),
+        "earlier": [overflow.report.headline() for overflow in reversed(inputs.overflows[:-1])][:_MAX_EARLIER],
+        "traces": list(map(_origin, inputs.traces)),
+        "hides_nan": _hides_nan(inputs.overflows),
+        "ranks": _ranks(inputs.overflows),
+        "environment": _environment(inputs.overflows),
         "figures": {
             "timeline": _timeline(histories),
-            "grids": list(_grids(material, histories)),
+            "grids": list(_grids(inputs, histories)),
             "offenders": [
-                list(map(harmless, row)) for row in (*_offenders(material.overflows), *_tensors(material.traces))
+                list(map(harmless, row)) for row in (*_offenders(inputs.overflows), *_tensors(inputs.traces))
             ],
         },
     }
 
 
-def _title(material: Material) -> str:
-    if material.overflows:
-        report = material.overflows[-1].report
+def _title(inputs: ReportInputs) -> str:
+    if inputs.overflows:
+        report = inputs.overflows[-1].report
         return f"Step {report.step}: {report.verdict}"
-    return harmless(", ".join(trace.source for trace in material.traces), 100)
+    return harmless(", ".join(trace.source for trace in inputs.traces), 100)
 
 
 def _banner(overflows: Sequence[Overflow]) -> dict[str, Any] | None:
@@ -59,8 +56,8 @@ def _banner(overflows: Sequence[Overflow]) -> dict[str, Any] | None:
     in_a_row = f" ({report.consecutive_skips} in a row)" if report.consecutive_skips > 1 else ""
     return {
         "outlook": _OUTLOOK[report.recoverable],
-        "step": f"Step {report.step} was {outcome(report)}{in_a_row} at loss scale {report.loss_scale:g}{ranks}",
-        "rows": rows(report),
+        "step": f"Step {report.step} was {report.outcome}{in_a_row} at loss scale {report.loss_scale:g}{ranks}",
+        "rows": report.rows(),
     }
 
 
@@ -77,30 +74,24 @@ def _origin(named: NamedTrace) -> dict[str, Any]:
 
 
 def _hides_nan(overflows: Sequence[Overflow]) -> list[str]:
-    said = (
-        harmless(sentence)
-        for overflow in overflows
-        for item in overflow.ranks
-        for sentence in environment.hides_nan(item.report.environment)
-    )
-    return list(dict.fromkeys(said))
+    return list(dict.fromkeys(harmless(sentence) for overflow in overflows for sentence in overflow.hides_nan()))
 
 
 # -- ranks -----------------------------------------------------------------------------------------------------------
 
 
 def _ranks(overflows: Sequence[Overflow]) -> list[list[str]]:
-    """A row for every rank that wrote a report of the last step, or that one of its offenders names."""
+    """Returns a row for every rank that wrote a report of the last step, or that an offender of it names."""
     if not overflows:
         return []
     last = overflows[-1]
     named = {one.rank for one in (last.report.first, *last.report.offenders) if one is not None}
     written = {item.rank for item in last.ranks}
     silent = sorted(rank for rank in named - written if rank is not None)
-    table = [[harmless(item.label), *_last_step(item.report.history)] for item in last.ranks[:_MOST_RANKS]]
-    table += [[f"rank {rank}", "", "", "", ""] for rank in silent[:_MOST_RANKS]]
-    ranks = [item.rank for item in last.ranks[:_MOST_RANKS]] + list(silent[:_MOST_RANKS])
-    return [[*row, _blamed(last, rank)] for row, rank in zip(table, ranks, strict=True)]
+    table = [[harmless(item.label), *_last_step(item.report.history)] for item in last.ranks[:_MAX_RANKS]]
+    table += [[f"rank {rank}", "", "", "", ""] for rank in silent[:_MAX_RANKS]]
+    ranks = [item.rank for item in last.ranks[:_MAX_RANKS]] + list(silent[:_MAX_RANKS])
+    return [[*row, _offenders_of(last, rank)] for row, rank in zip(table, ranks, strict=True)]
 
 
 def _last_step(history: Sequence[StepRecord]) -> list[str]:
@@ -111,18 +102,18 @@ def _last_step(history: Sequence[StepRecord]) -> list[str]:
     return [loss, f"{last.norm:.6g}", f"{last.absmax:.6g}", str(last.nonfinite)]
 
 
-def _blamed(overflow: Overflow, rank: int | None) -> str:
+def _offenders_of(overflow: Overflow, rank: int | None) -> str:
     report = overflow.report
-    blamed = sum(one.rank == rank for one in report.offenders if rank is not None)
+    count = sum(one.rank == rank for one in report.offenders if rank is not None)
     first = "the first, " if report.first is not None and report.first.rank == rank and rank is not None else ""
-    return f"{first}{blamed} gradients" if first or blamed else "none"
+    return f"{first}{count} gradients" if first or count else "none"
 
 
 def _environment(overflows: Sequence[Overflow]) -> dict[str, Any]:
-    """Names of facts with a value for each rank of the last step."""
+    """Returns names of facts with a value for each rank of the last step."""
     if not overflows:
         return {"ranks": [], "rows": []}
-    ranks = overflows[-1].ranks[:_MOST_RANKS]
+    ranks = overflows[-1].ranks[:_MAX_RANKS]
     facts = [dict(environment.rows(item.report.environment)) for item in ranks]
     names = dict.fromkeys(name for fact in facts for name in fact if name != "rank")
     table = [[harmless(name, 100), *(harmless(fact.get(name, ""), 300) for fact in facts)] for name in names]
@@ -142,7 +133,7 @@ def _timeline(histories: Sequence[RankHistory]) -> dict[str, Any] | None:
         "limit": min(limits, default=None),
         "lines": [
             line
-            for position, history in enumerate(histories[:_MOST_LINES])
+            for position, history in enumerate(histories[:_MAX_LINES])
             for line in _lines(history)
             if position == 0 or line["name"] != "loss scale"  # which all ranks share
         ],
@@ -150,7 +141,7 @@ def _timeline(histories: Sequence[RankHistory]) -> dict[str, Any] | None:
 
 
 def _lines(history: RankHistory) -> Iterator[dict[str, Any]]:
-    for name, values in series(history.steps):
+    for name, values in history.series():
         bad = [step.step for step, value in zip(history.steps, values, strict=True) if _is_bad(value)]
         if bad or any(value is not None for value in values):
             yield {
@@ -162,23 +153,23 @@ def _lines(history: RankHistory) -> Iterator[dict[str, Any]]:
             }
 
 
-def _grids(material: Material, histories: Sequence[RankHistory]) -> Iterator[dict[str, Any]]:
-    firsts = [report.first for report in (overflow.report for overflow in material.overflows) if report.first]
+def _grids(inputs: ReportInputs, histories: Sequence[RankHistory]) -> Iterator[dict[str, Any]]:
+    firsts = [report.first for report in (overflow.report for overflow in inputs.overflows) if report.first]
     if any(step.parameters for history in histories for step in history.steps):
         names = [one.name for one in firsts]
-        yield _drawn("Gradients by parameter and step", "step", _by_parameter(histories, names), names)
+        yield _heat_map("Gradients by parameter and step", "step", _by_parameter(histories, names), names)
     if len(histories) > 1:
-        yield _drawn("Gradients by rank and step", "step", _by_rank(histories))
-    for named in material.traces:
+        yield _heat_map("Gradients by rank and step", "step", _by_rank(histories))
+    for named in inputs.traces:
         if named.trace.frames:
             title = f"Calls of modules in {harmless(named.source, 60)}"
             names = _first_module(named.trace)
-            yield _drawn(title, "call", _by_module(named, names), names)
+            yield _heat_map(title, "call", _by_module(named, names), names)
 
 
 def _steps_as_columns(histories: Sequence[RankHistory]) -> tuple[list[str], dict[int, int]]:
     numbers = sorted({step.step for history in histories for step in history.steps})
-    labels, column = bins(list(map(str, numbers)), MOST_COLUMNS)
+    labels, column = bins(list(map(str, numbers)), MAX_COLUMNS)
     return labels, dict(zip(numbers, column, strict=True))
 
 
@@ -195,14 +186,14 @@ def _by_parameter(histories: Sequence[RankHistory], first: Sequence[str]) -> Gri
 def _by_rank(histories: Sequence[RankHistory]) -> Grid:
     labels, column = _steps_as_columns(histories)
     grid = Grid(labels)
-    for history in histories[:MOST_ROWS]:
+    for history in histories[:MAX_ROWS]:
         for step in history.steps:
             grid.add(history.label, column[step.step], Cell(step.absmax, step.nonfinite))
     return grid
 
 
 def _first_module(trace: Frames) -> list[str]:
-    """The row of the module that the first non-finite tensor belongs to; none if it was not kept."""
+    """Returns the row of the module of the first non-finite tensor; none if its call was not kept."""
     first = trace.first_nonfinite
     return [frame.name or _ROOT for frame in trace.frames if first is not None and frame.position == first.position]
 
@@ -211,7 +202,7 @@ def _by_module(named: NamedTrace, first: Sequence[str]) -> Grid:
     frames = named.trace.frames
     parts = [part for part in PARTS if any(getattr(frame, part) for frame in frames)]
     calls = sorted({frame.call for frame in frames})
-    labels, column = bins([f"call {call}" for call in calls], max(1, MOST_COLUMNS // len(parts)) if parts else 1)
+    labels, column = bins([f"call {call}" for call in calls], max(1, MAX_COLUMNS // len(parts)) if parts else 1)
     place = dict(zip(calls, column, strict=True))
     grid = Grid([f"{label}: {PARTS[part]}" for label in labels for part in parts])
     for frame in frames:
@@ -223,7 +214,7 @@ def _by_module(named: NamedTrace, first: Sequence[str]) -> Grid:
     return with_fewer_rows(grid, first)
 
 
-def _drawn(title: str, columns: str, grid: Grid, first: Sequence[str] = ()) -> dict[str, Any]:
+def _heat_map(title: str, columns: str, grid: Grid, first: Sequence[str] = ()) -> dict[str, Any]:
     return {
         "title": title,
         "what": columns,
@@ -245,7 +236,7 @@ def _drawn(title: str, columns: str, grid: Grid, first: Sequence[str] = ()) -> d
 
 
 def _offenders(overflows: Sequence[Overflow]) -> Iterator[list[str]]:
-    """The last step first: it is the one that is looked at."""
+    """Yields the offenders of all steps, the last step's first."""
     for overflow in reversed(overflows):
         report = overflow.report
         first = [] if report.first is None or report.first in report.offenders else [report.first]
@@ -260,7 +251,7 @@ def _offender(where: str, one: Offender) -> list[str]:
 
 def _tensors(traces: Sequence[NamedTrace]) -> Iterator[list[str]]:
     for named in traces:
-        for frame, part, tensor in nonfinite_tensors(named.trace):
+        for frame, part, tensor in named.trace.nonfinite_tensors():
             found = _found(tensor.index, tensor.counts, tensor.record.absmax, tensor.shape, tensor.dtype)
             name = f"{frame.name or _ROOT}: {tensor.name}"
             yield [f"{named.source}, call {frame.call}", PARTS[part], name, *found, ""]
@@ -275,5 +266,5 @@ def _is_bad(value: float | None) -> bool:
 
 
 def _number(value: float | None) -> float | None:
-    """As many digits as a display needs; nothing for what is not finite."""
+    """Returns a number with five digits; None if it is not finite."""
     return None if value is None or not math.isfinite(value) else float(f"{value:.5g}")

@@ -1,4 +1,4 @@
-"""Reports and traces as one HTML file that needs no network: scripts and styles are inside of it.
+"""Reports and traces as one HTML file that needs no network: it contains its scripts and styles.
 
 Needs jinja2 and plotly, which the extra `report` installs.
 """
@@ -10,8 +10,10 @@ import hashlib
 from importlib import resources
 
 from hallo_numguard.core.errors import NumGuardError
+from hallo_numguard.core.safe_text import MAX_SENTENCE
+from hallo_numguard.report.html.grid import MAX_COLUMNS, MAX_ROWS
 from hallo_numguard.report.html.page import content
-from hallo_numguard.report.inputs import Material
+from hallo_numguard.report.inputs import ReportInputs
 
 COLUMNS = ("where", "kind", "name", "first at", "non-finite", "absmax of the rest", "shape", "dtype", "rank")
 
@@ -20,7 +22,7 @@ class MissingLibrary(NumGuardError):
     """A library that only HTML reports need is not installed."""
 
 
-def render(material: Material) -> str:
+def render(inputs: ReportInputs) -> str:
     """Returns the page.
 
     Raises:
@@ -40,8 +42,11 @@ def render(material: Material) -> str:
     # Browsers read CRLF as LF before they compare with the hash.
     scripts = [text.replace("\r\n", "\n") for text in (get_plotlyjs(), (files / "report.js").read_text("utf-8"))]
     return environment.get_template("report.html.j2").render(
-        **content(material),
+        **content(inputs),
         columns=COLUMNS,
+        max_rows=MAX_ROWS,
+        max_columns=MAX_COLUMNS,
+        max_name=MAX_SENTENCE,
         style=(files / "report.css").read_text("utf-8"),
         scripts=scripts,
         allowed_scripts=list(map(_hash, scripts)),
@@ -49,6 +54,6 @@ def render(material: Material) -> str:
 
 
 def _hash(script: str) -> str:
-    """What a content security policy calls a script by: no other one runs, whatever a name may smuggle in."""
+    """Returns the name of a script in a content security policy, which lets no other script run."""
     digest = hashlib.sha256(script.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"

@@ -3,7 +3,7 @@
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const ROWS_AT_ONCE = 40;
   const ROW_HEIGHT = 18;
-  const MOST_MATCHES = 500;
+  const MAX_MATCHES = 500;
   const LABEL = 44; // characters
   const HOVER_LINE = 90; // characters
   const CONFIG = { responsive: true, displaylogo: false, modeBarButtonsToRemove: ["select2d", "lasso2d"] };
@@ -122,7 +122,7 @@
     };
   }
 
-  // What is not finite stands at the top of its panel.
+  // Non-finite values stand at the top of their panel.
   function marksOf(line, label) {
     const top = line.values.some((value) => value > 0) ? highest(positive(line.values)) : 1;
     return {
@@ -289,8 +289,8 @@
   function drawTable() {
     const wanted = search.value.toLowerCase();
     const matches = figures.offenders.filter((_, at) => searched[at].includes(wanted));
-    table.replaceChildren(...matches.slice(0, MOST_MATCHES).map(tableRow));
-    const shown = matches.length > MOST_MATCHES ? `the first ${MOST_MATCHES} of ` : "";
+    table.replaceChildren(...matches.slice(0, MAX_MATCHES).map(tableRow));
+    const shown = matches.length > MAX_MATCHES ? `the first ${MAX_MATCHES} of ` : "";
     document.getElementById("matches").textContent = `${shown}${matches.length} of ${figures.offenders.length}`;
   }
 

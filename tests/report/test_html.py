@@ -259,11 +259,11 @@ def rows_of(count, bad=()):
 
 def test_few_rows_stay_as_they_are():
     few = Grid(["1"], rows_of(30))
-    assert grid.with_fewer_rows(few, most=30) is few
+    assert grid.with_fewer_rows(few, limit=30) is few
 
 
 def test_many_rows_are_put_together_by_module_but_for_those_that_are_not_finite():
-    fewer = grid.with_fewer_rows(Grid(["1"], rows_of(400, bad={7, 399})), most=100)
+    fewer = grid.with_fewer_rows(Grid(["1"], rows_of(400, bad={7, 399})), limit=100)
     assert len(fewer.rows) <= 100
     assert fewer.rows["layers.0.part.7"] == [Cell(7.0, 3)]
     assert fewer.rows["layers.39.part.9"] == [Cell(399.0, 3)]
@@ -273,7 +273,7 @@ def test_many_rows_are_put_together_by_module_but_for_those_that_are_not_finite(
 
 def test_where_all_is_bad_the_first_offender_keeps_its_row_and_nothing_is_lost():
     rows = rows_of(4000, bad=range(4000))
-    fewer = grid.with_fewer_rows(Grid(["1"], rows), first=["layers.300.part.3", "not recorded"], most=100)
+    fewer = grid.with_fewer_rows(Grid(["1"], rows), first=["layers.300.part.3", "not recorded"], limit=100)
     assert len(fewer.rows) <= 100
     assert "layers.300.part.3" in fewer.rows
     assert sum(row[0].nonfinite for row in fewer.rows.values()) == 12_000
@@ -281,12 +281,12 @@ def test_where_all_is_bad_the_first_offender_keeps_its_row_and_nothing_is_lost()
 
 def test_names_without_modules_end_in_one_row():
     rows = {f"p{at}": [Cell(1.0)] for at in range(500)}
-    assert list(grid.with_fewer_rows(Grid(["1"], rows), most=50).rows) == ["all others (500 tensors)"]
+    assert list(grid.with_fewer_rows(Grid(["1"], rows), limit=50).rows) == ["all others (500 tensors)"]
 
 
-@pytest.mark.parametrize(("count", "most", "left"), [(0, 5, 0), (5, 5, 5), (6, 5, 3), (1000, 120, 112)])
-def test_columns_are_put_together_where_there_are_too_many(count, most, left):
-    labels, places = grid.bins([str(at) for at in range(count)], most)
+@pytest.mark.parametrize(("count", "limit", "left"), [(0, 5, 0), (5, 5, 5), (6, 5, 3), (1000, 120, 112)])
+def test_columns_are_put_together_where_there_are_too_many(count, limit, left):
+    labels, places = grid.bins([str(at) for at in range(count)], limit)
     assert len(labels) == left
     assert len(places) == count
     assert places == sorted(places)
