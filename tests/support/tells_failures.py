@@ -13,7 +13,7 @@ def tell() -> None:
     """Prints a line for every failure of the guard in this process."""
     containment: Any = sys.modules.get("hallo_numguard.guard.containment")
     for probe, error in getattr(containment, "contained", ()):
-        print(f"{PREFIX}{probe}: {error!r}", flush=True)
+        sys.stdout.write(f"{PREFIX}{probe}: {error!r}\n")
 
 
 atexit.register(tell)
