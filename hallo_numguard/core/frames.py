@@ -202,7 +202,7 @@ def save(trace: Frames, path: str | Path) -> None:
     write_whole(path, gzip.compress(data, mtime=0) if path.suffix == ".gz" else data)
 
 
-def load(path: str | Path) -> Frames:
+def load_trace(path: str | Path) -> Frames:
     """Reads what `save` wrote.
 
     Raises:

@@ -28,7 +28,7 @@ def test_the_timeline_is_what_it_was_before(trace_file):
 
 
 def test_calls_lie_inside_of_the_call_that_made_them(trace_file):
-    trace = frames.load(trace_file)
+    trace = frames.load_trace(trace_file)
     events = [event for event in timeline(trace_file)["traceEvents"] if event["ph"] == "X"]
     for thread in (1, 2):
         spans = [(event["ts"], event["ts"] + event["dur"]) for event in events if event["tid"] == thread]
