@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import tells_failures
 from paths import IMPORTABLE
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -167,7 +168,7 @@ def run_ranks(
     Fails if one fails or hangs, or if the guard failed in one, unless `contains_failures`.
     """
     path = folder / "script.py"
-    path.write_text(script, encoding="utf-8")
+    path.write_text(f"import tells_failures\n{script}", encoding="utf-8")
     port = free_port()
     processes = []
     for rank in range(ranks):
@@ -196,7 +197,7 @@ def run_ranks(
             process.kill()
     for process, output in zip(processes, outputs, strict=True):
         assert process.returncode == 0, output
-        assert contains_failures or "hallo_numguard failed in its" not in output, output
+        assert contains_failures or tells_failures.PREFIX not in output, output
     return outputs
 
 
