@@ -15,10 +15,10 @@ from hallo_numguard.cli import _shared as shared
 @click.option("--sign", metavar="KEY", type=shared.PATH, help="Also sign, with this private key (PEM).")
 @shared.format_option
 def command(folder: Path, md5: bool, sign: Path | None, style: str) -> int:
-    """Write checksums and tensor statistics of a folder, for `verify`.
+    """Write checksums and tensor statistics of a folder.
 
-    Writes into FOLDER: SHA256SUMS for sha256sum -c, numguard.manifest.json in the format of OpenSSF model signing, and
-    numguard.tensors.json with the digest and the statistics of every tensor.
+    Writes into FOLDER, for `verify`: SHA256SUMS for sha256sum -c, numguard.manifest.json in the format of OpenSSF model
+    signing, and numguard.tensors.json with the digest and the statistics of every tensor.
     """
     from hallo_numguard.files.manifest import signing
     from hallo_numguard.files.manifest.write import write_manifest
