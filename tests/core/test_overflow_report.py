@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-import json_schemas
 import pytest
 
 from hallo_numguard.core.overflow_report import OverflowReport
@@ -13,6 +12,7 @@ from hallo_numguard.core.records import Verdict
 from hallo_numguard.report import inputs as files
 from hallo_numguard.report.html import page
 
+import json_schemas
 import report_support as support
 
 

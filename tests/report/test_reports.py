@@ -6,7 +6,6 @@ import json
 import subprocess
 import sys
 
-import json_schemas
 import pytest
 import torch
 from click.testing import CliRunner
@@ -20,6 +19,7 @@ from hallo_numguard.report import terminal
 from hallo_numguard.report.html import page
 from hallo_numguard.report.terminal import sparkline
 
+import json_schemas
 import report_support as support
 from report_support import GOLDENS
 
