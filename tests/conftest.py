@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import inspect
 import os
+import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,8 +25,22 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="extensions-")
     if config.getoption("markexpr") != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Fails if something was compiled: an interrupted build of a DeepSpeed operator locks every later run out."""
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
+    compiled = [path.name for path in folder.rglob("*") if path.suffix in (".so", ".o", ".ninja")]
+    shutil.rmtree(folder, ignore_errors=True)
+    if compiled:
+        sys.stderr.write(f"\nthe tests compiled {', '.join(compiled)}\n")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 # What a test calls, itself or through a fixture, and the marker that this earns it.

@@ -176,6 +176,7 @@ LAUNCHED = """
 import deepspeed_support as support, hallo_numguard as ng, torch, os, logging
 import deepspeed
 logging.disable(logging.CRITICAL)
+support.allow_fp16()
 deepspeed.init_distributed("gloo")
 engine = support.make_engine("half")
 guard = ng.attach(engine)
