@@ -1,4 +1,4 @@
-"""Makes the call again in which a module turned finite into non-finite, in this process alone.
+"""Repeats the call in which a module turned finite values into non-finite ones, in this process alone.
 
     python reproduce.py [--model package.module:function]
 
@@ -27,8 +27,8 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def main() -> int:
-    """Runs what the bundle has, and says what came of it."""
-    parser = argparse.ArgumentParser(description="Makes the call again in which something became NaN or Inf.")
+    """Runs what the bundle holds, and prints the result."""
+    parser = argparse.ArgumentParser(description="Repeats the call in which something became NaN or Inf.")
     parser.add_argument("--model", help="package.module:function, which returns the model with its weights")
     wanted = parser.parse_args().model
     about = json.loads((FOLDER / "bundle.json").read_text())
@@ -41,7 +41,7 @@ def main() -> int:
             print(f"the batch is not in this bundle: {about['why_no_batch']}")
             return 2
         if not (FOLDER / "call.pt").exists():
-            print(f"there is no single call to make again: {about['why_no_call']}. Give --model to run the batch.")
+            print(f"there is no single call to repeat: {about['why_no_call']}. Give --model to run the batch.")
             return 2
         return run_call(about["module"])
     except (ImportError, AttributeError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -50,7 +50,7 @@ def main() -> int:
 
 
 def borrow_main(file: str) -> None:
-    """Makes what the training script defined known under the name that it was pickled by."""
+    """Makes the training script's definitions importable under the name that they were pickled by."""
     if not file:
         return
     spec = importlib.util.spec_from_file_location("training_script", file)
@@ -134,7 +134,7 @@ def run_model(wanted: str) -> int:
 
 @contextlib.contextmanager
 def as_then(random: Mapping[str, torch.Tensor], autocast: str) -> Iterator[None]:
-    """With the random numbers, and the automatic casts, that the call had."""
+    """Restores the random state and the automatic casts of the call."""
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["cuda"])
@@ -144,7 +144,7 @@ def as_then(random: Mapping[str, torch.Tensor], autocast: str) -> Iterator[None]
 
 
 def show(what: str, named: Any) -> bool:
-    """Prints a line a tensor, and tells whether any is not finite in a way that is not meant."""
+    """Prints one line per tensor; returns whether any is not finite, -Inf in masks left out."""
     bad = False
     for name, tensor in named:
         nan, high, low = (int(test(tensor).sum()) for test in (torch.isnan, torch.isposinf, torch.isneginf))
@@ -155,7 +155,7 @@ def show(what: str, named: Any) -> bool:
 
 
 def tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields every floating-point tensor in nested values, with the way to it."""
+    """Yields every floating-point tensor in nested values, with its path."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point():
             yield name, value

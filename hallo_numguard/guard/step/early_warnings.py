@@ -1,4 +1,4 @@
-"""What goes wrong before anything overflows: spikes, a learning rate too high, dead and exploding layers, odd inputs.
+"""Warnings before anything overflows: spikes, a learning rate too high, dead and exploding layers, odd inputs.
 
 Two rules read the flight recorder's rows of every step, on the host, as they arrive. The others read whole tensors and
 cost launches, so they run at steps 1, 2, 4, 8 ... and at every 1024th: early in a run, where things go wrong, and
@@ -28,7 +28,7 @@ from hallo_numguard.ops.table import StatsTable
 
 SPIKE_WINDOW = 50  # steps that a spike is measured against
 MIN_SPIKE_SAMPLES = 20
-SPIKE_DEVIATIONS = 10.0  # robust ones
+SPIKE_DEVIATIONS = 10.0  # robust standard deviations
 SAMPLE_INTERVAL = 1024
 UPDATE_SLICE = 1024  # elements of a parameter whose update is measured
 MAX_UPDATE_RATIO = 0.1  # healthy runs are near 0.001
@@ -36,16 +36,16 @@ MIN_ZERO_SAMPLES = 3
 NORM_SAMPLES_KEPT = 16  # samples of a parameter
 EXPLODING_RATIO = 1000.0
 INPUT_RANGE_RATIO = 10.0
-COOLDOWN_STEPS = 100  # steps before the same is said again
+COOLDOWN_STEPS = 100  # steps before the same warning comes again
 
 
 class EarlyWarnings:
-    """Turns figures of steps that were clean into findings.
+    """Turns figures of clean steps into findings.
 
     Args:
         parameters: Parameters in the guard's order.
         batch: Calls of the pending step.
-        tell: Takes a finding.
+        tell: Called with each finding.
     """
 
     def __init__(self, parameters: Sequence[NamedTensor], batch: Batch, tell: Callable[[Finding], None]) -> None:
@@ -75,7 +75,7 @@ class EarlyWarnings:
         self._updates.begin()
 
     def after_step(self, applied: bool, rows: Sequence[StepRecord]) -> None:
-        """Completes the sample, and checks what has arrived: `rows` are the steps that are new on the host."""
+        """Completes the sample, and checks `rows`, the steps that are new on the host."""
         if self._now is not None and applied:
             self._now.updates = self._updates.end()
             self._pending_samples.append(self._now)
@@ -189,7 +189,7 @@ class _Range:
 
 
 class _Updates:
-    """How much a step changes the weights: the first elements of every matrix that is trained.
+    """How much a step changes the weights, measured on the first elements of every trained matrix.
 
     Attributes:
         positions: Positions of the matrices among the parameters. Vectors are left out: biases begin at 0.
@@ -206,12 +206,12 @@ class _Updates:
         self._layout = Layout([0])
 
     def begin(self) -> None:
-        """Copies them as they are."""
+        """Copies the elements before the step."""
         if self.positions:
             self._before, self._layout = self._read()
 
     def end(self) -> AsyncHostCopy | None:
-        """Sends the records of what they were, and then of how they changed."""
+        """Starts the copy of the records to the host: those of the old elements, then those of their changes."""
         if self._before is None:
             return None
         before, self._before = self._before, None
@@ -229,13 +229,12 @@ class _Updates:
 
 
 class Spikes:
-    """Tells a figure that is far above what it used to be: more than 10 robust deviations above the median.
+    """Detects a figure far above its usual values: more than 10 robust deviations above the median.
 
-    Positive figures vary by factors, so it is their logarithms that are compared; a loss that falls below zero is
-    compared as it is.
+    Positive figures vary by factors, so their logarithms are compared; a loss below zero is compared directly.
 
     Args:
-        least: The smallest deviation, in parts of the figure: what hardly varies may do so once.
+        least: Smallest deviation that counts, as a fraction of the figure: nearly constant figures raise no alarm.
     """
 
     def __init__(self, least: float) -> None:
@@ -243,7 +242,7 @@ class Spikes:
         self._seen: deque[float] = deque(maxlen=SPIKE_WINDOW)
 
     def median_before(self, value: float) -> float | None:
-        """Takes a figure in. Returns the median of those before if it is a spike."""
+        """Adds a figure. Returns the median of the earlier ones if it is a spike."""
         if not math.isfinite(value):
             return None
         seen = list(self._seen)
