@@ -41,6 +41,6 @@ class Guard(ABC):
     def history(self) -> list[StepRecord]:
         """The flight recorder: the last steps of what this rank owns, oldest first.
 
-        Those of several optimizers follow one another. Waits for the copy of the last row.
+        Histories of several optimizers follow one another. Waits for the copy of the last row.
         """
         return [record for session in self._sessions() for record in session.history()]
