@@ -14,13 +14,13 @@ Named = tuple[str, TensorSnapshot]
 
 @dataclass(eq=False)
 class Call:
-    """A call of a module while it is being traced: what a `Frame` is made of.
+    """A call of a module under a trace: the raw form of a `Frame`.
 
     Attributes:
-        name, cls, call, parent, inputs, weights, outputs: See `Frame`.
-        parameters: Names of those weights that are parameters.
-        position: See `Frame`; -1 until it is completed.
-        operations: Operations that were read inside of it, not inside of modules in it.
+        name, cls, call, parent, inputs, weights, outputs: The fields of `Frame`.
+        parameters: Names of the weights that are parameters.
+        position: Position in the order of completion; -1 until then.
+        operations: Operations of the call itself, without those of inner modules.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Operation:
 
 
 def frame_of(call: Call, tape: Tape) -> Frame:
-    """Returns the call as it is kept."""
+    """Returns the call as a frame with its records."""
 
     def records(named: Sequence[Named]) -> tuple[TensorRecord, ...]:
         return tuple(tape.tensor_record(name, held) for name, held in named)
@@ -76,8 +76,8 @@ def frame_of(call: Call, tape: Tape) -> Frame:
 def first_nonfinite(calls: Sequence[Call], tape: Tape) -> Origin | None:
     """Finds the first call that turned finite into non-finite: in the forward pass, else in the backward pass.
 
-    Calls are in the order in which they were completed, so the innermost of several comes first. -Inf alone is how
-    masks are written, and does not count, but where it made a NaN: then who made the -Inf is named.
+    Calls are in the order of completion, so the innermost of several comes first. -Inf alone does not count, as masks
+    hold it, unless it became NaN: then the call that made the -Inf is named.
     """
     if tape.bad == 0:
         return None
@@ -88,7 +88,7 @@ def first_nonfinite(calls: Sequence[Call], tape: Tape) -> Origin | None:
 
 
 def first_in_forward(calls: Sequence[Call], tape: Tape) -> Origin | None:
-    """Finds the first call whose outputs are not finite, while all that it was given is."""
+    """Finds the first call whose outputs are not finite, although all its inputs are."""
     bad_input: tuple[Call, Named] | None = None
     for call in calls:
         output = _first_bad(call.outputs, tape)
@@ -109,7 +109,7 @@ def first_in_forward(calls: Sequence[Call], tape: Tape) -> Origin | None:
 
 
 def _came_in(call: Call, given: Named, tape: Tape) -> Origin:
-    """Of an input that was bad already: the model was called with it, or a module's own code made it for this call."""
+    """Origin for an input that was bad already: an input of the model, or made by a module's own code for this call."""
     while call.parent is not None:
         if not any(held is given[1] for _, held in call.parent.inputs):
             return _origin(call.parent, tape, "forward", "activation", given, call.parent.name)
@@ -119,7 +119,7 @@ def _came_in(call: Call, given: Named, tape: Tape) -> Origin:
 
 
 def _maker_of_negative_infinity(call: Call, calls: Sequence[Call], tape: Tape) -> tuple[Call, Named] | None:
-    """A call with weights whose overflow to -Inf is what this one turned into NaN."""
+    """A call with weights whose overflow to -Inf this call turned into NaN."""
     for _, held in call.inputs:
         if held.made_by is None or tape.record(held).neg_inf == 0:
             continue
@@ -133,7 +133,7 @@ def _maker_of_negative_infinity(call: Call, calls: Sequence[Call], tape: Tape) -
 
 
 def first_in_backward(calls: Sequence[Call], tape: Tape) -> Origin | None:
-    """Finds the call whose outputs' gradients were finite, and the earliest of whose other gradients was not."""
+    """Finds the earliest call whose outputs had finite gradients, and whose other gradients were not finite."""
     best: tuple[int, int, Call, Named] | None = None
     for call in calls:
         if any(_is_bad_gradient(tape.record(held.gradient)) for _, held in call.outputs if held.gradient is not None):
@@ -156,7 +156,7 @@ def first_in_backward(calls: Sequence[Call], tape: Tape) -> Origin | None:
 
 
 def _between_modules(calls: Sequence[Call], tape: Tape) -> tuple[int, Call, Named] | None:
-    """The first bad gradient of an output, where no module made it: its caller did, in code of its own."""
+    """The first bad gradient of an output that no module made: it comes from the caller's own code."""
     first: tuple[int, Call, Named] | None = None
     taken = {held for call in calls for _, held in call.inputs}
     for call in calls:

@@ -61,7 +61,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
 
     Attributes:
         scaler: The `torch.amp.GradScaler` of the steps. It hands itself over; to be set only if other code
-                has replaced `step`, as Accelerate does.
+            has replaced `step`, as Accelerate does.
 
     Raises:
         InvalidInput: If `optimizer` is no optimizer, trains nothing of the model, or unreadable tensors; if the model
