@@ -23,7 +23,7 @@ class contain_failures:
 
     Args:
         probe: Name of the work inside, for the log.
-        consequence: What a failure means for the rest of the run, for the log.
+        consequence: Effect of a failure on the rest of the run, for the log.
     """
 
     def __init__(self, probe: str, consequence: str) -> None:

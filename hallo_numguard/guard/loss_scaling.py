@@ -1,4 +1,4 @@
-"""The loss scaler's state, whoever scales."""
+"""State of a loss scaler, of any framework."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class LossScaling:
         minimum: Lowest value of the scale.
         patience: Number of overflows before the scale is lowered (hysteresis).
         scaler: Name of the scaler, for messages.
-        at_last: Predicate on what follows once the scale is at its minimum, for messages.
+        at_minimum: Predicate on what follows once the scale is at its minimum, for messages.
     """
 
     scale: float
@@ -24,7 +24,7 @@ class LossScaling:
     minimum: float = 1.0
     patience: int = 0
     scaler: str = "DeepSpeed"
-    at_last: str = "give up"
+    at_minimum: str = "give up"
 
     @property
     def halvings_left(self) -> int:

@@ -10,7 +10,7 @@ import torch
 from hallo_numguard.ops.table import StatsTable
 
 NONE = torch.iinfo(torch.int64).max
-"""Stands for "no such index" where the lowest index is looked for."""
+"""Stands for "no such index" in minima of indices."""
 
 
 class Piece(NamedTuple):

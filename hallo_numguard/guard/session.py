@@ -166,7 +166,7 @@ class Session:
         records = self.probes.run("flight recorder", self._recorder.fresh, wait=not applied) or []
         self.probes.run("early warnings", self._warnings.after_step, applied, records)
         self.probes.run("trackers", self._feed.write, records, len(self.findings))
-        self.probes.run("checkpoint keeper", self._tell_keeper, applied, records)
+        self.probes.run("checkpoint keeper", self._update_keeper, applied, records)
         self.probes.run("evidence", self._collector.step_is_over, applied)
         self.probes.run("scan of local gradients", self._local_gradients.step_is_over, applied)
         self._steps.pending.clear()
@@ -247,8 +247,8 @@ class Session:
 
     @property
     def _can_go_back(self) -> bool:
-        is_able = self._config.keeper is not None and self._model.can_go_back()
-        return is_able and self._rollbacks < self._config.policy.max_rollbacks
+        can_go_back = self._config.keeper is not None and self._model.can_go_back()
+        return can_go_back and self._rollbacks < self._config.policy.max_rollbacks
 
     @property
     def keeps_scale(self) -> bool:
@@ -287,7 +287,7 @@ class Session:
             allowed = self._config.policy.max_rollbacks
             _log.warning("went back to checkpoint %s: rollback %d of %d", checkpoint, self._rollbacks, allowed)
 
-    def _tell_keeper(self, applied: bool, records: Sequence[StepRecord]) -> None:
+    def _update_keeper(self, applied: bool, records: Sequence[StepRecord]) -> None:
         keeper, last = self._config.keeper, records[-1] if records else None
         if keeper is None:
             return
@@ -321,13 +321,13 @@ class Session:
         """Runs the batch again where that adds evidence; the same on every rank, which all see the same evidence."""
         if self._replayer is None or not evidence.loss_known or not needs_replay(evidence):
             return None
-        if evidence.loss is None and not self._model.backward_again:
+        if evidence.loss is None and not self._model.has_named_gradients:
             return Replayed("the gradients of sharded parameters cannot be asked for by name")
         with self._local_gradients.muted():
             if evidence.loss is not None:
-                found = self._replayer.of_a_bad_loss([bool(torch.isfinite(loss)) for loss in losses])
+                found = self._replayer.rerun_bad_loss([bool(torch.isfinite(loss)) for loss in losses])
             else:
-                found = self._replayer.of_bad_gradients(evidence.scaling.scale)
+                found = self._replayer.rerun_bad_gradients(evidence.scaling.scale)
         return replace(found, origin=found.origin and self._collector.with_first_name(found.origin))
 
     # -- weights outside of a step -----------------------------------------------------------------------------------
@@ -338,9 +338,9 @@ class Session:
 
     def _inspect_weights(self, when: str) -> None:
         for offender, is_mine in self._collector.inspect():
-            self._tell(offender, when, is_mine)
+            self._report_weight(offender, when, is_mine)
 
-    def _tell(self, offender: Offender, when: str, is_mine: bool) -> None:
+    def _report_weight(self, offender: Offender, when: str, is_mine: bool) -> None:
         message = f"{offender}, seen when {when}. {_OUTLOOK[offender.kind]}"
         self._note(Finding("nonfinite", message, name=offender.name, offender=offender), is_mine)
 

@@ -83,7 +83,7 @@ class _Steps:
 
     Attributes:
         optimizer: The AcceleratedOptimizer.
-        guard: Its guard.
+        guard: Guard of that optimizer.
     """
 
     def __init__(

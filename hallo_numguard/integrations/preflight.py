@@ -94,7 +94,7 @@ def preflight(
         return checking.run(inputs, threads, progress)
     finally:
         if batch is not None and engine is not None:
-            _let_go(engine.optimizer)
+            _release_weights(engine.optimizer)
 
 
 def loaded_model(module: nn.Module, engine: Any = None) -> LoadedModel:
@@ -109,7 +109,7 @@ def loaded_model(module: nn.Module, engine: Any = None) -> LoadedModel:
     return LoadedModel(module, shapes, tensors, aliases, unsaved, module if engine is None else _forward(engine))
 
 
-def _let_go(optimizer: Any) -> None:
+def _release_weights(optimizer: Any) -> None:
     """Releases the weights that ZeRO-3 gathered for the smoke step, as its own step does after a full backward pass.
 
     Small weights, which stay whole, are gathered again.

@@ -18,7 +18,7 @@ BACKEND_VARIABLE = "HALLO_NUMGUARD_BACKEND"
 BACKENDS = ("native", "triton", "reference")
 
 # On a GPU both give the same bits. The CUDA extension's calls cost the host a fifth (2.7 microseconds on 200 segments,
-# Triton's 13, the driver's launches left out), and its loops 14 to 42 % fewer instructions an element (docs/gpu.md);
+# Triton's 13, the driver's launches left out), and its loops 14 to 42 % fewer instructions per element (docs/gpu.md);
 # Triton needs no compiler at installation and compiles for any GPU.
 _PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
 _MODULES = {("native", "cpu"): "cpu", ("native", "cuda"): "cuda"}  # "native" has one backend per device

@@ -12,7 +12,7 @@ class Format:
     """Encoding of a dtype.
 
     Attributes:
-        code: Number of the dtype in the C++ kernels (csrc/cpu/kernels.h).
+        code: Number of the dtype in the C++ kernels (csrc/dtypes.h).
         exponent, mantissa: Numbers of bits.
         has_inf: False for e4m3fn, where only all ones is NaN, and other values with the largest exponent are numbers.
         bits: Signed integer dtype of the same size.

@@ -31,7 +31,7 @@ class StatsTable:
         self.detail = detail
 
     @classmethod
-    def of_nothing(cls, segments: int = 0) -> StatsTable:
+    def empty(cls, segments: int = 0) -> StatsTable:
         """Returns the table of empty segments, on the CPU."""
         packed = torch.zeros((segments, len(RECORD_FIELDS)), dtype=torch.int64, device="cpu")
         packed[:, _COLUMN["first_nonfinite"]] = -1

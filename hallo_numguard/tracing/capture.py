@@ -141,8 +141,8 @@ class _CallCapture:
         for inner in module.modules():
             self._take_weights(inner)
         device = next((t.device.type for _, t in floating_tensors_in("", (args, kwargs))), "cpu")
-        circumstances = Autocast.now().name_on(device), RandomState.now().by_device()
-        self._called = (*_pickled_copy((args, kwargs)), *circumstances)
+        state = Autocast.now().name_on(device), RandomState.now().by_device()
+        self._called = (*_pickled_copy((args, kwargs)), *state)
 
     def _take_weights(self, module: nn.Module) -> None:
         for weight in (*module._parameters.values(), *module._buffers.values()):

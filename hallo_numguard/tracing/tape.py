@@ -60,7 +60,7 @@ class Tape:
         self._rows = 0
         self._waiting: list[tuple[torch.Tensor, Sequence[torch.Tensor]]] = []
         self._waiting_bytes = 0
-        self._host: list[list[int]] = []  # a packed record a row
+        self._host: list[list[int]] = []  # one packed record per row
         self._seen: dict[int, tuple[weakref.ref[torch.Tensor], int, int, TensorSnapshot]] = {}
         self._max_seen = BATCH
         self._bad = 0

@@ -20,16 +20,16 @@ from hallo_numguard.tracing.nested import floating_tensors_in, is_readable
 from hallo_numguard.tracing.origin import Call, Named, Operation, first_in_backward, first_nonfinite, frame_of
 from hallo_numguard.tracing.tape import Tape, TensorSnapshot
 
-_MOST_CALLS = 200_000
-_KEPT = 32  # calls, if only the first bad one is wanted
+_MAX_CALLS = 200_000
+_MAX_CALLS_AT_FIRST = 32  # calls, if only the first bad one is wanted
 
 
 class Trace:
     """Result of `trace`, to be read after its block."""
 
-    def __init__(self, tape: Tape, most: int) -> None:
+    def __init__(self, tape: Tape, max_calls: int) -> None:
         self._tape = tape
-        self._calls: deque[Call] = deque(maxlen=most)
+        self._calls: deque[Call] = deque(maxlen=max_calls)
         self._completed = 0
         self._origin: Origin | None = None
         self._is_over = False
@@ -99,7 +99,7 @@ def trace(
     """
     _check(model)
     tape = Tape()
-    result = Trace(tape, _KEPT if stop_at_first else _MOST_CALLS)
+    result = Trace(tape, _MAX_CALLS_AT_FIRST if stop_at_first else _MAX_CALLS)
     options = TraceOptions(gradients, inputs, weights, stop_at_first, operations)
     tracer = _Tracer(model, result, tape, options)
     mode = _Operations(tracer) if operations else contextlib.nullcontext()

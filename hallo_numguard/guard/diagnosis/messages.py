@@ -112,7 +112,7 @@ def weights_nonfinite(seen: Evidence) -> OverflowReport:
         overflows = seen.scaling.halvings_left + seen.scaling.patience
         evidence.append(
             f"the loss scale cannot help: {seen.scaling.scaler} would skip {plural(overflows, 'step')} on the way from "
-            f"{seen.scaling.scale:g} down to {seen.scaling.minimum:g}, and then {seen.scaling.at_last}"
+            f"{seen.scaling.scale:g} down to {seen.scaling.minimum:g}, and then {seen.scaling.at_minimum}"
         )
     advice = (
         f"Repair {first.name}: check the file it was loaded from (checksum, values, dtype), load an intact copy or go "

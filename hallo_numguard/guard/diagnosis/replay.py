@@ -72,7 +72,7 @@ class Replayer:
         self._ranks = ranks
         self._device = device
 
-    def of_a_bad_loss(self, losses: Sequence[bool]) -> Replayed:
+    def rerun_bad_loss(self, losses: Sequence[bool]) -> Replayed:
         """Reruns the first micro-batch whose loss was not finite; all calls, where one loss comes from several.
 
         Args:
@@ -93,7 +93,7 @@ class Replayer:
                 break
         return found
 
-    def of_bad_gradients(self, scale: float) -> Replayed:
+    def rerun_bad_gradients(self, scale: float) -> Replayed:
         """Reruns the step's micro-batches until one has gradients that are not finite, then searches for a loss scale.
 
         Args:

@@ -34,7 +34,7 @@ def main() -> int:
     about = json.loads((FOLDER / "bundle.json").read_text())
     print(f"step {about['step']}, rank {about['rank']}: {about['verdict']}; {about['first']}")
     try:
-        borrow_main(about["main"])
+        import_main(about["main"])
         if wanted is not None and not about["why_no_batch"]:
             return run_model(wanted)
         if wanted is not None:
@@ -49,7 +49,7 @@ def main() -> int:
         return 2
 
 
-def borrow_main(file: str) -> None:
+def import_main(file: str) -> None:
     """Makes the training script's definitions importable under the name that they were pickled by."""
     if not file:
         return
@@ -69,7 +69,7 @@ def run_call(path: str) -> int:
     print(f"module {path or '(the model)'}, a {type(module).__name__}")
     given = [*tensors("input", (call["args"], call["kwargs"])), *module.named_parameters(), *module.named_buffers()]
     given_bad = show("given", given)
-    with as_then(call["random"], call["autocast"]):
+    with restored_state(call["random"], call["autocast"]):
         output = module(*call["args"], **call["kwargs"])
     outputs = list(tensors("output", output))
     made_bad = show("made", outputs)
@@ -123,7 +123,7 @@ def run_model(wanted: str) -> int:
         module.register_forward_hook(
             lambda _, args, output, path=path: bad.append(path) if is_bad(output) and not is_bad(args) else None
         )
-    with as_then(batch["random"], batch["autocast"]):
+    with restored_state(batch["random"], batch["autocast"]):
         model(*batch["args"], **batch["kwargs"])
     if bad:
         print(f"reproduced: {bad[0] or 'the model'} was given finite values and made others")
@@ -133,7 +133,7 @@ def run_model(wanted: str) -> int:
 
 
 @contextlib.contextmanager
-def as_then(random: Mapping[str, torch.Tensor], autocast: str) -> Iterator[None]:
+def restored_state(random: Mapping[str, torch.Tensor], autocast: str) -> Iterator[None]:
     """Restores the random state and the automatic casts of the call."""
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and torch.cuda.is_available():

@@ -46,7 +46,7 @@ class LocalGradients:
     def stats(self, device: torch.device) -> ParameterStats:
         """Returns the statistics of this rank's gradients of the step, one row per parameter."""
         seen = self._steps.pending.local_gradients
-        table = StatsTable.concatenate([table for table, _ in seen] or [StatsTable.of_nothing()])
+        table = StatsTable.concatenate([table for table, _ in seen] or [StatsTable.empty()])
         return by_parameter(table.to(device), [piece for _, piece in seen], len(self._parameters))
 
     @contextlib.contextmanager

@@ -31,7 +31,7 @@ class PendingStep:
 
     number: int = 0
     scaling: LossScaling = UNSCALED
-    gradients: ScannedPieces = field(default_factory=lambda: ScannedPieces(StatsTable.of_nothing(), ()))
+    gradients: ScannedPieces = field(default_factory=lambda: ScannedPieces(StatsTable.empty(), ()))
     losses: list[torch.Tensor] = field(default_factory=list)
     calls: deque[Call] = field(default_factory=lambda: deque(maxlen=MAX_CALLS))
     local_gradients: list[tuple[StatsTable, Piece]] = field(default_factory=list)

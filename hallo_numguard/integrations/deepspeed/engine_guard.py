@@ -165,7 +165,7 @@ class DeepSpeedGuard(Guard):
         if not self._explained:
             self._explain()
         if self._to_raise is not None or self._session.goes_back or self._session.keeps_scale:
-            return None  # DeepSpeed now drops the gradients; the scale stays as it is
+            return None  # DeepSpeed now drops the gradients; the scale stays unchanged
         try:
             return original(has_overflow)
         except Exception as error:

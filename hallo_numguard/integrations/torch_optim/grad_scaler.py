@@ -26,7 +26,7 @@ def scale_of(scaler: Any) -> torch.Tensor:
 def scaling_of(scale: float) -> LossScaling:
     """Returns the scaler's state. A GradScaler has no minimum, but nothing is gained below 1."""
     return LossScaling(
-        scale or _SMALLEST, dynamic=True, minimum=1.0, scaler="GradScaler", at_last="go on to skip every one"
+        scale or _SMALLEST, dynamic=True, minimum=1.0, scaler="GradScaler", at_minimum="go on to skip every one"
     )
 
 
@@ -35,7 +35,7 @@ def has_unscaled(scaler: Any, optimizer: torch.optim.Optimizer) -> bool:
     return scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.UNSCALED
 
 
-def tell(scaler: Any, optimizer: torch.optim.Optimizer, bad: bool) -> None:
+def set_found_inf(scaler: Any, optimizer: torch.optim.Optimizer, bad: bool) -> None:
     """Sets the flag by which `scaler.update()` lowers the scale."""
     scale = scale_of(scaler)
     found_inf = torch.full((), float(bad), dtype=torch.float32, device=scale.device)

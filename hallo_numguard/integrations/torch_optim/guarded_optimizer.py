@@ -166,7 +166,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Asked by a GradScaler: whether `step` unscales, and is to be called whatever the gradients are."""
+        """Tells a GradScaler that `step` unscales, and is to be called even for bad gradients."""
         return self._guard.active
 
     def _step_scaled(self, was_handed: bool) -> Any:
@@ -174,18 +174,18 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         scaler = self.scaler
         if scaler is None:
             raise InvalidInput(
-                "the loss scale cannot be told, because something has replaced the step of this optimizer: set its "
+                "the loss scale is unknown, because something has replaced the step of this optimizer: set its "
                 "attribute scaler to the GradScaler"
             )
         has_unscaled = scalers.has_unscaled(scaler, self)
         check = self._guard.check(scalers.scale_of(scaler), are_scaled=not has_unscaled)
         if was_handed and not has_unscaled:
-            scalers.tell(scaler, self, check.bad)
+            scalers.set_found_inf(scaler, self, check.bad)
         try:
             return self._finish(check, 1.0 if has_unscaled else check.scale)
         finally:
             if check.bad and (self._guard.went_back or self._guard.session.keeps_scale):
-                scalers.tell(scaler, self, bad=False)
+                scalers.set_found_inf(scaler, self, bad=False)
 
     def _finish(self, check: GradientCheck, scale: float = 1.0) -> Any:
         """Makes the step on gradients that are `scale` times too large, or skips it."""
@@ -301,7 +301,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Adds a parameter group. With parameters that have no name yet the guard begins anew."""
         self._optimizer.add_param_group(param_group)
-        if self._guard.active and not self._guard.knows_all():
+        if self._guard.active and not self._guard.all_named():
             self.detach()
             self._guard = OptimizerGuard(self._optimizer, self._named, self._config, self._on_overflow)
 

@@ -115,7 +115,7 @@ class OptimizerGuard:
             device=self._device,
             module=module,
             forward=None if self._calls is None else self._calls.forward,
-            backward_again=not sharded,
+            has_named_gradients=not sharded,
             can_go_back=self._can_go_back,
         )
 
@@ -123,9 +123,9 @@ class OptimizerGuard:
         """Returns the optimizer's parameters and their names."""
         return self._gradients.trained()
 
-    def knows_all(self) -> bool:
+    def all_named(self) -> bool:
         """Returns whether all parameters of the optimizer have a name."""
-        return self._gradients.know_all()
+        return self._gradients.all_named()
 
     def _can_go_back(self) -> bool:
         """Whether the script has saved its run. State dicts are written by rank 0 alone, so slices would be lost."""

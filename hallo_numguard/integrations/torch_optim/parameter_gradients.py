@@ -81,7 +81,7 @@ class Gradients:
         """Returns the optimizer's parameters and their names."""
         return [(self._parameters[self._positions[parameter]].name, parameter) for parameter in self._all()]
 
-    def know_all(self) -> bool:
+    def all_named(self) -> bool:
         """Returns whether every parameter of the optimizer is in the guard's list."""
         return all(parameter in self._positions for parameter in self._all())
 

@@ -112,7 +112,7 @@ class FlatBuffers:
         for get, layout in self._buffers:
             flat = get()
             if flat is None:  # nothing arrived for this group
-                tables.append(StatsTable.of_nothing(layout.segments))
+                tables.append(StatsTable.empty(layout.segments))
             else:
                 tables.append(tensor_stats(flat.view(-1), layout))
         return ScannedPieces(StatsTable.concatenate(tables), self._pieces, self._groups)
