@@ -107,7 +107,7 @@ class GuardConfig:
             no reports.
         repro_dir: Folder for bundles that reproduce an overflow in one process, without the framework: the batch, the
             random state, the configuration, the report, the one bad call of the named module with its weights, and a
-            script. An overflow of the loss scale gets none. Costs a pass over the batch for each bundle; at most 8
+            script. Overflows of scale or reduction get none. Costs a pass over the batch for each bundle; at most 8
             bundles per run. None for no bundles.
         sinks: Trackers that get rank 0's figures of every step and the reports, each one of: a SummaryWriter of the
             run (torch.utils.tensorboard, tensorboardX); "wandb" or "mlflow", for the run that is active when the
