@@ -13,7 +13,7 @@ Named = tuple[str, TensorSnapshot]
 
 
 @dataclass(eq=False)
-class Call:
+class TracedCall:
     """A call of a module under a trace: the raw form of a `Frame`.
 
     Attributes:
@@ -26,7 +26,7 @@ class Call:
     name: str
     cls: str
     call: int
-    parent: Call | None
+    parent: TracedCall | None
     inputs: Sequence[Named] = ()
     weights: Sequence[Named] = ()
     parameters: frozenset[str] = frozenset()
@@ -49,7 +49,7 @@ class Operation:
     outputs: Sequence[TensorSnapshot]
 
 
-def frame_of(call: Call, tape: Tape) -> Frame:
+def frame_of(call: TracedCall, tape: Tape) -> Frame:
     """Returns the call as a frame with its records."""
 
     def records(named: Sequence[Named]) -> tuple[TensorRecord, ...]:
@@ -73,7 +73,7 @@ def frame_of(call: Call, tape: Tape) -> Frame:
     )
 
 
-def first_nonfinite(calls: Sequence[Call], tape: Tape) -> Origin | None:
+def first_nonfinite(calls: Sequence[TracedCall], tape: Tape) -> Origin | None:
     """Finds the first call that turned finite into non-finite: in the forward pass, else in the backward pass.
 
     Calls are in the order of completion, so the innermost of several comes first. -Inf alone does not count, as masks
@@ -87,9 +87,9 @@ def first_nonfinite(calls: Sequence[Call], tape: Tape) -> Origin | None:
 # -- forward ----------------------------------------------------------------------------------------------------------
 
 
-def first_in_forward(calls: Sequence[Call], tape: Tape) -> Origin | None:
+def first_in_forward(calls: Sequence[TracedCall], tape: Tape) -> Origin | None:
     """Finds the first call whose outputs are not finite, although all its inputs are."""
-    bad_input: tuple[Call, Named] | None = None
+    bad_input: tuple[TracedCall, Named] | None = None
     for call in calls:
         output = _first_bad(call.outputs, tape)
         if output is None:
@@ -99,7 +99,7 @@ def first_in_forward(calls: Sequence[Call], tape: Tape) -> Origin | None:
             return weight
         given = _first_bad(call.inputs, tape)
         if given is None:
-            maker = _maker_of_negative_infinity(call, calls, tape)
+            maker = _source_of_neg_inf(call, calls, tape)
             if maker is not None:
                 return _origin(maker[0], tape, "forward", "activation", maker[1], maker[0].name)
             return _origin(call, tape, "forward", "activation", output, call.name)
@@ -108,7 +108,7 @@ def first_in_forward(calls: Sequence[Call], tape: Tape) -> Origin | None:
     return None if bad_input is None else _came_in(*bad_input, tape)
 
 
-def _came_in(call: Call, given: Named, tape: Tape) -> Origin:
+def _came_in(call: TracedCall, given: Named, tape: Tape) -> Origin:
     """Origin for an input that was bad already: an input of the model, or made by a module's own code for this call."""
     while call.parent is not None:
         if not any(held is given[1] for _, held in call.parent.inputs):
@@ -118,7 +118,7 @@ def _came_in(call: Call, given: Named, tape: Tape) -> Origin:
     return _origin(call, tape, "forward", "input", given, given[0])
 
 
-def _maker_of_negative_infinity(call: Call, calls: Sequence[Call], tape: Tape) -> tuple[Call, Named] | None:
+def _source_of_neg_inf(call: TracedCall, calls: Sequence[TracedCall], tape: Tape) -> tuple[TracedCall, Named] | None:
     """A call with weights whose overflow to -Inf this call turned into NaN."""
     for _, held in call.inputs:
         if held.made_by is None or tape.record(held).neg_inf == 0:
@@ -132,9 +132,9 @@ def _maker_of_negative_infinity(call: Call, calls: Sequence[Call], tape: Tape) -
 # -- backward ---------------------------------------------------------------------------------------------------------
 
 
-def first_in_backward(calls: Sequence[Call], tape: Tape) -> Origin | None:
+def first_in_backward(calls: Sequence[TracedCall], tape: Tape) -> Origin | None:
     """Finds the earliest call whose outputs had finite gradients, and whose other gradients were not finite."""
-    best: tuple[int, int, Call, Named] | None = None
+    best: tuple[int, int, TracedCall, Named] | None = None
     for call in calls:
         if any(_is_bad_gradient(tape.record(held.gradient)) for _, held in call.outputs if held.gradient is not None):
             continue
@@ -155,9 +155,9 @@ def first_in_backward(calls: Sequence[Call], tape: Tape) -> Origin | None:
     return weight or _origin(call, tape, "backward", "gradient", (name, gradient), call.name)
 
 
-def _between_modules(calls: Sequence[Call], tape: Tape) -> tuple[int, Call, Named] | None:
+def _between_modules(calls: Sequence[TracedCall], tape: Tape) -> tuple[int, TracedCall, Named] | None:
     """The first bad gradient of an output that no module made: it comes from the caller's own code."""
-    first: tuple[int, Call, Named] | None = None
+    first: tuple[int, TracedCall, Named] | None = None
     taken = {held for call in calls for _, held in call.inputs}
     for call in calls:
         for name, held in call.outputs:
@@ -172,7 +172,7 @@ def _between_modules(calls: Sequence[Call], tape: Tape) -> tuple[int, Call, Name
 # -- both -------------------------------------------------------------------------------------------------------------
 
 
-def _bad_weight(call: Call, tape: Tape, phase: str) -> Origin | None:
+def _bad_weight(call: TracedCall, tape: Tape, phase: str) -> Origin | None:
     weight = _first_bad(call.weights, tape)
     if weight is None:
         return None
@@ -192,7 +192,7 @@ def _is_bad_gradient(record: Record) -> bool:
     return record.nonfinite > 0
 
 
-def _origin(call: Call, tape: Tape, phase: str, kind: str, named: Named, name: str) -> Origin:
+def _origin(call: TracedCall, tape: Tape, phase: str, kind: str, named: Named, name: str) -> Origin:
     tensor = tape.tensor_record(*named)
     return Origin(
         name=name,
@@ -208,7 +208,7 @@ def _origin(call: Call, tape: Tape, phase: str, kind: str, named: Named, name: s
     )
 
 
-def _operation(call: Call, tape: Tape) -> str:
+def _operation(call: TracedCall, tape: Tape) -> str:
     """The first operation inside of the call that turned finite into non-finite."""
     for operation in call.operations:
         made = any(_is_bad(tape.record(held)) for held in operation.outputs)

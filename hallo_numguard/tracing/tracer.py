@@ -17,7 +17,7 @@ from hallo_numguard.core import frames
 from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.core.frames import Frame, Frames, Origin
 from hallo_numguard.tracing.nested import floating_tensors_in, is_readable
-from hallo_numguard.tracing.origin import Call, Named, Operation, first_in_backward, first_nonfinite, frame_of
+from hallo_numguard.tracing.origin import Named, Operation, TracedCall, first_in_backward, first_nonfinite, frame_of
 from hallo_numguard.tracing.tape import Tape, TensorSnapshot
 
 _MAX_CALLS = 200_000
@@ -29,7 +29,7 @@ class Trace:
 
     def __init__(self, tape: Tape, max_calls: int) -> None:
         self._tape = tape
-        self._calls: deque[Call] = deque(maxlen=max_calls)
+        self._calls: deque[TracedCall] = deque(maxlen=max_calls)
         self._completed = 0
         self._origin: Origin | None = None
         self._is_over = False
@@ -54,7 +54,7 @@ class Trace:
         """Writes the trace as JSON lines, compressed if the name ends in .gz; `load_trace` reads it without torch."""
         frames.save(Frames(self.frames, self.first_nonfinite, self._completed - len(self._calls)), path)
 
-    def add(self, call: Call) -> None:
+    def add(self, call: TracedCall) -> None:
         """Adds a completed call."""
         call.position = self._completed
         self._completed += 1
@@ -142,7 +142,7 @@ class _Tracer:
         self._tape = tape
         self._options = options
         self._unseen = _disable_current_modes if options.operations else contextlib.nullcontext
-        self._open: list[Call] = []
+        self._open: list[TracedCall] = []
         self._times: Counter[str] = Counter()
         self._gradients_seen = 0
         self._bad = 0
@@ -155,7 +155,7 @@ class _Tracer:
             self.snapshot([tensor for module in model.modules() for _, tensor in _weights(module)])
 
     @property
-    def current(self) -> Call | None:
+    def current(self) -> TracedCall | None:
         """The innermost call that is under way, while the trace is on."""
         return self._open[-1] if self._open and self._on else None
 
@@ -180,7 +180,7 @@ class _Tracer:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self._on:
                 return
-            call = Call(name, type(module).__name__, self._times[name], self._open[-1] if self._open else None)
+            call = TracedCall(name, type(module).__name__, self._times[name], self._open[-1] if self._open else None)
             self._times[name] += 1
             inputs = _inputs(args, kwargs) if self._options.inputs else []
             weights = _weights(module) if self._options.weights else []

@@ -19,7 +19,7 @@ from hallo_numguard.guard.collectives import Ranks, clip
 from hallo_numguard.guard.diagnosis.evidence import Replayed
 from hallo_numguard.guard.guarded_model import Forward
 from hallo_numguard.guard.step.batch import Batch
-from hallo_numguard.guard.step.model_call import Call
+from hallo_numguard.guard.step.model_call import ModelCall
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.tracing.capture import Captured, NotCaptured, capture
 from hallo_numguard.tracing.rerun import Attempt, rerun
@@ -117,7 +117,7 @@ class Replayer:
                 return self._at_lower_scales(found, scale) if scale > 1 else found
         return Replayed(micro_batch=count - 1)
 
-    def call(self, micro_batch: int) -> Call | None:
+    def call(self, micro_batch: int) -> ModelCall | None:
         """Returns a call of the step; None if it was not kept, or has changed since."""
         calls = self._batch.calls
         return calls[micro_batch] if micro_batch < len(calls) and not calls[micro_batch].changed else None
@@ -172,10 +172,10 @@ class Replayer:
             _log.exception("hallo_numguard could not run the batch again")
         return self._agree(attempt)
 
-    def _attempt(self, call: Call, factor: float | None) -> Attempt:
+    def _attempt(self, call: ModelCall, factor: float | None) -> Attempt:
         return rerun(self._module, self._forward_of(call), call.outputs or (), call.seeds, factor)
 
-    def _forward_of(self, call: Call) -> Callable[[], Any]:
+    def _forward_of(self, call: ModelCall) -> Callable[[], Any]:
         def forward() -> Any:
             call.random.restore()
             with call.autocast.restored():
@@ -213,7 +213,7 @@ class Replayer:
         return replace(found, origin=decode(Offender, origin), details=tuple(details), number=number)
 
 
-def _is_complete(call: Call) -> bool:
+def _is_complete(call: ModelCall) -> bool:
     return call.outputs is not None and not call.changed
 
 

@@ -21,7 +21,7 @@ from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Verdict
 from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.diagnosis.replay import Replayer
-from hallo_numguard.guard.step.model_call import Call
+from hallo_numguard.guard.step.model_call import ModelCall
 from hallo_numguard.tracing.capture import Captured
 from hallo_numguard.tracing.nested import whole_bytes
 
@@ -42,7 +42,7 @@ class Bundle:
         captured: Call of the module that is named, or why there is none.
     """
 
-    call: Call | None
+    call: ModelCall | None
     captured: Captured | str
 
 
@@ -140,7 +140,7 @@ class Bundles:
             **{f"{name}.pt": part for name, part in parts.items() if isinstance(part, bytes)},
         }
 
-    def _batch(self, call: Call) -> dict[str, Any]:
+    def _batch(self, call: ModelCall) -> dict[str, Any]:
         return {
             "args": call.args,
             "kwargs": dict(call.kwargs),

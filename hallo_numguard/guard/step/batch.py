@@ -13,7 +13,7 @@ from hallo_numguard.core.records import Offender
 from hallo_numguard.guard.collectives import clip
 from hallo_numguard.guard.named_tensors import NamedTensor, scan_tensors
 from hallo_numguard.guard.parameter_stats import ParameterStats
-from hallo_numguard.guard.step.model_call import Call
+from hallo_numguard.guard.step.model_call import ModelCall
 from hallo_numguard.guard.step.pending import StepOwner
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.tracing.nested import floating_tensors_in
@@ -36,7 +36,7 @@ class Batch:
         self._tolerated: set[str] = set()
 
     @property
-    def calls(self) -> Sequence[Call]:
+    def calls(self) -> Sequence[ModelCall]:
         """The calls that are kept."""
         return self._steps.pending.calls
 
@@ -48,7 +48,7 @@ class Batch:
     def add(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Keeps the arguments of a forward pass, if it is one of training."""
         if torch.is_grad_enabled():
-            self._steps.pending.calls.append(Call.of(args, kwargs))
+            self._steps.pending.calls.append(ModelCall.of(args, kwargs))
 
     def note_output(self, output: Any) -> None:
         """Records the output of the last call; drops the oldest outputs where they take much memory."""

@@ -13,7 +13,7 @@ from hallo_numguard.tracing.rng_and_autocast import Autocast, RandomState
 
 
 @dataclass(eq=False)
-class Call:
+class ModelCall:
     """One forward pass of a training step, with all that it takes to repeat it.
 
     Attributes:
@@ -34,7 +34,7 @@ class Call:
     seeds: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
         """Records a call. Costs a walk through its arguments, and touches no data."""
         return cls(args, kwargs, _versions(args, kwargs), RandomState.now(), Autocast.now())
 

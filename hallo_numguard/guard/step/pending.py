@@ -10,7 +10,7 @@ import torch
 from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
 from hallo_numguard.guard.parameter_stats import Piece
-from hallo_numguard.guard.step.model_call import Call
+from hallo_numguard.guard.step.model_call import ModelCall
 from hallo_numguard.ops.table import StatsTable
 
 MAX_CALLS = 64  # of a step: forward passes that no step follows must not pile up
@@ -33,7 +33,7 @@ class PendingStep:
     scaling: LossScaling = UNSCALED
     gradients: ScannedPieces = field(default_factory=lambda: ScannedPieces(StatsTable.empty(), ()))
     losses: list[torch.Tensor] = field(default_factory=list)
-    calls: deque[Call] = field(default_factory=lambda: deque(maxlen=MAX_CALLS))
+    calls: deque[ModelCall] = field(default_factory=lambda: deque(maxlen=MAX_CALLS))
     local_gradients: list[tuple[StatsTable, Piece]] = field(default_factory=list)
 
     def clear(self) -> None:

@@ -75,7 +75,7 @@ def named_parameters(named: Named, optimizer: torch.optim.Optimizer) -> list[Nam
 
 
 def _trained(optimizer: torch.optim.Optimizer) -> Iterator[tuple[torch.Tensor, str]]:
-    """The optimizer's parameters, and the names of its groups for those without one."""
+    """The optimizer's parameters by name: `param_names` of a group, or places in the groups."""
     for number, group in enumerate(optimizer.param_groups):
         names = group.get("param_names") or [f"param_groups[{number}][{at}]" for at in range(len(group["params"]))]
         yield from zip(group["params"], names, strict=True)
