@@ -209,7 +209,6 @@ def _engine_forward(trainer: Any, module: LightningModule, engine: Any) -> Forwa
 
 @contextlib.contextmanager
 def _silence(module: LightningModule) -> Iterator[None]:
-    """Switches a module's logging off."""
     patches = MethodPatches()
     for name in ("log", "log_dict"):
         patches.wrap(module, name, lambda *_, **__: None)
@@ -220,7 +219,6 @@ def _silence(module: LightningModule) -> Iterator[None]:
 
 
 def _scaler_of(trainer: Trainer) -> Any:
-    """The GradScaler of automatic mixed precision, or None."""
     return getattr(trainer.precision_plugin, "scaler", None)
 
 

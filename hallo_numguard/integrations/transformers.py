@@ -147,8 +147,6 @@ def _trainer_on_the_stack() -> Any:
 
 
 class _LastFigures:
-    """A sink that keeps the figures of the last step."""
-
     def __init__(self) -> None:
         self.last: dict[str, float] = {}
 

@@ -135,8 +135,6 @@ class TraceOptions(NamedTuple):
 
 
 class _Tracer:
-    """Hooks, and the calls that are under way."""
-
     def __init__(self, model: nn.Module, result: Trace, tape: Tape, options: TraceOptions) -> None:
         self._result = result
         self._tape = tape

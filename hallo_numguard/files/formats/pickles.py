@@ -273,8 +273,6 @@ def _apply(opcode: pickletools.OpcodeInfo, length: int, stack: list[_Node]) -> i
 
 @dataclass(frozen=True)
 class _Call(_Sealed):
-    """A function that a pickle may call."""
-
     function: Callable[..., Any]
 
     def __call__(self, *args: Any) -> Any:
