@@ -5,13 +5,13 @@
 
 namespace numguard {
 
-// Eight 8-byte words, in the order in which hallo_numguard/records.py names them: one cache line a segment.
+// Eight 8-byte words, in the order of hallo_numguard/core/records.py: one cache line per segment.
 struct Record {
   int64_t nan;
   int64_t pos_inf;
   int64_t neg_inf;
-  int64_t zeros;            // stays 0 unless the pass was asked for detail
-  int64_t subnormals;       // likewise
+  int64_t zeros;            // stays 0 without detail
+  int64_t subnormals;       // stays 0 without detail
   int64_t first_nonfinite;  // flat index inside the segment, -1 if every element is finite
   double absmax;            // over the finite elements, 0 if there are none
   double sumsq;             // sum of squares of the finite elements

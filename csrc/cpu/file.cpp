@@ -13,7 +13,7 @@ namespace numguard::cpu {
 namespace {
 
 constexpr int64_t kBlockBytes = 256 << 10;  // read at once: fits the second-level cache
-constexpr int64_t kMargin = 64;             // bytes behind a block, for an element that begins in it and ends behind it
+constexpr int64_t kMargin = 64;             // bytes after a block, for an element that begins in it and ends after it
 
 int64_t divide_up(int64_t a, int64_t b) { return a <= 0 ? 0 : (a + b - 1) / b; }
 

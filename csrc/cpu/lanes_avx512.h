@@ -104,7 +104,7 @@ struct Float32 : FloatSums {
   static int64_t add_lanes(Bits counts) { return _mm512_reduce_add_epi32(counts); }
 };
 
-// What the two 16-bit formats share.
+// Common code of the two 16-bit formats.
 template <uint16_t kLargestSubnormal>
 struct Lanes16 : FloatSums {
   using Bits = __m512i;
@@ -186,7 +186,7 @@ struct BFloat16 : BFloat16Base {
   }
 };
 
-// 8 elements of float64. Squares go straight into double sums: there is nothing wider to widen to.
+// 8 elements of float64. Squares go straight into double sums, the widest there are.
 struct Float64 {
   using Bits = __m512i;
   using Sums = __m512d;
@@ -238,7 +238,7 @@ struct Float64 {
   static int64_t add_lanes(Bits counts) { return _mm512_reduce_add_epi64(counts); }
 };
 
-// What the two 8-bit formats share: 64 raw bytes become four vectors of float by way of float16.
+// Common code of the two 8-bit formats: 64 raw bytes become four vectors of float by way of float16.
 template <uint8_t kLargestSubnormal>
 struct Lanes8 : FloatSums {
   using Bits = __m512i;

@@ -76,7 +76,7 @@ class Pool {
       if (spins < kSpins) {
         relax();
       } else {
-        std::this_thread::yield();  // perhaps to the very worker that holds the last task
+        std::this_thread::yield();  // perhaps to the worker with the last task
       }
     }
   }
@@ -106,7 +106,7 @@ class Pool {
 };
 
 // Never destroyed: its threads run until the process ends. A forked child has none of them, and perhaps locks that
-// nobody will release, so it starts with a pool of its own.
+// are never released, so it starts with a pool of its own.
 std::atomic<Pool*> the_pool{nullptr};
 
 Pool& pool() {

@@ -2,14 +2,13 @@
 //
 // A vector of raw bits costs four instructions: load, mask the sign off, integer maximum, square and add. The bits of
 // a float without their sign order like integers, so the integer maximum is both the absolute maximum and the test for
-// NaN and Inf, and squares are added in single precision. Once a block (small enough to stay in L1) the maximum is
-// looked at: if it says that the block holds a non-finite value, or values whose squares single precision cannot hold,
-// the block is scanned again, exactly; else its partial sums are added up in double. A clean block never pays for
-// counting.
+// NaN and Inf, and squares are added in single precision. After each block (small enough to stay in L1) the maximum is
+// checked: if the block holds a non-finite value, or values whose squares single precision cannot hold, the block is
+// scanned again, exactly; else its partial sums are added up in double. A clean block never pays for counting.
 //
-// What a vector is, comes from the `Lanes` type of the including translation unit. Everything here has internal
-// linkage: code compiled for one instruction set must never be picked by the linker for another, and for the same
-// reason nothing here instantiates a template of the standard library.
+// The vector type comes from the `Lanes` of the including translation unit. Everything here has internal linkage: the
+// linker must never pick code compiled for one instruction set for another, and for the same reason nothing here
+// instantiates a template of the standard library.
 #pragma once
 
 #include <cstdint>
@@ -80,7 +79,7 @@ struct Direct {
 // The same vectors out of whole cache lines: a load that straddles two lines costs a third of the DRAM bandwidth on
 // Zen 5, a shuffle of two registers nothing. Shifting, rather than starting at the next line, keeps every element in
 // its lane, so the bits of a sum do not depend on the address. The first and the last line are read whole: a line never
-// crosses a page, and what does not belong to us is shifted out.
+// crosses a page, and foreign bytes are shifted out.
 template <class Lanes>
 class Shifted {
  public:
@@ -142,7 +141,7 @@ inline void scan_stream(const uint8_t* data, int64_t count, int64_t base, Record
       const uint8_t* from = block + static_cast<int64_t>(i) * Lanes::kBytes;
 #pragma GCC unroll 8
       for (int k = 0; k < Lanes::kUnroll; ++k) {
-        // One line a vector; a shorter vector asks for the same line twice, which costs nothing but the slot.
+        // One line per vector; a shorter vector asks for the same line twice, which costs nothing but the slot.
         if (kVectorBytes >= 32) __builtin_prefetch(from + k * kVectorBytes + kPrefetchBytes);
         take(stream.next(from + k * kVectorBytes), k);
       }

@@ -130,7 +130,7 @@ struct Float32 : FloatSums {
   static int64_t add_lanes(Bits counts) { return add_all_lanes<uint32_t>(counts); }
 };
 
-// What the two 16-bit formats share.
+// Common code of the two 16-bit formats.
 template <uint16_t kLargestSubnormal>
 struct Lanes16 : FloatSums {
   static constexpr int kBytes = 2, kLanes = 16, kUnroll = 2, kSums = 2, kBlock = 512;
@@ -240,7 +240,7 @@ struct Float64 {
   static int64_t add_lanes(Bits counts) { return add_all_lanes<uint64_t>(counts); }
 };
 
-// What the two 8-bit formats share: 32 raw bytes become four vectors of float by way of float16.
+// Common code of the two 8-bit formats: 32 raw bytes become four vectors of float by way of float16.
 template <uint8_t kLargestSubnormal>
 struct Lanes8 : FloatSums {
   static constexpr int kBytes = 1, kLanes = 32, kUnroll = 1, kSums = 4, kBlock = 512;

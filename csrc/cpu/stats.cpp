@@ -13,7 +13,7 @@ constexpr int64_t kChunk = 1 << 16;      // elements; a chunk lies inside one se
 constexpr int64_t kSmallTask = 1 << 16;  // elements that are worth handing to another thread
 constexpr int64_t kLargeTask = 1 << 19;  // beyond, a longer task no longer helps the prefetchers
 constexpr int64_t kTasks = 64;           // of a layout between those two, so that no thread is left alone at the end
-constexpr int64_t kChunkCost = 256;      // what starting a chunk costs, in elements
+constexpr int64_t kChunkCost = 256;      // cost of starting a chunk, in elements
 constexpr int64_t kSerialBytes = 512 << 10;  // below, waking a worker takes longer than the scan
 
 ScanKernel kernel_for(Isa isa, Dtype dtype, bool detail) {
@@ -98,7 +98,7 @@ Plan::Plan(std::vector<int64_t> offsets) : offsets_(std::move(offsets)) {
   tasks_.push_back(static_cast<int32_t>(chunks_.size()));
 }
 
-// One call: what the tasks of a plan share.
+// One call: state shared by the tasks of a plan.
 class Scan {
  public:
   Scan(const Plan& plan, Source source, Dtype dtype, bool detail, Isa isa, Record* out)

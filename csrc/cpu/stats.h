@@ -16,8 +16,8 @@ bool isa_supported(Isa isa);  // by this CPU, and built into this binary
 
 ScanKernel scan_kernel(Isa isa, Dtype dtype);  // without detail
 
-// How the segments of a layout are cut into chunks. It depends on the sizes alone, never on the number of threads:
-// that is why results are the same bits for any number. Immutable; may be used from many threads at once.
+// How the segments of a layout are cut into chunks. It depends on the sizes alone, never on the number of threads, so
+// that results are the same bits for any number. Immutable; may be used from many threads at once.
 class Plan {
  public:
   // Segment i is [offsets[i], offsets[i + 1]); offsets never decrease.
@@ -38,13 +38,13 @@ class Plan {
   std::vector<int32_t> tasks_;        // first chunk of each task, and one more entry at the end
 };
 
-// Where the segments of a plan lie: at their offsets behind `flat`, or each at an address of its own.
+// Place of a plan's segments: at their offsets from `flat`, or each at an address of its own.
 struct Source {
   const uint8_t* flat = nullptr;
   const uint64_t* addresses = nullptr;
 };
 
-// Writes one record a segment to `out`. Reads every element once; no allocation beyond 64 bytes a chunk.
+// Writes one record per segment to `out`. Reads every element once; no allocation beyond 64 bytes per chunk.
 void tensor_stats(const Plan& plan, Source source, Dtype dtype, bool detail, Isa isa, int threads, Record* out);
 
 // Reads `bytes` bytes and does nothing with them, on the same threads and in pieces of the same size.

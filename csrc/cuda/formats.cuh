@@ -6,14 +6,14 @@
 
 namespace numguard::cuda {
 
-// A format as bits, as hallo_numguard/ops/formats.py has it, and what `Numbers` does with it.
+// A format as bits, as hallo_numguard/ops/formats.py has it, and the constants of its arithmetic.
 //
 //   Bits               unsigned integer of the size of an element
 //   kInfinity          bits of the smallest magnitude that is not a number
 //   kHasInfinity       false for e4m3fn, whose largest exponent holds numbers, and only all ones is NaN
-//   kSmallestNormal    bits; what lies between it and zero is subnormal
+//   kSmallestNormal    bits; smaller magnitudes but zero are subnormal
 //   kSafeLow, High     single precision holds the squares of values up to `kScale` times these (or zero)
-//   kScale             of a value, over the value as it is widened
+//   kScale             ratio of a value to its widened form
 template <Dtype>
 struct Format;
 
@@ -140,8 +140,8 @@ class Peak<kFloat64> {  // no instruction keeps NaN; as integers magnitudes orde
   uint64_t largest_ = 0;
 };
 
-// What a thread knows of the elements it has seen. The sums are one for each of the elements of its vectors: which
-// sum an element goes to depends on its address alone.
+// A thread's state for the elements it has seen. There is one sum for each element of its vectors: the sum of an
+// element depends on its address alone.
 template <Dtype kDtype, bool kDetail, int kVectors>
 struct Lanes {
   using Sum = decltype(widened<kDtype>(BitsOf<kDtype>{}));

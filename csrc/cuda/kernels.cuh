@@ -1,8 +1,8 @@
-// The GPU kernels in CUDA C++: chunks of memory to records, and those of one segment to one.
+// The GPU kernels in CUDA C++: from chunks of memory to records, and from the records of a segment to one.
 //
-// The same passes as hallo_numguard/ops/triton_kernels.py, with the same bits as results: which element goes to which
-// sum depends on its address alone, sums are added as a tree of neighbours, and no product that rounds is fused into
-// an addition. No atomics, no memory that must be zero before.
+// The same passes as hallo_numguard/ops/backends/triton_kernels.py, with the same bits as results: the sum of an
+// element depends on its address alone, sums are added as a tree of neighbours, and no product that rounds is fused
+// into an addition. No atomics, no memory that must be zero before.
 #pragma once
 
 #include "../record.h"
@@ -15,11 +15,11 @@ constexpr int kWarps = kThreads / 32;
 constexpr int kBlocks = 9;         // of chunk_kernel on a multiprocessor, at least: 36 warps, at most 56 registers
 constexpr int kChunk = 1 << 15;    // elements of a chunk, at most
 constexpr int kAlignment = 32;     // bytes: one sector of DRAM, and the widest load
-constexpr int kRescanGroups = 4;   // sums a thread in the exact pass: element i goes to sum i mod (4 * kThreads)
-constexpr int kLoadsInFlight = 4;  // of 16 bytes, a thread
+constexpr int kRescanGroups = 4;   // sums per thread in the exact pass: element i goes to sum i mod (4 * kThreads)
+constexpr int kLoadsInFlight = 4;  // of 16 bytes, per thread
 constexpr int kNowhere = 0x7fffffff;
 
-// A row of the chunk table (hallo_numguard/ops/chunks.py).
+// A row of the chunk table (hallo_numguard/ops/backends/chunks.py).
 struct alignas(16) Chunk {
   int32_t segment;
   int32_t number;  // inside the segment
@@ -176,7 +176,7 @@ __device__ __forceinline__ void write_exact(Record* record, const BitsOf<kDtype>
   *record = result;
 }
 
-// Writes the record of one chunk, which lies inside one segment. One block a chunk.
+// Writes the record of one chunk, which lies inside one segment. One block per chunk.
 //
 // Segments of a bucket begin anywhere, so the chunk is cut into a head (up to the first aligned address), an interior
 // of whole vectors of kAlignment bytes, and a tail; a thread takes at most one element of head and tail. The interior
@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   using Bits = BitsOf<kDtype>;
   constexpr int kItem = kItemOf<kDtype>;
   constexpr int kVector = kAlignment / kItem;   // elements
-  constexpr int kVectors = kItem == 1 ? 1 : 2;  // of 16 bytes, a thread and window
+  constexpr int kVectors = kItem == 1 ? 1 : 2;  // of 16 bytes, per thread and window
   constexpr bool kAdjacent = NUMGUARD_WIDE_LOADS && kVectors == 2;
   constexpr int kWindow = kVectors * kThreads;  // vectors of 16 bytes
   constexpr int kUnroll = kLoadsInFlight / kVectors;
@@ -302,7 +302,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks)
   }
 }
 
-// Writes the record of one segment: its chunks', merged in an order fixed by their number. One block a segment.
+// Writes the record of one segment: its chunks', merged in an order fixed by their number. One block per segment.
 __global__ void __launch_bounds__(kThreads) combine_kernel(const Split* __restrict__ splits, Record* records) {
   NUMGUARD_SHARED(double, warp_sums, kWarps);
   NUMGUARD_SHARED(long long, warp_peaks, kWarps);

@@ -1,7 +1,7 @@
-// What the kernels need of CUDA beyond the language: shared memory, wide loads, and a few instructions.
+// The parts of CUDA beyond the language that the kernels use: shared memory, wide loads, and a few instructions.
 //
 // The tests compile the same sources with a C++ compiler and run every thread as a fiber (tests/cuda_shim, which
-// defines NUMGUARD_CUDA_SHIM); where that cannot take an instruction, the same is said in C++ beside it.
+// defines NUMGUARD_CUDA_SHIM); where that has no such instruction, there is C++ code beside it.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +11,7 @@
 #define NUMGUARD_SHARED(type, name, count) __shared__ type name[count]
 #endif
 
-// Loads of 32 bytes exist from Blackwell on. Which of the two ways a binary has changes no result.
+// Loads of 32 bytes exist from Blackwell on. Results are the same with and without them.
 #if !defined(NUMGUARD_WIDE_LOADS)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000
 #define NUMGUARD_WIDE_LOADS 1
@@ -61,12 +61,12 @@ __device__ __forceinline__ float max_or_nan(float left, float right) {
 #endif
 }
 
-// Of two halves each, as integers, which order as magnitudes do, NaN last.
+// The larger magnitudes of two halves each, as integers, which order alike, NaN last.
 __device__ __forceinline__ uint32_t max_of_halves(uint32_t left, uint32_t right) {
   return max(left & 0x7fff0000u, right & 0x7fff0000u) | max(left & 0x7fffu, right & 0x7fffu);
 }
 
-// Of two halves each: the larger magnitude, NaN if one is NaN.
+// The larger magnitudes of two halves each, NaN if one is NaN.
 __device__ __forceinline__ uint32_t max_magnitudes_float16(uint32_t left, uint32_t right) {
 #ifdef __CUDA_ARCH__
   uint32_t larger;
@@ -97,7 +97,7 @@ __device__ __forceinline__ void widen_float16_pair(uint32_t word, float& low, fl
   low = __half2float(__half(__half_raw{static_cast<unsigned short>(word)}));
   high = __half2float(__half(__half_raw{static_cast<unsigned short>(word >> 16)}));
 #else
-  low = high = static_cast<float>(word);  // nvcc's pass for the host compiles this, and nobody runs it
+  low = high = static_cast<float>(word);  // compiled by nvcc's pass for the host, never run
 #endif
 }
 

@@ -27,7 +27,7 @@ void launch(void (*kernel)(Parameters...), int64_t blocks, cudaStream_t stream, 
 #endif
 }
 
-// Makes a device the one that launches go to, for as long as this lives.
+// Makes a device the target of launches, for its own lifetime.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int device) {

@@ -1,4 +1,4 @@
-// Launches of the GPU kernels. Plain C++: whoever includes it needs no CUDA header.
+// Launches of the GPU kernels. Plain C++: including it needs no CUDA header.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,7 @@ struct Launch {
   int64_t chunks;
 };
 
-// The tables of a call, all in the device's memory (hallo_numguard/ops/chunks.py says what is in them).
+// The tables of a call, all in the device's memory (contents: hallo_numguard/ops/backends/chunks.py).
 struct Tables {
   uintptr_t chunks;  // rows of 4 int32
   std::vector<Launch> launches;
@@ -37,13 +37,13 @@ std::string unavailable(int device);
 // How many addresses a launch can take as arguments.
 int inline_capacity();
 
-// Writes the records of segments that begin `starts[i]` bytes behind `base`; `starts` is in the device's memory.
-// Asynchronous: a launch a dtype, and one more if a segment has several chunks. Throws std::runtime_error with CUDA's
-// own message.
+// Writes the records of segments that begin `starts[i]` bytes after `base`; `starts` is in the device's memory.
+// Asynchronous: one launch per dtype, and one more if a segment has several chunks. Throws std::runtime_error with
+// CUDA's own message.
 void scan_table(Queue queue, const Tables& tables, uint64_t base, uintptr_t starts, bool detail, uintptr_t records);
 
-// Likewise, for segments at addresses that are in the host's memory, at most `inline_capacity()` of them: they travel
-// with the launch, without a copy.
+// The same for segments at addresses in the host's memory, at most `inline_capacity()` of them: they travel with the
+// launch, without a copy.
 void scan_inline(Queue queue, const Tables& tables, const uint64_t* addresses, int64_t count, bool detail,
                  uintptr_t records);
 

@@ -31,16 +31,16 @@ void scan_flat(uintptr_t out, uintptr_t data, const cpu::Plan& plan, int dtype, 
                     static_cast<cpu::Isa>(isa), threads, records_at(out));
 }
 
-// `addresses`: uint64, one a segment of the plan.
+// `addresses`: uint64, one per segment of the plan.
 void scan_list(uintptr_t out, const std::string_view addresses, const cpu::Plan& plan, int dtype, bool detail, int isa,
                int threads) {
   if (static_cast<int64_t>(addresses.size() / sizeof(uint64_t)) != plan.segments())
-    throw py::value_error("one address a segment");
+    throw py::value_error("one address per segment");
   cpu::tensor_stats(plan, {nullptr, reinterpret_cast<const uint64_t*>(addresses.data())},
                     static_cast<numguard::Dtype>(dtype), detail, static_cast<cpu::Isa>(isa), threads, records_at(out));
 }
 
-// `runs`: three int64 each, as FileRun has them. `words`: one int64 a page.
+// `runs`: three int64 each, as FileRun has them. `words`: one int64 per page.
 int scan_file(uintptr_t out, uintptr_t words, int descriptor, int64_t begin, int64_t end, const std::string_view runs,
               int isa) {
   const auto count = static_cast<int64_t>(runs.size() / sizeof(cpu::FileRun));

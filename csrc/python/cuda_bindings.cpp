@@ -13,7 +13,7 @@ namespace cuda = numguard::cuda;
 
 namespace {
 
-// (address of the chunk table, [(dtype, first chunk, chunks)], address of the splits, how many)
+// (address of the chunk table, [(dtype, first chunk, chunks)], address of the splits, number of splits)
 using TablesTuple = std::tuple<uintptr_t, std::vector<std::tuple<int, int64_t, int64_t>>, uintptr_t, int64_t>;
 
 cuda::Tables tables_of(const TablesTuple& tuple) {
@@ -29,7 +29,7 @@ void scan_table(int device, uintptr_t stream, const TablesTuple& tables, uint64_
   cuda::scan_table({device, stream}, tables_of(tables), base, starts, detail, records);
 }
 
-// `addresses`: uint64, one a segment.
+// `addresses`: uint64, one per segment.
 void scan_inline(int device, uintptr_t stream, const TablesTuple& tables, std::string_view addresses, bool detail,
                  uintptr_t records) {
   cuda::scan_inline({device, stream}, tables_of(tables), reinterpret_cast<const uint64_t*>(addresses.data()),

@@ -74,7 +74,7 @@ bool is_row_major(const dlpack::Tensor& tensor) {
   return true;
 }
 
-// Adds one tensor; false if it is none that a kernel can read as it is.
+// Adds one tensor; false if a kernel cannot read it without a copy.
 bool append(TensorList& list, const dlpack::Tensor& tensor) {
   const int dtype = dtype_of(tensor);
   const int64_t size = size_of(tensor);

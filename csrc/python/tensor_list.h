@@ -1,4 +1,4 @@
-// What a list of torch tensors is to a kernel: addresses, sizes and dtypes, read without torch's headers.
+// A list of torch tensors for the kernels: addresses, sizes and dtypes, read without torch's headers.
 #pragma once
 
 #include <Python.h>
@@ -18,11 +18,11 @@ struct TensorList {
 };
 
 // Reads a list or tuple of tensors through the table of C functions that torch publishes as
-// `torch.Tensor.__dlpack_c_exchange_api__` (torch >= 2.10): 40 to 70 ns a tensor, where Python takes 700.
+// `torch.Tensor.__dlpack_c_exchange_api__` (torch >= 2.10): 40 to 70 ns per tensor, where Python takes 700.
 //
 // Returns nothing, and leaves no Python exception, unless every one is a plain torch.Tensor or Parameter (exactly, no
-// subclass), dense, contiguous, aligned, of a known dtype, and all are on one CPU or CUDA device. The caller then looks
-// itself.
+// subclass), dense, contiguous, aligned, of a known dtype, and all are on one CPU or CUDA device. Then the caller reads
+// them itself.
 std::optional<TensorList> read_tensors(PyObject* sequence, PyObject* exchange_capsule, PyTypeObject* tensor_type,
                                        PyTypeObject* parameter_type);
 

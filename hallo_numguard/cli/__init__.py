@@ -1,6 +1,6 @@
 """The command line, `hallo-numguard`: each file of this folder is the command of its name.
 
-A command returns its exit code, and raises what it cannot do: errors of all commands are printed here.
+A command returns its exit code, and raises errors, which are printed here.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ Shell completion, for ~/.bashrc (zsh and fish: zsh_source, fish_source):
 
 
 class Commands(click.Group):
-    """The commands that this folder has files for; each is imported when it is needed."""
+    """The commands, one file each in this folder, imported when needed."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         """Returns the names of all commands."""

@@ -34,11 +34,11 @@ manifest_option = click.option(
 
 
 def epilog(*examples: str, exit_codes: Mapping[int, str] = EXIT_CODES) -> str:
-    """Returns the end of a help text.
+    """Returns the end of a help text: examples and exit codes.
 
     Args:
         *examples: Arguments of `hallo-numguard`.
-        exit_codes: Meaning of each exit code, beside 130.
+        exit_codes: Meaning of each exit code but 130.
     """
     lines = ["Examples:", *(f"  hallo-numguard {example}" for example in examples)]
     codes = [f"  {code:<3}  {meaning}" for code, meaning in {**exit_codes, 130: "interrupted"}.items()]
@@ -47,7 +47,7 @@ def epilog(*examples: str, exit_codes: Mapping[int, str] = EXIT_CODES) -> str:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[int, int], None]]:
-    """Shows a bar on stderr, where that is a terminal. Yields a function of bytes just read and of all bytes."""
+    """Shows a bar on stderr if that is a terminal. Yields a function of bytes just read and total bytes."""
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 

@@ -1,1 +1,1 @@
-"""The words that all rooms share: standard library only, imports nothing else of this package."""
+"""Types and helpers for all other packages here. Imports the standard library only."""

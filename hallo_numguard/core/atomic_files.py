@@ -12,10 +12,10 @@ from pathlib import Path
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Writes a file so that after a crash at any moment it holds either what it held before or all of `data`.
+    """Writes a file so that after a crash at any moment it holds either its old contents or all of `data`.
 
     Raises:
-        OSError: If it cannot be written; nothing is left behind then.
+        OSError: If it cannot be written. Nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}"
@@ -36,10 +36,10 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> Path:
     """Writes a folder of files so that after a crash at any moment it is there whole or not at all.
 
     Returns:
-        Its path: `path`, or with a number added where that is taken.
+        Path of the folder: `path`, with a number added if that exists.
 
     Raises:
-        OSError: If it cannot be written; nothing is left behind then.
+        OSError: If it cannot be written. Nothing is left behind.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name[:100]}.{os.getpid()}.{secrets.token_hex(4)}"

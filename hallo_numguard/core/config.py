@@ -25,7 +25,7 @@ def check_action(action: object, where: str) -> str:
     """Returns `action` if it is the name of an action.
 
     Raises:
-        InvalidInput: If it is not.
+        InvalidInput: If it is no action.
     """
     if not isinstance(action, str) or action not in ACTIONS:
         raise InvalidInput(f"{where} must be one of {', '.join(ACTIONS)}, got {action!r}")
@@ -37,7 +37,7 @@ class Policy:
     """Actions after an overflow.
 
     Attributes:
-        on_unrecoverable: Action where `report.recoverable` is False: "raise" (default) stops at once in place of
+        on_unrecoverable: Action where `report.recoverable` is False: "raise" (default) stops at once instead of
             burning every halving of the loss scale; "rollback" puts the run back to the last healthy checkpoint of
             `GuardConfig.keeper` and goes on with the next batch; "warn" lets DeepSpeed go on.
         actions: Action by verdict, in place of the default: a name, or a callable that gets the report and returns a
@@ -95,25 +95,26 @@ class GuardConfig:
     """Settings of a guard.
 
     Attributes:
-        mode: "replace" (default): the guard's pass over the gradients stands in for the framework's own check and norm,
-            where these can be replaced; "observe": the framework makes its own passes as well.
+        mode: "replace" (default): the guard's pass over the gradients stands in for the framework's own check and norm
+            if these can be replaced; "observe": the framework makes its own passes as well.
         history: Number of steps that the flight recorder keeps.
-        local_gradients: When gradients are scanned before the reduction as well, which tells the rank that they come
+        local_gradients: When gradients are scanned before the reduction as well, to find the rank that they come
             from: "never", "on_alarm" (default: from the step after an overflow on, until 20 steps were clean) or
-            "always". Costs a small pass and a Python call a parameter in these steps.
+            "always". Costs a small pass and a Python call per parameter in these steps.
         policy: Actions after an overflow.
         dump_dir: Folder for all reports, with the flight recorder's steps of each parameter, as
-            `overflow-step<number>-rank<number>.json`: from rank 0, and from the rank that is named. None for nowhere.
+            `overflow-step<number>-rank<number>.json`: from rank 0, and from the rank of the first offender. None for
+            no reports.
         repro_dir: Folder for bundles that reproduce an overflow in one process, without the framework: the batch, the
             random state, the configuration, the report, the one bad call of the named module with its weights, and a
-            script. None are made for overflows of the loss scale. Costs a pass over the batch, on such an overflow
-            only; 8 bundles a run. None for nowhere.
-        sinks: Trackers that get rank 0's figures of every step and the reports, each one of: a SummaryWriter that the
-            run has (torch.utils.tensorboard, tensorboardX); "wandb" or "mlflow", for the run that is active when the
-            first step is over; "csv:<path>"; "name:text", with the name of another package's entry point in the group
+            script. Overflows of scale or reduction get none. Costs a pass over the batch for each bundle; at most 8
+            bundles per run. None for no bundles.
+        sinks: Trackers that get rank 0's figures of every step and the reports, each one of: a SummaryWriter of the
+            run (torch.utils.tensorboard, tensorboardX); "wandb" or "mlflow", for the run that is active when the
+            first step is over; "csv:<path>"; "name:text", for another package's entry point in the group
             `hallo_numguard.sinks`; or a `Sink` of your own. No run is ever started. Costs no synchronisation.
-        keeper: `CheckpointKeeper` that counts clean and bad steps, and does the rollbacks of the policy. The script
-            calls its `save`; a `GuardedOptimizer` rolls back what that was last given.
+        keeper: `CheckpointKeeper` that counts clean and bad steps, and does the policy's rollbacks. The script
+            calls its `save`; a `GuardedOptimizer` rolls back the run that was last saved.
     """
 
     mode: str = "replace"

@@ -1,4 +1,4 @@
-"""Dataclasses as JSON documents, and back. Non-finite numbers are strings, which every JSON reader can read."""
+"""Dataclasses as JSON documents, and back. Non-finite numbers are strings, because JSON has no such numbers."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _NONFINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 class InvalidDocument(ValueError):
-    """A value of a document is not what the dataclass declares; the text says where, what was expected and found."""
+    """A value of a document differs from the dataclass's declaration; the text has place, expectation and value."""
 
     def __init__(self, expected: str, found: Any) -> None:
         super().__init__(f"expected {expected}, got {reprlib.repr(found)}")
@@ -33,7 +33,7 @@ class InvalidDocument(ValueError):
 
 
 def laid_out_as(layout: type, **options: Any) -> Any:
-    """Returns a dataclass field that documents hold in another layout.
+    """Returns a dataclass field with another layout in documents.
 
     Args:
         layout: Dataclass of the document, with `of(value)` and `value()` to convert.
@@ -62,14 +62,14 @@ def _encode_field(metadata: Mapping[str, Any], value: Any) -> Any:
 
 
 def decode(declared: type[T], document: Any) -> T:
-    """Returns what `encode` made a document of. Fields that the dataclass does not have are ignored.
+    """Returns the value that `encode` made a document of. Unknown fields are ignored.
 
     Args:
         declared: The dataclass, or another annotation.
         document: Value that `json.loads` returned.
 
     Raises:
-        InvalidDocument: If it holds anything else than is declared.
+        InvalidDocument: If its contents differ from the declaration.
     """
     hint: Any = declared
     decoded: T = _decoder(hint)(document)

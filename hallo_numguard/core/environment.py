@@ -1,4 +1,4 @@
-"""Versions and host that a report was made with, and loaded libraries that hide NaN. Imports none of them."""
+"""Versions and host of a report's process, and loaded libraries that hide NaN. Imports none of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _HIDES_NAN = {
 
 
 def collect(rank: int | None = None) -> Environment:
-    """Returns what is known about this process without importing anything.
+    """Returns facts about this process, without importing anything.
 
     Args:
         rank: Global rank of this process.

@@ -1,4 +1,4 @@
-"""Errors, one class a cause. Messages say what happened, what was expected, and what to do."""
+"""Errors, one class per cause. Messages say what happened, what was expected, and what to do."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class NumGuardError(RuntimeError):
 
 
 class InvalidInput(NumGuardError, ValueError):
-    """An argument that is not accepted: a dtype, an offset, an option."""
+    """An argument is not accepted: a dtype, an offset, an option."""
 
 
 class BackendUnavailable(NumGuardError):
-    """HALLO_NUMGUARD_BACKEND or HALLO_NUMGUARD_ISA asks for something that cannot run here."""
+    """HALLO_NUMGUARD_BACKEND or HALLO_NUMGUARD_ISA names something that cannot run here."""
 
 
 class UnsupportedDeepSpeed(NumGuardError):

@@ -1,4 +1,4 @@
-"""Findings beside overflows: in training, in files, before a run."""
+"""Findings other than overflows: in training, in files, before a run."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ SCHEMA_VERSION = 1
 
 @dataclass(frozen=True)
 class Finding:
-    """Something noticed beside overflows: in training, in a file, before a run.
+    """A finding other than an overflow: in training, in a file, before a run.
 
     Attributes:
-        kind: Kind of finding, in a word or two. In training: "nonfinite" (a weight, buffer or optimizer state, outside
+        kind: Kind of finding. In training: "nonfinite" (a weight, buffer or optimizer state, outside
             of a step), "loss_spike", "norm_spike", "update_ratio" (learning rate too high), "dead_gradient",
             "exploding_gradient" or "input_range".
         message: Sentence on what was expected, and what was found.
-        step: Number of the step that it was seen in; None outside of one.
+        step: Number of the step; None outside of a step.
         name: Name of the tensor concerned, "" if there is none.
-        offender: Non-finite tensor, if that is what was found.
+        offender: Non-finite tensor, if there is one.
         severity: "error" (training will fail, or silently do the wrong thing), "warning" or "info".
         file: Path of the file concerned, "" if there is none.
         remedy: Sentence on what to do; "" if there is nothing to add.
@@ -43,7 +43,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class PreflightReport:
-    """Findings, and what was checked.
+    """Findings, and the checks behind them.
 
     Attributes:
         findings: Findings by severity, errors first.

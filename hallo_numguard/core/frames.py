@@ -1,4 +1,4 @@
-"""The frames of a trace, and the file that they are kept in. Standard library only: traces are read without torch."""
+"""The frames of a trace, and its file. Standard library only: traces are read without torch."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ PARTS = {
     "grad_inputs": "gradient of input",
     "grad_weights": "gradient of weight",
 }
-"""The parts of a frame, and what a tensor in each of them is called."""
+"""The parts of a frame, and the name of a tensor in each of them."""
 
 _BACKWARD = "grad_"
 _GZIP = b"\x1f\x8b"
 _HEADER_LINE = re.compile(rb'\s*\{[^\n]*"kind":\s*"trace"')
-_HEADER_BYTES = 4096  # within which a trace says that it is one
+_HEADER_BYTES = 4096  # beginning of a file, which identifies a trace
 
 
 @dataclass(frozen=True)
 class TensorRecord:
-    """A tensor at the moment when a module got it or made it, or its gradient.
+    """A tensor, or its gradient, at the moment of a module's call.
 
     Attributes:
         name: "input[0]", "output['hidden']", or a weight's own name inside of the module, as "weight".
         shape: Shape of the tensor.
-        dtype: Its dtype, as "float16".
+        dtype: Dtype of the tensor, as "float16".
         record: Statistics of its elements.
         index: Index of the first non-finite element, in the tensor's shape; () if all are finite.
     """
@@ -61,14 +61,14 @@ class Frame:
     """One call of one module.
 
     Attributes:
-        position: Place in the order in which calls were completed, from 0; a module comes after those inside of it.
+        position: Position in the order of completion, from 0; a module comes after the modules in it.
         name: Fully qualified name of the module, "" for the root.
         cls: Class of the module.
-        call: Number of calls of this module before this one.
-        parent: Position of the call that this one was made in; None for the outermost.
-        inputs: Tensors that the module was called with.
+        call: Number of earlier calls of the module.
+        parent: Position of the enclosing call; None for the outermost.
+        inputs: Tensor arguments of the module.
         weights: The module's own parameters and buffers, not those of modules inside of it.
-        outputs: Tensors that it returned.
+        outputs: Tensors that the module returned.
         grad_outputs: Gradients with respect to the outputs, where a backward pass gave them.
         grad_inputs: Gradients with respect to the inputs, where a backward pass gave them.
         grad_weights: Gradients with respect to the weights, where a backward pass gave them.
@@ -87,7 +87,7 @@ class Frame:
     grad_weights: tuple[TensorRecord, ...] = ()
 
     def tensors(self) -> Iterator[tuple[str, TensorRecord]]:
-        """Yields all tensors, each with the part of the frame that it belongs to, a key of `PARTS`."""
+        """Yields all tensors, each with its part of the frame, a key of `PARTS`."""
         for part in PARTS:
             for tensor in getattr(self, part):
                 yield part, tensor
@@ -98,16 +98,16 @@ class Origin:
     """The first call that turned finite into non-finite.
 
     Attributes:
-        name: Fully qualified name of the module, or of the weight or input that was not finite already.
+        name: Fully qualified name of the module, or of the weight or input that was already non-finite.
         module: Class of the module.
         phase: "forward" or "backward".
-        call: Number of calls of the module before this one.
+        call: Number of earlier calls of the module.
         index: Index of the first non-finite element, in the shape of the tensor.
-        kind: "activation", "gradient"; "parameter", "buffer" or "input" if that was where it came from.
+        kind: "activation", "gradient"; "parameter", "buffer" or "input" if that was already non-finite.
         tensor: The output, input, weight or gradient that was not finite.
         position: Position of the frame.
-        neighbours: Values around that element in the flattened tensor, where they were kept.
-        operation: The operation inside of the module, and the line that called it, where a second pass has named it.
+        neighbours: Values around that element in the flattened tensor, if they were kept.
+        operation: Operation inside of the module, and the line that called it, if a second pass found them.
     """
 
     name: str
@@ -135,9 +135,9 @@ class NonfiniteTensor(NamedTuple):
     """A tensor that is not finite.
 
     Attributes:
-        frame: The call that it belongs to.
+        frame: Call of a module with this tensor.
         part: Part of that frame, a key of `PARTS`.
-        tensor: What it held.
+        tensor: Record of the tensor.
     """
 
     frame: Frame
@@ -150,7 +150,7 @@ class Frames:
     """A whole trace.
 
     Attributes:
-        frames: Calls, in the order in which they were completed.
+        frames: Calls, in the order of completion.
         first_nonfinite: The first call that turned finite into non-finite; None if everything stayed finite.
         dropped: Number of frames at the beginning that were not kept.
     """
@@ -160,7 +160,7 @@ class Frames:
     dropped: int = 0
 
     def nonfinite_tensors(self) -> Iterator[NonfiniteTensor]:
-        """Yields those of the forward pass in the order of calls, then gradients in the reverse order."""
+        """Yields tensors of the forward pass in the order of calls, then gradients in the reverse order."""
         for frame in self.frames:
             yield from _nonfinite(frame, backward=False)
         for frame in reversed(self.frames):
@@ -191,7 +191,7 @@ class Header:
 
 
 def save(trace: Frames, path: str | Path) -> None:
-    """Writes a trace as JSON lines, compressed if the name ends in .gz: a header, then a line a frame.
+    """Writes a trace as JSON lines, compressed if the name ends in .gz: a header, then one line per frame.
 
     Non-finite numbers are written as strings. The file is written whole or not at all.
     """
@@ -203,10 +203,10 @@ def save(trace: Frames, path: str | Path) -> None:
 
 
 def load_trace(path: str | Path) -> Frames:
-    """Reads what `save` wrote.
+    """Reads the file that `save` wrote.
 
     Raises:
-        ValueError: If it is no trace, or of a version that this one cannot read; names the file.
+        ValueError: If the file is no trace, or of an unknown schema version; names the file.
         OSError: If it cannot be read.
     """
     try:
@@ -216,11 +216,11 @@ def load_trace(path: str | Path) -> Frames:
 
 
 def read(data: bytes) -> Frames:
-    """Returns the trace that the bytes of a file hold.
+    """Returns the trace in the bytes of a file.
 
     Raises:
-        ValueError: If they hold none, or one of a version that this one cannot read; `InvalidDocument` if they hold
-            values of other types than the format has.
+        ValueError: If they hold no trace, or one of an unknown schema version; `InvalidDocument` if a value has the
+            wrong type.
     """
     try:
         text = (gzip.decompress(data) if data.startswith(_GZIP) else data).decode()
@@ -236,5 +236,5 @@ def read(data: bytes) -> Frames:
 
 
 def is_trace(data: bytes) -> bool:
-    """Returns whether a file that begins so is a trace."""
+    """Returns whether the beginning of a file is that of a trace."""
     return data.startswith(_GZIP) or _HEADER_LINE.match(data[:_HEADER_BYTES]) is not None

@@ -25,7 +25,7 @@ _MEANING = {
 
 @dataclass(frozen=True)
 class _Columns:
-    """A parameter's figures with an entry for each step; None where the rank held nothing of it."""
+    """A parameter's figures with an entry for each step; None where the rank held no part of it."""
 
     absmax: tuple[float | None, ...]
     norm: tuple[float | None, ...]
@@ -34,7 +34,7 @@ class _Columns:
 
 @dataclass(frozen=True)
 class _History:
-    """Steps as documents hold them: a parameter's figures are columns, so that its name is written once."""
+    """Steps in the layout of documents: a parameter's figures are columns, so that its name is written once."""
 
     steps: tuple[StepRecord, ...]
     parameters: Mapping[str, _Columns]
@@ -77,10 +77,10 @@ class OverflowReport:
         not_checked: Checks that a complete answer would have needed.
         advice: Sentence on what to do.
         world_size: Number of ranks that took part.
-        consecutive_skips: Number of steps skipped in a row, this one included; 0 if this one was applied all the same.
+        consecutive_skips: Number of steps skipped in a row, this one included; 0 if this one was applied nevertheless.
         settles_at: Loss scale at which steps are expected to be finite again; None if unknown.
         history: Steps of the flight recorder on the rank that holds this report, this one last.
-        environment: Versions, host and rank of the process that made this report, and which libraries hide NaN there.
+        environment: Versions, host and rank of the process that made this report, and loaded libraries that hide NaN.
     """
 
     step: int
@@ -101,17 +101,17 @@ class OverflowReport:
 
     @property
     def outcome(self) -> str:
-        """What became of the step: "skipped", as it should be, or "applied all the same"."""
+        """Outcome of the step: "skipped", as it should be, or "applied all the same"."""
         return "skipped" if self.consecutive_skips else "applied all the same"
 
     def headline(self) -> str:
-        """Returns one line: what happened, where, and what it means. Names in it are harmless text."""
+        """Returns one line with outcome, verdict and first offender. Names in it are harmless text."""
         what = f"step {self.step} was {self.outcome}: {self.verdict}"
         where = "" if self.first is None else f", {self.first}"
         return harmless(f"{what}{where} [loss scale {self.loss_scale:g}]")
 
     def rows(self) -> list[tuple[str, list[str]]]:
-        """Returns the report as labelled rows of sentences, for any kind of display. Names in them are harmless."""
+        """Returns the report as labelled rows of sentences, for any kind of display. Names are harmless text."""
         provisional = ", provisional" if self.provisional else ""
         meaning = "cause not proved" if self.verdict is Verdict.UNDETERMINED else _MEANING[self.recoverable]
         others = [str(item) for item in self.offenders if item != self.first]
@@ -147,11 +147,11 @@ class OverflowReport:
 
     @classmethod
     def from_json(cls, text: str) -> OverflowReport:
-        """Returns the report that `to_json` wrote.
+        """Returns the report from the document that `to_json` wrote.
 
         Raises:
-            ValueError: If `text` is not such a document, or of a version that this one cannot read; `InvalidDocument`
-                if it holds values of other types than the format has.
+            ValueError: If `text` is no such document, or of an unknown schema version; `InvalidDocument` if a value has
+                the wrong type.
         """
         document = json.loads(text)
         found = document.get("schema_version") if isinstance(document, Mapping) else None

@@ -1,4 +1,4 @@
-"""The vocabulary that every room shares. Standard library only: reports are read where torch is not installed."""
+"""Records and reports' value types. Standard library only: reports are read where torch is not installed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ RECORD_FIELDS = (
 
 
 def counts_in_words(nan: int, pos_inf: int, neg_inf: int) -> str:
-    """Returns for example "2 NaN, 1 +Inf"; "" if there are none."""
+    """Returns a text such as "2 NaN, 1 +Inf"; "" without non-finite values."""
     kinds = (("NaN", nan), ("+Inf", pos_inf), ("-Inf", neg_inf))
     return ", ".join(f"{count} {kind}" for kind, count in kinds if count)
 
 
 def shape_in_words(shape: Iterable[int]) -> str:
-    """Returns for example "384x384"."""
+    """Returns a text such as "384x384"."""
     return "x".join(map(str, shape)) or "scalar"
 
 
@@ -62,7 +62,7 @@ class Record:
 
     @property
     def norm(self) -> float:
-        """L2 norm as torch would give it: NaN or infinity where there is one."""
+        """L2 norm as in torch: NaN or infinity if there is one."""
         if self.nan:
             return math.nan
         return math.inf if self.nonfinite else math.sqrt(self.sumsq)
@@ -92,10 +92,10 @@ class Offender:
     Attributes:
         kind: "parameter", "buffer", "optimizer_state", "input", "activation", "loss", "gradient" or "reduction".
         name: Fully qualified name. An input is named by the model's argument, as in `batch['pixels']`; an activation by
-            the module that returned it; a gradient by its parameter, or by the module if it is an activation's; the
-            loss is "loss".
+            the module that returned it; a gradient by its parameter, or by the module if an activation's; the loss is
+            "loss".
         module: Fully qualified name of the module that owns it, "" for the root.
-        rank: Global rank on which it was seen, the lowest if on several; None for a gradient of several ranks, because
+        rank: Lowest global rank with it; None for a gradient of several ranks, because
             after the reduction all of them see it.
         index: Index of the first non-finite element, in the tensor's own shape.
         nan: Number of NaN elements.
@@ -104,7 +104,7 @@ class Offender:
         absmax: Largest absolute value among the finite elements.
         numel: Number of elements of the whole tensor.
         shape: Shape of the whole tensor.
-        dtype: Its dtype, as "float16".
+        dtype: Dtype of the tensor, as "float16".
         aliases: Other names of the same tensor (tied weights).
     """
 
@@ -143,7 +143,7 @@ class Offender:
 
 @dataclass(frozen=True)
 class GradientRecord:
-    """What this rank held of one parameter's gradient in a step, before unscaling and clipping.
+    """This rank's part of one parameter's gradient in a step, before unscaling and clipping.
 
     Attributes:
         absmax: Largest absolute value among the finite elements.
@@ -158,7 +158,7 @@ class GradientRecord:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One line of the flight recorder: what this rank owned in one optimizer step.
+    """One line of the flight recorder: this rank's part of one optimizer step.
 
     Attributes:
         step: Number of the step, from 1, as DeepSpeed counts (skipped steps too).
@@ -166,11 +166,11 @@ class StepRecord:
         loss_scale: Loss scale in force during the backward pass; 1.0 without loss scaling.
         absmax: Largest absolute value among the finite elements of this rank's gradients, before unscaling and
             clipping.
-        norm: L2 norm of these elements.
+        norm: L2 norm of the finite elements.
         nonfinite: Number of non-finite elements of this rank's gradients.
         applied: False if the step was skipped.
-        limit: Largest number that gradients of this model can hold, where that is near (float16); else None.
-        parameters: The same figures by name of the parameter; empty where only the sums were kept.
+        limit: Largest number that gradients of this model can hold, if that is near (float16); else None.
+        parameters: Figures of each parameter by name; empty if only totals were kept.
     """
 
     step: int
@@ -185,5 +185,5 @@ class StepRecord:
 
     @property
     def headroom(self) -> float | None:
-        """Doublings until the largest gradient element overflows, in bits; None where overflow is far away."""
+        """Doublings until the largest gradient element overflows, in bits; None if overflow is far away."""
         return math.log2(self.limit / self.absmax) if self.limit and self.absmax else None

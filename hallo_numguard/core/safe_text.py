@@ -1,4 +1,4 @@
-"""Names from files and models, which nobody has checked, as harmless text."""
+"""Untrusted names from files and models as harmless text."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ MAX_SENTENCE = 1000  # characters
 
 
 def printable(text: str) -> str:
-    """Returns `text` without control characters, which could rewrite a terminal or turn the direction of reading."""
+    """Returns `text` without control characters, which could rewrite a terminal or reverse the reading direction."""
     return "".join(character if character.isprintable() else "�" for character in text)
 
 
 def shortened(text: str, width: int) -> str:
-    """Returns `text` with its middle left out where it is longer than `width`: names differ at their ends."""
+    """Returns `text` with its middle left out if it is longer than `width`: names differ at their ends."""
     if len(text) <= width:
         return text
     head = (width - 1) // 3

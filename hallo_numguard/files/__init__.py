@@ -1,1 +1,1 @@
-"""Dead weights: what files hold, whether they are whole, and whether a run can start from them."""
+"""Files of weights: what they hold, whether they are whole, and whether a run can start from them."""

@@ -21,7 +21,7 @@ from hallo_numguard.ops.formats import dtype_name
 
 _CHUNK = 1 << 20  # elements compared at a time
 
-_Key = tuple[str, str, str, int | None]  # folder, name, role, and the rank of what each rank has its own
+_Key = tuple[str, str, str, int | None]  # folder, name, role, and the rank of a tensor that each rank has its own
 _Place = tuple[int, tuple[int, ...] | None]  # start and corner of a piece
 
 
@@ -120,12 +120,12 @@ def _read(side: str, path: Path) -> _Side:
 
 
 def _own_rank(entry: TensorEntry) -> int | None:
-    """The rank of a tensor that each rank has its own of; None for a shared one, of which each may save a piece."""
+    """The rank of a tensor of which each rank has its own; None for a shared one, of which ranks may save pieces."""
     return entry.rank if entry.whole is None else None
 
 
 def _whole(pieces: Sequence[TensorEntry]) -> torch.Tensor:
-    """The tensor that pieces make up.
+    """The tensor assembled from its pieces.
 
     Raises:
         DamagedFile: If some are missing.

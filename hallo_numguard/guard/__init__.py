@@ -1,1 +1,1 @@
-"""Records in, verdict out: attribution, agreement of ranks, policy, flight recorder."""
+"""From the records of a step to a verdict: diagnosis, agreement of ranks, policy, flight recorder."""

@@ -21,7 +21,7 @@ class Ranks:
 
     Args:
         group: Process group. Default: the default one.
-        alone: Whether this rank trains for itself, whatever others there are.
+        alone: Whether this rank trains by itself, even where other ranks exist.
 
     Attributes:
         rank: Global rank of this process.
@@ -42,40 +42,40 @@ class Ranks:
         self.size = dist.get_world_size(group)
 
     def highest(self, value: int, device: torch.device) -> int:
-        """Returns the highest of the values that the ranks give. Synchronises."""
+        """Returns the maximum over the ranks. Synchronises."""
         return int(self._reduce(torch.tensor([value], device=device), dist.ReduceOp.MAX).item())
 
     def lowest(self, value: int, device: torch.device) -> int:
-        """Returns the lowest of the values that the ranks give. Synchronises."""
+        """Returns the minimum over the ranks. Synchronises."""
         return int(self._reduce(torch.tensor([value], device=device), dist.ReduceOp.MIN).item())
 
     def total(self, value: int, device: torch.device) -> int:
-        """Returns the sum of the values that the ranks give. Synchronises."""
+        """Returns the sum over the ranks. Synchronises."""
         return int(self._reduce(torch.tensor([value], device=device), dist.ReduceOp.SUM).item())
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
-        """Returns the sum of the tensors that the ranks give. Does not wait for the device."""
+        """Returns the sum over the ranks. No host sync."""
         return self._reduce(value, dist.ReduceOp.SUM)
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
-        """Returns the mean of the tensors that the ranks give. Does not wait for the device."""
+        """Returns the mean over the ranks. No host sync."""
         return self._reduce(value / self.size, dist.ReduceOp.SUM)
 
     def any(self, marks: torch.Tensor) -> torch.Tensor:
-        """Returns the highest that any rank gives, element by element."""
+        """Returns the element-wise maximum over the ranks."""
         return self._reduce(marks, dist.ReduceOp.MAX)
 
     def combine(self, local: ParameterStats, sliced: torch.Tensor) -> tuple[ParameterStats, torch.Tensor]:
-        """Puts together the statistics of the ranks.
+        """Combines the statistics of all ranks.
 
         Args:
-            local: Statistics on this rank, a row a tensor.
-            sliced: Whether every rank holds another slice of the tensor, to be added up; else every rank holds a copy,
-                and the one of the lowest rank on which it is not finite counts. bool [n].
+            local: Statistics on this rank, one row per tensor.
+            sliced: Whether the ranks hold slices of the tensor, which are added up. Otherwise they hold copies, and the
+                copy on the lowest rank where it is not finite counts. bool [n].
 
         Returns:
-            Statistics of the whole tensors, and the lowest rank on which each is not finite (`NONE` if it is finite on
-            all of them), int64 [n].
+            Statistics of the whole tensors, and for each the lowest rank on which it is not finite (`NONE` if it is
+            finite on all), int64 [n].
         """
         rank = self._reduce(torch.where(local.first != NONE, self.rank, NONE), dist.ReduceOp.MIN)
         counts_here = sliced | (rank == self.rank)
@@ -91,7 +91,7 @@ class Ranks:
     def first_text(self, text: str | None, device: torch.device) -> str | None:
         """Returns the text of the lowest rank that has one, the same on all ranks; None if none has. Synchronises.
 
-        Every rank sends 4096 bytes, whatever it has to say; a longer text is dropped. See `clip`.
+        Every rank sends 4096 bytes; a longer text is dropped. See `clip`.
         """
         words = b"" if text is None else text.encode()
         if len(words) > MAX_TEXT_BYTES:

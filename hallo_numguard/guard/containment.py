@@ -1,4 +1,4 @@
-"""Failures of our own code: contained, logged once, and shown to the tests."""
+"""Failures of the guard's own code: contained, logged once, and shown to the tests."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ contained: deque[tuple[str, Exception]] = deque(maxlen=MAX_REMEMBERED)
 
 
 class contain_failures:
-    """Context manager that lets no exception of ours into the user's run.
+    """Context manager that keeps the guard's exceptions out of the user's run.
 
     Args:
-        probe: Name of what is tried.
-        consequence: What a failure means for the rest of the run, for the log.
+        probe: Name of the work inside, for the log.
+        consequence: Effect of a failure on the rest of the run, for the log.
     """
 
     def __init__(self, probe: str, consequence: str) -> None:
@@ -44,7 +44,7 @@ class contain_failures:
 
 
 class Probes:
-    """What the guard does beside the user's training, each part of it on its own: one that fails is switched off."""
+    """The guard's work beside the user's training, in independent parts: a part that fails is switched off."""
 
     def __init__(self) -> None:
         self._failed: set[str] = set()

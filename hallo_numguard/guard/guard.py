@@ -1,4 +1,4 @@
-"""What every guard offers, whatever it guards."""
+"""Base class of all guards."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Guard(ABC):
 
     @abstractmethod
     def detach(self) -> Any:
-        """Takes the guard off: everything is as it was before. Reports and history stay readable."""
+        """Removes the guard: everything is as it was before. Reports and history stay readable."""
 
     @property
     def last_report(self) -> OverflowReport | None:
@@ -34,13 +34,13 @@ class Guard(ABC):
 
     @property
     def findings(self) -> list[Finding]:
-        """What was noticed beside overflows; see `Finding`. The last 1000 of each optimizer."""
+        """Findings other than overflows; see `Finding`. The last 1000 of each optimizer."""
         return [finding for session in self._sessions() for finding in session.findings]
 
     @property
     def history(self) -> list[StepRecord]:
         """The flight recorder: the last steps of what this rank owns, oldest first.
 
-        With several optimizers, one after the other. Waits for the last row's copy.
+        Histories of several optimizers follow one another. Waits for the copy of the last row.
         """
         return [record for session in self._sessions() for record in session.history()]

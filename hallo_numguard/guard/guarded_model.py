@@ -1,4 +1,4 @@
-"""What an integration tells the guard: the model, and scans of what this rank holds of gradients and state."""
+"""The guarded model as an integration describes it, and scans of this rank's gradients and state."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ScannedPieces:
     """One pass over tensors of this rank that are pieces of parameters: gradients, or optimizer state.
 
     Attributes:
-        table: Statistics, a row a piece.
-        pieces: Piece of a parameter that each row is of; parameters by their position in the guard's list.
+        table: Statistics, one row per piece.
+        pieces: Piece of a parameter behind each row; parameters by position in the guard's list.
         groups: Rows of each of the optimizer's parameter groups; () where they are not needed.
     """
 
@@ -34,19 +34,19 @@ class ScannedPieces:
 
 @dataclass(frozen=True)
 class GuardedModel:
-    """What an integration tells of the model and the optimizer that it guards.
+    """The model and the optimizer that an integration guards.
 
     Attributes:
         parameters: Parameters in registration order.
         buffers: Floating-point buffers in registration order.
-        sliced_gradients: Whether every rank holds another slice of the gradients; else each holds all of them.
+        sliced_gradients: Whether the ranks hold slices of the gradients; else each holds all of them.
         scan_state: Reads the optimizer's own tensors once: moments, master copies.
-        sliced_state: Whether every rank holds another slice of those.
+        sliced_state: Whether the ranks hold slices of the optimizer's tensors; else each holds all of them.
         device: Device on which ranks reduce small tensors.
         module: Module whose forward is called in training, to name its arguments. None if its calls are not seen.
-        forward: Calls it once more, as the framework does; None if that is impossible.
-        backward_again: Whether gradients with respect to its parameters can then be asked for by name.
-        settings: The framework's configuration, to be kept with what was found.
+        forward: Calls the module once more, as the framework does; None if that is impossible.
+        has_named_gradients: Whether such a call allows gradients with respect to single parameters.
+        settings: The framework's configuration, for reproduction bundles.
         can_go_back: Returns whether the integration can call `go_back` when a step is over; the same on every rank.
     """
 
@@ -58,6 +58,6 @@ class GuardedModel:
     device: torch.device
     module: nn.Module | None = None
     forward: Forward | None = None
-    backward_again: bool = True
+    has_named_gradients: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
     can_go_back: Callable[[], bool] = lambda: False

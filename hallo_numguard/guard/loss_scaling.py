@@ -1,4 +1,4 @@
-"""The loss scaler's state, whoever scales."""
+"""State of a loss scaler, of any framework."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LossScaling:
-    """The loss scaler, before it was told about this overflow.
+    """State of the loss scaler, before its update for this overflow.
 
     Attributes:
-        scale: In force during the backward pass.
-        dynamic: Whether it is lowered on an overflow.
-        minimum: The lowest it will go to.
-        patience: Number of overflows that it will let pass before it is lowered (hysteresis).
+        scale: Loss scale in force during the backward pass.
+        dynamic: Whether the scale is lowered on an overflow.
+        minimum: Lowest value of the scale.
+        patience: Number of overflows before the scale is lowered (hysteresis).
         scaler: Name of the scaler, for messages.
-        at_last: What it does when the scale cannot be lowered any more, for messages.
+        at_minimum: Predicate on what follows once the scale is at its minimum, for messages.
     """
 
     scale: float
@@ -24,7 +24,7 @@ class LossScaling:
     minimum: float = 1.0
     patience: int = 0
     scaler: str = "DeepSpeed"
-    at_last: str = "give up"
+    at_minimum: str = "give up"
 
     @property
     def halvings_left(self) -> int:
@@ -41,4 +41,4 @@ class LossScaling:
 
 
 UNSCALED = LossScaling(1.0, dynamic=False)
-"""State of a loss scaler that is not there."""
+"""State where nothing scales the loss."""

@@ -1,4 +1,4 @@
-"""Names and positions for what the kernels counted."""
+"""Names and positions of the tensors that the kernels scan."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from hallo_numguard.ops.layout import unravel
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """A parameter or buffer of the model, with every name it goes by.
+    """A tensor of the model, with all of its names.
 
     Attributes:
         kind: "parameter", "buffer", "input", "activation" or "loss".
         name: Fully qualified name.
         tensor: The tensor itself.
-        aliases: Other names of it (tied weights).
+        aliases: Other names of the tensor (tied weights).
         shape: Shape of the whole tensor. Default: that of `tensor`.
         slice: Returns this rank's slice of it and its place in the whole tensor: `Piece.start`, and `Piece.run` and
             `Piece.stride` where it is a block of columns. None where this rank holds all of it.
@@ -77,7 +77,7 @@ def _unique(kind: str, named: Iterable[tuple[str, torch.Tensor]]) -> list[NamedT
 
 
 def scan_tensors(tensors: Sequence[NamedTensor]) -> ParameterStats:
-    """Reads what this rank holds of them in one pass."""
+    """Scans this rank's part of each tensor in one pass."""
     held = [(item.tensor, 0) if item.slice is None else item.slice() for item in tensors]
     table = multi_tensor_stats([tensor.detach() for tensor, *_ in held])
     pieces = [Piece(position, *place) for position, (_, *place) in enumerate(held)]
@@ -85,7 +85,7 @@ def scan_tensors(tensors: Sequence[NamedTensor]) -> ParameterStats:
 
 
 class ToleratedNonfinites:
-    """Remembers non-finite tensors that a clean step has been seen with: they are not what goes wrong later.
+    """Remembers non-finite tensors that were there in a clean step: they do not cause later failures.
 
     An embedding row that is never read may be NaN for ever, an attention mask holds -Inf on purpose. What changed since
     is suspect again.
@@ -100,7 +100,7 @@ class ToleratedNonfinites:
         self._seen = {position: _signature(stats, position) for position in stats.bad_positions()}
 
     def clean_step(self) -> None:
-        """A step was finite with all that was noted in place."""
+        """Tolerates everything noted so far: a step was finite with it."""
         if self._seen:
             self._tolerated.update(self._seen)
             self._seen = {}
@@ -138,7 +138,7 @@ class ReadyOrder:
         self._handles.clear()
 
     def sort(self, positions: Iterable[int]) -> list[int]:
-        """Returns the positions, earliest gradient first; unknown ones behind, the model's end first."""
+        """Returns the positions, earliest gradient first; unknown ones last, from the model's end."""
         last = len(self.rank_of)
         return sorted(positions, key=lambda position: (self.rank_of.get(position, last), -position))
 

@@ -10,7 +10,7 @@ import torch
 from hallo_numguard.ops.table import StatsTable
 
 NONE = torch.iinfo(torch.int64).max
-"""Stands for "no such index" where the lowest index is looked for."""
+"""Stands for "no such index" in minima of indices."""
 
 
 class Piece(NamedTuple):
@@ -19,8 +19,8 @@ class Piece(NamedTuple):
     Attributes:
         parameter: Position in the guard's list of parameters.
         start: Flat index inside the parameter of the segment's first element.
-        run: Number of elements that lie side by side in the parameter, if not all do: a block of columns.
-        stride: Elements from the beginning of one run to that of the next, in the parameter.
+        run: Number of adjacent elements in the parameter, for a block of columns. Default: all.
+        stride: Distance between the beginnings of two runs in the parameter, in elements.
     """
 
     parameter: int
@@ -34,7 +34,7 @@ PADDING = Piece(-1, 0)
 
 
 class ParameterStats(NamedTuple):
-    """Statistics of n whole tensors, each put together from its pieces.
+    """Statistics of n whole tensors, each combined from its pieces.
 
     Attributes:
         counts: Number of NaN, +Inf and -Inf. int64 [n, 3].
@@ -58,10 +58,10 @@ class ParameterStats(NamedTuple):
 
 
 def by_parameter(table: StatsTable, pieces: Sequence[Piece], parameters: int) -> ParameterStats:
-    """Adds up the records of segments by the parameter that they are pieces of.
+    """Adds up the records of segments by parameter.
 
     Args:
-        table: Statistics, a row a segment.
+        table: Statistics, one row per segment.
         pieces: Piece that each segment holds. A parameter may have several, or none; `PADDING` is left out.
         parameters: Number of parameters.
     """

@@ -1,4 +1,4 @@
-"""What is done about a report, agreed by all ranks before anyone acts."""
+"""The action after a report, agreed by all ranks before any of them acts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CALLBACK_FAILED = len(ACTIONS)  # more severe than any action: some rank is goi
 
 
 class Answer(NamedTuple):
-    """What every rank has to do once the step's gradients are dropped: raise, go back to a checkpoint, or go on."""
+    """Action of every rank once the step's gradients are dropped: raise, go back to a checkpoint, or go on."""
 
     error: BaseException | None = None
     goes_back: bool = False

@@ -1,7 +1,7 @@
-"""The guard of one model, framework-independent: what was seen in a step, what it means, what is to be done about it.
+"""The guard of one model, framework-independent: observes a step, explains an overflow, and chooses the action.
 
-An integration says when (`before_step`, `overflow`, `after_step`), gives the gradients and the loss scaling, and
-carries out what comes back. Nothing here knows where gradients come from or how a step is skipped.
+An integration calls it (`before_step`, `overflow`, `after_step`) with the gradients and the loss scaling, and carries
+out the action. Where gradients come from, and how a step is skipped, is the integration's part.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _log = logging.getLogger("hallo_numguard")
 P = ParamSpec("P")
 T = TypeVar("T")
 
-STATUS_FAILED = 2  # above 0 (finite) and 1 (not finite), of which ranks take the highest
+STATUS_FAILED = 2  # above 0 (finite) and 1 (not finite): the maximum over the ranks counts
 MAX_FINDINGS = 1000
 
 _OUTLOOK = {
@@ -62,16 +62,16 @@ _report_numbers = itertools.count()
 class Session:
     """Watches the steps of one model on this rank.
 
-    Each part of it is a probe that is contained on its own. Two are essential: without the scan of the gradients, or
-    with a diagnosis that failed, nothing is left to guard with, and `failed` is set.
+    Each part is a probe that is contained on its own. Two are essential: if the scan of the gradients or the diagnosis
+    fails, `failed` is set.
 
     Attributes:
         last_report: Report on the last step whose gradients were not finite, or None. Replaced by one that is no longer
             provisional when a later step was finite.
         reported_at: Serial number of that report among those of this process.
-        findings: What was noticed beside overflows: see `Finding`. The last 1000.
+        findings: Findings other than overflows; see `Finding`. The last 1000.
         failed: Whether an essential part failed: the integration takes the guard off.
-        probes: Everything that is not essential, each contained on its own.
+        probes: Parts that are not essential, each contained on its own.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Session:
         return self._recorder.read()
 
     def stop(self) -> None:
-        """Lets go of the model; reports and history stay readable."""
+        """Releases the model; reports and history stay readable."""
         self.probes.run("trackers", self._write_figures, wait=True)
         self.probes.run("trackers", self._feed.close)
         self._collector.stop()
@@ -128,23 +128,23 @@ class Session:
     # -- a step ------------------------------------------------------------------------------------------------------
 
     def on_forward_start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """Takes note of the arguments of a forward pass. Keeps references until the step is over."""
+        """Records the arguments of a forward pass. Keeps references until the step is over."""
         self.probes.run("record of the batch", self._batch.add, args, kwargs)
 
     def on_forward_end(self, output: Any) -> None:
-        """Takes note of what the forward pass returned."""
+        """Records the output of the forward pass."""
         self.probes.run("record of the batch", self._batch.note_output, output)
 
     def on_loss(self, loss: torch.Tensor) -> None:
-        """Takes note of a micro-batch's loss, before its backward."""
+        """Records a micro-batch's loss, before its backward."""
         self._steps.pending.losses.append(loss.detach())
 
     def forget_losses(self) -> None:
-        """Forgets the losses of this step: what was noted were none."""
+        """Forgets the losses of this step: the recorded values were none."""
         self._steps.pending.losses.clear()
 
     def before_step(self, number: int, scaling: LossScaling, gradients: ScannedPieces) -> None:
-        """Takes note of the gradients. No host sync."""
+        """Records the gradients. No host sync."""
         pending = self._steps.pending
         pending.number, pending.scaling, pending.gradients = number, scaling, gradients
         self._unclean = False
@@ -153,9 +153,9 @@ class Session:
         self.probes.run("early warnings", self._warnings.before_step, number, scaling.scale, gradients)
 
     def swap_step(self, step: PendingStep | None = None) -> PendingStep:
-        """Turns to another step, by default a new one; returns the one that was under way. See `StepOwner`.
+        """Switches to another step, by default a new one; returns the previous one. See `StepOwner`.
 
-        No `before_step` may come between putting a step aside and taking it up again.
+        No `before_step` may come between setting a step aside and resuming it.
         """
         return self._steps.swap(PendingStep() if step is None else step)
 
@@ -166,7 +166,7 @@ class Session:
         records = self.probes.run("flight recorder", self._recorder.fresh, wait=not applied) or []
         self.probes.run("early warnings", self._warnings.after_step, applied, records)
         self.probes.run("trackers", self._feed.write, records, len(self.findings))
-        self.probes.run("checkpoint keeper", self._tell_keeper, applied, records)
+        self.probes.run("checkpoint keeper", self._update_keeper, applied, records)
         self.probes.run("evidence", self._collector.step_is_over, applied)
         self.probes.run("scan of local gradients", self._local_gradients.step_is_over, applied)
         self._steps.pending.clear()
@@ -202,8 +202,8 @@ class Session:
             skipped: Whether the step is skipped, which it should be.
 
         Returns:
-            What every rank has to raise once the step is dropped, or None to go on. If the guard fails on any rank,
-            `failed` is set on all of them.
+            Exception that every rank has to raise once the step is dropped; None to go on. If the guard fails on any,
+            `failed` is set on all ranks.
         """
         self._skipped = self._skipped + 1 if skipped else 0
         step = self._bad_step()
@@ -247,12 +247,12 @@ class Session:
 
     @property
     def _can_go_back(self) -> bool:
-        is_able = self._config.keeper is not None and self._model.can_go_back()
-        return is_able and self._rollbacks < self._config.policy.max_rollbacks
+        can_go_back = self._config.keeper is not None and self._model.can_go_back()
+        return can_go_back and self._rollbacks < self._config.policy.max_rollbacks
 
     @property
     def keeps_scale(self) -> bool:
-        """Whether lowering the scale would cost without helping: what is not finite stands before the scaling."""
+        """Whether the loss scale is to stay: the non-finite value arose before the loss was scaled."""
         report = self.last_report
         return (
             self._config.policy.keep_scale
@@ -267,7 +267,7 @@ class Session:
         return self._to_undo is not None
 
     def go_back(self, run: Any) -> None:
-        """Puts a run back to its last healthy checkpoint, if that was agreed: all ranks call it after every step.
+        """Rolls a run back to its last healthy checkpoint, if that was agreed. All ranks call it after every step.
 
         Raises:
             NumericsError: On all ranks, if there is no such checkpoint, or it cannot be loaded.
@@ -287,7 +287,7 @@ class Session:
             allowed = self._config.policy.max_rollbacks
             _log.warning("went back to checkpoint %s: rollback %d of %d", checkpoint, self._rollbacks, allowed)
 
-    def _tell_keeper(self, applied: bool, records: Sequence[StepRecord]) -> None:
+    def _update_keeper(self, applied: bool, records: Sequence[StepRecord]) -> None:
         keeper, last = self._config.keeper, records[-1] if records else None
         if keeper is None:
             return
@@ -307,7 +307,7 @@ class Session:
             return self._bundles.take(report, micro_batch, number)
 
     def _dump(self, report: OverflowReport) -> None:
-        """Writes the report where the user wants it. A full disk is no reason to stop training."""
+        """Writes the report into the user's folder. A failure to write is only logged."""
         rank, first = self._ranks.rank, report.first
         if self._config.dump_dir is None or (rank != 0 and (first is None or first.rank != rank)):
             return
@@ -318,29 +318,29 @@ class Session:
             _log.error("the report could not be written: %s", error)
 
     def _replay(self, evidence: Evidence, losses: Sequence[torch.Tensor]) -> Replayed | None:
-        """Runs the batch again where that can tell more; the same on every rank, which all see the same evidence."""
+        """Runs the batch again where that adds evidence; the same on every rank, which all see the same evidence."""
         if self._replayer is None or not evidence.loss_known or not needs_replay(evidence):
             return None
-        if evidence.loss is None and not self._model.backward_again:
+        if evidence.loss is None and not self._model.has_named_gradients:
             return Replayed("the gradients of sharded parameters cannot be asked for by name")
         with self._local_gradients.muted():
             if evidence.loss is not None:
-                found = self._replayer.of_a_bad_loss([bool(torch.isfinite(loss)) for loss in losses])
+                found = self._replayer.rerun_bad_loss([bool(torch.isfinite(loss)) for loss in losses])
             else:
-                found = self._replayer.of_bad_gradients(evidence.scaling.scale)
+                found = self._replayer.rerun_bad_gradients(evidence.scaling.scale)
         return replace(found, origin=found.origin and self._collector.with_first_name(found.origin))
 
     # -- weights outside of a step -----------------------------------------------------------------------------------
 
     def inspect_weights(self, when: str) -> None:
-        """Reads what this rank has of parameters, buffers and optimizer state, and tells what is not finite."""
+        """Reads this rank's parameters, buffers and optimizer state, and reports what is not finite."""
         self.probes.run("scan of the weights", self._inspect_weights, when)
 
     def _inspect_weights(self, when: str) -> None:
         for offender, is_mine in self._collector.inspect():
-            self._tell(offender, when, is_mine)
+            self._report_weight(offender, when, is_mine)
 
-    def _tell(self, offender: Offender, when: str, is_mine: bool) -> None:
+    def _report_weight(self, offender: Offender, when: str, is_mine: bool) -> None:
         message = f"{offender}, seen when {when}. {_OUTLOOK[offender.kind]}"
         self._note(Finding("nonfinite", message, name=offender.name, offender=offender), is_mine)
 

@@ -1,4 +1,4 @@
-"""Where the guard meets frameworks: when to look, at which tensors, and how a step is skipped."""
+"""Where the guard meets frameworks: when it runs, on which tensors, and how a step is skipped."""
 
 from __future__ import annotations
 
@@ -51,19 +51,20 @@ def attach(target: Any, config: GuardConfig | None = None, on_overflow: Overflow
             `accelerate.Accelerator` after `prepare`, a `transformers.Trainer` or a `lightning.pytorch.Trainer` before
             it trains, or what another package's entry point `hallo_numguard.integrations` takes. Plain PyTorch has
             `GuardedOptimizer`.
-        config: What to do; see `GuardConfig`.
-        on_overflow: Called on every rank with the same `OverflowReport` when a step's gradients are not finite. May
+        config: Settings; see `GuardConfig`.
+        on_overflow: Called on every rank with the same `OverflowReport` when a step's gradients are not finite. It may
             return an action ("continue", "warn", "skip", "rollback", "raise") in place of the policy's, or None.
 
     Returns:
-        The guard: `last_report`, `history`, `findings`, `detach()`. Where the policy says raise, `NumericsError` comes
-        out of the step; of a `transformers.Trainer` it stops the training, and `stopped_by` of the guard is that error.
+        The guard, with `last_report`, `history`, `findings` and `detach()`. Where the policy says raise,
+        `NumericsError` comes out of the step; a `transformers.Trainer` stops training, and the guard's `stopped_by` is
+        that error.
 
     Raises:
-        InvalidInput: If `target` is nothing of the kind, was not prepared, or is guarded already.
+        InvalidInput: If `target` is none of these, was not prepared, or is guarded already.
         UnsupportedDeepSpeed: If the engine, or the installed DeepSpeed, lacks what the guard needs.
 
-    Cost: a scan of all parameters and buffers now; then one pass over this rank's gradients a step, in place of
+    Cost: a scan of all parameters and buffers now; then one pass per step over this rank's gradients, in place of
     DeepSpeed's own passes.
     """
     config = config or GuardConfig()
@@ -97,7 +98,7 @@ def engine_of(target: Any) -> Any | None:
 
 
 def _is(target: Any, package: str, name: str) -> bool:
-    """Whether a class of that package and name is among those of `target`."""
+    """Whether `target` is an instance of a class of that package and name."""
     return any(base.__name__ == name and base.__module__.split(".")[0] == package for base in type(target).__mro__)
 
 
@@ -107,7 +108,7 @@ def _load(where: str) -> Any:
 
 
 def _offered() -> Iterator[tuple[str, Any]]:
-    """What other packages offer, by name."""
+    """Names and targets of the integrations of other packages."""
     for point in sorted(entry_points(group=GROUP), key=lambda point: point.name):
         try:
             yield point.name, point.load()

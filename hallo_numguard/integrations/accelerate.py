@@ -1,8 +1,8 @@
 """The guard of an Accelerator: of its DeepSpeed engine, or of the optimizers that it has prepared.
 
 An optimizer's gradients are checked before `clip_grad_norm_` or `clip_grad_value_` touches them, or else before the
-step. A bad step is left to the GradScaler to skip, where there is one; else it is not made, and `step_was_skipped` says
-so, so that no learning rate moves on.
+step. The GradScaler, where there is one, skips a bad step; else it is not made. `step_was_skipped` is set either way,
+so that no learning rate moves on.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _guarded: WeakSet[Any] = WeakSet()
 
 
 def attach(accelerator: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> Guard:
-    """Guards what an Accelerator has prepared; see `attach`."""
+    """Guards the engine or the optimizers of an Accelerator; see `hallo_numguard.attach`."""
     engine = engine_of(accelerator)
     if engine is None:
         return AcceleratorGuard(accelerator, config, on_overflow)
@@ -61,7 +61,7 @@ class AcceleratorGuard(Guard):
         return [steps.guard.session for steps in self._steps]
 
     def detach(self) -> None:
-        """Takes the guard off. All is as it was before `attach`; reports and history stay readable."""
+        """Removes the guard. All is as it was before `attach`; reports and history stay readable."""
         self._patches.restore()
         for steps in self._steps:
             steps.guard.take_off()
@@ -83,7 +83,7 @@ class _Steps:
 
     Attributes:
         optimizer: The AcceleratedOptimizer.
-        guard: Its guard.
+        guard: Guard of that optimizer.
     """
 
     def __init__(
@@ -99,24 +99,24 @@ class _Steps:
         if isinstance(self._plain, GuardedOptimizer):
             raise InvalidInput("this Accelerator was given a GuardedOptimizer: its steps are guarded already")
         self.guard = OptimizerGuard(self._plain, _named(accelerator, self._plain), config, on_overflow)
-        self._check: GradientCheck | None = None  # of this step, where clipping came before `step`
+        self._check: GradientCheck | None = None  # of this step, if clipping came before `step`
 
     def before_backward(self, loss: torch.Tensor) -> None:
-        """Gives up a step that was checked for clipping, and then not made. The loss may be any optimizer's."""
+        """Drops a check whose step was not made after clipping. The loss may be any optimizer's."""
         if self._check is not None:
             self._check = None
             self.guard.done(applied=False)
         self.guard.on_loss(loss)
 
     def before_clipping(self, parameters: Iterable[torch.Tensor]) -> None:
-        """Checks the gradients as they are, if they are complete, and those of `parameters`."""
+        """Checks the gradients, if they are complete and those of `parameters`."""
         trained = {id(parameter) for group in self._plain.param_groups for parameter in group["params"]}
         is_complete = self._accelerator.sync_gradients and self._check is None
         if self.guard.active and is_complete and any(id(parameter) in trained for parameter in parameters):
             self._check = self._check_gradients()
 
     def step(self, original: Callable[..., Any], closure: Any = None) -> Any:
-        """Runs in place of the optimizer's own."""
+        """Runs in place of the optimizer's own step."""
         if not self.guard.active or not self._accelerator.sync_gradients:
             return original(closure)
         if closure is not None:
@@ -170,7 +170,7 @@ def _plain(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _named(accelerator: Any, optimizer: torch.optim.Optimizer) -> Named:
-    """The model that the optimizer trains; of several, their parameters, whose calls are not observed."""
+    """The model that the optimizer trains. Of several models the named parameters, without observed calls."""
     trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     models = [
         model for model in accelerator._models if any(id(parameter) in trained for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Faults on purpose, to prove that an alarm works."""
+"""Deliberate faults, to prove that an alarm works."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ KINDS = ("parameter", "buffer", "optimizer_state", "input", "activation", "gradi
 
 
 class Injection:
-    """A fault that is planted, or will be. `remove()` takes back what has not happened yet; damage done stays.
+    """A fault that is planted, now or later. `remove()` takes back a fault that is still to come; damage done stays.
 
     Attributes:
-        planted: Whether it has happened on this rank.
+        planted: Whether the fault has been planted on this rank.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class Injection:
         self._handles: list[Any] = []
 
     def remove(self) -> None:
-        """Takes every hook off."""
+        """Removes every hook."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
@@ -42,25 +42,25 @@ def inject(
     step: int = 1,
     rank: int | None = None,
 ) -> Injection:
-    """Plants a fault into a training run.
+    """Plants a fault in a training run.
 
     Args:
-        target: A model, or what holds one as `.module` or `.model`: a DeepSpeedEngine, a Trainer, a GuardedOptimizer.
+        target: A model, or an object with one as `.module` or `.model`: DeepSpeedEngine, Trainer, GuardedOptimizer.
         kind: Kind of fault. "parameter", "buffer" and "optimizer_state" (moments) stay damaged, as by a corrupted
-            file; "input" (the first floating-point tensor of the batch) and "activation" (the output of the module
+            file; "input" (the first floating-point tensor of the batch) and "activation" (output of the module
             `where`) are bad in one step only, and "gradient" (of the parameter `where`, before the reduction) in one
             backward pass, as by a fault of the hardware: not in a replay.
         where: Fully qualified name of the parameter, buffer or module; not for "input".
         index: Index of the element in the whole tensor's shape. Default: the first.
-        value: Value to be written there.
-        step: Number of the forward pass, counted from now on; 1 is the next.
-        rank: Global rank to plant it on. Default: all.
+        value: Value of that element.
+        step: Number of the forward pass, counted from now; 1 is the next.
+        rank: Global rank with the fault. Default: all.
 
     Returns:
-        The injection: whether it has happened, and a way to take it back before.
+        The injection, with `planted` and `remove()`.
 
     Raises:
-        InvalidInput: If there is no such kind, or nothing of that name.
+        InvalidInput: If the kind or the name is unknown.
     """
     if kind not in KINDS:
         raise InvalidInput(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")

@@ -1,8 +1,8 @@
-"""The guard of a Lightning Trainer: a callback, which guards its engine or its optimizers when training begins.
+"""The guard of a Lightning Trainer: a callback that guards its engine or its optimizers when training begins.
 
 Lightning calls `on_before_optimizer_step` when gradients are unscaled and not clipped yet, from inside the optimizer's
-closure. A bad step is left to the GradScaler to skip, where there is one; else its gradients are dropped, and an
-optimizer without gradients changes nothing.
+closure. The GradScaler, where there is one, skips a bad step; else the gradients are dropped, and an optimizer without
+gradients changes nothing.
 """
 
 from __future__ import annotations
@@ -38,14 +38,13 @@ if TYPE_CHECKING:
 class NumGuardCallback(Guard, Callback):
     """Guards a Trainer: `Trainer(callbacks=[NumGuardCallback()])`, or `attach(trainer)`, before `fit()`.
 
-    With every strategy that trains plain parameters, or DTensors, and with DeepSpeed's. What the guard raises goes
-    through `fit`, which ends as it does after any exception. To find out what was wrong with a batch `training_step` is
-    called again, with `log` and `log_dict` switched off; what else it counts by itself it counts twice. Not with manual
-    optimization.
+    Works with every strategy that trains plain parameters or DTensors, and with DeepSpeed's; not with manual
+    optimization. The guard's errors come out of `fit`, which ends as after any exception. To explain a bad batch,
+    `training_step` is called again with `log` and `log_dict` switched off; other counters in it count that call too.
 
     Args:
-        config: What to do; see `GuardConfig`.
-        on_overflow: See `attach`.
+        config: Settings; see `GuardConfig`.
+        on_overflow: Called with each `OverflowReport`; see `hallo_numguard.attach`.
     """
 
     def __init__(self, config: GuardConfig | None = None, on_overflow: OverflowCallback | None = None) -> None:
@@ -63,14 +62,14 @@ class NumGuardCallback(Guard, Callback):
         return [guard.session for guard in self._guards.values()]
 
     def detach(self) -> None:
-        """Takes the guard off, for later calls of `fit()` as well. Reports and history stay readable."""
+        """Removes the guard, for later calls of `fit()` as well. Reports and history stay readable."""
         self._is_off = True
         self._take_off()
 
-    # -- what the Trainer calls --------------------------------------------------------------------------------------
+    # -- hooks of the Trainer ----------------------------------------------------------------------------------------
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        """Attaches: the strategy has made its engine and the optimizers by now, and a checkpoint has been loaded."""
+        """Attaches: the engine and the optimizers exist by now, and a checkpoint has been loaded."""
         self._take_off()
         if self._is_off:
             return
@@ -91,7 +90,7 @@ class NumGuardCallback(Guard, Callback):
         }
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
-        """Takes note of losses that `training_step` does not return."""
+        """Records losses that `training_step` does not return."""
         if not pl_module.automatic_optimization:
             scaler = _scaler_of(trainer)
             for guard in self._guards.values():
@@ -122,15 +121,15 @@ class NumGuardCallback(Guard, Callback):
                 self._scale_to_keep = scaler.get_scale()
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any, **__: Any) -> None:
-        """Completes the steps that were made."""
+        """Completes the steps of the batch."""
         self._steps_are_over(trainer)
 
     def on_train_end(self, *_: Any) -> None:
-        """Takes the guard off until training begins again."""
+        """Removes the guard until training begins again."""
         self._take_off()
 
     def on_exception(self, *_: Any) -> None:
-        """Takes the guard off until training begins again."""
+        """Removes the guard until training begins again."""
         self._take_off()
 
     def _steps_are_over(self, trainer: Trainer) -> None:
@@ -151,15 +150,15 @@ class NumGuardCallback(Guard, Callback):
 
 
 class _TrainingStepObserver:
-    """Observes the calls of `training_step`: a module's own `forward` is not called by every one of them.
+    """Observes the calls of `training_step`, because not each of them calls the module's own `forward`.
 
     Args:
         trainer, module: The Trainer and its module.
-        on_forward_start: Takes the arguments before the call, by name where they have one. Must not raise.
-        on_forward_end: Takes what was returned. Must not raise.
+        on_forward_start: Called with the arguments before the call, by name where they have one. Must not raise.
+        on_forward_end: Called with the output. Must not raise.
 
     Attributes:
-        forward: Makes a call once more; None if that would step an optimizer.
+        forward: Repeats a call; None if that would step an optimizer.
     """
 
     def __init__(
@@ -181,7 +180,7 @@ class _TrainingStepObserver:
         self.forward = self._forward if module.automatic_optimization else None
 
     def stop(self) -> None:
-        """Observes no longer."""
+        """Stops observing."""
         self._patches.restore()
 
     def _on_start(self, *args: Any, **kwargs: Any) -> None:
@@ -195,7 +194,7 @@ class _TrainingStepObserver:
 
 
 def _engine_forward(trainer: Any, module: LightningModule, engine: Any) -> Forward:
-    """Calls `training_step` once more as Lightning does: in place of the `forward` that the engine's module has."""
+    """Calls `training_step` once more as Lightning does: in place of the `forward` of the engine's module."""
     from hallo_numguard.integrations.deepspeed.engine import call_module
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -210,7 +209,6 @@ def _engine_forward(trainer: Any, module: LightningModule, engine: Any) -> Forwa
 
 @contextlib.contextmanager
 def _silence(module: LightningModule) -> Iterator[None]:
-    """Lets a module log nothing."""
     patches = MethodPatches()
     for name in ("log", "log_dict"):
         patches.wrap(module, name, lambda *_, **__: None)
@@ -221,12 +219,11 @@ def _silence(module: LightningModule) -> Iterator[None]:
 
 
 def _scaler_of(trainer: Trainer) -> Any:
-    """The GradScaler of automatic mixed precision, or None."""
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
 def attach(trainer: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> NumGuardCallback:
-    """Returns the callback that guards a Trainer from its next `fit()` on; see `attach`."""
+    """Returns a callback that guards a Trainer from its next `fit()` on; see `hallo_numguard.attach`."""
     if any(isinstance(callback, NumGuardCallback) for callback in trainer.callbacks):
         raise InvalidInput("this Trainer has a NumGuardCallback already")
     callback = NumGuardCallback(config, on_overflow)

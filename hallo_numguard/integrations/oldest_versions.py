@@ -1,4 +1,4 @@
-"""The oldest release of each framework that the guard works with: one table, which metadata and documents repeat."""
+"""The oldest supported release of each framework: one table, from which metadata and documents are generated."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ OLDEST = {
 
 
 def check_version(distribution: str) -> None:
-    """Raises InvalidInput if an older release is installed; one whose version cannot be read is tried."""
+    """Raises InvalidInput if an older release is installed; unreadable versions are accepted."""
     try:
         installed = metadata.version(distribution)
     except metadata.PackageNotFoundError:

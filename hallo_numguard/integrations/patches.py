@@ -1,4 +1,4 @@
-"""Methods of instances that are replaced for a while."""
+"""Temporary replacements of methods of instances."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 
 
 class MethodPatches:
-    """Puts our methods in place of others', and takes them away again."""
+    """Replaces methods of instances, and puts them back."""
 
     def __init__(self) -> None:
         self._active = True
         self._undo: list[Callable[[], None]] = []
 
     def wrap(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
-        """Lets `replacement(original, *args, **kwargs)` run in place of `owner.name(*args, **kwargs)`."""
+        """Makes `replacement(original, *args, **kwargs)` run in place of `owner.name(*args, **kwargs)`."""
         original = getattr(owner, name)
 
         @functools.wraps(original)  # learning-rate schedulers look at attributes of step
@@ -28,7 +28,7 @@ class MethodPatches:
 
         def undo() -> None:
             if vars(owner).get(name) is not patch:
-                return  # somebody wrapped it again: ours now only passes calls on
+                return  # wrapped again by other code: this patch now only passes calls on
             if original_attribute is None:
                 delattr(owner, name)
             else:
@@ -44,7 +44,7 @@ class MethodPatches:
         before: Callable[..., Any] | None = None,
         after: Callable[[Any], Any] | None = None,
     ) -> None:
-        """Lets `before(*args, **kwargs)` run before `owner.name`, and `after(result)` after it. Neither may raise."""
+        """Makes `before(*args, **kwargs)` run before `owner.name`, and `after(result)` after it. Neither may raise."""
 
         def run(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             if before is not None:

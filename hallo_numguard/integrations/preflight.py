@@ -1,4 +1,4 @@
-"""Preflight of a run that is about to start: what the engine or the model says of it."""
+"""Preflight of a run from its engine or model."""
 
 from __future__ import annotations
 
@@ -37,29 +37,29 @@ def preflight(
     threads: int | None = None,
     progress: Progress | None = None,
 ) -> PreflightReport:
-    """Checks a run before its first step, as far as arguments are given; changes nothing that training will see.
+    """Checks a run before its first step, as far as the arguments allow; training is not affected.
 
-    (a) the files against their manifest; (b) every value in them; (c) names and shapes of the model against theirs, and
-    whether the model holds what they do, also where `strict=False` said nothing; (d) the optimizer's state: there,
-    whole, possible, the same steps everywhere, the same groups; (e) number of processes, ZeRO stage and dtype against
-    the checkpoint's; (f) the loss scaler in it; (g) launcher and precision; (h) with `batch`, a forward and backward
-    pass in which every tensor is read, with the loss compared with the one at the time of saving.
+    (a) The files against their manifest; (b) every value in them; (c) names, shapes and values of the model against
+    them, also where `strict=False` hides differences; (d) the optimizer's state: present, complete, plausible, equal
+    steps, equal groups; (e) number of processes, ZeRO stage and dtype against the checkpoint's; (f) the loss scaler in
+    it; (g) launcher and precision; (h) with `batch`, a forward and backward pass in which every tensor is checked, and
+    the loss compared with the one saved.
 
     Args:
         target: A `torch.nn.Module`, a `deepspeed.DeepSpeedEngine` or an `accelerate.Accelerator` after `prepare`; None
-            for files alone. With an engine and `batch` every rank must call it; files are read by each that does.
-        model: Files or folders with the weights that the run starts from.
-        checkpoint: Folder that it resumes from.
-        manifest: Manifest of these files. Default: the one beside them.
-        world_size: Number of processes of the run. Default: the engine's, as for the next three.
-        zero_stage: DeepSpeed's ZeRO stage.
-        dtype: Dtype that weights are trained in.
-        config: DeepSpeed's configuration, or the file with it.
+            for files alone. With an engine and `batch` every rank must call it; each reads the files.
+        model: Files or folders of the initial weights.
+        checkpoint: Folder to resume from.
+        manifest: Manifest of these files. Default: the one beside the files.
+        world_size: Number of processes of the run. Default: the engine's.
+        zero_stage: DeepSpeed's ZeRO stage. Default: the engine's.
+        dtype: Training dtype of the weights. Default: the engine's.
+        config: DeepSpeed's configuration, or its file. Default: the engine's.
         batch: Small batch. A dict is given to the model by name, a tuple or list by position.
-        loss_fn: Computes the loss from the model's output, if that has none.
-        expected_loss: Loss of such a batch. Default: the one that `CheckpointKeeper` wrote beside the checkpoint.
+        loss_fn: Computes the loss from the model's output, if that contains none.
+        expected_loss: Loss of such a batch. Default: the one in the checkpoint of a `CheckpointKeeper`.
         threads: Reader threads. Default: number of CPUs.
-        progress: Called with the number of bytes just read and of all bytes.
+        progress: Called with the number of bytes just read, and the total.
 
     Returns:
         Findings with severity, evidence and remedy; `ok`, `exit_code`, `to_dict()`.
@@ -94,11 +94,11 @@ def preflight(
         return checking.run(inputs, threads, progress)
     finally:
         if batch is not None and engine is not None:
-            _let_go(engine.optimizer)
+            _release_weights(engine.optimizer)
 
 
 def loaded_model(module: nn.Module, engine: Any = None) -> LoadedModel:
-    """Returns the names, shapes and tensors of a model, to be compared with files."""
+    """Returns the names, shapes and tensors of a model, for comparison with files."""
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
     kept = set(module.state_dict(keep_vars=True))
     tensors = {name: tensor for name, tensor in named if name in kept}
@@ -109,10 +109,10 @@ def loaded_model(module: nn.Module, engine: Any = None) -> LoadedModel:
     return LoadedModel(module, shapes, tensors, aliases, unsaved, module if engine is None else _forward(engine))
 
 
-def _let_go(optimizer: Any) -> None:
-    """ZeRO-3 gathers weights for the smoke step, and lets go of them in a backward pass that is made in full.
+def _release_weights(optimizer: Any) -> None:
+    """Releases the weights that ZeRO-3 gathered for the smoke step, as its own step does after a full backward pass.
 
-    Its own step ends like this: all are let go of, and small ones, which stay whole, are gathered again.
+    Small weights, which stay whole, are gathered again.
     """
     if not hasattr(optimizer, "parameter_offload"):
         return

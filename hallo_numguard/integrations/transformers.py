@@ -1,6 +1,6 @@
-"""The guard of a Hugging Face Trainer: a callback, which guards the Trainer's accelerator when training begins.
+"""The guard of a Hugging Face Trainer: a callback that guards the Trainer's accelerator when training begins.
 
-The Trainer's own hook before the optimizer comes after clipping, and under DeepSpeed after the step: it is of no use.
+The Trainer's own hook before the optimizer comes too late: after clipping, and under DeepSpeed after the step.
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ _FILTER = (
 class NumGuardCallback(Guard, TrainerCallback):
     """Guards a Trainer: `trainer.add_callback(NumGuardCallback())`, or `attach(trainer)`, before `train()`.
 
-    With and without DeepSpeed. Where the policy says raise, training is stopped as callbacks stop it
-    (`control.should_training_stop`): `train()` returns, nothing is saved over earlier checkpoints, `stopped_by` tells
-    why, and the report lies in `dump_dir`, by default `numguard` in the Trainer's output folder. What the Trainer logs
-    of a step gets the figures `numguard/...` of the last one.
+    Works with and without DeepSpeed. Where the policy says raise, training is stopped as callbacks stop it
+    (`control.should_training_stop`): `train()` returns, nothing is saved over earlier checkpoints, `stopped_by` has the
+    error, and the report is in `dump_dir`, by default `numguard` in the Trainer's output folder. The Trainer's log rows
+    get the figures `numguard/...` of the last step.
 
     Args:
-        config: What to do; see `GuardConfig`.
-        on_overflow: See `attach`.
+        config: Settings; see `GuardConfig`.
+        on_overflow: Called with each `OverflowReport`; see `hallo_numguard.attach`.
 
     Attributes:
-        stopped_by: What training was stopped by, or None.
+        stopped_by: Error that stopped training, or None.
     """
 
     def __init__(self, config: GuardConfig | None = None, on_overflow: OverflowCallback | None = None) -> None:
         self.stopped_by: NumericsError | None = None
         self._config = config or GuardConfig()
         self._on_overflow = on_overflow
-        self._trainer: Any = None  # once it has called
+        self._trainer: Any = None  # known once it calls
         self._guard: Guard | None = None
         self._patches = MethodPatches()
         self._figures = _LastFigures()
@@ -61,21 +61,21 @@ class NumGuardCallback(Guard, TrainerCallback):
         return [] if self._guard is None else self._guard._sessions()
 
     def detach(self) -> None:
-        """Takes the guard off, for later calls of `train()` as well. Reports and history stay readable."""
+        """Removes the guard, for later calls of `train()` as well. Reports and history stay readable."""
         self._take_off()
         if self._trainer is not None:
             self._trainer.remove_callback(self)
 
-    # -- what the Trainer calls --------------------------------------------------------------------------------------
+    # -- hooks of the Trainer ----------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
-        """Attaches: the Trainer has made its engine, or prepared its optimizer, by now."""
+        """Attaches: the engine, or the prepared optimizer, exists by now."""
         if args.logging_nan_inf_filter and state.is_world_process_zero:
             _log.warning(_FILTER)
         self.guard(_trainer_on_the_stack())
 
     def guard(self, trainer: Any) -> None:
-        """Attaches to a Trainer that is about to train, or in the middle of it."""
+        """Attaches to a Trainer that is about to train, or is training."""
         self._take_off()
         self.stopped_by = None
         self._trainer = trainer
@@ -88,7 +88,7 @@ class NumGuardCallback(Guard, TrainerCallback):
         self._patches.wrap(trainer, "log", self._log_figures)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Stops training where the guard has raised."""
+        """Stops training if the guard has raised."""
         if self.stopped_by is not None:
             control.should_training_stop = True
             control.should_save = control.should_evaluate = False
@@ -96,10 +96,10 @@ class NumGuardCallback(Guard, TrainerCallback):
     on_epoch_end = on_step_end  # the Trainer calls it for the epoch that is broken off as well
 
     def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Takes the guard off until training begins again."""
+        """Removes the guard until training begins again."""
         self._take_off()
 
-    # -- what runs in place of the Trainer's methods -----------------------------------------------------------------
+    # -- patches in place of the Trainer's methods -------------------------------------------------------------------
 
     def _unless_stopped(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         try:
@@ -121,7 +121,7 @@ class NumGuardCallback(Guard, TrainerCallback):
 
 
 def attach(trainer: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> NumGuardCallback:
-    """Returns the callback that guards a Trainer from its next `train()` on; see `attach`."""
+    """Returns a callback that guards a Trainer from its next `train()` on; see `hallo_numguard.attach`."""
     if any(isinstance(callback, NumGuardCallback) for callback in trainer.callback_handler.callbacks):
         raise InvalidInput("this Trainer is guarded already; call detach() on its guard first")
     callback = NumGuardCallback(config, on_overflow)
@@ -132,7 +132,7 @@ def attach(trainer: Any, config: GuardConfig, on_overflow: OverflowCallback | No
 
 
 def _trainer_on_the_stack() -> Any:
-    """The Trainer that calls: it gives its callbacks the model and the optimizer, but nothing that leads to itself.
+    """The Trainer that calls: callbacks get its model and optimizer, but no reference to the Trainer.
 
     Raises:
         InvalidInput: If none does.
@@ -147,8 +147,6 @@ def _trainer_on_the_stack() -> Any:
 
 
 class _LastFigures:
-    """A sink that keeps the figures of the last step."""
-
     def __init__(self) -> None:
         self.last: dict[str, float] = {}
 

@@ -1,1 +1,1 @@
-"""Tensors in, statistics out: the operators and their backends."""
+"""Statistics of tensors: the operators and their backends."""

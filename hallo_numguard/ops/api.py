@@ -1,4 +1,4 @@
-"""The two public functions of this room."""
+"""The two public functions of this package: `tensor_stats` and `multi_tensor_stats`."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ def tensor_stats(
     offsets: Layout | Sequence[int] | torch.Tensor | None = None,
     detail: bool = False,
 ) -> StatsTable:
-    """Counts what is not finite in every segment of `flat`, and measures what is, in one pass.
+    """Counts the non-finite elements in every segment of `flat`, and measures the finite ones, in one pass.
 
     Args:
         flat: Tensor of any shape, of float32, float16, bfloat16, float64, float8_e4m3fn or float8_e5m2. Its elements
             count in row-major order. One that is not contiguous is copied first.
-        offsets: Boundaries of the segments, in elements. Default: the whole tensor is one segment. Make a `Layout`
-            where the same offsets serve again.
+        offsets: Boundaries of the segments, in elements. Default: the whole tensor is one segment. Make one `Layout`
+            if the same offsets are used repeatedly.
         detail: Also count zeros and subnormals. Free where memory is the limit, up to 1.6 times slower in cache.
 
     Returns:
-        A table of one record a segment, on the device of `flat`.
+        A table of one record per segment, on the device of `flat`.
 
     Raises:
-        InvalidInput: If the dtype, the memory layout or the offsets are none that can be worked with.
+        InvalidInput: If the dtype, the memory layout or the offsets are not supported.
 
-    Cost: every byte is read once; one allocation of 64 bytes a segment; no host synchronisation.
+    Cost: every byte is read once; one allocation of 64 bytes per segment; no host synchronisation.
     """
     check_has_data(flat)
     if offsets is None or isinstance(offsets, torch.Tensor):
@@ -47,25 +47,25 @@ def tensor_stats(
 
 
 def multi_tensor_stats(tensors: Sequence[torch.Tensor], detail: bool = False) -> StatsTable:
-    """Does what `tensor_stats` does for tensors that lie anywhere: one record each.
+    """Does the same as `tensor_stats` for separate tensors: one record each.
 
     Args:
         tensors: Tensors of any shapes; dtypes, strides and devices may differ.
         detail: Also count zeros and subnormals.
 
     Returns:
-        A table of one record a tensor, on the device of the first (on the CPU if there are none).
+        A table of one record per tensor, on the device of the first (on the CPU if there are none).
 
     Raises:
-        InvalidInput: As `tensor_stats`, naming the position in the list.
+        InvalidInput: As in `tensor_stats`, with the position in the list.
 
-    Cost: every byte is read once; a pass a device and dtype; 40 to 70 ns a tensor on the host where all are plain
+    Cost: every byte is read once; one pass per device and dtype; 40 to 70 ns per tensor on the host if all are plain
     tensors (no subclass) on one device, dense and contiguous, with torch >= 2.10, else about 1 us.
     """
     tensors = list(tensors)
     if _is_eager():
         plain = tensor_list.read_plain(tensors)
-        if plain is not None:  # to the backend at once: the way through an operator takes 500 ns a tensor
+        if plain is not None:  # to the backend at once: an operator costs 500 ns per tensor
             return StatsTable(backend_for(plain.device.type).multi_tensor_stats(plain, detail), detail)
     devices = set()
     for position, tensor in enumerate(tensors):
@@ -77,14 +77,14 @@ def multi_tensor_stats(tensors: Sequence[torch.Tensor], detail: bool = False) ->
 
 
 def _gather(tensors: list[torch.Tensor], devices: list[torch.device], detail: bool) -> torch.Tensor:
-    """The records of tensors on several devices, in their order, on the device of the first."""
+    """Records of tensors on several devices, in the tensors' order, on the device of the first."""
     home = tensors[0].device
     rows: list[int] = []
     parts = []
     for device in devices:
         of_device = [row for row, tensor in enumerate(tensors) if tensor.device == device]
         part = multi_tensor_stats_op([tensors[row] for row in of_device], detail)
-        parts.append(part.to(home, non_blocking=home.type != "cpu"))  # to the CPU, not to wait would be to read garbage
+        parts.append(part.to(home, non_blocking=home.type != "cpu"))  # a copy to the CPU must be waited for
         rows += of_device
     place = sorted(range(len(rows)), key=rows.__getitem__)
     return torch.cat(parts).index_select(0, send(array("q", place).tobytes(), home))

@@ -1,7 +1,7 @@
-"""What a launch needs of a GPU's runtime: the current stream, and copies without a host sync.
+"""The GPU runtime for launches: the current stream, and copies without a host sync.
 
-The only module of this room that asks `torch.cuda` for anything. On the CPU, where Triton's interpreter runs, all of
-it is trivial.
+The only module of this package that uses `torch.cuda`. On the CPU, where Triton's interpreter runs, all of it is
+trivial.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ _MIN_CAPACITY = 512  # addresses
 
 
 def has_gpu() -> bool:
-    """Whether torch sees one."""
+    """Returns whether torch sees a GPU."""
     return torch.cuda.is_available()
 
 
 def current_index() -> int:
-    """Returns the number of the GPU that this thread uses."""
+    """Returns the index of this thread's GPU."""
     return torch.cuda.current_device()
 
 
 def stream_of(device: torch.device) -> int:
-    """Returns the handle of the stream that torch uses on `device` in this thread, 0 on the CPU."""
+    """Returns the handle of this thread's current stream on `device`; 0 on the CPU."""
     return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
 
 
 @contextlib.contextmanager
 def current(device: torch.device) -> Iterator[None]:
-    """Makes `device` the one that launches go to."""
+    """Makes `device` the target of launches."""
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         yield
 
 
 def send(words: bytes, device: torch.device) -> torch.Tensor:
-    """Returns int64 [n] on `device` with these 8-byte words, copied on the current stream. Does not wait.
+    """Returns int64 [n] on `device` with these 8-byte words, copied on the current stream. No host sync.
 
-    Cost: a copy into pinned memory, a copy to the device, an allocation on it. In a CUDA graph the copy is repeated at
-    every replay, from memory that is kept for it for ever.
+    Cost: a copy into pinned memory, a copy to the device, an allocation on it. A CUDA graph repeats the copy at every
+    replay, from memory that is kept for it for ever.
     """
     host = torch.frombuffer(bytearray(words), dtype=torch.int64)
     if device.type == "cpu":
@@ -54,15 +54,15 @@ def send(words: bytes, device: torch.device) -> torch.Tensor:
 
 
 class HostRing:
-    """Rows of float64 that travel from a device to the host; whoever reads one early has to wait for it.
+    """Rows of float64 on their way from a device to the host; an early read waits.
 
-    On a GPU a row is copied to pinned memory behind the work that made it, with an event; by the next step it has
-    usually arrived. On the CPU the rows are where they are read.
+    On a GPU a row is copied to pinned memory after the work that made it, with an event; by the next step it has
+    usually arrived. On the CPU rows are written where they are read.
 
     Args:
         rows: Number of rows that are kept; row i is overwritten by row i + rows.
         width: Numbers in a row.
-        device: Device on which they are made.
+        device: Device on which the rows are made.
     """
 
     def __init__(self, rows: int, width: int, device: torch.device) -> None:
@@ -75,18 +75,18 @@ class HostRing:
             self._arrived = [torch.cuda.Event() for _ in range(rows)]
 
     def row(self, index: int) -> torch.Tensor:
-        """float64 [width]: where row `index` is to be written, on the device, on the current stream."""
+        """float64 [width]: row `index` on the device, to be written on the current stream."""
         return self._made[index % len(self._made)]
 
     def send(self, index: int) -> None:
-        """Sends row `index`, once it is written. Cost: a copy of one row and an event; no wait."""
+        """Starts the copy of row `index`, once it is written. Cost: a copy of one row and an event; no wait."""
         if self._arrived:
             place = index % len(self._made)
             self._host[place].copy_(self._made[place], non_blocking=True)
             self._arrived[place].record(torch.cuda.current_stream(self._device))
 
     def read(self, index: int, wait: bool) -> list[float] | None:
-        """Returns row `index`, one of those that were sent last; without `wait`, None if it is still under way."""
+        """Returns row `index`, one of those sent last; without `wait`, None if it is still under way."""
         place = index % len(self._made)
         if self._arrived:
             if wait:
@@ -101,7 +101,7 @@ class AsyncHostCopy:
     """A tensor on its way to the host, without a host sync. For occasional copies: it allocates.
 
     Args:
-        tensor: Tensor made on the current stream. One on the CPU is not copied, and must stay as it is.
+        tensor: Tensor made on the current stream. A tensor on the CPU is not copied, and must not change.
     """
 
     def __init__(self, tensor: torch.Tensor) -> None:
@@ -115,11 +115,11 @@ class AsyncHostCopy:
 
     @property
     def arrived(self) -> bool:
-        """Whether it is there."""
+        """Whether the copy is complete."""
         return self._arrived is None or self._arrived.query()
 
     def read(self) -> torch.Tensor:
-        """Returns it on the host; waits for it if need be."""
+        """Returns the tensor on the host; waits if necessary."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._host
@@ -127,14 +127,14 @@ class AsyncHostCopy:
 
 @dataclass
 class _Slot:
-    """Pinned memory, and the event after the last copy out of it."""
+    """Pinned memory, and the event after the last copy from it."""
 
     memory: torch.Tensor
     copied: torch.cuda.Event
 
 
 class _Staging:
-    """A ring of pinned buffers: one is written to again only when the copy out of it is done. Of one thread."""
+    """A ring of pinned buffers for one thread: a buffer is reused only when the copy from it is done."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device

@@ -1,4 +1,4 @@
-"""One backend per device type, chosen once, able to explain itself."""
+"""Choice of one backend per device type, made once, with reasons."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ BACKEND_VARIABLE = "HALLO_NUMGUARD_BACKEND"
 BACKENDS = ("native", "triton", "reference")
 
 # On a GPU both give the same bits. The CUDA extension's calls cost the host a fifth (2.7 microseconds on 200 segments,
-# Triton's 13, the driver's launches left out), and its loops 14 to 42 % fewer instructions an element (docs/gpu.md);
-# Triton needs no compiler at installation and compiles for whatever GPU is there.
+# Triton's 13, the driver's launches left out), and its loops 14 to 42 % fewer instructions per element (docs/gpu.md);
+# Triton needs no compiler at installation and compiles for any GPU.
 _PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
-_MODULES = {("native", "cpu"): "cpu", ("native", "cuda"): "cuda"}  # "native" is one backend a device
+_MODULES = {("native", "cpu"): "cpu", ("native", "cuda"): "cuda"}  # "native" has one backend per device
 _log = logging.getLogger("hallo_numguard")
 
 
 class Backend(Protocol):
-    """What a module of this folder offers to be one. All results are packed as `table.StatsTable` says."""
+    """Interface of a module in `backends`. Results are packed as in `table.StatsTable`."""
 
     @staticmethod
     def unavailable(device_type: str) -> str | None:
@@ -34,11 +34,11 @@ class Backend(Protocol):
 
     @staticmethod
     def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> torch.Tensor:
-        """Returns a record a segment of `flat`, whose elements count in row-major order."""
+        """Returns one record per segment of `flat`, whose elements count in row-major order."""
 
     @staticmethod
     def multi_tensor_stats(tensors: TensorList, detail: bool) -> torch.Tensor:
-        """Returns a record a tensor; dtypes may differ."""
+        """Returns one record per tensor; dtypes may differ."""
 
 
 def backend(name: str, device_type: str = "cpu") -> Backend:
@@ -49,7 +49,7 @@ def backend(name: str, device_type: str = "cpu") -> Backend:
 
 @functools.cache
 def backend_for(device_type: str) -> Backend:
-    """Returns the backend for tensors on such devices: the one HALLO_NUMGUARD_BACKEND names, or the fastest that runs.
+    """Returns the backend for tensors on such devices: the one in HALLO_NUMGUARD_BACKEND, or the fastest that runs.
 
     Raises:
         BackendUnavailable: If the variable names one that does not exist or cannot run there.
@@ -63,19 +63,19 @@ def backend_for(device_type: str) -> Backend:
         if reason is None:
             break
         reasons[name] = reason
-    if name == "reference":  # slow: whoever gets it must know why
+    if name == "reference":  # slow, so the log has the reason
         for other in [other for other in BACKENDS if other in reasons]:
             _log.warning("%s: the %s backend is not used: %s", device_type, other, reasons[other])
     return backend(name, device_type)
 
 
 def runs_natively(device_type: str) -> bool:
-    """Returns whether `backend_for` gives the C++ kernels of the CPU, which offer more than the others."""
+    """Returns whether `backend_for` gives the CPU's C++ kernels, which offer more than the other backends."""
     return getattr(backend_for(device_type), "scan_file", None) is not None
 
 
 def explain(device_type: str) -> dict[str, str | None]:
-    """Returns for every backend why it cannot run on such a device, None for those that can."""
+    """Returns the reason why each backend cannot run on such a device; None for those that can."""
     return {name: backend(name, device_type).unavailable(device_type) for name in BACKENDS}
 
 

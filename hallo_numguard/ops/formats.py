@@ -9,12 +9,12 @@ import torch
 
 @dataclass(frozen=True)
 class Format:
-    """How a dtype is encoded.
+    """Encoding of a dtype.
 
     Attributes:
-        code: The number that the C++ kernels know it by (csrc/cpu/kernels.h).
-        exponent, mantissa: Number of bits.
-        has_inf: False for e4m3fn, whose largest exponent holds numbers, and only all ones is NaN.
+        code: Number of the dtype in the C++ kernels (csrc/dtypes.h).
+        exponent, mantissa: Numbers of bits.
+        has_inf: False for e4m3fn, where only all ones is NaN, and other values with the largest exponent are numbers.
         bits: Signed integer dtype of the same size.
     """
 
@@ -31,7 +31,7 @@ class Format:
 
     @property
     def infinity(self) -> int:
-        """Bits of the smallest magnitude that is not a number: infinity, or NaN where there is none."""
+        """Bits of the smallest magnitude that is not a number: infinity, or NaN without infinities."""
         if not self.has_inf:
             return self.magnitude_mask
         return ((1 << self.exponent) - 1) << self.mantissa
@@ -43,7 +43,7 @@ class Format:
 
     @property
     def unit(self) -> int:
-        """Power of two that the smallest subnormal is."""
+        """Exponent of the smallest subnormal, a power of two."""
         return 2 - (1 << (self.exponent - 1)) - self.mantissa
 
 
@@ -58,5 +58,5 @@ FORMATS = {
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """Returns how a dtype is called in reports, such as "float16"."""
+    """Returns the dtype's name in reports, such as "float16"."""
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Where the tensors of a bucket begin and end."""
+"""Boundaries of the tensors in a bucket."""
 
 from __future__ import annotations
 
@@ -17,15 +17,14 @@ _LAYOUT_OF_TENSOR = "_hallo_numguard_layout"
 class Layout:
     """The segments of a flat tensor: segment i is `flat[offsets[i]:offsets[i + 1]]`.
 
-    Validated once, here; make one and pass it to every call, and the tables that kernels derive from it are made once a
-    device as well.
+    Validated once, here. Make one and pass it to every call: kernels then derive their tables from it once per device.
 
     Args:
         offsets: n + 1 integers in elements, never decreasing, the first not negative. A sequence, or a 1-D integer
             tensor on the CPU. The last may lie before the end of the flat tensor (padding is not read).
 
     Raises:
-        InvalidInput: If they are anything else.
+        InvalidInput: If the offsets are anything else.
     """
 
     def __init__(self, offsets: Sequence[int] | torch.Tensor) -> None:
@@ -41,12 +40,12 @@ class Layout:
         self.segments = len(values) - 1
         self.end = values[-1]
         self._tables: dict[str, object] = {}
-        # An operator takes tensors only. This lets it find the layout again, with all that is cached in it.
+        # Operators take tensors only: from this one they find the layout, with its caches.
         setattr(self.offsets, _LAYOUT_OF_TENSOR, self)
 
     @classmethod
     def of(cls, offsets: torch.Tensor) -> Layout:
-        """Returns the layout whose `offsets` this is, or a new one."""
+        """Returns the layout with this tensor as `offsets`, or a new one."""
         layout = getattr(offsets, _LAYOUT_OF_TENSOR, None)
         return layout if isinstance(layout, cls) else cls(offsets)
 
@@ -86,7 +85,7 @@ def _as_list(offsets: object) -> list[int]:
 
 
 def unravel(index: int, shape: Sequence[int]) -> tuple[int, ...]:
-    """Returns the position in a tensor of that shape of a flat, row-major index."""
+    """Returns the index in a tensor of that shape of a flat, row-major index."""
     position = []
     for size in reversed(shape):
         index, rest = divmod(index, size)

@@ -1,4 +1,4 @@
-"""The compiled modules, which an installation may lack: CPU kernels with the reader of tensor lists, CUDA kernels."""
+"""The optional compiled modules: CPU kernels with the reader of tensor lists, CUDA kernels."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from types import ModuleType
 
 @functools.cache
 def extension() -> ModuleType | None:
-    """Returns the module with the CPU kernels, or None if this installation has none."""
+    """Returns the module with the CPU kernels; None if it was not built."""
     return _load("_native")
 
 
 @functools.cache
 def cuda_extension() -> ModuleType | None:
-    """Returns the module with the CUDA kernels, or None if this installation has none."""
+    """Returns the module with the CUDA kernels; None if it was not built."""
     return _load("_native_cuda")
 
 

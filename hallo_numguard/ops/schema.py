@@ -1,7 +1,7 @@
-"""The operators `hallo_numguard::tensor_stats` and `::multi_tensor_stats`: schema, shapes, and the way to a backend.
+"""The operators `hallo_numguard::tensor_stats` and `::multi_tensor_stats`: schema, shapes, and call of a backend.
 
-Both give one packed tensor (see `table.StatsTable`): several outputs that are views of one block of memory are not
-allowed to an operator. A `Library` in place of the `custom_op` decorator saves 7 microseconds a call.
+Both return one packed tensor (see `table.StatsTable`), because outputs of an operator must not share memory. A
+`Library` in place of the `custom_op` decorator saves 7 microseconds per call.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _LIBRARY.define("multi_tensor_stats(Tensor[] tensors, bool detail) -> Tensor")
 
 
 def check_tensor(tensor: torch.Tensor, where: str = "") -> None:
-    """Raises InvalidInput unless `tensor` is dense and of a dtype that the kernels know."""
+    """Raises InvalidInput unless `tensor` is dense and of a supported dtype."""
     if tensor.dtype not in FORMATS:
         raise InvalidInput(
             f"expected a tensor{where} of {', '.join(str(dtype)[6:] for dtype in FORMATS)}, got {tensor.dtype}"

@@ -16,11 +16,11 @@ _N_NONFINITE = 3  # the first three columns count NaN, +Inf and -Inf
 class StatsTable:
     """Statistics of n segments, on the device of the tensors they came from.
 
-    Every property is a view of or a computation on `packed` on that device, without a host synchronisation; only
-    `to_host` synchronises.
+    Every property is a view of `packed` or computed from it on its device, without a host sync; only `to_host`
+    synchronises.
 
     Args:
-        packed: int64 [n, 8], one record a row, the columns of `records.RECORD_FIELDS`.
+        packed: int64 [n, 8], one record per row, the columns of `records.RECORD_FIELDS`.
         detail: Whether zeros and subnormals were counted.
     """
 
@@ -31,7 +31,7 @@ class StatsTable:
         self.detail = detail
 
     @classmethod
-    def of_nothing(cls, segments: int = 0) -> StatsTable:
+    def empty(cls, segments: int = 0) -> StatsTable:
         """Returns the table of empty segments, on the CPU."""
         packed = torch.zeros((segments, len(RECORD_FIELDS)), dtype=torch.int64, device="cpu")
         packed[:, _COLUMN["first_nonfinite"]] = -1
@@ -39,7 +39,7 @@ class StatsTable:
 
     @classmethod
     def concatenate(cls, tables: Sequence[StatsTable]) -> StatsTable:
-        """Returns one table of the segments of several, in order, on the device that they share."""
+        """Returns one table with the segments of several, in order, on their common device."""
         if len(tables) == 1:
             return tables[0]
         return cls(torch.cat([table.packed for table in tables]), all(table.detail for table in tables))
@@ -53,7 +53,7 @@ class StatsTable:
         return StatsTable(packed, detail=False)
 
     def to(self, device: torch.device) -> StatsTable:
-        """Returns the table on a device. Synchronises where that is another."""
+        """Returns the table on a device. Synchronises if that is another one."""
         return StatsTable(self.packed.to(device), self.detail)
 
     def __len__(self) -> int:
@@ -129,12 +129,12 @@ class StatsTable:
         return (self.first_nonfinite < 0).to(torch.int64)
 
     def norm(self) -> torch.Tensor:
-        """float64 [n]: L2 norm; NaN or infinity where the segment holds one, as torch's would be."""
+        """float64 [n]: L2 norm; NaN or infinity if the segment holds one, as in torch."""
         norm = torch.where(self.first_nonfinite < 0, self.sumsq.sqrt(), torch.inf)
         return torch.where(self.nan > 0, torch.nan, norm)
 
     def total_norm(self) -> torch.Tensor:
-        """0-dim float64: L2 norm of all segments together; NaN or infinity where there is one."""
+        """0-dim float64: L2 norm of all segments together; NaN or infinity if there is one."""
         return torch.linalg.vector_norm(self.norm())
 
     def any_nonfinite(self) -> torch.Tensor:
@@ -146,7 +146,7 @@ class StatsTable:
         return self.any_nonfinite().to(torch.float32)
 
     def to_host(self) -> list[Record]:
-        """Returns the records as plain Python objects. This is the one call that synchronises with the device."""
+        """Returns the records as plain Python objects. The one call that synchronises."""
         host = self.packed.cpu()
         integers = host.tolist()
         floats = host.view(torch.float64)[:, 6:].tolist()

@@ -1,4 +1,4 @@
-"""What a list of tensors is to a kernel: addresses, sizes and dtypes, as bytes."""
+"""Lists of tensors for the kernels: addresses, sizes and dtypes, as bytes."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class TensorList:
     """Dense, contiguous, aligned tensors of known dtypes on one device.
 
     Attributes:
-        tensors: They themselves: as long as this lives, so does their memory.
-        addresses: uint64, one a tensor.
-        sizes: int64, in elements.
-        dtypes: uint8, `Format.code` of each.
-        device: Device that they are on.
+        tensors: The tensors, whose memory lives as long as this list.
+        addresses: uint64 addresses.
+        sizes: int64 sizes in elements.
+        dtypes: uint8 values of `Format.code`.
+        device: Device of the tensors.
     """
 
     tensors: Sequence[torch.Tensor]
@@ -38,12 +38,12 @@ class TensorList:
 
 
 def read(tensors: Sequence[torch.Tensor]) -> TensorList:
-    """Returns the list of tensors that are on one device, with copies of those that are not contiguous or aligned.
+    """Returns the list of tensors on one device, with copies of those that are not contiguous or aligned.
 
     Args:
         tensors: At least one.
 
-    Cost: 40 to 70 ns a tensor if `read_plain` can read them, else 700 to 900.
+    Cost: 40 to 70 ns per tensor if `read_plain` can read them, else 700 to 900.
     """
     plain = read_plain(tensors)
     if plain is not None:
@@ -59,11 +59,11 @@ def read(tensors: Sequence[torch.Tensor]) -> TensorList:
 
 
 def read_plain(tensors: Sequence[torch.Tensor]) -> TensorList | None:
-    """Returns the list if nothing has to be checked, copied or explained, else None.
+    """Returns the list if nothing has to be checked, copied or explained; else None.
 
-    Every one must be exactly a torch.Tensor or Parameter, no subclass.
+    Every tensor must be exactly a torch.Tensor or Parameter, no subclass.
 
-    Cost: no Python a tensor; 40 ns each, 70 where 100,000 of them do not fit the caches.
+    Cost: no Python code per tensor; 40 ns each, or 70 if 100,000 of them do not fit the caches.
     """
     module = extension()
     if module is None or _EXCHANGE is None or not tensors:

@@ -1,4 +1,4 @@
-"""The data of a report: overflow reports and traces, told apart by their contents, by step and by rank."""
+"""The data of a report: overflow reports by step and rank, and traces, recognised by their contents."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class RankReport:
 
     Attributes:
         source: Name of the file.
-        rank: Global rank that wrote it; None if neither the report nor the file's name tells.
-        report: The report. The ranks of a step agree on it; the history and the environment are each rank's own.
+        rank: Global rank that wrote it; None if neither the report nor the file's name has it.
+        report: The report. Equal on all ranks of a step, except for history and environment.
     """
 
     source: str
@@ -55,7 +55,7 @@ class Overflow:
         return self.ranks[0].report
 
     def hides_nan(self) -> list[str]:
-        """Returns sentences on libraries that kept NaN out of the logs on any of the ranks."""
+        """Returns sentences on libraries that kept NaN out of the logs on any rank."""
         return list(dict.fromkeys(text for item in self.ranks for text in hides_nan(item.report.environment)))
 
 
@@ -85,7 +85,7 @@ class RankHistory:
     steps: tuple[StepRecord, ...]
 
     def series(self) -> Iterator[tuple[str, list[float | None]]]:
-        """Yields name and values of each figure: None where it is not known, NaN where it was not finite."""
+        """Yields name and values of each figure: None if unknown, NaN if not finite."""
         yield "loss", [step.loss for step in self.steps]
         yield "loss scale", [step.loss_scale for step in self.steps]
         yield "norm", [math.nan if step.nonfinite else step.norm for step in self.steps]
@@ -105,7 +105,7 @@ class ReportInputs:
     traces: tuple[NamedTrace, ...]
 
     def histories(self) -> list[RankHistory]:
-        """Returns every rank's history. Where reports overlap, the later one's record of a step counts."""
+        """Returns the history of every rank. Where reports overlap, the later record of a step counts."""
         ranks: dict[str, dict[int, StepRecord]] = {}
         for overflow in self.overflows:
             for item in overflow.ranks:
@@ -118,10 +118,10 @@ class ReportInputs:
 
 
 def read(paths: Iterable[Path]) -> ReportInputs:
-    """Reads files of either kind.
+    """Reads overflow reports and traces.
 
     Raises:
-        UnreadableFile: At the first that cannot be read or is of neither kind.
+        UnreadableFile: At the first file that cannot be read or is neither.
     """
     reports: list[RankReport] = []
     traces: list[NamedTrace] = []

@@ -1,6 +1,6 @@
-"""Traces and histories as a timeline in Chrome's trace format, which ui.perfetto.dev and chrome://tracing open.
+"""Traces and histories as a timeline in Chrome's trace format, for ui.perfetto.dev and chrome://tracing.
 
-Nothing here was timed. In a trace every innermost call is one unit of time long, so that the timeline shows order and
+Nothing is timed. In a trace every innermost call is one unit of time long, so that the timeline shows order and
 nesting; the backward pass follows the forward pass, in reverse. In a history every step is one unit long.
 """
 
@@ -31,7 +31,7 @@ def render(inputs: ReportInputs) -> str:
 
 
 def timeline(inputs: ReportInputs) -> dict[str, Any]:
-    """Returns the timeline as values that JSON has: a process a rank, then a process a trace."""
+    """Returns the timeline as values that JSON has: one process per rank, then one per trace."""
     events: list[Event] = []
     histories = inputs.histories()
     for process, history in enumerate(histories):
@@ -84,7 +84,7 @@ def _calls(named: NamedTrace, process: int) -> Iterator[Event]:
 
 
 def _spans(frames: Sequence[Frame]) -> dict[int, _Span]:
-    """Returns every call's span by its position: a call without others inside of it is one unit long."""
+    """Returns every call's span by its position: a call without inner calls is one unit long."""
     begun: dict[int, int] = {}  # by the position of a parent, which is completed after its children
     spans: dict[int, _Span] = {}
     now = 0

@@ -1,4 +1,4 @@
-"""Reports and traces as text for a terminal. Names come from files that nobody has checked: no text is markup."""
+"""Reports and traces as text for a terminal. Names come from untrusted files: no text is markup."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 
 def render(inputs: ReportInputs) -> Group:
-    """Returns a display for `rich.console.Console.print`: earlier steps in a line each, the last one in full."""
+    """Returns a display for `rich.console.Console.print`: earlier steps in one line each, the last one in full."""
     return Group(*_overflows(inputs), *(part for trace in inputs.traces for part in _trace(trace)))
 
 
@@ -45,11 +45,11 @@ def panel(report: OverflowReport) -> Panel:
 
 
 def sparkline(values: Sequence[float | None], logarithmic: bool = False) -> str:
-    """Returns a character a value: a bar, × where it is not finite, a space where there is none.
+    """Returns one character per value: a bar, × if it is not finite, a space if there is none.
 
     Args:
         values: Values in order.
-        logarithmic: Whether powers of two are evenly spaced; values of 0 and less have the lowest bar.
+        logarithmic: Whether powers of two are evenly spaced; values up to 0 have the lowest bar.
     """
     heights = [_height(value, logarithmic) for value in values]
     finite = [height for height in heights if height is not None and math.isfinite(height)]
@@ -158,7 +158,7 @@ def _table(title: str, rows: int, shown: int = _MAX_ROWS) -> Table:
 
 
 def _cells(*values: object) -> Iterator[Text]:
-    """Returns the values as text that is not read as markup."""
+    """Returns the values as text without markup."""
     return (Text(harmless(str(value), _MAX_NAME)) for value in values)
 
 

@@ -1,1 +1,1 @@
-"""What every module made of what it was given: hooks, and the frames that they record."""
+"""Traces: hooks on the modules of a model, and the frames that they record."""

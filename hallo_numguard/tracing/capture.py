@@ -1,4 +1,4 @@
-"""One call of one module, taken out of a pass, with all that it takes to make it again somewhere else."""
+"""Captures one call of one module in a pass, with all that repeats it elsewhere."""
 
 from __future__ import annotations
 
@@ -15,21 +15,20 @@ from hallo_numguard.tracing.nested import floating_tensors_in
 from hallo_numguard.tracing.rerun import undisturbed
 from hallo_numguard.tracing.rng_and_autocast import Autocast, RandomState
 
-MAX_ATTRIBUTE_BYTES = 1 << 20  # of what a module holds beside its tensors
+MAX_ATTRIBUTE_BYTES = 1 << 20  # of a module's attributes other than tensors
 _OWN_STATE = frozenset(nn.Module().__dict__) - {"training"}  # hooks, parameters, buffers, modules
 
 
 class NotCaptured(Exception):
-    """The call could not be taken; its text says why."""
+    """The call could not be captured; the text says why."""
 
 
 @dataclass
 class Captured:
-    """A call of a module as it was made.
+    """A captured call of a module.
 
     Attributes:
-        module: Copy of the module without hooks, which needs no framework, with the weights that the call saw, on the
-            CPU.
+        module: Copy of the module on the CPU, without hooks or framework, with the weights that the call used.
         args, kwargs: Arguments of the call, on the CPU.
         autocast: Dtype of `torch.autocast` in the call, "" if it was off.
         random: States of torch's generators before the call, by device.
@@ -47,17 +46,17 @@ class Captured:
 def capture(
     root: nn.Module, name: str, number: int, call: Callable[[], Any], seeds: dict[int, torch.Tensor]
 ) -> Captured:
-    """Runs a pass again, and takes one call of one module out of it.
+    """Runs a pass again, and captures one call of one module.
 
     Args:
         root: The model.
         name: Name of the module in `root.named_modules`.
-        number: Number of its calls before that one, in this pass.
-        call: Calls the model as it was called, with the random state of then.
-        seeds: Gradients with respect to the model's outputs, by position; without any there is no backward pass.
+        number: Number of earlier calls of the module in this pass.
+        call: Repeats the model's call, with the same random state.
+        seeds: Gradients with respect to the model's outputs, by position; without them there is no backward pass.
 
     Raises:
-        NotCaptured: If the module was not called so often, or weights that it has were not at hand.
+        NotCaptured: If the module had fewer calls, or some of its weights were not at hand.
     """
     capturing = _CallCapture(root.get_submodule(name), number)
     with undisturbed(root):
@@ -72,7 +71,7 @@ def capture(
 
 
 class _CallCapture:
-    """Hooks that wait for the call. They never raise: other ranks may be in the middle of the same pass."""
+    """Hooks that capture the call. They never raise: other ranks may be in the middle of the same pass."""
 
     def __init__(self, module: nn.Module, number: int) -> None:
         self._module = module
@@ -86,16 +85,16 @@ class _CallCapture:
             module.register_forward_pre_hook(self._before, with_kwargs=True),
             module.register_forward_hook(self._after),
         ]
-        # Where weights are gathered module by module (ZeRO stage 3), those of inner ones are there only when these run.
+        # Where weights are gathered module by module (ZeRO stage 3), an inner module has its own only while it runs.
         self._handles += [inner.register_forward_pre_hook(self._inner) for inner in module.modules()]
 
     def stop(self) -> None:
-        """Takes every hook off."""
+        """Removes every hook."""
         for handle in self._handles:
             handle.remove()
 
     def result(self) -> Captured:
-        """Returns the call that was taken.
+        """Returns the captured call.
 
         Raises:
             NotCaptured: If there is none.
@@ -105,7 +104,7 @@ class _CallCapture:
         return Captured(_plain(self._module, self._weights), *self._called)
 
     def gradients(self, made: Sequence[torch.Tensor], seeds: Mapping[int, torch.Tensor]) -> list[torch.Tensor | None]:
-        """Goes backward from what the model made, and returns what reaches the outputs of the call."""
+        """Goes backward from the model's outputs, and returns the gradients of the call's outputs."""
         positions = [position for position in sorted(seeds) if made[position].requires_grad]
         wanted = [output for output in self._outputs if output.requires_grad]
         if not positions or not wanted:
@@ -142,8 +141,8 @@ class _CallCapture:
         for inner in module.modules():
             self._take_weights(inner)
         device = next((t.device.type for _, t in floating_tensors_in("", (args, kwargs))), "cpu")
-        circumstances = Autocast.now().name_on(device), RandomState.now().by_device()
-        self._called = (*_pickled_copy((args, kwargs)), *circumstances)
+        state = Autocast.now().name_on(device), RandomState.now().by_device()
+        self._called = (*_pickled_copy((args, kwargs)), *state)
 
     def _take_weights(self, module: nn.Module) -> None:
         for weight in (*module._parameters.values(), *module._buffers.values()):
@@ -160,7 +159,7 @@ def _clone_to_cpu(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _pickled_copy(value: Any) -> Any:
-    """A copy of anything that can be pickled, with its tensors on the CPU."""
+    """A copy of a picklable value, with its tensors on the CPU."""
     file = io.BytesIO()
     torch.save(value, file)
     file.seek(0)
@@ -168,7 +167,7 @@ def _pickled_copy(value: Any) -> Any:
 
 
 def _plain(module: nn.Module, weights: dict[int, torch.Tensor]) -> nn.Module:
-    """A copy that has nothing but the module's own tensors, modules, and what can be pickled of the rest."""
+    """A copy with only the module's own tensors, submodules, and other picklable attributes."""
     plain: nn.Module = type(module).__new__(type(module))
     nn.Module.__init__(plain)
     rest = {key: value for key, value in vars(module).items() if key not in _OWN_STATE and _is_small(value)}
@@ -193,7 +192,7 @@ def _taken(weight: torch.Tensor, weights: dict[int, torch.Tensor]) -> torch.Tens
 
 
 def _is_small(value: Any) -> bool:
-    """Whether it can be kept in a file; frameworks leave closures and references to themselves in modules."""
+    """Whether a value can be kept in a file; frameworks leave closures and references to themselves in modules."""
     try:
         return len(pickle.dumps(value)) <= MAX_ATTRIBUTE_BYTES
     except Exception:  # noqa: BLE001 - whatever a foreign object raises when it is pickled

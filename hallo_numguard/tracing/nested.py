@@ -1,4 +1,4 @@
-"""Tensors inside of whatever people pass around: tuples, dicts, dataclasses, and these in one another."""
+"""Tensors in nested values: tuples, dicts, dataclasses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from hallo_numguard.ops.formats import FORMATS
 
 
 def tensors_in(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields every tensor in `value`, named by the way to it, as `batch['pixels'][0]`."""
+    """Yields every tensor in `value` with its path as the name, as `batch['pixels'][0]`."""
     if isinstance(value, torch.Tensor):
         yield name, value
     elif isinstance(value, (list, tuple)):
@@ -27,7 +27,7 @@ def tensors_in(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def floating_tensors_in(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields those that the kernels can read: plain dense tensors of a floating-point dtype."""
+    """Yields the tensors that the kernels can read: plain, dense, of a floating-point dtype."""
     for inner, tensor in tensors_in(name, value):
         if is_readable(tensor):
             yield inner, tensor
@@ -39,7 +39,7 @@ def is_readable(tensor: torch.Tensor) -> bool:
 
 
 def whole_bytes(parameter: torch.Tensor) -> int:
-    """Returns the size of a whole parameter, also of one that is elsewhere at the moment (ZeRO stage 3)."""
+    """Returns the size of a whole parameter in bytes, even while it is elsewhere (ZeRO stage 3)."""
     return int(getattr(parameter, "ds_numel", parameter.numel())) * parameter.element_size()
 
 

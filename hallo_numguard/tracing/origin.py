@@ -13,20 +13,20 @@ Named = tuple[str, TensorSnapshot]
 
 
 @dataclass(eq=False)
-class Call:
-    """A call of a module while it is being traced: what a `Frame` is made of.
+class TracedCall:
+    """A call of a module under a trace: the raw form of a `Frame`.
 
     Attributes:
-        name, cls, call, parent, inputs, weights, outputs: See `Frame`.
-        parameters: Names of those weights that are parameters.
-        position: See `Frame`; -1 until it is completed.
-        operations: Operations that were read inside of it, not inside of modules in it.
+        name, cls, call, parent, inputs, weights, outputs: The fields of `Frame`.
+        parameters: Names of the weights that are parameters.
+        position: Position in the order of completion; -1 until then.
+        operations: Operations of the call itself, without those of inner modules.
     """
 
     name: str
     cls: str
     call: int
-    parent: Call | None
+    parent: TracedCall | None
     inputs: Sequence[Named] = ()
     weights: Sequence[Named] = ()
     parameters: frozenset[str] = frozenset()
@@ -49,8 +49,8 @@ class Operation:
     outputs: Sequence[TensorSnapshot]
 
 
-def frame_of(call: Call, tape: Tape) -> Frame:
-    """Returns the call as it is kept."""
+def frame_of(call: TracedCall, tape: Tape) -> Frame:
+    """Returns the call as a frame with its records."""
 
     def records(named: Sequence[Named]) -> tuple[TensorRecord, ...]:
         return tuple(tape.tensor_record(name, held) for name, held in named)
@@ -73,11 +73,11 @@ def frame_of(call: Call, tape: Tape) -> Frame:
     )
 
 
-def first_nonfinite(calls: Sequence[Call], tape: Tape) -> Origin | None:
+def first_nonfinite(calls: Sequence[TracedCall], tape: Tape) -> Origin | None:
     """Finds the first call that turned finite into non-finite: in the forward pass, else in the backward pass.
 
-    Calls are in the order in which they were completed, so the innermost of several comes first. -Inf alone is how
-    masks are written, and does not count, but where it made a NaN: then who made the -Inf is named.
+    Calls are in the order of completion, so the innermost of several comes first. -Inf alone does not count, as masks
+    hold it, unless it became NaN: then the call that made the -Inf is named.
     """
     if tape.bad == 0:
         return None
@@ -87,9 +87,9 @@ def first_nonfinite(calls: Sequence[Call], tape: Tape) -> Origin | None:
 # -- forward ----------------------------------------------------------------------------------------------------------
 
 
-def first_in_forward(calls: Sequence[Call], tape: Tape) -> Origin | None:
-    """Finds the first call whose outputs are not finite, while all that it was given is."""
-    bad_input: tuple[Call, Named] | None = None
+def first_in_forward(calls: Sequence[TracedCall], tape: Tape) -> Origin | None:
+    """Finds the first call whose outputs are not finite, although all its inputs are."""
+    bad_input: tuple[TracedCall, Named] | None = None
     for call in calls:
         output = _first_bad(call.outputs, tape)
         if output is None:
@@ -99,7 +99,7 @@ def first_in_forward(calls: Sequence[Call], tape: Tape) -> Origin | None:
             return weight
         given = _first_bad(call.inputs, tape)
         if given is None:
-            maker = _maker_of_negative_infinity(call, calls, tape)
+            maker = _source_of_neg_inf(call, calls, tape)
             if maker is not None:
                 return _origin(maker[0], tape, "forward", "activation", maker[1], maker[0].name)
             return _origin(call, tape, "forward", "activation", output, call.name)
@@ -108,8 +108,8 @@ def first_in_forward(calls: Sequence[Call], tape: Tape) -> Origin | None:
     return None if bad_input is None else _came_in(*bad_input, tape)
 
 
-def _came_in(call: Call, given: Named, tape: Tape) -> Origin:
-    """Of an input that was bad already: the model was called with it, or a module's own code made it for this call."""
+def _came_in(call: TracedCall, given: Named, tape: Tape) -> Origin:
+    """Origin for an input that was bad already: an input of the model, or made by a module's own code for this call."""
     while call.parent is not None:
         if not any(held is given[1] for _, held in call.parent.inputs):
             return _origin(call.parent, tape, "forward", "activation", given, call.parent.name)
@@ -118,8 +118,8 @@ def _came_in(call: Call, given: Named, tape: Tape) -> Origin:
     return _origin(call, tape, "forward", "input", given, given[0])
 
 
-def _maker_of_negative_infinity(call: Call, calls: Sequence[Call], tape: Tape) -> tuple[Call, Named] | None:
-    """A call with weights whose overflow to -Inf is what this one turned into NaN."""
+def _source_of_neg_inf(call: TracedCall, calls: Sequence[TracedCall], tape: Tape) -> tuple[TracedCall, Named] | None:
+    """A call with weights whose overflow to -Inf this call turned into NaN."""
     for _, held in call.inputs:
         if held.made_by is None or tape.record(held).neg_inf == 0:
             continue
@@ -132,9 +132,9 @@ def _maker_of_negative_infinity(call: Call, calls: Sequence[Call], tape: Tape) -
 # -- backward ---------------------------------------------------------------------------------------------------------
 
 
-def first_in_backward(calls: Sequence[Call], tape: Tape) -> Origin | None:
-    """Finds the call whose outputs' gradients were finite, and the earliest of whose other gradients was not."""
-    best: tuple[int, int, Call, Named] | None = None
+def first_in_backward(calls: Sequence[TracedCall], tape: Tape) -> Origin | None:
+    """Finds the earliest call whose outputs had finite gradients, and whose other gradients were not finite."""
+    best: tuple[int, int, TracedCall, Named] | None = None
     for call in calls:
         if any(_is_bad_gradient(tape.record(held.gradient)) for _, held in call.outputs if held.gradient is not None):
             continue
@@ -155,9 +155,9 @@ def first_in_backward(calls: Sequence[Call], tape: Tape) -> Origin | None:
     return weight or _origin(call, tape, "backward", "gradient", (name, gradient), call.name)
 
 
-def _between_modules(calls: Sequence[Call], tape: Tape) -> tuple[int, Call, Named] | None:
-    """The first bad gradient of an output, where no module made it: its caller did, in code of its own."""
-    first: tuple[int, Call, Named] | None = None
+def _between_modules(calls: Sequence[TracedCall], tape: Tape) -> tuple[int, TracedCall, Named] | None:
+    """The first bad gradient of an output that no module made: it comes from the caller's own code."""
+    first: tuple[int, TracedCall, Named] | None = None
     taken = {held for call in calls for _, held in call.inputs}
     for call in calls:
         for name, held in call.outputs:
@@ -172,7 +172,7 @@ def _between_modules(calls: Sequence[Call], tape: Tape) -> tuple[int, Call, Name
 # -- both -------------------------------------------------------------------------------------------------------------
 
 
-def _bad_weight(call: Call, tape: Tape, phase: str) -> Origin | None:
+def _bad_weight(call: TracedCall, tape: Tape, phase: str) -> Origin | None:
     weight = _first_bad(call.weights, tape)
     if weight is None:
         return None
@@ -192,7 +192,7 @@ def _is_bad_gradient(record: Record) -> bool:
     return record.nonfinite > 0
 
 
-def _origin(call: Call, tape: Tape, phase: str, kind: str, named: Named, name: str) -> Origin:
+def _origin(call: TracedCall, tape: Tape, phase: str, kind: str, named: Named, name: str) -> Origin:
     tensor = tape.tensor_record(*named)
     return Origin(
         name=name,
@@ -208,7 +208,7 @@ def _origin(call: Call, tape: Tape, phase: str, kind: str, named: Named, name: s
     )
 
 
-def _operation(call: Call, tape: Tape) -> str:
+def _operation(call: TracedCall, tape: Tape) -> str:
     """The first operation inside of the call that turned finite into non-finite."""
     for operation in call.operations:
         made = any(_is_bad(tape.record(held)) for held in operation.outputs)

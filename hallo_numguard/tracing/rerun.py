@@ -1,4 +1,4 @@
-"""A forward and backward pass run again, under a trace, without touching anything that training will see."""
+"""A forward and backward pass run again, under a trace, without any effect on training."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ MAX_GRADIENT_BYTES = 1 << 28  # full gradients that are held at a time
 
 @dataclass(frozen=True)
 class Attempt:
-    """What a rerun has shown.
+    """Result of a rerun.
 
     Attributes:
-        same: Whether the model returned the bits that it had returned before.
-        origin: Where it turned non-finite, or None: in the forward pass if only that was run, else in the backward.
-        input_absmax: Largest finite absolute value that the module of `origin` was given.
+        same: Whether the model's outputs were the same bits as before.
+        origin: First non-finite place, or None: in the forward pass if only that was run, else in the backward.
+        input_absmax: Largest finite absolute value in the inputs of the module of `origin`.
         gradient_absmax: Largest finite float16 absolute value among gradients of activations and parameters.
     """
 
@@ -44,18 +44,18 @@ def rerun(
 ) -> Attempt:
     """Runs a pass again.
 
-    Gradients are asked for by name: no accumulator, no reduction, no partition is touched. They are asked for in parts,
+    Gradients are asked for by name: no accumulator, no reduction, no partition is touched. They are computed in parts,
     so that full gradients of all parameters are never held at once; each part takes a pass.
 
     Args:
         module: Module to be traced.
-        call: Calls it as it was called, with the random state that it had.
-        outputs: Tensors that it returned then.
+        call: Repeats its call, with the same random state.
+        outputs: Outputs of the original call.
         seeds: Gradients with respect to outputs, by position.
         factor: Factor that the seeds are multiplied by; None for a forward pass only.
 
     Returns:
-        What the rerun has shown. Buffers (running statistics) and the random state are as before.
+        Result of the rerun. Buffers (running statistics) and the random state are as before.
     """
     parts = [[]] if factor is None else _parts(module)
     attempts = []
@@ -129,16 +129,16 @@ _reruns = 0  # under way
 
 
 def is_rerunning() -> bool:
-    """Returns whether a pass is being run again, which hooks that count passes must leave out."""
+    """Returns whether a pass is being run again; hooks that count passes ignore it."""
     return _reruns > 0
 
 
 @contextlib.contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
-    """For a pass that training must not notice: buffers and the random state are left as they were.
+    """Leaves buffers and the random state as they were: training must not notice the pass.
 
-    Blocks whose activations would be computed anew in the backward pass keep them, because such a backward pass
-    (reentrant checkpointing) cannot be asked for gradients by name.
+    Checkpointed blocks keep their activations, because a backward pass that computes them anew (reentrant
+    checkpointing) gives no gradients of single tensors.
     """
     global _reruns
     devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []

@@ -1,4 +1,4 @@
-"""What a call depends on beside its arguments and weights: random numbers, and automatic casts."""
+"""State of a call beside its arguments and weights: random numbers, and automatic casts."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class RandomState:
 
     @classmethod
     def now(cls) -> RandomState:
-        """Returns the present state. Does not wait for the GPU."""
+        """Returns the present state. No host sync."""
         return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None)
 
     def by_device(self) -> dict[str, torch.Tensor]:
-        """Returns the state as it is kept in files."""
+        """Returns the state by device, as files hold it."""
         return {"cpu": self.cpu} if self.cuda is None else {"cpu": self.cpu, "cuda": self.cuda}
 
     def restore(self) -> None:
@@ -45,12 +45,12 @@ class Autocast:
         return cls({kind: torch.get_autocast_dtype(kind) for kind in enabled})
 
     def name_on(self, kind: str) -> str:
-        """Returns the dtype's name as it is kept in files; "" where it is off on such a device."""
+        """Returns the dtype's name as files hold it; "" if autocast is off on such a device."""
         return str(self.dtypes[kind]) if kind in self.dtypes else ""
 
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
-        """Enables the same, and nothing else."""
+        """Enables the same dtypes, and no others."""
         with contextlib.ExitStack() as stack:
             for kind in ("cpu", "cuda"):
                 if kind in self.dtypes or torch.is_autocast_enabled(kind):

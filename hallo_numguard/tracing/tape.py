@@ -28,9 +28,9 @@ class TensorSnapshot:
         shape, dtype: Shape and dtype of the tensor.
         row: Row of the tape with its statistics.
         hooked: Whether its gradient will be read.
-        gradient: Snapshot of its gradient, once a backward pass has given it.
-        made_by: Position of the call that returned it; None if none did.
-        order: For a gradient, its place in the order in which gradients arrived.
+        gradient: Snapshot of its gradient, once a backward pass has computed it.
+        made_by: Position of the call that returned the tensor; None without one.
+        order: Position of a gradient in the order of arrival.
     """
 
     shape: tuple[int, ...]
@@ -43,16 +43,16 @@ class TensorSnapshot:
 
 
 class Tape:
-    """Looks at tensors without waiting for the device, but once in `BATCH` looks.
+    """Scans tensors, with one host sync in `BATCH` scans.
 
-    On a CPU there is nothing to wait for: records are read at once, so that no tensor lives longer than it would.
+    On a CPU records are read at once, so that no tensor lives longer than without the tape.
 
-    Every tensor is read once, however many modules it goes through: one that is the same object, with the same memory
-    and not written to since, has been seen.
+    Every tensor is read once, however many modules use it: the same object, with the same memory and version, is
+    not read a second time.
 
     Args:
-        whole: Whether to keep values around the first non-finite element, for which tensors live on until their batch
-            is on the host, up to 256 MiB.
+        whole: Whether to keep values around the first non-finite element. Tensors then live on until their batch is on
+            the host, up to 256 MiB.
     """
 
     def __init__(self, whole: bool = True) -> None:
@@ -60,7 +60,7 @@ class Tape:
         self._rows = 0
         self._waiting: list[tuple[torch.Tensor, Sequence[torch.Tensor]]] = []
         self._waiting_bytes = 0
-        self._host: list[list[int]] = []  # a packed record a row
+        self._host: list[list[int]] = []  # one packed record per row
         self._seen: dict[int, tuple[weakref.ref[torch.Tensor], int, int, TensorSnapshot]] = {}
         self._max_seen = BATCH
         self._bad = 0
@@ -72,7 +72,7 @@ class Tape:
         return self._bad
 
     def snapshot(self, tensors: Sequence[torch.Tensor]) -> list[TensorSnapshot]:
-        """Returns what the tensors hold now: one launch for those that were not seen before."""
+        """Returns the present contents of the tensors: one launch for those not seen before."""
         held = [self._known(tensor) for tensor in tensors]
         new = [position for position, item in enumerate(held) if item is None]
         if new:
@@ -107,7 +107,7 @@ class Tape:
         return held
 
     def flush(self) -> None:
-        """Brings what is waiting to the host. Synchronises."""
+        """Copies the waiting records to the host. Synchronises."""
         for packed, tensors in self._waiting:
             begin = len(self._host)
             self._host += packed.tolist()
@@ -121,7 +121,7 @@ class Tape:
         self._waiting_bytes = 0
 
     def record(self, held: TensorSnapshot) -> Record:
-        """Returns what a tensor held. Synchronises if that is still waiting."""
+        """Returns the record of a snapshot. Synchronises if it is still waiting."""
         if held.row >= len(self._host):
             self.flush()
         nan, pos_inf, neg_inf, _, _, first, *figures = self._host[held.row]
@@ -129,7 +129,7 @@ class Tape:
         return Record(nan, pos_inf, neg_inf, absmax, sumsq, first)
 
     def tensor_record(self, name: str, held: TensorSnapshot) -> TensorRecord:
-        """Returns the same, named, for a frame."""
+        """Returns the record of a snapshot with a name, for a frame."""
         record = self.record(held)
         first = record.first_nonfinite
         return TensorRecord(name, held.shape, held.dtype, record, unravel(first, held.shape) if first >= 0 else ())

@@ -1,4 +1,4 @@
-"""Hooks on every module of a model, and what they see."""
+"""The tracer: hooks on every module of a model, and the trace that they fill."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from hallo_numguard.core import frames
 from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.core.frames import Frame, Frames, Origin
 from hallo_numguard.tracing.nested import floating_tensors_in, is_readable
-from hallo_numguard.tracing.origin import Call, Named, Operation, first_in_backward, first_nonfinite, frame_of
+from hallo_numguard.tracing.origin import Named, Operation, TracedCall, first_in_backward, first_nonfinite, frame_of
 from hallo_numguard.tracing.tape import Tape, TensorSnapshot
 
-_MOST_CALLS = 200_000
-_KEPT = 32  # calls that are kept if only the first bad one is wanted
+_MAX_CALLS = 200_000
+_MAX_CALLS_AT_FIRST = 32  # calls, if only the first bad one is wanted
 
 
 class Trace:
-    """What `trace` gives: to be read when its block is left."""
+    """Result of `trace`, to be read after its block."""
 
-    def __init__(self, tape: Tape, most: int) -> None:
+    def __init__(self, tape: Tape, max_calls: int) -> None:
         self._tape = tape
-        self._calls: deque[Call] = deque(maxlen=most)
+        self._calls: deque[TracedCall] = deque(maxlen=max_calls)
         self._completed = 0
         self._origin: Origin | None = None
         self._is_over = False
 
     @property
     def frames(self) -> list[Frame]:
-        """Every call of a module, in the order in which they were completed."""
+        """All calls of modules, in the order of completion."""
         return [frame_of(call, self._tape) for call in self._calls]
 
     @property
@@ -47,21 +47,21 @@ class Trace:
         return self._origin
 
     def first_in_backward(self) -> Origin | None:
-        """The first call that did so in the backward pass, whatever the forward pass was like."""
+        """The first such call in the backward pass, whatever the forward pass was like."""
         return first_in_backward(self._calls, self._tape)
 
     def save(self, path: str | Path) -> None:
         """Writes the trace as JSON lines, compressed if the name ends in .gz; `load_trace` reads it without torch."""
         frames.save(Frames(self.frames, self.first_nonfinite, self._completed - len(self._calls)), path)
 
-    def add(self, call: Call) -> None:
-        """Takes a call that was completed."""
+    def add(self, call: TracedCall) -> None:
+        """Adds a completed call."""
         call.position = self._completed
         self._completed += 1
         self._calls.append(call)
 
     def close(self) -> None:
-        """The block is left: what came first is looked for once."""
+        """Ends the trace, and finds the origin once."""
         self._tape.flush()
         self._origin = first_nonfinite(self._calls, self._tape)
         self._is_over = True
@@ -76,13 +76,13 @@ def trace(
     stop_at_first: bool = False,
     operations: bool = False,
 ) -> Iterator[Trace]:
-    """Records what every module of a model makes of what it is given, forward and backward.
+    """Records what every module of a model makes of its inputs, forward and backward.
 
     Args:
-        model: Any module; not compiled, whose insides no hook can see.
+        model: Any module that is not compiled: hooks cannot see inside of a compiled one.
         gradients: Also read gradients with respect to inputs, outputs and parameters, where a backward pass runs
             inside of the block.
-        inputs: Also read the arguments of modules. Without them the first bad call cannot be told.
+        inputs: Also read the arguments of modules. Without them the first bad call is unknown.
         weights: Also read parameters and buffers.
         stop_at_first: Keep the last 32 calls only, and stop soon after the first that is not finite.
         operations: Also read every operation of torch inside of modules, to name the one that made the first
@@ -92,14 +92,14 @@ def trace(
         The trace: `first_nonfinite`, `frames`, `save(path)`.
 
     Raises:
-        InvalidInput: If `model` is no module, or one that hooks cannot look into.
+        InvalidInput: If `model` is no module, or one that hooks cannot see into.
 
-    Cost: a kernel launch and some 20 us a call of a module; every tensor is read once, however many modules it goes
-    through; one synchronisation in 64 launches; 64 bytes a tensor. Nothing that the model computes changes.
+    Cost: one kernel launch and some 20 us per call of a module; every tensor is read once, however many modules use it;
+    one synchronisation in 64 launches; 64 bytes per tensor. The model's results do not change.
     """
     _check(model)
     tape = Tape()
-    result = Trace(tape, _KEPT if stop_at_first else _MOST_CALLS)
+    result = Trace(tape, _MAX_CALLS_AT_FIRST if stop_at_first else _MAX_CALLS)
     options = TraceOptions(gradients, inputs, weights, stop_at_first, operations)
     tracer = _Tracer(model, result, tape, options)
     mode = _Operations(tracer) if operations else contextlib.nullcontext()
@@ -135,14 +135,12 @@ class TraceOptions(NamedTuple):
 
 
 class _Tracer:
-    """Hooks, and the calls that are under way."""
-
     def __init__(self, model: nn.Module, result: Trace, tape: Tape, options: TraceOptions) -> None:
         self._result = result
         self._tape = tape
         self._options = options
         self._unseen = _disable_current_modes if options.operations else contextlib.nullcontext
-        self._open: list[Call] = []
+        self._open: list[TracedCall] = []
         self._times: Counter[str] = Counter()
         self._gradients_seen = 0
         self._bad = 0
@@ -155,12 +153,12 @@ class _Tracer:
             self.snapshot([tensor for module in model.modules() for _, tensor in _weights(module)])
 
     @property
-    def current(self) -> Call | None:
+    def current(self) -> TracedCall | None:
         """The innermost call that is under way, while the trace is on."""
         return self._open[-1] if self._open and self._on else None
 
     def stop(self) -> None:
-        """Takes every hook off."""
+        """Removes every hook."""
         self._on = False
         for handle in self._handles:
             handle.remove()
@@ -168,7 +166,7 @@ class _Tracer:
         self._open.clear()
 
     def snapshot(self, tensors: Sequence[torch.Tensor]) -> list[TensorSnapshot]:
-        """See `Tape.snapshot`; ends the trace where only the first bad call is wanted."""
+        """Scans tensors; ends the trace if only the first bad call is wanted."""
         with self._unseen():  # our own operations are not traced
             held = self._tape.snapshot(tensors)
         if self._options.stop_at_first and self._tape.bad > self._bad:  # a mask may hold -Inf, and is no origin
@@ -180,7 +178,7 @@ class _Tracer:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if not self._on:
                 return
-            call = Call(name, type(module).__name__, self._times[name], self._open[-1] if self._open else None)
+            call = TracedCall(name, type(module).__name__, self._times[name], self._open[-1] if self._open else None)
             self._times[name] += 1
             inputs = _inputs(args, kwargs) if self._options.inputs else []
             weights = _weights(module) if self._options.weights else []
@@ -231,14 +229,14 @@ def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[tuple[str, to
 
 
 def _weights(module: nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Of a module itself: parameters that are here (ZeRO-3 has those of others elsewhere), then buffers."""
+    """The module's own parameters that are here (ZeRO-3 has the others elsewhere), then its buffers."""
     parameters = [(name, p) for name, p in module._parameters.items() if p is not None and p.numel() > 0]
     buffers = [(name, b) for name, b in module._buffers.items() if b is not None]
     return [(name, tensor) for name, tensor in parameters + buffers if is_readable(tensor)]
 
 
 class _Operations(TorchDispatchMode):
-    """Looks at every operation inside of a module."""
+    """Scans the results of every operation inside of a module."""
 
     def __init__(self, tracer: _Tracer) -> None:
         super().__init__()
@@ -264,7 +262,7 @@ _OURS = str(Path(__file__).parent)
 
 
 def _line() -> str:
-    """The nearest line outside of torch that led here."""
+    """The nearest calling line outside of torch."""
     frame = sys._getframe(1)
     while frame is not None and frame.f_code.co_filename.startswith((_TORCH, _OURS, "<")):
         frame = frame.f_back  # type: ignore[assignment]

@@ -1,1 +1,1 @@
-"""Trackers that a run has already get its figures. None of them is ever started here."""
+"""Figures for the trackers of a run, none of which is ever started here."""

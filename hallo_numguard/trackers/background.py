@@ -20,7 +20,7 @@ CLOSE_SECONDS = 10.0
 class BackgroundQueue:
     """Runs deliveries in order on a daemon thread; the training step only puts them into a bounded queue.
 
-    A full queue drops what comes, and counts it. The first delivery that fails ends all of them: the next `put` or
+    A full queue drops and counts new deliveries. The first delivery that fails ends all of them: the next `put` or
     `close` raises its error. A forked process begins with an empty queue of its own.
 
     Args:
@@ -70,7 +70,7 @@ class BackgroundQueue:
         return done.wait(seconds)
 
     def close(self, seconds: float = CLOSE_SECONDS) -> None:
-        """Waits for the last deliveries, ends the thread and says what was dropped. A later `put` starts anew.
+        """Waits for the last deliveries, ends the thread and logs dropped ones. A later `put` starts anew.
 
         Args:
             seconds: Longest time to wait.

@@ -1,4 +1,4 @@
-"""The contract of trackers, and the figures that they get."""
+"""The interface of trackers, and the figures that they get."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ FIGURES = (
 
 
 def figures_of(record: StepRecord) -> dict[str, float]:
-    """Returns the figures of one step. Those of gradients are unscaled, before clipping, of what this rank owns.
+    """Returns the figures of one step, of this rank's part of the gradients, unscaled and before clipping.
 
-    `loss` is there if the guard could see it, `headroom` (bits until the largest gradient overflows) in half precision.
+    `loss` is included if the guard saw it, `headroom` (bits until the largest gradient overflows) in half precision.
     """
     figures: dict[str, float] = {
         "gradient_norm": record.norm / record.loss_scale,

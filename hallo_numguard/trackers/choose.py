@@ -1,4 +1,4 @@
-"""The sink that a user names."""
+"""Choice of the sink for an item of the configuration."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""CSV, a table that anything can read."""
+"""A CSV file as a tracker."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _COLUMNS = ("step", *FIGURES)
 
 
 class CsvSink:
-    """Appends a line a step to a file, which begins with a header; reports go to the same name with `.txt` after it.
+    """Appends one line per step to a file with a header; reports go to a file of the same name with `.txt` added.
 
     Args:
-        path: Path of the file; a table that is there already is continued.
+        path: Path of the file; an existing table is continued.
     """
 
     def __init__(self, path: str | None) -> None:
@@ -27,7 +27,7 @@ class CsvSink:
         self._checked = False  # whether the file there is such a table
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """See `Sink`. The file is whole after every step."""
+        """Appends a line. The file is whole after every step."""
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with self._path.open("a+", newline="", encoding="utf-8") as file:
             table = csv.DictWriter(file, _COLUMNS, lineterminator="\n")

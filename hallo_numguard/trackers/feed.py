@@ -1,4 +1,4 @@
-"""Passes the figures of steps that have arrived on the host on to the sinks."""
+"""Distribution of figures to the sinks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _log = logging.getLogger("hallo_numguard")
 
 
 class Feed:
-    """Passes every step on, and drops a sink that fails. No host sync.
+    """Passes steps and reports to every sink, and drops a sink that fails. No host sync.
 
     Args:
         sinks: Sinks of this rank.

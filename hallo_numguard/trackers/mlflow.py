@@ -1,4 +1,4 @@
-"""MLflow, through the run that is active."""
+"""MLflow, through the active run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MAX_REPORT_SECONDS = 5.0
 class MlflowSink:
     """Sends figures through MLflow's own queue, and waits for the server on another thread.
 
-    The run is the one that is active in the first step. MLflow's own `log_metrics` would start a run where none is
+    The run is the active one in the first step. MLflow's own `log_metrics` would start a run where none is
     active; a client that is given the run does not.
     """
 
@@ -29,7 +29,7 @@ class MlflowSink:
         self._deliveries = BackgroundQueue("MLflow")
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
-        """See `Sink`. Raises what went wrong with an earlier step."""
+        """Sends the figures of a step. Raises the error of an earlier step."""
         from mlflow.entities import Metric
 
         run_id = self._find_run()
@@ -41,13 +41,13 @@ class MlflowSink:
         self._deliveries.put(self._client.log_batch(run_id, metrics=metrics, synchronous=False).wait)
 
     def report(self, report: OverflowReport) -> None:
-        """See `Sink`. A text artifact a step, for which training waits a few seconds: the run may be about to end."""
+        """Sends a text artifact, for which training waits a few seconds: the run may be about to end."""
         run_id, name = self._find_run(), tag(f"overflow-step{report.step:08d}.txt")
         self._deliveries.put(lambda: self._client.log_text(run_id, str(report), name))
         self._deliveries.flush(_MAX_REPORT_SECONDS)
 
     def close(self) -> None:
-        """Waits for what is on its way to the server."""
+        """Waits for deliveries on their way to the server."""
         self._deliveries.close()
 
     def _find_run(self) -> str:  # on the thread that trains: MLflow's active run is thread-local

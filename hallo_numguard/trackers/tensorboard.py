@@ -1,4 +1,4 @@
-"""TensorBoard, through a writer that the run has."""
+"""TensorBoard, through the run's own writer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class TensorBoardSink:
             self._writer.add_scalar(tag(name), value, step)
 
     def report(self, report: OverflowReport) -> None:
-        """See `Sink`. The text is flushed: the run may be about to end."""
+        """Writes and flushes the text: the run may be about to end."""
         block = "\n".join(f"    {line}" for line in str(report).splitlines())  # Markdown, word for word
         self._writer.add_text(tag("report"), block, report.step)
         self._writer.flush()

@@ -1,4 +1,4 @@
-"""Weights & Biases, through the run that is active."""
+"""Weights & Biases, through the active run."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ _STEP = tag("step")
 class WandbSink:
     """Adds figures to the row that the run writes next, so that the run's own step is never moved.
 
-    The run is the one that is active in the first step. If several steps pass between two rows of the run, the last
-    one's figures stay. `numguard/step` is their axis.
+    The run is the active one in the first step. If several steps pass between two rows of the run, the last
+    step's figures stay. `numguard/step` is their axis.
     """
 
     def __init__(self, argument: str | None = None) -> None:
@@ -30,7 +30,7 @@ class WandbSink:
         self._run().log({_STEP: step, **row}, commit=False)
 
     def report(self, report: OverflowReport) -> None:
-        """See `Sink`. An alert goes out where training will not go on by itself."""
+        """Adds the text. Sends an alert if training will not go on by itself."""
         run = self._run()
         run.summary[tag("report")] = str(report)
         if report.recoverable is not True:

@@ -47,12 +47,12 @@ def test_a_spike_of_loss_and_norm_is_told_once():
 
 def test_spikes_know_a_noisy_figure_from_a_quiet_one():
     chance = random.Random(0)
-    noisy = Spikes(least=0.1)
+    noisy = Spikes(min_deviation=0.1)
     assert not any(noisy.median_before(chance.lognormvariate(0, 1.5)) for _ in range(5000))
-    signed = Spikes(least=0.05)
+    signed = Spikes(min_deviation=0.05)
     assert not any(signed.median_before(chance.gauss(0, 3)) for _ in range(5000))
     assert signed.median_before(100.0) is not None
-    quiet = Spikes(least=0.05)
+    quiet = Spikes(min_deviation=0.05)
     assert not any(quiet.median_before(chance.lognormvariate(0, 0.01)) for _ in range(50))
     assert quiet.median_before(4.0) == pytest.approx(1.0, rel=0.02)
     assert quiet.median_before(float("inf")) is None, "overflows are for reports"

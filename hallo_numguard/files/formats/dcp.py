@@ -102,7 +102,7 @@ def _state(value: Any) -> Mapping[Any, Any]:
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
-    """The value as a shape; None if it is none."""
+    """The value as a shape; None if it is not one."""
     if not isinstance(value, (tuple, list)) or not all(type(size) is int and 0 <= size < 1 << 48 for size in value):
         return None
     return tuple(value)

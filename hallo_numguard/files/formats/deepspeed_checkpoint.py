@@ -376,7 +376,6 @@ def _dtype(config: Any, value: Mapping[str, Any]) -> str:
 
 
 def _scaler(optimizer: Mapping[str, Any]) -> dict[str, Any] | None:
-    """State of the loss scaler, or None."""
     scaler = optimizer.get("loss_scaler")
     state = _dict(scaler.state) if isinstance(scaler, ForeignObject) else optimizer
     if "cur_scale" not in state:

@@ -19,7 +19,7 @@ def opened(path: Path) -> Iterator[int]:
     """Opens a regular file for reading and yields its descriptor.
 
     Raises:
-        DamagedFile: If it cannot be opened, or is no regular file: reading a pipe or a device could block forever.
+        DamagedFile: If it cannot be opened, or is no regular file: a pipe or a device could block forever.
     """
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -59,7 +59,7 @@ def first_bytes(path: Path, nbytes: int) -> bytes:
 
 
 def read_small(path: Path, max_bytes: int) -> bytes:
-    """Returns the content of a file that describes others.
+    """Returns the content of a small file, such as an index or configuration.
 
     Raises:
         DamagedFile: If it cannot be read, or is larger than `max_bytes`.
@@ -143,7 +143,7 @@ def hub_blobs(root: Path) -> Path | None:
 
 
 def file_size(path: Path) -> int:
-    """Returns the size of a file in bytes; 0 if it is unknown, as reading the file will tell why."""
+    """Returns the size of a file in bytes; 0 if it is unknown, which reading the file will report."""
     try:
         return path.stat().st_size
     except OSError:

@@ -2,7 +2,7 @@
 
 Two passes. `_screen` walks through the opcodes with the tables of `pickletools` and refuses pickles that ask for more
 memory, time or nesting than their size justifies (a memo index of a billion, tuples of tuples that double forty times).
-Then the standard unpickler runs with a `find_class` that knows a list of stand-ins and makes an empty class for every
+Then the standard unpickler runs with a `find_class` that has a list of stand-ins and makes an empty class for every
 other name: nothing that a file names is ever imported.
 """
 
@@ -273,8 +273,6 @@ def _apply(opcode: pickletools.OpcodeInfo, length: int, stack: list[_Node]) -> i
 
 @dataclass(frozen=True)
 class _Call(_Sealed):
-    """A function that a pickle may call."""
-
     function: Callable[..., Any]
 
     def __call__(self, *args: Any) -> Any:

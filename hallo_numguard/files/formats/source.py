@@ -35,9 +35,9 @@ class DamagedFile(NumGuardError):
     """A file whose structure cannot be read. Readers turn it into a finding.
 
     Args:
-        cause: What is wrong, as a predicate without the file's name ("is empty").
+        cause: Damage, as a predicate without the file's name ("is empty").
         kind: Kind of the finding.
-        remedy: What to do about it.
+        remedy: Advice.
     """
 
     def __init__(self, cause: str, kind: str = "damaged_file", remedy: str = DAMAGED_REMEDY) -> None:
@@ -65,7 +65,7 @@ class TensorEntry:
         stride: Strides in elements; None for contiguous row-major tensors.
         rank: Rank that saved a sharded tensor, else None.
         start: Flat index of the piece's first element in the whole tensor.
-        whole: Shape of the whole tensor that this is a piece of; None if it is no piece, or unknown.
+        whole: Shape of the whole tensor of a piece; None if it is no piece, or unknown.
         corner: Index of the first element in the whole tensor, for pieces that are blocks; None for flat pieces.
     """
 
@@ -84,7 +84,7 @@ class TensorEntry:
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
-        """Shape of the whole tensor, as far as the file tells."""
+        """Shape of the whole tensor, as far as the file has it."""
         return self.shape if self.whole is None else self.whole
 
     @property
@@ -123,7 +123,7 @@ class Source:
         files: All files of the model or checkpoint.
         entries: Tensors whose bytes were found.
         findings: Damage found in the structure.
-        unchecked: What could not be read and why, one sentence each.
+        unchecked: Unread contents and the reasons, one sentence each.
         metadata: Plain values in the files beside tensors.
         checksums: Checksums stored in the files, to be compared when the bytes are read.
     """
@@ -163,7 +163,7 @@ def load(entry: TensorEntry) -> torch.Tensor:
 
 
 def role_of(name: str) -> str:
-    """Returns the role that the last part of a tensor's name stands for; "parameter" unless it is optimizer state."""
+    """Returns the role in the last part of a tensor's name; "parameter" unless it is optimizer state."""
     return _STATE_ROLES.get(name.rpartition(".")[2], "parameter")
 
 

@@ -1,1 +1,1 @@
-"""Rotation of checkpoints that always keeps one that is known to be healthy."""
+"""Rotation and health checks of checkpoints."""

@@ -42,7 +42,7 @@ class CheckpointKeeper:
         healthy_after: Number of clean steps in a row before a checkpoint is checked.
 
     Attributes:
-        run: Run that `save` was last given, for a guard that rolls it back; None before.
+        run: Run of the last `save`, for a guard that rolls it back; None before.
 
     Raises:
         InvalidInput: If a number is not positive.
@@ -82,7 +82,7 @@ class CheckpointKeeper:
 
         Raises:
             InvalidInput: If `run` cannot be saved, or `step` is missing.
-            CheckpointFailed: On every rank, if writing failed; all other checkpoints stay as they are. If DeepSpeed
+            CheckpointFailed: On every rank, if writing failed; all other checkpoints stay unchanged. If DeepSpeed
                 fails on some ranks only, the others wait in DeepSpeed until its time-out.
         """
         target = target_for(run)
@@ -173,7 +173,7 @@ class CheckpointKeeper:
     def latest_healthy(self) -> Checkpoint | None:
         """Returns the newest checkpoint that is healthy and unchanged since, or None.
 
-        Reads the one that it returns, and logs why it skips newer ones. Not collective: any one rank may call it.
+        Reads that checkpoint, and logs why newer ones are skipped. Not collective: any one rank may call it.
         """
         for checkpoint in reversed(self._store.checkpoints()):
             status, reason = self._store.status(checkpoint)

@@ -18,12 +18,12 @@ _MAX_SENTENCES = 3
 
 
 def health_problem(folder: Path) -> str | None:
-    """Returns what is wrong with the checkpoint in a folder, or None. Reads every file twice."""
+    """Returns the problem of the checkpoint in a folder, or None. Reads every file twice."""
     return manifest_problem(folder) or _value_problem(folder)
 
 
 def manifest_problem(folder: Path) -> str | None:
-    """Returns how a folder differs from its manifest, or None. Reads every file once."""
+    """Returns the difference between a folder and its manifest, or None. Reads every file once."""
     try:
         report = verify_manifest(folder)
     except (InvalidInput, OSError) as error:

@@ -57,7 +57,7 @@ class Checkpoint:
     """A complete checkpoint.
 
     Attributes:
-        path: Its folder.
+        path: Folder of the checkpoint.
         sequence: Number that grows with every save; step numbers come again after a rollback.
         step: Number of optimizer steps before it.
     """
@@ -156,7 +156,7 @@ class Store:
         return [checkpoint for checkpoint in self.checkpoints() if self.status(checkpoint)[0] == "healthy"]
 
     def rotate(self, keep: int, spare: Iterable[Checkpoint] = ()) -> list[Checkpoint]:
-        """Deletes and returns all checkpoints but the newest `keep`, the last healthy one, and those to `spare`."""
+        """Deletes and returns all checkpoints except the newest `keep`, the last healthy one, and those in `spare`."""
         checkpoints = self.checkpoints()
         kept = {*checkpoints[-keep:], *self.healthy()[-1:], *spare}
         deleted = [checkpoint for checkpoint in checkpoints if checkpoint not in kept]

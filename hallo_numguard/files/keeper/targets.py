@@ -1,4 +1,4 @@
-"""What can be saved, and how. Recognised by its methods, so that no framework is imported."""
+"""Runs that can be saved, recognised by their methods, so that no framework is imported."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Target:
     Attributes:
         saved_by: "deepspeed", "accelerate" or "torch".
         save: Writes everything into a folder.
-        load: Restores what was written into a folder.
+        load: Restores everything from such a folder.
         step: Returns the number of optimizer steps so far; None if the run does not count them.
     """
 
@@ -77,7 +77,7 @@ def _save_parts(parts: Mapping[str, Any], folder: Path) -> None:
 
 
 def _load_parts(parts: Mapping[str, Any], folder: Path) -> None:
-    # Read everything before loading anything, so that an unreadable file leaves the run as it is.
+    # Read everything before loading anything, so that an unreadable file leaves the run unchanged.
     states = {name: torch.load(folder / f"{name}.pt", map_location="cpu", weights_only=True) for name in parts}
     for name, part in parts.items():
         part.load_state_dict(states[name])

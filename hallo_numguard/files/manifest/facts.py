@@ -51,7 +51,7 @@ def read_folder(
     """Reads files of a folder, each once, several at a time.
 
     Args:
-        root: The folder: only all of its files together tell the names of tensors.
+        root: The folder: the names of tensors may depend on all of its files.
         files: Files to read, by name.
         algorithms: Algorithms for digests of whole files; those of tensors are sha256.
         progress: Called by several threads with the number of bytes just read, and the total.
@@ -123,7 +123,7 @@ def _entries(root: Path, files: Mapping[str, Path]) -> tuple[dict[str, list[Tens
 
 
 def _as_warning(finding: Finding) -> Finding:
-    """An error as a warning: the file's bytes can be listed all the same."""
+    """An error as a warning: the file's bytes can be listed nevertheless."""
     return replace(finding, severity="warning") if finding.severity == "error" else finding
 
 

@@ -1,4 +1,4 @@
-"""What a manifest says about files: names and digests. Reads and writes the lists of `sha256sum`, `md5sum` and BSD."""
+"""Names and digests of files in a manifest. Reads and writes the lists of `sha256sum`, `md5sum` and BSD."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def invalid_reason(name: str) -> str:
 
 
 def tensor_title(name: str, role: str, rank: int | None) -> str:
-    """Returns what messages call a tensor, for example "exp_avg of hidden.weight (rank 1)"."""
+    """Returns the name of a tensor in messages, for example "exp_avg of hidden.weight (rank 1)"."""
     title = name if role in ("parameter", "buffer") else f"{role} of {name}"
     return title if rank is None else f"{title} (rank {rank})"
 

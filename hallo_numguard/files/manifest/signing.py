@@ -15,7 +15,7 @@ from hallo_numguard.files.manifest.listing import HUB_DOWNLOADS, SIGNATURE
 
 
 class SigningFailed(NumGuardError):
-    """No signature was made. The text says why."""
+    """No signature was made, for the reason in the text."""
 
 
 def sign(folder: str | os.PathLike[str], key: str | os.PathLike[str]) -> None:
@@ -38,7 +38,7 @@ def sign(folder: str | os.PathLike[str], key: str | os.PathLike[str]) -> None:
         signature = Path(scratch, SIGNATURE)
         try:
             config.use_elliptic_key_signer(private_key=Path(key)).sign(root, signature)
-        except Exception as error:  # a key that is none fails in more ways than it lists
+        except Exception as error:  # an invalid key fails in more ways than are documented
             raise SigningFailed(f"{root} was not signed: {error}") from error
         write_whole(root / SIGNATURE, signature.read_bytes())
 
@@ -64,7 +64,7 @@ def check(folder: str | os.PathLike[str], key: str | os.PathLike[str]) -> Prefli
         _module("verifying").Config().use_elliptic_key_verifier(public_key=Path(key)).verify(root, root / SIGNATURE)
     except Exception as error:  # noqa: BLE001 - a hostile signature can fail in any way, and none of them is a pass
         message = f"{SIGNATURE} is no signature of these files by the owner of {Path(key).name}: {error}"
-        remedy = "Get the files from somebody whom you trust."
+        remedy = "Get the files from a source that you trust."
         return PreflightReport((Finding("bad_signature", message, severity="error", file=SIGNATURE, remedy=remedy),))
     return PreflightReport(checked=(f"{SIGNATURE} is a signature of these files by the owner of {Path(key).name}.",))
 

@@ -38,7 +38,7 @@ class Tree:
     Attributes:
         files: Path of each file by its name, the path relative to the folder with `/`, in the order of pathlib.
         linked: Names of files that are reached through a link.
-        findings: What cannot be listed: links that lead outside, pipes, names that differ in case only.
+        findings: Entries that cannot be listed: links that lead outside, pipes, names that differ in case only.
     """
 
     files: Mapping[str, Path]
@@ -95,7 +95,7 @@ def hub_mismatches(
         etags: Etag of each file, by name.
         files: Path of each file, by name.
         sha256: Digest of each file, by name.
-        unchanged: Files that agree with a manifest: whoever wrote that meant the difference.
+        unchanged: Files that agree with a manifest: their difference is intended.
     """
     for name, etag in etags.items():
         digest = sha256.get(name) if is_sha256(etag) else _git_digest(files[name])

@@ -174,7 +174,7 @@ def _extra(tree: Tree, listing: Listing) -> Iterator[Finding]:
     for name in tree.files:
         if name not in listing.digests:
             message = f"{name} is not in {listing.source}"
-            yield Finding("extra_file", message, severity=severity, file=name, remedy="Delete it, if nobody needs it.")
+            yield Finding("extra_file", message, severity=severity, file=name, remedy="Delete it if it is not needed.")
 
 
 def _links(tree: Tree, listing: Listing) -> Iterator[Finding]:

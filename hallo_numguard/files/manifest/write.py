@@ -30,7 +30,7 @@ def write_manifest(
         progress: Called by several threads with the number of bytes just read, and the total.
 
     Returns:
-        Report about what was written. If it has an error (a link that leads outside, a pipe, names that differ in case
+        Report about the written files. If it has an error (a link that leads outside, a pipe, names that differ in case
         only, a file that cannot be read), nothing was written, because the manifest would be incomplete.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Names and shapes: those of a model against those in its file. `strict=False` hides every difference."""
+"""Names and shapes of a model against those in its file. `strict=False` hides every difference."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from hallo_numguard.files.formats import Source
 from hallo_numguard.files.preflight.loaded import LoadedModel, Shapes
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_MAX_FINDINGS = 20  # of a kind; one more gives the number of the others
-_MIN_SIMILARITY = 0.6  # of a name that is suggested for another, as difflib measures it
+_MAX_FINDINGS = 20  # per kind; one more has the number of the others
+_MIN_SIMILARITY = 0.6  # of a suggested name, as difflib measures it
 _MAX_NAME_PAIRS = 40_000  # to be compared; takes seconds
 _MIN_RENAMED = 3  # names in which the same component is another
 

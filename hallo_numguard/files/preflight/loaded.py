@@ -16,7 +16,7 @@ from hallo_numguard.files.formats import DamagedFile, Source, load, open_source
 Shapes = Mapping[str, tuple[int, ...]]
 
 _MAX_NAMES = 10  # in a message
-_TRAINED_RATIO = 10  # times as many different tensors as equal ones: hardly anything can have been loaded
+_TRAINED_RATIO = 10  # different tensors per equal one: beyond, hardly anything can have been loaded
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,10 @@ class LoadedModel:
     Attributes:
         module: The model.
         shapes: Shapes in its state dict by name; with ZeRO-3, of the whole weights.
-        state: Its tensors by name, as far as they lie on this rank.
+        state: Tensors of the model on this rank, by name.
         aliases: First name of each tensor that has several, by every name.
         unsaved: Names of buffers that are not in its state dict.
-        forward: Function that calls it as training does.
+        forward: Function that calls the module as training does.
     """
 
     module: nn.Module

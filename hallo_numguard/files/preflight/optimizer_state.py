@@ -1,4 +1,4 @@
-"""Optimizer state and loss scaler in a checkpoint: present, complete, plausible, and as the run expects them."""
+"""Optimizer state and loss scaler in a checkpoint: present, complete, plausible, and matching the run."""
 
 from __future__ import annotations
 

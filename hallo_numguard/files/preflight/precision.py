@@ -1,4 +1,4 @@
-"""Launcher and precision: what disables loss scaling, or starts one process instead of several."""
+"""Launcher and precision: settings that disable loss scaling, or start one process instead of several."""
 
 from __future__ import annotations
 

@@ -24,13 +24,13 @@ Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 @dataclass(frozen=True)
 class PreflightInputs:
-    """What is to be checked.
+    """The inputs of the checks.
 
     Attributes:
-        models: Files or folders with the weights that the run starts from.
-        checkpoint: Folder that the run resumes from.
-        manifest: Manifest of these files (default: the one beside them).
-        spec: How the run will be started.
+        models: Files or folders of the initial weights.
+        checkpoint: Folder to resume from.
+        manifest: Manifest of the files (default: the one beside them).
+        spec: Facts about the start of the run.
         model: The model, if it is in memory.
         batch: Small batch for the smoke step; None for no smoke step.
         loss_fn: Function that computes the loss from the model's output.
@@ -61,7 +61,7 @@ def run(inputs: PreflightInputs, threads: int | None = None, progress: Progress 
     Reads every file twice, the second time from the page cache if it fits there.
 
     Args:
-        inputs: What is to be checked.
+        inputs: The inputs.
         threads: Reader threads (default: number of CPUs).
         progress: Called with the number of bytes just read, and the total.
     """

@@ -1,4 +1,4 @@
-"""How a run will be started, as far as it is known."""
+"""Known facts about the start of a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hallo_numguard.files.formats.deepspeed_checkpoint import configured_dtype
 
 @dataclass(frozen=True)
 class RunSpec:
-    """Facts about a run that will be started; None or empty where unknown.
+    """Facts about a run to be started; None or empty if unknown.
 
     Attributes:
         world_size: Number of processes.
@@ -50,5 +50,5 @@ def block(config: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def is_enabled(config: Mapping[str, Any], name: str) -> bool:
-    """Returns whether a block is enabled. The "auto" of the Hugging Face Trainer is not decided yet."""
+    """Returns whether a block is enabled. "auto", from the Hugging Face Trainer, does not count."""
     return block(config, name).get("enabled") is True

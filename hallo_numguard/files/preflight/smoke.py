@@ -1,4 +1,4 @@
-"""A forward and backward pass on one small batch before training, which leaves everything unchanged."""
+"""A forward and backward pass on one small batch before training, without lasting effects."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def check(
     """Runs a forward and a backward pass, and checks every activation and gradient.
 
     Three forward passes, and one to a few backward passes. Weights, buffers, gradients, random number generators and
-    the optimizer are left as they are.
+    the optimizer stay unchanged.
 
     Args:
         module: The model.

@@ -1,4 +1,4 @@
-"""Number of processes, ZeRO stage and precision: those of the run against those of the checkpoint."""
+"""Number of processes, ZeRO stage and precision of the run against those of the checkpoint."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hallo_numguard.files.formats import Source
 from hallo_numguard.files.preflight.run_spec import RunSpec
 
 _UNIVERSAL = "convert it with DeepSpeed's ds_to_universal.py and set checkpoint.load_universal"
-_RANK_COUNTS = {  # metadata that should agree on the number of ranks, and how messages say it
+_RANK_COUNTS = {  # metadata that should agree on the number of ranks, with a text for messages
     "dp_world_size": "files with weights say {}",
     "partition_count": "files with optimizer state say {}",
     "optimizer_files": "{} files with optimizer state exist",

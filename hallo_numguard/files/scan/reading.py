@@ -1,4 +1,4 @@
-"""One read of a file for everything: statistics of every tensor, digests, checksums, and pages of zeros or repeats.
+"""One read of a file for everything: statistics of tensors, digests, checksums, and pages of zeros or repeats.
 
 The file is divided into spans. A thread reads a span into a buffer that it reuses, so that the bytes stay in the cache
 while everything is computed from them. Parts of a tensor are merged in file order: results do not depend on the number
@@ -49,9 +49,9 @@ class ScannedTensor:
     """A tensor whose bytes were read.
 
     Attributes:
-        entry: Where it lies.
+        entry: Place of the tensor.
         record: Statistics of its values; None for dtypes without NaN (integers).
-        digest: Hexadecimal digest of its bytes, "" if none was asked for.
+        digest: Hexadecimal digest of its bytes, "" if not requested.
     """
 
     entry: TensorEntry
@@ -65,9 +65,9 @@ class ScannedFile:
 
     Attributes:
         path: The file.
-        nbytes: Its size.
+        nbytes: Size of the file in bytes.
         digests: Hexadecimal digests of the whole file, by algorithm.
-        tensors: Its tensors, in the order of the entries.
+        tensors: Tensors, in the order of the entries.
         mismatches: Stored checksums that differ from those of the bytes.
         zero_pages: Runs of 4 KiB pages that are all zeros: offset and number of bytes.
         repeated_pages: Runs of pages equal to earlier ones: offset, offset of the earlier ones, number of bytes.
@@ -99,7 +99,7 @@ def read_file(
 
     Args:
         path: The file.
-        entries: Tensors in it.
+        entries: Tensors in the file.
         hashes: Digests of the whole file: names from `hashlib`, or "blake3" if that is installed.
         tensor_hash: Digest of each tensor's bytes (default: none).
         checksums: Checksums that the file stores for parts of itself.

@@ -1,4 +1,4 @@
-"""`scan`: reads every tensor value of files and folders once, and reports what no healthy model holds."""
+"""`scan`: reads every tensor value of files and folders once, and reports values that no healthy model holds."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def scan(
 
     Finds NaN and infinity, values that overflow the training dtype, weights that are all zeros, zeroed or misplaced
     pages, values far above those of other layers, dtypes that differ between layers, checksum errors, and damage to
-    the structure of a file. docs/preflight.md says what it cannot see.
+    the structure of a file. Its limits: docs/preflight.md.
 
     Reads every file once, with up to 8 MiB of memory per thread and 8 bytes per 4 KiB page. Runs no code from the
     files.

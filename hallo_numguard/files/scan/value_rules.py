@@ -1,6 +1,6 @@
-"""What tensor values tell about a file: each rule is a function from scanned tensors or files to findings.
+"""Rules for tensor values: each is a function from scanned tensors or files to findings.
 
-A rule that cannot tell damage from what intact models hold reports nothing: biases, padding rows and the moments of
+A rule that cannot distinguish damage from intact values reports nothing: biases, padding rows and the moments of
 untrained parameters are zeros, and masks hold -Inf.
 """
 
@@ -38,7 +38,7 @@ _MIN_OUTLIER_BITS = 5.0  # binary orders of magnitude above the family's median 
 _MIN_OUTLIER_DEVIATIONS = 8.0
 _MAD_TO_SIGMA = 1.4826  # standard deviations in a median absolute deviation, for normal values
 _DOMINANT_ENERGY = 0.99  # share of a tensor's sum of squares in one element
-_MAX_DUPLICATE_SHARE = 0.1  # of all matrices; with more, the model was made so
+_MAX_DUPLICATE_SHARE = 0.1  # of all matrices; with more, the model is meant so
 _CHUNK = 1 << 20  # elements
 
 Family = tuple[Path, str, tuple[int, ...], str]  # folder, name without numbers, shape, role
@@ -53,7 +53,7 @@ class MeasuredTensor:
 
     @property
     def family(self) -> Family:
-        """What the same tensor of all layers has in common."""
+        """Common key of the same tensor in all layers."""
         entry = self.entry
         return entry.file.parent, _NUMBER.sub("*", entry.name), entry.whole_shape, entry.role
 
@@ -159,7 +159,7 @@ def _overflow(entry: TensorEntry, dtype: torch.dtype) -> Finding:
     return Finding(
         "overflows_dtype",
         f"{entry.file.name}: {entry.role} {entry.name}[{index}] is {value:.3g}, finite in {dtype_name(entry.dtype)} "
-        f"but infinite in {dtype_name(dtype)}: {count} such values of {entry.numel}",
+        f"but infinite in {dtype_name(dtype)}: {count} of {entry.numel} values",
         name=entry.name,
         severity="info" if is_mask else "error",
         file=str(entry.file),

@@ -1,1 +1,1 @@
-"""From what the ranks saw of a bad step to a verdict."""
+"""Diagnosis of a bad step: from the observations of the ranks to a verdict."""

@@ -1,4 +1,4 @@
-"""Each verdict with the evidence that it needs and what it means for the run; the tables in the documents repeat it."""
+"""The verdicts: evidence and meaning of each. The tables in the docs are generated from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hallo_numguard.core.records import Verdict
 
 
 class Entry(NamedTuple):
-    """What there is to know of a verdict.
+    """Evidence for a verdict, and its meaning for the run.
 
     Attributes:
         seen: The evidence, in a sentence without a full stop.

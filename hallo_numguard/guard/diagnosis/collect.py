@@ -1,4 +1,4 @@
-"""What the ranks saw of a bad step, put together: the same evidence on each of them."""
+"""Combines the ranks' observations of a bad step into evidence, the same on each of them."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class BadStep:
     """A step whose gradients are not finite, as this rank saw it.
 
     Attributes:
-        pending: Everything that was kept of it.
-        skipped: Number of steps skipped in a row, this one included; 0 if it is applied all the same.
-        losses: Losses of its micro-batches, or numbers in place of them.
-        loss_known: Whether `losses` are losses, and not made from what the model returned.
+        pending: State of the step.
+        skipped: Number of steps skipped in a row, this one included; 0 if it is applied nevertheless.
+        losses: Losses of its micro-batches, or stand-ins for them; see `loss_known`.
+        loss_known: Whether `losses` are real losses, not stand-ins made from the model's outputs.
     """
 
     pending: PendingStep
@@ -49,17 +49,17 @@ class BadStep:
 
 
 class RankView(NamedTuple):
-    """What one rank sees of a bad step. Ranks that hold slices know of their own only.
+    """One rank's view of a bad step. A rank that holds slices sees its own slices only.
 
     Attributes:
         weights: Statistics of parameters and buffers and, in the last row, of the loss.
-        marks: Whether each weight is not finite here in a way that no clean step was seen with, and whether it was not
-            finite here before any step. int64 [weights, 2].
-        gradients: Statistics of the reduced gradients, a row a parameter.
-        state: Statistics of the optimizer state, a row a parameter.
-        before_reduction: Statistics of this rank's own gradients, a row a parameter.
+        marks: Two flags of each weight: not finite here in a way that no clean step had, and not finite here before
+            any step. int64 [weights, 2].
+        gradients: Statistics of the reduced gradients, one row per parameter.
+        state: Statistics of the optimizer state, one row per parameter.
+        before_reduction: Statistics of this rank's own gradients, one row per parameter.
         input: First bad tensor of the batch and its micro-batch, as JSON; None if there is none.
-        power: Loss scale at which the last finite steps would have fitted, as a power of two.
+        power: Base-2 logarithm of the loss scale at which the last finite steps would have fitted.
     """
 
     weights: ParameterStats
@@ -72,11 +72,11 @@ class RankView(NamedTuple):
 
 
 class BeforeReduction(NamedTuple):
-    """Gradients before the reduction.
+    """Ranks whose gradients were bad before the reduction.
 
     Attributes:
         ranks: Number of ranks that had bad ones.
-        rank_of: Lowest such rank, by position of the parameter.
+        rank_of: Lowest rank with a bad gradient, by position of the parameter.
     """
 
     ranks: int
@@ -84,10 +84,10 @@ class BeforeReduction(NamedTuple):
 
 
 class GlobalView(NamedTuple):
-    """What all ranks see together, the same on each; of tensors that ranks hold copies of, what the lowest bad one saw.
+    """Combined view of all ranks, the same on each; for tensors held as copies, the view of the lowest bad rank.
 
-    Attributes are those of `RankView`, with the lowest rank on which each tensor is not finite, and whether every rank
-    knows its losses and its batch.
+    The attributes of `RankView`, with the lowest rank on which each tensor is not finite, and whether every rank has
+    its losses and its batch.
     """
 
     weights: ParameterStats
@@ -104,13 +104,13 @@ class GlobalView(NamedTuple):
 
 
 class EvidenceCollector:
-    """Reads what this rank holds, and puts it together with what the others hold.
+    """Reads this rank's tensors, and combines the results with those of the other ranks.
 
     Args:
-        model: What is guarded.
+        model: The guarded model.
         ranks: Ranks that take part.
         batch: Calls of the pending step.
-        recorder: Steps before it.
+        recorder: Flight recorder of the earlier steps.
         local_gradients: Scans of gradients before the reduction.
     """
 
@@ -131,24 +131,24 @@ class EvidenceCollector:
         self._local_gradients = local_gradients
 
     def stop(self) -> None:
-        """Takes hooks off the parameters."""
+        """Removes the hooks from the parameters."""
         self._order.stop()
 
     def step_is_over(self, applied: bool) -> None:
-        """What was not finite in a step that was applied is not to blame later."""
+        """Tolerates from now on what was not finite in an applied step."""
         self._order.stop()
         if applied:
             self._tolerated.clean_step()
 
     def reported(self, view: RankView) -> None:
-        """What was not finite in a step that was reported has been told."""
+        """Remembers what was not finite in a reported step, so that a clean step makes it tolerated."""
         self._tolerated.note(view.weights)
 
     def inspect(self) -> Iterator[tuple[Offender, bool]]:
-        """Reads what this rank has of parameters, buffers and optimizer state, outside of a step.
+        """Reads this rank's parameters, buffers and optimizer state, outside of a step.
 
         Yields:
-            Each tensor that is not finite, and whether it is for this rank to tell.
+            Each tensor that is not finite, and whether this rank is the one to report it.
         """
         stats = scan_tensors(self._weights)
         self._tolerated.note(stats)
@@ -167,7 +167,7 @@ class EvidenceCollector:
             yield offender, self._ranks.rank == 0 or self._model.sliced_state
 
     def agree(self, step: BadStep, view: RankView) -> GlobalView:
-        """A fixed number of reductions of fixed sizes: every rank takes part in each, whatever it has seen."""
+        """Combines the views of all ranks by a fixed number of reductions of fixed sizes, in which each takes part."""
         ranks, device = self._ranks, self._model.device
         weights, weight_ranks = ranks.combine(view.weights, self._sliced_weights())
         gradients, _ = ranks.combine(view.gradients, _all(view.gradients, self._model.sliced_gradients))
@@ -187,7 +187,7 @@ class EvidenceCollector:
         )
 
     def scan(self, step: BadStep) -> RankView:
-        """Reads everything that this rank holds."""
+        """Reads every tensor that this rank holds."""
         scanned = step.pending.gradients
         gradients = by_parameter(scanned.table, scanned.pieces, len(self._model.parameters))
         weights = scan_tensors([*self._weights, self._loss_tensor(step)])
@@ -211,7 +211,7 @@ class EvidenceCollector:
         return None if found is None else json.dumps([asdict(found[0]), found[1]], ensure_ascii=False)
 
     def _settling_power(self) -> int:
-        """The loss scale at which the last finite steps would have fitted, as a power of two."""
+        """The loss scale at which the last finite steps would have fitted, as a base-2 logarithm."""
         unscaled = [
             (row.absmax / row.loss_scale, row.limit) for row in self._recorder.read() if row.applied and row.absmax
         ]
@@ -224,7 +224,7 @@ class EvidenceCollector:
         return ParameterStats(*[column.to(self._model.device) for column in stats])
 
     def _agree_before_reduction(self, local: ParameterStats) -> BeforeReduction | None:
-        """The ranks' own gradients, if all of them were scanned. A fixed number of reductions in any case."""
+        """Statistics of the ranks' own gradients, if all were scanned. A fixed number of reductions in any case."""
         all_watched = self._ranks.lowest(int(self._local_gradients.is_watching), self._model.device) == 1
         stats, ranks = self._ranks.combine(local, _all(local, False))
         bad = self._ranks.total(int(bool((local.first != NONE).any())), self._model.device)
@@ -237,7 +237,7 @@ class EvidenceCollector:
         return torch.tensor([*sliced, False], device=self._model.device)
 
     def with_first_name(self, offender: Offender) -> Offender:
-        """Returns the offender by the first name of a tied weight, whichever of its modules was found."""
+        """Returns the offender under the first name of a tied weight."""
         for weight in self._weights:
             if offender.name in weight.aliases:
                 return replace(offender, name=weight.name, aliases=weight.aliases)
@@ -246,12 +246,12 @@ class EvidenceCollector:
     def evidence(
         self, step: BadStep, view: GlobalView, before: OverflowReport | None, rank_faults: Mapping[int, int]
     ) -> Evidence:
-        """Returns what was seen, by name.
+        """Returns the evidence, with the names of tensors.
 
         Args:
             step: The bad step.
-            view: What all ranks see of it.
-            before: The last report.
+            view: Combined view of all ranks.
+            before: The previous report.
             rank_faults: Step of the last `rank_fault`, by rank.
         """
         suspects: list[Offender] = []
@@ -325,7 +325,7 @@ def _all(stats: ParameterStats, value: bool) -> torch.Tensor:
 
 
 def _proved_before(report: OverflowReport | None, step: BadStep) -> float | None:
-    """The loss scale that a replay has named since the last step that was applied."""
+    """The loss scale that a replay has found finite since the last step that was applied."""
     if report is None or step.skipped < 2 or report.verdict is not Verdict.SCALE_TOO_HIGH or report.provisional:
         return None
     return report.settles_at

@@ -1,4 +1,4 @@
-"""Value types of the diagnosis: what was seen in a bad step, the same on every rank."""
+"""Value types of the diagnosis: the evidence on a bad step, the same on every rank."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Replayed:
         origin: First place that turned non-finite, on the lowest rank where one did; None if none did.
         details: Sentences about the origin.
         bad_ranks: Number of ranks on which the pass was not finite.
-        differing_ranks: Number of ranks on which the model returned something else than before.
-        differing_rank: The lowest of them.
+        differing_ranks: Number of ranks on which the model's output differed from the original one.
+        differing_rank: Lowest rank on which it differed.
         settles_at: Highest loss scale at which the batch was finite when it was tried; None if none was tried.
-        finite_unscaled: Whether it was finite without any loss scaling; None if that was not tried.
-        number: Number of calls of the origin's module before, in the same pass.
+        finite_unscaled: Whether the batch was finite without loss scaling; None if that was not tried.
+        number: Number of earlier calls of the origin's module in the same pass.
     """
 
     failure_reason: str = ""
@@ -40,18 +40,18 @@ class Replayed:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was seen in the step, the same on every rank.
+    """Evidence on a bad step, the same on every rank.
 
     Attributes:
         step: Number of the step, from 1.
-        skipped: Number of steps skipped in a row, this one included; 0 if it is applied all the same.
+        skipped: Number of steps skipped in a row, this one included; 0 if it is applied nevertheless.
         scaling: State of the loss scaler.
         suspects: Non-finite parameters and buffers that can be the cause, in dataflow order.
         bystanders: Non-finite parameters and buffers that are not the cause: a clean step was seen with them in place,
             they hold nothing but -Inf on purpose, or this very step may have poisoned them.
         state: Parameters whose optimizer state (moments, master copy) is not finite.
         input: First non-finite tensor of the batch that can be the cause.
-        micro_batch: Position of its micro-batch in the step, from 0.
+        micro_batch: Position of that tensor's micro-batch in the step, from 0.
         batch_known: Whether the guard saw the arguments of the model.
         tensors: Number of parameters and buffers that were scanned.
         loss: The loss as an offender; None if it is finite.

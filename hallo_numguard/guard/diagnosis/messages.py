@@ -1,4 +1,4 @@
-"""A report for each verdict: what was seen, in sentences, and what to do about it."""
+"""A report for each verdict: the evidence in sentences, and advice."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def weights_nonfinite(seen: Evidence) -> OverflowReport:
         overflows = seen.scaling.halvings_left + seen.scaling.patience
         evidence.append(
             f"the loss scale cannot help: {seen.scaling.scaler} would skip {plural(overflows, 'step')} on the way from "
-            f"{seen.scaling.scale:g} down to {seen.scaling.minimum:g}, and then {seen.scaling.at_last}"
+            f"{seen.scaling.scale:g} down to {seen.scaling.minimum:g}, and then {seen.scaling.at_minimum}"
         )
     advice = (
         f"Repair {first.name}: check the file it was loaded from (checksum, values, dtype), load an intact copy or go "
@@ -139,7 +139,7 @@ def weight_in_backward(seen: Evidence, origin: Offender) -> OverflowReport:
 
 
 def optimizer_state_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
-    """The optimizer wrote what was bad in its state into a weight."""
+    """The optimizer wrote its non-finite state into a weight."""
     return _report(
         seen,
         Verdict.OPTIMIZER_STATE_NONFINITE,
@@ -156,7 +156,7 @@ def optimizer_state_nonfinite(seen: Evidence, first: Offender) -> OverflowReport
 
 
 def rank_fault(seen: Evidence) -> OverflowReport:
-    """One rank was wrong, and is not when it does the same again."""
+    """One rank was not finite, and its replay is."""
     first = seen.loss or seen.gradients[0]
     rank, what = first.rank, "was finite"
     if seen.replay is not None and seen.replay.differing_ranks:
@@ -198,7 +198,7 @@ def reduction_overflow(seen: Evidence) -> OverflowReport:
 
 
 def backward_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
-    """The backward pass made it, whatever the scale."""
+    """The backward pass made the non-finite value, whatever the loss scale."""
     where = f"module {first.module}" if first.module else "the root module"
     proved = seen.answer is not None
     evidence = [f"{_the_loss(seen)} is finite", _finite_weights(seen)]
@@ -216,7 +216,7 @@ def backward_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
 
 
 def input_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
-    """The model was called with it."""
+    """The model was called with a non-finite tensor."""
     sample = f", sample {first.index[0]}" if len(first.index) > 1 else ""
     return _report(
         seen,
@@ -234,7 +234,7 @@ def input_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
 
 
 def loss_nonfinite(seen: Evidence, loss: Offender) -> OverflowReport:
-    """The loss is bad, and what the model was called with is not."""
+    """The loss is bad, and the model's inputs are not."""
     if seen.answer is not None:
         origin = seen.answer.origin
         return _loss_code(seen, loss) if origin is None else _forward_nonfinite(seen, origin)
@@ -350,7 +350,7 @@ def not_reproduced(seen: Evidence) -> OverflowReport:
 
 
 def gradients_nonfinite(seen: Evidence) -> OverflowReport:
-    """Gradients are bad, and more cannot be told."""
+    """Gradients are bad, for a reason that the evidence does not show."""
     evidence = [f"{_the_loss(seen)} is finite" if seen.loss_known else "the loss was not seen"]
     if seen.suspects:
         evidence.append(f"not finite: {', '.join(item.name for item in seen.suspects[:3])}")
@@ -396,5 +396,5 @@ def _loss_text(seen: Evidence) -> str:
 
 
 def plural(count: int, noun: str) -> str:
-    """Returns a number of things in words."""
+    """Returns a count and its noun, in the plural where needed."""
     return f"{count} {noun}{'' if count == 1 else 's'}"

@@ -1,4 +1,4 @@
-"""The bad batch run again by all ranks in step: which module it was, and whether a lower loss scale would do."""
+"""Replay of a bad batch by all ranks together: which module went wrong, and whether a lower loss scale would help."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hallo_numguard.guard.collectives import Ranks, clip
 from hallo_numguard.guard.diagnosis.evidence import Replayed
 from hallo_numguard.guard.guarded_model import Forward
 from hallo_numguard.guard.step.batch import Batch
-from hallo_numguard.guard.step.model_call import Call
+from hallo_numguard.guard.step.model_call import ModelCall
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.tracing.capture import Captured, NotCaptured, capture
 from hallo_numguard.tracing.rerun import Attempt, rerun
@@ -27,22 +27,22 @@ from hallo_numguard.tracing.rerun import Attempt, rerun
 _log = logging.getLogger("hallo_numguard")
 
 LARGEST_HALF = float(torch.finfo(torch.float16).max)
-MAX_FURTHER_HALVINGS = 3  # that are tried below the scale that should be low enough
-MAX_NAME_BYTES = 300  # of a name that is sent to other ranks
+MAX_FURTHER_HALVINGS = 3  # below the scale that should be low enough
+MAX_NAME_BYTES = 300  # of a name sent to other ranks
 MAX_LINE_BYTES = 400
 _NONE = 1 << 20
 
 
 @dataclass(frozen=True)
 class _Answer:
-    """Of one pass, agreed."""
+    """Result of one pass, the same on every rank."""
 
     done: bool
     differing_ranks: int
     differing_rank: int
     bad_ranks: int
     origin_text: str | None
-    absmax_power: int  # the lowest of the ranks: gradients fit if multiplied by two to it
+    absmax_power: int  # minimum over the ranks: gradients fit if multiplied by 2 to this power
 
     @property
     def failure_reason(self) -> str:
@@ -59,7 +59,7 @@ class Replayer:
 
     Args:
         module: Module to be traced.
-        forward: Calls it as the framework does.
+        forward: Calls the module as the framework does.
         batch: Calls of the pending step.
         ranks: Ranks among which gradients are reduced.
         device: Device on which ranks reduce small tensors.
@@ -72,8 +72,8 @@ class Replayer:
         self._ranks = ranks
         self._device = device
 
-    def of_a_bad_loss(self, losses: Sequence[bool]) -> Replayed:
-        """Runs the first micro-batch again whose loss was not finite; all calls, where a loss comes of several.
+    def rerun_bad_loss(self, losses: Sequence[bool]) -> Replayed:
+        """Reruns the first micro-batch whose loss was not finite; all calls, where one loss comes from several.
 
         Args:
             losses: Whether the loss of each micro-batch on this rank was finite.
@@ -93,8 +93,8 @@ class Replayer:
                 break
         return found
 
-    def of_bad_gradients(self, scale: float) -> Replayed:
-        """Runs the step's micro-batches again until one has gradients that are not finite, then looks for a scale.
+    def rerun_bad_gradients(self, scale: float) -> Replayed:
+        """Reruns the step's micro-batches until one has gradients that are not finite, then searches for a loss scale.
 
         Args:
             scale: The loss scale.
@@ -117,13 +117,13 @@ class Replayer:
                 return self._at_lower_scales(found, scale) if scale > 1 else found
         return Replayed(micro_batch=count - 1)
 
-    def call(self, micro_batch: int) -> Call | None:
-        """Returns a call of the step; None if it was not kept, or was changed since."""
+    def call(self, micro_batch: int) -> ModelCall | None:
+        """Returns a call of the step; None if it was not kept, or has changed since."""
         calls = self._batch.calls
         return calls[micro_batch] if micro_batch < len(calls) and not calls[micro_batch].changed else None
 
     def capture(self, name: str, number: int, micro_batch: int) -> Captured | str:
-        """Runs a micro-batch again and takes one call of one module out of it.
+        """Reruns a micro-batch and captures one call of one module.
 
         Args:
             name: Name of the module.
@@ -131,7 +131,7 @@ class Replayer:
             micro_batch: Position of the micro-batch in the step.
 
         Returns:
-            The call, or why it could not be taken.
+            The call, or the reason why it could not be captured.
         """
         failure_reason = self._reason_not_to_run(micro_batch + 1)
         if failure_reason:
@@ -157,7 +157,7 @@ class Replayer:
         return replace(found, finite_unscaled=True, settles_at=1.0)
 
     def _reason_not_to_run(self, count: int) -> str:
-        """Why these passes cannot be made again, agreed; "" if they can."""
+        """Why these passes cannot be repeated, agreed by all ranks; "" if they can."""
         calls = list(self._batch.calls)[:count]
         able = 0 < count <= len(self._batch.calls) and all(_is_complete(call) for call in calls)
         if self._ranks.lowest(int(able), self._device) == 1:
@@ -172,10 +172,10 @@ class Replayer:
             _log.exception("hallo_numguard could not run the batch again")
         return self._agree(attempt)
 
-    def _attempt(self, call: Call, factor: float | None) -> Attempt:
+    def _attempt(self, call: ModelCall, factor: float | None) -> Attempt:
         return rerun(self._module, self._forward_of(call), call.outputs or (), call.seeds, factor)
 
-    def _forward_of(self, call: Call) -> Callable[[], Any]:
+    def _forward_of(self, call: ModelCall) -> Callable[[], Any]:
         def forward() -> Any:
             call.random.restore()
             with call.autocast.restored():
@@ -213,7 +213,7 @@ class Replayer:
         return replace(found, origin=decode(Offender, origin), details=tuple(details), number=number)
 
 
-def _is_complete(call: Call) -> bool:
+def _is_complete(call: ModelCall) -> bool:
     return call.outputs is not None and not call.changed
 
 

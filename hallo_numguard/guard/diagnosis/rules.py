@@ -12,7 +12,7 @@ from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
 
 
 def needs_replay(seen: Evidence) -> bool:
-    """Returns whether to run the batch again would tell more."""
+    """Returns whether a replay would add evidence."""
     if seen.loss is not None:
         return not seen.suspects and seen.input is None
     if not seen.gradients or _overflowed_in_the_reduction(seen):
@@ -21,7 +21,7 @@ def needs_replay(seen: Evidence) -> bool:
 
 
 def judge(seen: Evidence) -> OverflowReport:
-    """Returns the report on an overflow, in the order of suspicion: what stands earlier in the step goes first."""
+    """Returns the report on an overflow. Causes are tried in dataflow order: the earliest wins."""
     if seen.loss is not None and seen.suspects:
         written = _written_by_the_optimizer(seen)
         return (
@@ -59,15 +59,15 @@ def _judge_by_replay(seen: Evidence, replay: Replayed, origin: Offender) -> Over
 
 
 def confirm(report: OverflowReport, scale: float, skipped: int) -> OverflowReport:
-    """Returns the report once a later step was finite: what was provisional is now known."""
+    """Returns a provisional report as a final one, after a later step was finite."""
     if report.verdict is not Verdict.SCALE_TOO_HIGH:
         return replace(report, provisional=False)
     power = math.log2(scale)
-    told = ", as was expected" if scale == report.settles_at else ""
+    note = ", as was expected" if scale == report.settles_at else ""
     return replace(
         report,
         provisional=False,
-        evidence=(*report.evidence, f"a step at loss scale 2^{power:g} ({scale:g}) was finite{told}"),
+        evidence=(*report.evidence, f"a step at loss scale 2^{power:g} ({scale:g}) was finite{note}"),
         not_checked=(),
         advice=(
             f"Nothing to mend: the loss scale settled at 2^{power:g} after {messages.plural(skipped, 'skipped step')}. "
@@ -78,16 +78,16 @@ def confirm(report: OverflowReport, scale: float, skipped: int) -> OverflowRepor
 
 
 def _written_by_the_optimizer(seen: Evidence) -> Offender | None:
-    """The optimizer state behind the first bad weight that has some.
+    """The non-finite optimizer state behind the first bad weight that has such state.
 
-    Steps with bad gradients are skipped, so a bad weight does not reach the state: it is the other way round.
+    Steps with bad gradients are skipped, so a bad weight cannot make the state bad: the state came first.
     """
     by_name = {item.name: item for item in seen.state}
     return next((by_name[item.name] for item in seen.suspects if item.name in by_name), None)
 
 
 def _overflowed_in_the_reduction(seen: Evidence) -> bool:
-    """A sum of finite numbers may be infinite; NaN alone must have come from elsewhere (a hook that ran after ours)."""
+    """Whether a sum of finite numbers is infinite; NaN alone came from elsewhere (a hook that ran after ours)."""
     if seen.loss is not None or not seen.gradients or seen.world_size == 1:
         return False
     first = seen.gradients[0]
@@ -96,7 +96,7 @@ def _overflowed_in_the_reduction(seen: Evidence) -> bool:
 
 
 def _is_one_ranks_fault(seen: Evidence) -> bool:
-    """One rank only was bad, and the same batch on it is clean now."""
+    """Whether one rank alone was bad, and the same batch on it is clean now."""
     replay = seen.replay
     if replay is None or replay.bad_ranks:
         return False

@@ -1,1 +1,1 @@
-"""Bundles that make a fault again in one process."""
+"""Bundles that reproduce a fault in one process."""

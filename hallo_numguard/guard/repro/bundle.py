@@ -1,4 +1,4 @@
-"""A bundle for an overflow: what it takes to make the bad call again in one process, without the framework."""
+"""Bundles that reproduce an overflow: all that repeats the bad call in one process, without the framework."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Verdict
 from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.diagnosis.replay import Replayer
-from hallo_numguard.guard.step.model_call import Call
+from hallo_numguard.guard.step.model_call import ModelCall
 from hallo_numguard.tracing.capture import Captured
 from hallo_numguard.tracing.nested import whole_bytes
 
 _log = logging.getLogger("hallo_numguard")
 
-MAX_BUNDLES = 8  # of a run
+MAX_BUNDLES = 8  # per run
 MAX_WEIGHT_BYTES = 1 << 30
 _VERDICTS_WITHOUT_BUNDLE = (Verdict.SCALE_TOO_HIGH, Verdict.REDUCTION_OVERFLOW)
 _KINDS_IN_A_MODULE = ("parameter", "buffer", "activation", "gradient")
@@ -35,19 +35,19 @@ _KINDS_IN_A_MODULE = ("parameter", "buffer", "activation", "gradient")
 
 @dataclass(frozen=True)
 class Bundle:
-    """What was taken of a bad step, not on disk yet.
+    """Captured data of a bad step, not on disk yet.
 
     Attributes:
         call: Call of the model in the bad micro-batch; None if it was not kept, or was changed since.
-        captured: Call of the one module that is named, or why there is none.
+        captured: Call of the module that is named, or why there is none.
     """
 
-    call: Call | None
+    call: ModelCall | None
     captured: Captured | str
 
 
 class Bundles:
-    """Takes and writes bundles.
+    """Captures and writes bundles.
 
     Args:
         folder: Folder to write them to; None for none.
@@ -76,7 +76,7 @@ class Bundles:
         self._taken = 0
 
     def take(self, report: OverflowReport, micro_batch: int, number: int) -> Bundle | None:
-        """Takes what a bundle is made of. All ranks call it with the same report: it may run the batch again.
+        """Captures the data of a bundle. All ranks call it with the same report: it may run the batch again.
 
         Args:
             report: Report on the step.
@@ -95,18 +95,18 @@ class Bundles:
         return Bundle(self._replayer.call(micro_batch), captured)
 
     def write(self, report: OverflowReport, bundle: Bundle) -> None:
-        """Writes a bundle on the rank that is named, else on rank 0. A full disk is no reason to stop training."""
+        """Writes a bundle on the rank that is named, else on rank 0. A failure to write is only logged."""
         rank = 0 if report.first is None or report.first.rank is None else report.first.rank
         if self._folder is None or self._ranks.rank != rank:
             return
         try:
             path = write_folder(self._folder / f"repro-step{report.step:08d}-rank{rank}", self._files(report, bundle))
-            _log.warning("to make this again in one process: python %s", path / "reproduce.py")
+            _log.warning("to reproduce this in one process: python %s", path / "reproduce.py")
         except OSError as error:
             _log.error("the bundle could not be written: %s", error)
 
     def _reason_for_no_call(self, report: OverflowReport) -> str:
-        """Why there is no single call to be taken, "" if there is one; the same on every rank."""
+        """Why there is no single call to be captured, "" if there is one; the same on every rank."""
         first = report.first
         if first is None or first.kind not in _KINDS_IN_A_MODULE:
             return "no module is to blame"
@@ -140,7 +140,7 @@ class Bundles:
             **{f"{name}.pt": part for name, part in parts.items() if isinstance(part, bytes)},
         }
 
-    def _batch(self, call: Call) -> dict[str, Any]:
+    def _batch(self, call: ModelCall) -> dict[str, Any]:
         return {
             "args": call.args,
             "kwargs": dict(call.kwargs),

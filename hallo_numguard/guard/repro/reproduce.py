@@ -1,4 +1,4 @@
-"""Makes the call again in which a module turned finite into non-finite, in this process alone.
+"""Repeats the call in which a module turned finite values into non-finite ones, in this process alone.
 
     python reproduce.py [--model package.module:function]
 
@@ -27,21 +27,21 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def main() -> int:
-    """Runs what the bundle has, and says what came of it."""
-    parser = argparse.ArgumentParser(description="Makes the call again in which something became NaN or Inf.")
+    """Runs what the bundle holds, and prints the result."""
+    parser = argparse.ArgumentParser(description="Repeats the call in which something became NaN or Inf.")
     parser.add_argument("--model", help="package.module:function, which returns the model with its weights")
     wanted = parser.parse_args().model
     about = json.loads((FOLDER / "bundle.json").read_text())
     print(f"step {about['step']}, rank {about['rank']}: {about['verdict']}; {about['first']}")
     try:
-        borrow_main(about["main"])
+        import_main(about["main"])
         if wanted is not None and not about["why_no_batch"]:
             return run_model(wanted)
         if wanted is not None:
             print(f"the batch is not in this bundle: {about['why_no_batch']}")
             return 2
         if not (FOLDER / "call.pt").exists():
-            print(f"there is no single call to make again: {about['why_no_call']}. Give --model to run the batch.")
+            print(f"there is no single call to repeat: {about['why_no_call']}. Give --model to run the batch.")
             return 2
         return run_call(about["module"])
     except (ImportError, AttributeError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -49,8 +49,8 @@ def main() -> int:
         return 2
 
 
-def borrow_main(file: str) -> None:
-    """Makes what the training script defined known under the name that it was pickled by."""
+def import_main(file: str) -> None:
+    """Makes the training script's definitions importable under the name that they were pickled by."""
     if not file:
         return
     spec = importlib.util.spec_from_file_location("training_script", file)
@@ -69,7 +69,7 @@ def run_call(path: str) -> int:
     print(f"module {path or '(the model)'}, a {type(module).__name__}")
     given = [*tensors("input", (call["args"], call["kwargs"])), *module.named_parameters(), *module.named_buffers()]
     given_bad = show("given", given)
-    with as_then(call["random"], call["autocast"]):
+    with restored_state(call["random"], call["autocast"]):
         output = module(*call["args"], **call["kwargs"])
     outputs = list(tensors("output", output))
     made_bad = show("made", outputs)
@@ -123,7 +123,7 @@ def run_model(wanted: str) -> int:
         module.register_forward_hook(
             lambda _, args, output, path=path: bad.append(path) if is_bad(output) and not is_bad(args) else None
         )
-    with as_then(batch["random"], batch["autocast"]):
+    with restored_state(batch["random"], batch["autocast"]):
         model(*batch["args"], **batch["kwargs"])
     if bad:
         print(f"reproduced: {bad[0] or 'the model'} was given finite values and made others")
@@ -133,8 +133,8 @@ def run_model(wanted: str) -> int:
 
 
 @contextlib.contextmanager
-def as_then(random: Mapping[str, torch.Tensor], autocast: str) -> Iterator[None]:
-    """With the random numbers, and the automatic casts, that the call had."""
+def restored_state(random: Mapping[str, torch.Tensor], autocast: str) -> Iterator[None]:
+    """Restores the random state and the automatic casts of the call."""
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["cuda"])
@@ -144,7 +144,7 @@ def as_then(random: Mapping[str, torch.Tensor], autocast: str) -> Iterator[None]
 
 
 def show(what: str, named: Any) -> bool:
-    """Prints a line a tensor, and tells whether any is not finite in a way that is not meant."""
+    """Prints one line per tensor; returns whether any is not finite, -Inf in masks left out."""
     bad = False
     for name, tensor in named:
         nan, high, low = (int(test(tensor).sum()) for test in (torch.isnan, torch.isposinf, torch.isneginf))
@@ -155,7 +155,7 @@ def show(what: str, named: Any) -> bool:
 
 
 def tensors(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields every floating-point tensor in nested values, with the way to it."""
+    """Yields every floating-point tensor in nested values, with its path."""
     if isinstance(value, torch.Tensor):
         if value.is_floating_point():
             yield name, value

@@ -1,1 +1,1 @@
-"""What is noted of a step while it runs."""
+"""Records of a step while it runs."""

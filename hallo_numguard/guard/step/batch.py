@@ -1,4 +1,4 @@
-"""What the model was called with in the pending step, to be examined after an overflow."""
+"""The calls of the model in the pending step, to be examined after an overflow."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hallo_numguard.core.records import Offender
 from hallo_numguard.guard.collectives import clip
 from hallo_numguard.guard.named_tensors import NamedTensor, scan_tensors
 from hallo_numguard.guard.parameter_stats import ParameterStats
-from hallo_numguard.guard.step.model_call import Call
+from hallo_numguard.guard.step.model_call import ModelCall
 from hallo_numguard.guard.step.pending import StepOwner
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.tracing.nested import floating_tensors_in
@@ -23,10 +23,10 @@ MAX_OUTPUT_BYTES = 1 << 30  # of a step
 
 
 class Batch:
-    """The calls of the pending step, in order: one a micro-batch.
+    """The calls of the pending step, in order: one per micro-batch.
 
     Args:
-        model: Module whose arguments they are; None if unknown.
+        model: Module that is called; None if unknown.
         steps: Owner of the pending step.
     """
 
@@ -36,22 +36,22 @@ class Batch:
         self._tolerated: set[str] = set()
 
     @property
-    def calls(self) -> Sequence[Call]:
+    def calls(self) -> Sequence[ModelCall]:
         """The calls that are kept."""
         return self._steps.pending.calls
 
     @property
     def seen(self) -> bool:
-        """Whether there is anything to examine, as it was when the model saw it."""
+        """Whether there are calls, with arguments that have not changed since."""
         return bool(self.calls) and not any(call.changed for call in self.calls)
 
     def add(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Keeps the arguments of a forward pass, if it is one of training."""
         if torch.is_grad_enabled():
-            self._steps.pending.calls.append(Call.of(args, kwargs))
+            self._steps.pending.calls.append(ModelCall.of(args, kwargs))
 
     def note_output(self, output: Any) -> None:
-        """Takes note of what the last call returned; the oldest outputs are let go of where that takes much memory."""
+        """Records the output of the last call; drops the oldest outputs where they take much memory."""
         if not torch.is_grad_enabled() or not self.calls:
             return
         self.calls[-1].note_output(output)
@@ -70,22 +70,22 @@ class Batch:
         return [NamedTensor("input", clip(name, MAX_NAME_BYTES), tensor.detach()) for name, tensor in found]
 
     def stand_ins_for_losses(self) -> list[torch.Tensor]:
-        """Returns a number a call in place of its loss, which is unknown: NaN if its output is not finite, else 0.
+        """Returns one number per call in place of its unknown loss: NaN if its output is not finite, else 0.
 
-        Returns [] if the output of one of them is unknown. -Inf alone is how logits are masked.
+        Returns [] if the output of any call is unknown. -Inf alone is how logits are masked.
         """
         if any(call.outputs is None for call in self.calls):
             return []
         return [_as_number(call.outputs or ()) for call in self.calls]
 
     def tolerate(self, names: Sequence[str]) -> None:
-        """Takes note of inputs that held non-finite values in a clean step: they are meant to."""
+        """Ignores these inputs from now on: they held non-finite values in a clean step."""
         self._tolerated.update(names)
 
     def first_nonfinite(self, rank: int, losses: Sequence[bool]) -> tuple[Offender, int] | None:
         """Returns the first input that may have made a loss non-finite, and its micro-batch; None if there is none.
 
-        Entries of -Inf alone are how masks are written, and what clean steps had as well is not to blame.
+        Entries of -Inf alone do not count, as in masks, nor do inputs that were not finite in clean steps.
 
         Args:
             rank: Global rank of this process.
@@ -102,7 +102,7 @@ class Batch:
         return None
 
     def ranges(self) -> tuple[list[str], ParameterStats]:
-        """Reads the last call's tensors once: their names, and what they hold."""
+        """Reads the last call's tensors once: their names and statistics."""
         tensors = self.tensors(len(self.calls) - 1) if self.calls else []
         return [item.name for item in tensors], scan_tensors(tensors)
 
@@ -113,7 +113,7 @@ def _as_number(outputs: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def _argument_names(model: nn.Module | None) -> list[str]:
-    """Of the model's positional arguments; nothing where they cannot be told."""
+    """Names of the model's positional arguments; [] where they are unknown."""
     try:
         parameters = inspect.signature(model.forward).parameters.values() if model is not None else ()
     except (TypeError, ValueError):

@@ -1,4 +1,4 @@
-"""What goes wrong before anything overflows: spikes, a learning rate too high, dead and exploding layers, odd inputs.
+"""Warnings before anything overflows: spikes, a learning rate too high, dead and exploding layers, odd inputs.
 
 Two rules read the flight recorder's rows of every step, on the host, as they arrive. The others read whole tensors and
 cost launches, so they run at steps 1, 2, 4, 8 ... and at every 1024th: early in a run, where things go wrong, and
@@ -28,7 +28,7 @@ from hallo_numguard.ops.table import StatsTable
 
 SPIKE_WINDOW = 50  # steps that a spike is measured against
 MIN_SPIKE_SAMPLES = 20
-SPIKE_DEVIATIONS = 10.0  # robust ones
+SPIKE_DEVIATIONS = 10.0  # robust standard deviations
 SAMPLE_INTERVAL = 1024
 UPDATE_SLICE = 1024  # elements of a parameter whose update is measured
 MAX_UPDATE_RATIO = 0.1  # healthy runs are near 0.001
@@ -36,24 +36,24 @@ MIN_ZERO_SAMPLES = 3
 NORM_SAMPLES_KEPT = 16  # samples of a parameter
 EXPLODING_RATIO = 1000.0
 INPUT_RANGE_RATIO = 10.0
-COOLDOWN_STEPS = 100  # steps before the same is said again
+COOLDOWN_STEPS = 100  # steps before the same warning comes again
 
 
 class EarlyWarnings:
-    """Turns figures of steps that were clean into findings.
+    """Turns figures of clean steps into findings.
 
     Args:
         parameters: Parameters in the guard's order.
         batch: Calls of the pending step.
-        tell: Takes a finding.
+        on_finding: Called with each finding.
     """
 
-    def __init__(self, parameters: Sequence[NamedTensor], batch: Batch, tell: Callable[[Finding], None]) -> None:
+    def __init__(self, parameters: Sequence[NamedTensor], batch: Batch, on_finding: Callable[[Finding], None]) -> None:
         self._parameters = parameters
         self._batch = batch
-        self._tell = tell
+        self._on_finding = on_finding
         self._said: dict[tuple[str, str], int] = {}
-        self._spikes = {"norm_spike": Spikes(least=0.1), "loss_spike": Spikes(least=0.05)}
+        self._spikes = {"norm_spike": Spikes(min_deviation=0.1), "loss_spike": Spikes(min_deviation=0.05)}
         self._steps = 0
         self._updates = _Updates(parameters)
         self._now: _Sample | None = None
@@ -75,7 +75,7 @@ class EarlyWarnings:
         self._updates.begin()
 
     def after_step(self, applied: bool, rows: Sequence[StepRecord]) -> None:
-        """Completes the sample, and checks what has arrived: `rows` are the steps that are new on the host."""
+        """Completes the sample, and checks `rows`, the steps that are new on the host."""
         if self._now is not None and applied:
             self._now.updates = self._updates.end()
             self._pending_samples.append(self._now)
@@ -94,7 +94,7 @@ class EarlyWarnings:
             median = None if value is None else self._spikes[kind].median_before(value)
             if median is not None:
                 what = "gradient norm" if kind == "norm_spike" else "loss"
-                self._say(
+                self._warn(
                     kind,
                     row.step,
                     f"{what} {value:.4g}, where the median of the steps before is {median:.4g}{_near(row)}",
@@ -113,7 +113,7 @@ class EarlyWarnings:
         for name, (*_, absmax) in zip(sample.names, rows, strict=True):
             known = self._inputs.setdefault(name, _Range())
             if known.samples >= MIN_ZERO_SAMPLES and absmax > INPUT_RANGE_RATIO * known.absmax > 0:
-                self._say(
+                self._warn(
                     "input_range", sample.step, f"input {name} reaches {absmax:.4g}, before {known.absmax:.4g}", name
                 )
             known.samples, known.absmax = known.samples + 1, max(known.absmax, absmax)
@@ -131,11 +131,11 @@ class EarlyWarnings:
         zero.append(step) if absmax == 0 else zero.clear()
         if len(zero) >= MIN_ZERO_SAMPLES and step >= 1 << MIN_ZERO_SAMPLES:
             steps = ", ".join(map(str, zero))
-            self._say("dead_gradient", step, f"the gradient of {name} was zero throughout in steps {steps}", name)
+            self._warn("dead_gradient", step, f"the gradient of {name} was zero throughout in steps {steps}", name)
         norms = self._norms.setdefault(position, deque(maxlen=NORM_SAMPLES_KEPT))
         if len(norms) > MIN_ZERO_SAMPLES and norm > EXPLODING_RATIO * statistics.median(norms) > 0:
             usual = statistics.median(norms)
-            self._say(
+            self._warn(
                 "exploding_gradient", step, f"the gradient of {name} has norm {norm:.4g}, {usual:.4g} is usual", name
             )
         norms.append(norm)
@@ -148,7 +148,7 @@ class EarlyWarnings:
         if whole > 0 and float(change.norm()) > MAX_UPDATE_RATIO * whole:
             worst = int((change / before.clamp(min=whole / 1e6)).argmax())
             name = self._parameters[self._updates.positions[worst]].name
-            self._say(
+            self._warn(
                 "update_ratio",
                 sample.step,
                 f"one step changes the weights by {float(change.norm()) / whole:.2g} of what they are, most of all "
@@ -156,10 +156,10 @@ class EarlyWarnings:
                 name,
             )
 
-    def _say(self, kind: str, step: int, message: str, name: str = "") -> None:
+    def _warn(self, kind: str, step: int, message: str, name: str = "") -> None:
         if step - self._said.get((kind, name), -COOLDOWN_STEPS) >= COOLDOWN_STEPS:
             self._said[kind, name] = step
-            self._tell(Finding(kind, f"step {step}: {message}", step, name))
+            self._on_finding(Finding(kind, f"step {step}: {message}", step, name))
 
 
 @dataclass
@@ -189,7 +189,7 @@ class _Range:
 
 
 class _Updates:
-    """How much a step changes the weights: the first elements of every matrix that is trained.
+    """How much a step changes the weights, measured on the first elements of every trained matrix.
 
     Attributes:
         positions: Positions of the matrices among the parameters. Vectors are left out: biases begin at 0.
@@ -206,12 +206,12 @@ class _Updates:
         self._layout = Layout([0])
 
     def begin(self) -> None:
-        """Copies them as they are."""
+        """Copies the elements before the step."""
         if self.positions:
             self._before, self._layout = self._read()
 
     def end(self) -> AsyncHostCopy | None:
-        """Sends the records of what they were, and then of how they changed."""
+        """Starts the copy of the records to the host: those of the old elements, then those of their changes."""
         if self._before is None:
             return None
         before, self._before = self._before, None
@@ -229,21 +229,20 @@ class _Updates:
 
 
 class Spikes:
-    """Tells a figure that is far above what it used to be: more than 10 robust deviations above the median.
+    """Detects a figure far above its usual values: more than 10 robust deviations above the median.
 
-    Positive figures vary by factors, so it is their logarithms that are compared; a loss that falls below zero is
-    compared as it is.
+    Positive figures vary by factors, so their logarithms are compared; a loss below zero is compared directly.
 
     Args:
-        least: The smallest deviation, in parts of the figure: what hardly varies may do so once.
+        min_deviation: Smallest deviation that counts, relative to the figure: constant figures raise no alarm.
     """
 
-    def __init__(self, least: float) -> None:
-        self._least = least
+    def __init__(self, min_deviation: float) -> None:
+        self._min_deviation = min_deviation
         self._seen: deque[float] = deque(maxlen=SPIKE_WINDOW)
 
     def median_before(self, value: float) -> float | None:
-        """Takes a figure in. Returns the median of those before if it is a spike."""
+        """Adds a figure. Returns the median of the earlier ones if it is a spike."""
         if not math.isfinite(value):
             return None
         seen = list(self._seen)
@@ -252,16 +251,16 @@ class Spikes:
             return None
         median = statistics.median(seen)
         if min(seen) > 0:
-            is_spike = _stands_out(math.log(value), [math.log(item) for item in seen], self._least)
+            is_spike = _stands_out(math.log(value), [math.log(item) for item in seen], self._min_deviation)
         else:
-            is_spike = _stands_out(value, seen, self._least * abs(median))
+            is_spike = _stands_out(value, seen, self._min_deviation * abs(median))
         return median if is_spike else None
 
 
-def _stands_out(value: float, seen: Sequence[float], least: float) -> bool:
+def _stands_out(value: float, seen: Sequence[float], min_deviation: float) -> bool:
     median = statistics.median(seen)
     spread = 1.4826 * statistics.median([abs(item - median) for item in seen])
-    return value - median > SPIKE_DEVIATIONS * max(spread, least)
+    return value - median > SPIKE_DEVIATIONS * max(spread, min_deviation)
 
 
 def _near(row: StepRecord) -> str:

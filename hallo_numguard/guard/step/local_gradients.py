@@ -18,13 +18,13 @@ COOLDOWN_STEPS = 20  # clean steps after an alarm until the hooks come off
 
 
 class LocalGradients:
-    """Scans every gradient as the backward pass makes it: a pass and a launch a parameter while its hooks are on.
+    """Scans every gradient as the backward pass makes it: one pass and one launch per parameter while hooks are on.
 
     Args:
         parameters: Parameters in the guard's order.
         when: "never", "on_alarm" (from the step after an overflow until `COOLDOWN_STEPS` were clean) or "always".
         steps: Owner of the pending step, which keeps the statistics.
-        probes: Contain what fails in the user's backward pass.
+        probes: Containment of failures in the user's backward pass.
     """
 
     def __init__(self, parameters: Sequence[NamedTensor], when: str, steps: StepOwner, probes: Probes) -> None:
@@ -44,9 +44,9 @@ class LocalGradients:
         return bool(self._handles)
 
     def stats(self, device: torch.device) -> ParameterStats:
-        """Returns the statistics of what this rank's backward passes of the step made, a row a parameter."""
+        """Returns the statistics of this rank's gradients of the step, one row per parameter."""
         seen = self._steps.pending.local_gradients
-        table = StatsTable.concatenate([table for table, _ in seen] or [StatsTable.of_nothing()])
+        table = StatsTable.concatenate([table for table, _ in seen] or [StatsTable.empty()])
         return by_parameter(table.to(device), [piece for _, piece in seen], len(self._parameters))
 
     @contextlib.contextmanager
@@ -69,7 +69,7 @@ class LocalGradients:
             self.stop()
 
     def stop(self) -> None:
-        """Takes the hooks off."""
+        """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

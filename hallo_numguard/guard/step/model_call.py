@@ -1,4 +1,4 @@
-"""One call of the model: what it takes to make it again."""
+"""One call of the model, with all that it takes to repeat it."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from hallo_numguard.tracing.rng_and_autocast import Autocast, RandomState
 
 
 @dataclass(eq=False)
-class Call:
-    """One forward pass of a training step, with what it takes to make it again.
+class ModelCall:
+    """One forward pass of a training step, with all that it takes to repeat it.
 
     Attributes:
         args, kwargs: Arguments of the model. References, no copies.
-        versions: Version of each tensor among them, which tells one that was changed in place afterwards.
-        random: State of the random number generators before it.
-        autocast: Settings of torch.autocast in it.
+        versions: Version of each tensor argument, which shows changes in place.
+        random: State of the random number generators before the call.
+        autocast: Settings of torch.autocast in the call.
         outputs: Floating-point tensors that the model returned, detached; None if they were too large to keep.
-        seeds: Gradients with respect to these, as far as the backward pass has given them, by position.
+        seeds: Gradients with respect to the outputs that the backward pass has given so far, by position.
     """
 
     args: tuple[Any, ...]
@@ -34,8 +34,8 @@ class Call:
     seeds: dict[int, torch.Tensor] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Call:
-        """Takes note of a call. Costs a walk through its arguments, and touches no data."""
+    def of(cls, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> ModelCall:
+        """Records a call. Costs a walk through its arguments, and touches no data."""
         return cls(args, kwargs, _versions(args, kwargs), RandomState.now(), Autocast.now())
 
     @property
@@ -44,7 +44,7 @@ class Call:
         return self.versions != _versions(self.args, self.kwargs)
 
     def note_output(self, output: Any) -> None:
-        """Takes note of what the model returned, and of the gradients that will arrive there."""
+        """Records the model's output, and the gradients that will arrive there."""
         self.outputs = []
         for position, (_, tensor) in enumerate(floating_tensors_in("output", output)):
             self.outputs.append(tensor.detach())
@@ -52,13 +52,13 @@ class Call:
                 tensor.register_hook(self._seed(position))
 
     def forget_outputs(self) -> None:
-        """Lets go of what takes room: this call can no longer be made again and compared."""
+        """Drops the outputs and their gradients: this call can no longer be repeated and compared."""
         self.outputs = None
         self.seeds.clear()
 
     @property
     def output_bytes(self) -> int:
-        """What is kept of outputs; their gradients take as much."""
+        """Size of the kept outputs, in bytes; their gradients take as much."""
         return sum(tensor.nbytes for tensor in self.outputs or ())
 
     def _seed(self, position: int) -> Callable[[torch.Tensor], None]:

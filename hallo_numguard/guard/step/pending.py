@@ -1,4 +1,4 @@
-"""What is kept of one step until it is over, and its one owner."""
+"""State of one step until it is over, and its one owner."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
 from hallo_numguard.guard.parameter_stats import Piece
-from hallo_numguard.guard.step.model_call import Call
+from hallo_numguard.guard.step.model_call import ModelCall
 from hallo_numguard.ops.table import StatsTable
 
 MAX_CALLS = 64  # of a step: forward passes that no step follows must not pile up
@@ -18,34 +18,33 @@ MAX_CALLS = 64  # of a step: forward passes that no step follows must not pile u
 
 @dataclass(eq=False)
 class PendingStep:
-    """One step: what is known of it before it is known whether it was clean.
+    """State of one step until it is known whether it was clean.
 
     Attributes:
         number: Number of the step, from 1.
         scaling: State of the loss scaler.
         gradients: Scan of this rank's gradients.
         losses: Losses of the micro-batches, detached.
-        calls: Calls of the model, one a micro-batch.
-        local_gradients: Statistics of each gradient as the backward passes made it, before the reduction, with the
-            parameter that it is of.
+        calls: Calls of the model, one per micro-batch.
+        local_gradients: Statistics of each gradient before the reduction, and the parameter that it belongs to.
     """
 
     number: int = 0
     scaling: LossScaling = UNSCALED
-    gradients: ScannedPieces = field(default_factory=lambda: ScannedPieces(StatsTable.of_nothing(), ()))
+    gradients: ScannedPieces = field(default_factory=lambda: ScannedPieces(StatsTable.empty(), ()))
     losses: list[torch.Tensor] = field(default_factory=list)
-    calls: deque[Call] = field(default_factory=lambda: deque(maxlen=MAX_CALLS))
+    calls: deque[ModelCall] = field(default_factory=lambda: deque(maxlen=MAX_CALLS))
     local_gradients: list[tuple[StatsTable, Piece]] = field(default_factory=list)
 
     def clear(self) -> None:
-        """Lets go of what takes room: the step is over."""
+        """Releases the tensors: the step is over."""
         self.losses.clear()
         self.calls.clear()
         self.local_gradients.clear()
 
 
 class StepOwner:
-    """Owner of the pending step: everybody who notes or reads something of it asks here.
+    """Owner of the pending step, through which everything about it is written and read.
 
     A step can be put aside, and completed or explained when the next one's backward pass is over and its own result
     has arrived without a host sync.
@@ -58,6 +57,6 @@ class StepOwner:
         self.pending = PendingStep()
 
     def swap(self, step: PendingStep) -> PendingStep:
-        """Turns to another step; returns the one that was under way."""
+        """Switches to another step; returns the previous one."""
         before, self.pending = self.pending, step
         return before

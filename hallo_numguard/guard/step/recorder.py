@@ -13,13 +13,13 @@ from hallo_numguard.core.records import GradientRecord, StepRecord
 from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.ops.device import HostRing
 
-MAX_TABLE_BYTES = 64 << 20  # beyond it only the steps' sums are kept, no figures a parameter
+MAX_TABLE_BYTES = 64 << 20  # beyond it only totals of the steps are kept
 _NONFINITE, _ABSMAX, _SUMSQ, _LOSS = range(4)
 
 
 @dataclass
 class _Stamp:
-    """What the host knows about a step without reading the device."""
+    """The part of a step's record that needs no read of the device."""
 
     step: int
     loss_scale: float
@@ -30,7 +30,7 @@ class _Stamp:
 class Recorder:
     """Keeps the last steps. Writing does not synchronise and allocates nothing that stays.
 
-    Figures a parameter are the very table that the scan has made: no copy, no launch.
+    Figures of parameters are the scan's own table: no copy, no launch.
 
     Args:
         length: Number of steps to keep.
@@ -49,7 +49,7 @@ class Recorder:
         self._returned = 0  # rows that `fresh` has returned
 
     def begin(self, step: int, loss_scale: float, gradients: ScannedPieces, loss: torch.Tensor | None) -> None:
-        """Writes what is known before the optimizer's step."""
+        """Writes the figures that are known before the optimizer's step."""
         table = gradients.table
         if self._rows is None:
             self._rows = HostRing(self._length, 4, table.packed.device)
@@ -77,11 +77,11 @@ class Recorder:
         return self._records(self._written - len(self._stamps), wait=True)
 
     def fresh(self, wait: bool) -> list[StepRecord]:
-        """Returns the steps that it has not returned yet, oldest first.
+        """Returns the steps not returned before, oldest first.
 
         Args:
             wait: Whether to wait for rows that are still on their way from the device; else they come the next time,
-                which of steps that are over is at most the last. Nothing else on the device is waited for.
+                which concerns the last finished step at most. Nothing else on the device is waited for.
         """
         begin = max(self._returned, self._written - len(self._stamps))
         records = self._records(begin, wait)
@@ -89,7 +89,7 @@ class Recorder:
         return records
 
     def _records(self, begin: int, wait: bool) -> list[StepRecord]:
-        """The steps from the one of that ordinal number on, up to the first whose row has not arrived."""
+        """The steps from an ordinal number on, up to the first whose row has not arrived."""
         records: list[StepRecord] = []
         for number in range(begin, self._written):
             row = None if self._rows is None else self._rows.read(number, wait)
@@ -115,7 +115,7 @@ class Recorder:
 
 
 class _GradientRecords(Mapping[str, GradientRecord]):
-    """A table's rows by name of the parameter. Copied to the host at the first access."""
+    """A table's rows by parameter name. Copied to the host at the first access."""
 
     def __init__(self, names: Sequence[str], gradients: ScannedPieces) -> None:
         self._names = names
@@ -147,7 +147,7 @@ class _GradientRecords(Mapping[str, GradientRecord]):
 
 
 def _together(left: GradientRecord, right: GradientRecord) -> GradientRecord:
-    """Figures of one parameter from those of two pieces of it."""
+    """Combines the figures of two pieces of one parameter."""
     return GradientRecord(
         max(left.absmax, right.absmax), math.hypot(left.norm, right.norm), left.nonfinite + right.nonfinite
     )

@@ -1,4 +1,4 @@
-"""What the guard needs to know of an engine: its model, how to call it, its configuration."""
+"""The parts of an engine that the guard reads: its model, how to call it, its configuration."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def check_supported(engine: Any) -> None:
 
 
 def call_module(engine: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    """Calls the model as the engine's forward does, and not through it: that would change later weights (ZeRO 3)."""
+    """Calls the model as the engine's forward does, but not through it, which would change later weights (ZeRO 3)."""
     if engine.fp16_auto_cast():
         args = engine._cast_inputs_half(args)
     with _autocast(engine), _checkpointing_off():
@@ -32,7 +32,7 @@ def call_module(engine: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
 
 
 class _ActivationsKept:
-    """Stands in for DeepSpeed's own checkpointing: its backward pass cannot be asked for gradients by name."""
+    """Stands in for DeepSpeed's own checkpointing, whose backward pass gives no gradients of single tensors."""
 
     @staticmethod
     def apply(function: Callable[..., Any], all_outputs: list[Any], *args: Any) -> None:
@@ -55,7 +55,7 @@ def _checkpointing_off() -> Iterator[None]:
 
 
 def _autocast(engine: Any) -> Any:
-    """What DeepSpeed runs the model under, where it has such a thing (>= 0.16.8)."""
+    """Autocast context in which DeepSpeed runs the model (>= 0.16.8)."""
     module = sys.modules.get("deepspeed.runtime.torch_autocast")
     enter = getattr(module, "autocast_if_enabled", None)
     return enter(engine) if enter is not None else contextlib.nullcontext()
@@ -74,7 +74,7 @@ def overflow_check_disabled(engine: Any) -> bool:
 
 
 def parameters_of(module: torch.nn.Module) -> list[NamedTensor]:
-    """Returns the parameters in registration order; under ZeRO stage 3 as the slices that ranks hold of them."""
+    """Returns the parameters in registration order; under ZeRO stage 3, this rank's slices of them."""
     return [_partitioned(item) for item in named_parameters(module)]
 
 

@@ -1,15 +1,15 @@
-"""The guard of a DeepSpeed engine: when to look, and how a step is skipped.
+"""The guard of a DeepSpeed engine: when it scans, and how a step is skipped.
 
-Two methods of the optimizer instance are wrapped, and nothing else decides anything:
+Two methods of the optimizer instance are wrapped, and decide everything:
 
 - `step`: before it, this rank's gradients are scanned in one pass; the result stays on the device.
 - `_update_scale`: where it exists, DeepSpeed calls it once a step, on every rank, with the overflow flag that all ranks
-  have agreed on. If the flag is up, the guard finds the origin and decides; a clean step costs nothing here, not even a
-  synchronisation. Optimizers that skip without a word to it (bf16) are asked for `overflow` after the step.
+  have agreed on. If the flag is set, the guard finds the origin and decides; a clean step costs nothing here, no host
+  sync either. Optimizers that skip without calling it (bf16) are asked for `overflow` after the step.
 
-`backward` and `scale` of the engine are wrapped to keep a reference to the loss, `load_checkpoint` to scan what it
-loaded, and `step`, where there is a keeper, to go back to a checkpoint when the step is over. The loss scaler is left
-alone: it is pickled into checkpoints.
+`backward` and `scale` of the engine are wrapped to keep a reference to the loss, `load_checkpoint` to scan the loaded
+weights, and `step`, with a keeper, to go back to a checkpoint after the step. The loss scaler is not wrapped: it is
+pickled into checkpoints.
 """
 
 from __future__ import annotations
@@ -48,12 +48,12 @@ _guarded_engines: WeakSet[Any] = WeakSet()
 
 
 class DeepSpeedGuard(Guard):
-    """The guard of an engine; see `attach`.
+    """The guard of an engine; see `hallo_numguard.attach`.
 
     Args:
         engine: A `deepspeed.DeepSpeedEngine`.
         config, on_overflow: See `attach`.
-        forward: Calls the model once more with what the engine was called with, where `engine.module` does not.
+        forward: Calls the model once more with the engine's arguments. Default: a call of `engine.module`.
     """
 
     def __init__(
@@ -81,10 +81,10 @@ class DeepSpeedGuard(Guard):
             can_go_back=lambda: True,
         )
         self._session = Session(model, self._ranks, config, on_overflow, monitor_sinks(engine))
-        self._checks_overflow = self._adapter.checks_overflow()  # else the guard alone does
+        self._checks_overflow = self._adapter.checks_overflow()  # else only the guard does
         self._enforces = config.policy.enforce or not overflow_check_disabled(engine)
-        self._explained = False  # whether this step's overflow was
-        self._skipped_here = False  # by the guard itself, of an optimizer that knows of no overflow
+        self._explained = False  # whether this step's overflow was explained
+        self._skipped_here = False  # by the guard itself; the optimizer has found no overflow
         self._scanned_early: ScannedPieces | None = None
         self._to_raise: BaseException | None = None
         for bug in self._adapter.known_bugs(release()):
@@ -122,12 +122,12 @@ class DeepSpeedGuard(Guard):
         return [self._session]
 
     def detach(self) -> None:
-        """Takes the guard off. The engine is as it was before `attach`; reports and history stay readable."""
+        """Removes the guard. The engine is as it was before `attach`; reports and history stay readable."""
         self._patches.restore()
         self._session.stop()
         _guarded_engines.discard(self._engine)
 
-    # -- what runs in place of, before and after DeepSpeed's methods -------------------------------------------------
+    # -- patches in place of, before and after DeepSpeed's methods -------------------------------------------------
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._explained = self._skipped_here = False
@@ -165,7 +165,7 @@ class DeepSpeedGuard(Guard):
         if not self._explained:
             self._explain()
         if self._to_raise is not None or self._session.goes_back or self._session.keeps_scale:
-            return None  # DeepSpeed now drops the gradients; the scale stays as it is
+            return None  # DeepSpeed now drops the gradients; the scale stays unchanged
         try:
             return original(has_overflow)
         except Exception as error:
@@ -213,7 +213,7 @@ class DeepSpeedGuard(Guard):
         return self._skipped_here or bool(getattr(self._optimizer, "overflow", False))
 
     def _found_by_guard(self) -> bool:
-        """Checks in DeepSpeed's place, and explains what is found. Returns whether the step is to be skipped."""
+        """Checks in DeepSpeed's place, and explains an overflow. Returns whether the step is to be skipped."""
         found = self._session.found_inf()
         if found:
             self._explain(skipped=self._enforces)
@@ -226,6 +226,6 @@ class DeepSpeedGuard(Guard):
         self._take_off_if_failed(everywhere=True)
 
     def _take_off_if_failed(self, everywhere: bool) -> None:
-        """After a failure of our own; only where all ranks do so."""
+        """Removes the guard after a failure of its own, on all ranks together."""
         if self._session.failed and everywhere:
             self.detach()

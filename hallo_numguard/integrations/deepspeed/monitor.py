@@ -11,7 +11,7 @@ _SERIES = ("gradient_norm", "gradient_absmax", "gradient_nonfinite", "loss_scale
 
 
 class MonitorSink:
-    """Writes through the engine's own monitor: five series, on the axis of DeepSpeed's own, which is samples.
+    """Writes five series through the engine's own monitor, against samples like DeepSpeed's own series.
 
     It takes numbers only: reports do not go there.
     """
@@ -28,11 +28,11 @@ class MonitorSink:
         """See `Sink`."""
 
     def _samples_after(self, step: int) -> int:
-        """Samples that were seen when this step was over; the engine counts a step later than it calls the guard."""
+        """Number of samples after this step; the engine counts a step later than it calls the guard."""
         engine = self._engine
         return int(engine.global_samples + (step - engine.global_steps) * engine.train_batch_size())
 
 
 def monitor_sinks(engine: Any) -> list[MonitorSink]:
-    """Returns the sink of an engine whose configuration names a tracker; else none."""
+    """Returns the sink of an engine whose configuration names a tracker; else an empty list."""
     return [MonitorSink(engine)] if getattr(getattr(engine, "monitor", None), "enabled", False) else []

@@ -1,4 +1,4 @@
-"""Which part of a parameter this rank holds under ZeRO stage 3."""
+"""The part of a parameter that this rank holds under ZeRO stage 3."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class Slice(NamedTuple):
     """A rank's part of a flattened parameter.
 
     Attributes:
-        start: Flat index of its first element in the parameter.
-        real: Number of its elements that are the parameter's; the last ranks' parts are padded.
-        size: Number of its elements with padding, the same on every rank.
+        start: Flat index of the part's first element in the parameter.
+        real: Number of elements without padding, which the last ranks' parts have.
+        size: Number of elements with padding, the same on every rank.
     """
 
     start: int

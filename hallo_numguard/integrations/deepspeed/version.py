@@ -1,4 +1,4 @@
-"""Which DeepSpeed is installed, and how to say that it is one that the guard does not know."""
+"""The installed DeepSpeed release, and errors about unknown ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def version() -> str:
 
 
 def is_instance_of(value: Any, *names: str) -> bool:
-    """Returns whether the class of `value`, or one that it is derived from, has one of these names."""
+    """Returns whether `value` is an instance of a class with one of these names."""
     return any(base.__name__ in names for base in type(value).__mro__)
 
 
@@ -26,14 +26,14 @@ def require(optimizer: Any, *attributes: str) -> None:
 
 
 def unknown_layout(optimizer: Any, attribute: str, what: str) -> UnsupportedDeepSpeed:
-    """Returns the error that says that an attribute does not hold what it should."""
+    """Returns the error for an attribute that does not hold what it should."""
     return UnsupportedDeepSpeed(
         f"DeepSpeed {version()}: {type(optimizer).__name__}.{attribute} holds {what}: an unknown layout"
     )
 
 
 def release() -> tuple[int, ...]:
-    """Returns the first three numbers of the version; () where it has none."""
+    """Returns the first three numbers of the version; () if it has none."""
     try:
         return tuple(int(part) for part in version().split(".")[:3])
     except ValueError:

@@ -1,8 +1,8 @@
-"""How a GradScaler is spoken to: what it tells of the loss scale, and what it wants to know of the gradients.
+"""The protocol between a GradScaler and its optimizer: the loss scale, and whether the gradients are finite.
 
 `GradScaler.step` hands itself to an optimizer whose `step` takes a `grad_scaler`, and then makes no pass over the
-gradients of its own: the optimizer unscales, and says whether anything was not finite. An optimizer that it cannot see
-this of (its `step` was replaced) is left `grad_scale` and `found_inf` as attributes, after a pass of the scaler's.
+gradients of its own: the optimizer unscales, and reports what was not finite. For other optimizers (whose `step` was
+replaced) the scaler makes its pass, and sets the attributes `grad_scale` and `found_inf`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.amp.grad_scaler import OptState
 
 from hallo_numguard.guard.loss_scaling import LossScaling
 
-_SMALLEST = 2.0**-149  # what a scale has collapsed from when it is 0
+_SMALLEST = 2.0**-149  # stands for a scale that has collapsed to 0
 
 
 def scale_of(scaler: Any) -> torch.Tensor:
@@ -24,9 +24,9 @@ def scale_of(scaler: Any) -> torch.Tensor:
 
 
 def scaling_of(scale: float) -> LossScaling:
-    """Returns what there is to be known. A GradScaler has no minimum, but below 1 nothing is gained any more."""
+    """Returns the scaler's state. A GradScaler has no minimum, but nothing is gained below 1."""
     return LossScaling(
-        scale or _SMALLEST, dynamic=True, minimum=1.0, scaler="GradScaler", at_last="go on to skip every one"
+        scale or _SMALLEST, dynamic=True, minimum=1.0, scaler="GradScaler", at_minimum="go on to skip every one"
     )
 
 
@@ -35,8 +35,8 @@ def has_unscaled(scaler: Any, optimizer: torch.optim.Optimizer) -> bool:
     return scaler._per_optimizer_states[id(optimizer)]["stage"] is OptState.UNSCALED
 
 
-def tell(scaler: Any, optimizer: torch.optim.Optimizer, bad: bool) -> None:
-    """Lets `scaler.update()` know whether the scale is to be lowered."""
+def set_found_inf(scaler: Any, optimizer: torch.optim.Optimizer, bad: bool) -> None:
+    """Sets the flag by which `scaler.update()` lowers the scale."""
     scale = scale_of(scaler)
     found_inf = torch.full((), float(bad), dtype=torch.float32, device=scale.device)
     scaler._per_optimizer_states[id(optimizer)]["found_inf_per_device"] = {scale.device: found_inf}

@@ -1,4 +1,4 @@
-"""A drop-in `torch.optim.Optimizer`: the one that it wraps, and a guard that looks before every step."""
+"""A drop-in `torch.optim.Optimizer` that wraps another, with a guard before every step."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
 
 class _Skipped(Exception):
-    """Carries the loss out of an optimizer that must not go on."""
+    """Carries the loss out of an optimizer whose step is skipped."""
 
     def __init__(self, loss: Any) -> None:
         self.loss = loss
 
 
 def _shared(name: str, text: str) -> Any:
-    """An attribute that the wrapped optimizer has."""
+    """An attribute that is the wrapped optimizer's."""
 
     def read(self: GuardedOptimizer) -> Any:
         return getattr(self._optimizer, name)
@@ -43,34 +43,34 @@ def _shared(name: str, text: str) -> Any:
 
 
 class GuardedOptimizer(Guard, torch.optim.Optimizer):
-    """Guards the steps of an optimizer: takes its place in the training script.
+    """Guards the steps of an optimizer: takes the optimizer's place in the training script.
 
-    A step whose gradients are not finite is not made: the guard finds out why, and does what the policy says. All else
-    is the wrapped optimizer's, in whose state and parameter groups this one has none of its own: checkpoints of either
-    load into the other. Hooks are called with the wrapped optimizer, and not for a step that is skipped. A copy
-    (deepcopy, pickle) guards the parameters that are copied with it, by the same names.
+    A step whose gradients are not finite is skipped: the guard finds the cause, and acts by the policy. State and
+    parameter groups are the wrapped optimizer's, unchanged: checkpoints of either load into the other. Hooks get the
+    wrapped optimizer, and are not called for a skipped step. A copy (deepcopy, pickle) guards the parameters that are
+    copied with it, by the same names.
 
     Args:
         optimizer: Any `torch.optim.Optimizer`.
         model_or_named_parameters: The model, as the script calls it: its own, one in DistributedDataParallel, one with
             `fully_shard` or tensor-parallel DTensors, what torch.compile returns. Or `model.named_parameters()`, which
-            names tensors, but shows neither batch nor buffers, nor can a batch be run again.
-        config: What to do; see `GuardConfig`. `mode` has no effect here.
-        on_overflow: Called with the `OverflowReport` when a step's gradients are not finite; see `attach`.
+            gives names, but neither batch nor buffers, and no replay.
+        config: Settings; see `GuardConfig`. `mode` has no effect here.
+        on_overflow: Called with the `OverflowReport` of a bad step; see `hallo_numguard.attach`.
         clip_norm: Clip gradients to this norm, in place of `clip_grad_norm_`: by the norm that the guard has at hand.
 
     Attributes:
-        scaler: The `torch.amp.GradScaler` that makes the steps. It hands itself over; to be set only where something
+        scaler: The `torch.amp.GradScaler` of the steps. It hands itself over; to be set only if other code
             has replaced `step`, as Accelerate does.
 
     Raises:
-        InvalidInput: If `optimizer` is none, trains nothing of the model, or trains what cannot be read; if the model
+        InvalidInput: If `optimizer` is no optimizer, trains nothing of the model, or unreadable tensors; if the model
             is in FullyShardedDataParallel. By `step`: if a gradient is sparse.
 
     Cost: a scan of parameters, buffers and optimizer state now. A step: one pass over the gradients and, on a GPU, one
-    wait for its result; with `clip_norm`, one multiplication where the norm is larger, none with a fused optimizer. On
-    a GPU a fused optimizer without a GradScaler is not waited for at all: it is told not to make a bad step, and the
-    report comes in the next `step` (or `detach`), for which the batch is kept as long.
+    wait for its result; with `clip_norm`, one multiplication if the norm is larger, none with a fused optimizer. On
+    a GPU a fused optimizer without a GradScaler causes no wait: its kernel skips a bad step, and the report comes in
+    the next `step` (or `detach`), until which the batch is kept.
     """
 
     state = _shared("state", "See torch.optim.Optimizer.")
@@ -101,20 +101,20 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
             model_or_named_parameters = list(model_or_named_parameters)
         self._named = model_or_named_parameters
         self.scaler: Any = None
-        # That it hands itself over is what saves its pass over the gradients; without, it leaves attributes.
+        # A scaler that hands itself over saves its pass over the gradients.
         warnings.filterwarnings("ignore", "GradScaler is going to stop passing itself", FutureWarning)
         self._guard = OptimizerGuard(optimizer, self._named, self._config, on_overflow)
 
     @property
     def model(self) -> torch.nn.Module | None:
-        """The model itself, out of what it was wrapped in; None if only names were given."""
+        """The user's own model, without wrappers; None if only names were given."""
         return inner(self._named) if isinstance(self._named, torch.nn.Module) else None
 
     def _sessions(self) -> Sequence[Session]:
         return [self._guard.session]
 
     def detach(self) -> torch.optim.Optimizer:
-        """Takes the guard off and returns the plain optimizer. This one then only passes calls on, and clips no more.
+        """Removes the guard and returns the plain optimizer. This one then only passes calls on, and clips no more.
 
         Reports and history stay readable.
         """
@@ -124,10 +124,10 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         return self._optimizer
 
     def watch_loss(self, loss: torch.Tensor) -> torch.Tensor:
-        """Shows the guard the loss, of one element, before its backward, and returns it: `watch_loss(loss).backward()`.
+        """Records the loss, of one element, before its backward, and returns it: `watch_loss(loss).backward()`.
 
-        Not needed where the model returns the loss, alone or as `loss` of what else it returns, or a closure does.
-        Without it, the model's output tells whether what is not finite was made before the backward pass.
+        Not needed if the model returns the loss, alone or as `loss` of its output, or a closure does. Without a loss,
+        the model's output shows whether the non-finite value arose before the backward pass.
         """
         self._guard.on_loss(loss)
         return loss
@@ -139,11 +139,11 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         """Makes a step if the gradients are finite.
 
         Args:
-            closure: See torch.optim.Optimizer. Every evaluation counts as a step of the guard.
-            grad_scaler: Given by `GradScaler.step`.
+            closure: Reevaluates the model; each evaluation counts as a step of the guard.
+            grad_scaler: The scaler, from `GradScaler.step`.
 
         Returns:
-            What the optimizer returns; the loss of the closure, or None, if the step was skipped.
+            The optimizer's result; the loss of the closure, or None, if the step was skipped.
 
         Raises:
             NumericsError: If the policy says so.
@@ -166,29 +166,29 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Asked by a GradScaler: whether `step` unscales, and is to be called whatever the gradients are."""
+        """Tells a GradScaler that `step` unscales, and is to be called even for bad gradients."""
         return self._guard.active
 
     def _step_scaled(self, was_handed: bool) -> Any:
-        """Unscales as the scaler would, unless the script has, and lets it know whether anything is not finite."""
+        """Unscales as the scaler would, unless the script has, and reports to it whether all is finite."""
         scaler = self.scaler
         if scaler is None:
             raise InvalidInput(
-                "the loss scale cannot be told, because something has replaced the step of this optimizer: set its "
+                "the loss scale is unknown, because something has replaced the step of this optimizer: set its "
                 "attribute scaler to the GradScaler"
             )
         has_unscaled = scalers.has_unscaled(scaler, self)
         check = self._guard.check(scalers.scale_of(scaler), are_scaled=not has_unscaled)
         if was_handed and not has_unscaled:
-            scalers.tell(scaler, self, check.bad)
+            scalers.set_found_inf(scaler, self, check.bad)
         try:
             return self._finish(check, 1.0 if has_unscaled else check.scale)
         finally:
             if check.bad and (self._guard.went_back or self._guard.session.keeps_scale):
-                scalers.tell(scaler, self, bad=False)
+                scalers.set_found_inf(scaler, self, bad=False)
 
     def _finish(self, check: GradientCheck, scale: float = 1.0) -> Any:
-        """Makes the step on gradients that are `scale` times too large, or does not."""
+        """Makes the step on gradients that are `scale` times too large, or skips it."""
         if check.bad:
             self._guard.skip()
             return None
@@ -207,17 +207,17 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
 
     @property
     def _divides(self) -> bool:
-        """Whether the optimizer's kernel does so itself, which it cannot where its tensors are DTensors."""
+        """Whether the optimizer's kernel can divide the gradients itself: not if its tensors are DTensors."""
         return getattr(self._optimizer, "_step_supports_amp_scaling", False) and not self._guard.sharded
 
     def _divisor(self, check: GradientCheck, scale: float) -> float:
-        """What the gradients are to be divided by: the loss scale, and what it takes to clip them."""
+        """Divisor of the gradients: the loss scale times the factor that clips."""
         if self._clip_norm is None:
             return scale
         return scale * max(1.0, (check.norm / scale + CLIP_EPSILON) / self._clip_norm)
 
     def _step_fused(self, divisor: float | torch.Tensor | None, found_inf: torch.Tensor | None = None) -> Any:
-        """Lets the kernel of a fused optimizer divide while it reads the gradients, and do nothing if they are bad."""
+        """Makes a fused optimizer divide while it reads the gradients, and do nothing if they are bad."""
         optimizer: Any = self._optimizer
         if divisor is not None:
             optimizer.grad_scale = torch.as_tensor(divisor, dtype=torch.float32, device=self._device)
@@ -230,7 +230,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
                 vars(optimizer).pop(name, None)
 
     def _step_without_sync(self) -> Any:
-        """Leaves it to a fused optimizer to make the step or not; the guard asks for what became of it a step later."""
+        """Makes a fused optimizer decide on the step itself; the guard reads the result a step later."""
         self._guard.resolve_pending_step()
         if self._guard.went_back:
             return None
@@ -244,7 +244,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         return result
 
     def _step_with(self, closure: Closure) -> Any:
-        """Looks after every evaluation of the closure. Those that are bad end the step."""
+        """Checks the gradients after every evaluation of the closure. A bad one ends the step."""
         before = self._weights() if isinstance(self._optimizer, torch.optim.LBFGS) else None
         evaluations = 0
 
@@ -280,28 +280,28 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
 
     @torch.no_grad()
     def _go_back(self, before: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Undoes what LBFGS did before the evaluation that was bad. What it knows of the curvature is lost."""
+        """Undoes LBFGS's changes before the bad evaluation. Its curvature history is lost."""
         for parameter, value in before:
             parameter.copy_(value)
         self._optimizer.state.clear()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """See torch.optim.Optimizer."""
+        """Sets the gradients to None or zero; see torch.optim.Optimizer."""
         self._optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        """See torch.optim.Optimizer: the wrapped optimizer's, no more and no less."""
+        """Returns exactly the wrapped optimizer's state dict."""
         return self._optimizer.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See torch.optim.Optimizer. Scans what was loaded, and the weights."""
+        """Loads the wrapped optimizer's state, then scans it and the weights."""
         self._optimizer.load_state_dict(state_dict)
         self._guard.state_was_loaded()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """See torch.optim.Optimizer. With parameters that have no name yet the guard begins anew."""
+        """Adds a parameter group. With parameters that have no name yet the guard begins anew."""
         self._optimizer.add_param_group(param_group)
-        if self._guard.active and not self._guard.knows_all():
+        if self._guard.active and not self._guard.all_named():
             self.detach()
             self._guard = OptimizerGuard(self._optimizer, self._named, self._config, self._on_overflow)
 
@@ -320,7 +320,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         return GuardedOptimizer(optimizer, named, self._config, self._on_overflow, self._clip_norm)
 
     def __getattr__(self, name: str) -> Any:
-        if name == "_optimizer":  # in the middle of being made
+        if name == "_optimizer":  # while it is constructed
             raise AttributeError(name)
         return getattr(self._optimizer, name)
 
@@ -329,7 +329,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
 
 
 def sync_is_costly(device: torch.device) -> bool:
-    """Whether reading a result waits for everything else that the device has to do before."""
+    """Whether reading a result waits for all earlier work of the device."""
     return device.type != "cpu"
 
 

@@ -1,4 +1,4 @@
-"""The names of what an optimizer trains, and hooks that observe the calls of the model."""
+"""Names of an optimizer's parameters, and hooks that observe the calls of the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Named = nn.Module | Iterable[tuple[str, torch.Tensor]]
 
 
 def inner(model: nn.Module) -> nn.Module:
-    """Returns the user's own model, out of DistributedDataParallel and torch.compile: its names are what he knows."""
+    """Returns the user's own model, out of DistributedDataParallel and torch.compile, with the user's names."""
     found: Any = model
     while True:
         if isinstance(found, nn.parallel.DistributedDataParallel):
@@ -41,23 +41,23 @@ def distributed(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
 
 
 def refuse_flat_shards(model: nn.Module) -> None:
-    """Raises InvalidInput for the first FSDP, whose ranks hold pieces of flat tensors that have no names."""
+    """Raises InvalidInput for the first FSDP, whose ranks hold pieces of flat tensors without names."""
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
         raise InvalidInput("FullyShardedDataParallel is not supported: shard with torch.distributed.fsdp.fully_shard")
 
 
 def loss_in(output: Any) -> torch.Tensor | None:
-    """Returns the loss, where the model returns it: alone, or as `loss` of what else it returns."""
+    """Returns the loss if the output is one, or has it as `loss`; else None."""
     found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", output)
     is_loss = isinstance(found, torch.Tensor) and found.numel() == 1 and found.requires_grad
     return found if is_loss else None
 
 
 def named_parameters(named: Named, optimizer: torch.optim.Optimizer) -> list[NamedTensor]:
-    """Returns the parameters of the model, or of the list, and what else the optimizer trains.
+    """Returns the parameters of the model, or of the list, and the optimizer's other parameters.
 
     Raises:
-        InvalidInput: If the optimizer trains none of them, or what cannot be read.
+        InvalidInput: If the optimizer trains none of them, or unreadable tensors.
     """
     if isinstance(named, nn.Module):
         found = named_tensors.named_parameters(inner(named))
@@ -75,7 +75,7 @@ def named_parameters(named: Named, optimizer: torch.optim.Optimizer) -> list[Nam
 
 
 def _trained(optimizer: torch.optim.Optimizer) -> Iterator[tuple[torch.Tensor, str]]:
-    """The optimizer's parameters, and names for those that have none."""
+    """The optimizer's parameters by name: `param_names` of a group, or places in the groups."""
     for number, group in enumerate(optimizer.param_groups):
         names = group.get("param_names") or [f"param_groups[{number}][{at}]" for at in range(len(group["params"]))]
         yield from zip(group["params"], names, strict=True)
@@ -96,19 +96,19 @@ class Observer(Protocol):
 
     @property
     def forward(self) -> Forward | None:
-        """Makes a call once more, unobserved; None if that is impossible."""
+        """Repeats a call, unobserved; None if that is impossible."""
 
     def stop(self) -> None:
-        """Observes no longer."""
+        """Stops observing."""
 
 
 class CallObserver:
-    """Observes every call of a model in training; a copy of the model (deepcopy, pickle) is not observed.
+    """Observes the calls of a model in training; a copy of the model (deepcopy, pickle) is not observed.
 
     Args:
         model: The model, as the script calls it, or a wrapper that calls it.
-        on_forward_start: Takes the arguments, before the call. Must not raise.
-        on_forward_end: Takes what was returned. Must not raise.
+        on_forward_start: Called with the arguments, before the call. Must not raise.
+        on_forward_end: Called with the output. Must not raise.
     """
 
     def __init__(
@@ -132,14 +132,14 @@ class CallObserver:
             if module is model and not self._muted:
                 on_forward_end(output)
 
-        # Behind every hook that changes what the model is given; before every one that changes what it returns.
+        # After every hook that changes the model's arguments; before every hook that changes its output.
         self._handles = [
             model.register_forward_pre_hook(_Hook(before), with_kwargs=True),
             model.register_forward_hook(_Hook(after)),
         ]
 
     def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Calls the model unobserved, and eagerly where it was compiled."""
+        """Calls the model unobserved, and eagerly if it was compiled."""
         model = inner(self._model)
         with self._mute():
             output = model(*args, **kwargs)
@@ -150,7 +150,7 @@ class CallObserver:
         return output
 
     def stop(self) -> None:
-        """Takes the hooks off."""
+        """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
 

@@ -1,4 +1,4 @@
-"""The guard of one optimizer: what is checked before its step, and what becomes of the step."""
+"""The guard of one optimizer: the check before its step, and the outcome of the step."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from hallo_numguard.ops.device import AsyncHostCopy
 
 
 class GradientCheck(NamedTuple):
-    """Result of a pass over the gradients, the same on every rank that shares them.
+    """Result of a pass over the gradients, the same on all ranks that share them.
 
     Attributes:
         gradients: Gradients that this rank holds.
         bad: Whether any is not finite, on any rank.
-        norm: L2 norm of all together, as they are; meaningless if one is not finite.
-        scale: Loss scale that was given; 1 if none was.
+        norm: L2 norm of all gradients, not unscaled; meaningless if one is not finite.
+        scale: Loss scale; 1 without a scaler.
     """
 
     gradients: list[torch.Tensor]
@@ -50,22 +50,22 @@ class GradientCheck(NamedTuple):
 
 
 class OptimizerGuard:
-    """Checks the gradients that an optimizer is about to apply, and says what is wrong with them.
+    """Checks the gradients that an optimizer is about to apply, and explains bad ones.
 
-    A step is `check`, and then `skip`, or the optimizer's own step and `done`. Ranks that share gradients, which they
-    do under DistributedDataParallel and with DTensors, all do the same; others are each guarded alone.
+    A step is `check`, and then either `skip`, or the optimizer's own step and `done`. Ranks that share gradients (under
+    DistributedDataParallel and with DTensors) all do the same; others are each guarded alone.
 
     Args:
         optimizer: A plain optimizer.
         named: The model, or its named parameters.
-        config: What to do.
-        on_overflow: See `attach`.
+        config: Settings.
+        on_overflow: Called with each `OverflowReport`.
         observer: Observes the calls of the model, constructed as `CallObserver` is.
 
     Attributes:
         session: Reports, history and findings.
-        active: Whether it still guards.
-        went_back: Whether the last step that was skipped was undone, with those since a checkpoint.
+        active: Whether the guard is still on.
+        went_back: Whether the last skipped step ended in a rollback to a checkpoint.
     """
 
     def __init__(
@@ -115,7 +115,7 @@ class OptimizerGuard:
             device=self._device,
             module=module,
             forward=None if self._calls is None else self._calls.forward,
-            backward_again=not sharded,
+            has_named_gradients=not sharded,
             can_go_back=self._can_go_back,
         )
 
@@ -123,16 +123,16 @@ class OptimizerGuard:
         """Returns the optimizer's parameters and their names."""
         return self._gradients.trained()
 
-    def knows_all(self) -> bool:
-        """Returns whether all that the optimizer trains has a name."""
-        return self._gradients.know_all()
+    def all_named(self) -> bool:
+        """Returns whether all parameters of the optimizer have a name."""
+        return self._gradients.all_named()
 
     def _can_go_back(self) -> bool:
-        """Whether the script has saved its run; rank 0 alone writes what has state dicts, of slices too few."""
+        """Whether the script has saved its run. State dicts are written by rank 0 alone, so slices would be lost."""
         return self._keeper.run is not None and not self._gradients.sharded
 
     def take_off(self) -> None:
-        """Stops guarding. Reports and history stay readable."""
+        """Removes the guard. Reports and history stay readable."""
         self.active = False
         if self._calls is not None:
             self._calls.stop()
@@ -143,7 +143,7 @@ class OptimizerGuard:
         """Whether the parameters are DTensors."""
         return self._gradients.sharded
 
-    # -- what is observed of the model ---------------------------------------------------------------------------------
+    # -- observation of the model -------------------------------------------------------------------------------------
 
     def _on_forward_start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if self._ranks.size == 1:
@@ -151,7 +151,7 @@ class OptimizerGuard:
         self.session.on_forward_start(args, kwargs)
 
     def _join_active_reducer(self) -> None:
-        """The model that was given may be inside of a DistributedDataParallel: all of its ranks come here."""
+        """Finds out whether the model is inside of a DistributedDataParallel: all of its ranks call this together."""
         reducer = DistributedDataParallel._get_active_ddp_module()
         if reducer is not None and self._model is not None and inner(reducer) is inner(self._model):
             self._ranks.join(reducer.process_group)
@@ -167,7 +167,7 @@ class OptimizerGuard:
             self.session.on_loss(loss)
 
     def on_loss(self, loss: torch.Tensor) -> None:
-        """Takes note of a micro-batch's loss, before its backward: in place of what the model's output tells of it."""
+        """Records a micro-batch's loss, before its backward; it replaces the loss taken from the model's output."""
         if not self._loss_is_told:
             self._loss_is_told = True
             self.session.forget_losses()
@@ -175,13 +175,13 @@ class OptimizerGuard:
             self.session.on_loss(loss)
 
     def on_closure_result(self, loss: Any) -> None:
-        """Takes note of what a closure returned: if it is a loss, no other counts."""
+        """Records the result of a closure: if it is a loss, no other counts."""
         if self.active and isinstance(loss, torch.Tensor) and loss.numel() == 1:
             self.session.forget_losses()
             self.session.on_loss(loss)
 
     def state_was_loaded(self) -> None:
-        """Scans weights and optimizer state that came from elsewhere."""
+        """Scans weights and optimizer state that were loaded."""
         if self.active:
             self.session.inspect_weights("the optimizer's state was loaded")
 
@@ -209,9 +209,9 @@ class OptimizerGuard:
         return GradientCheck(gradients, bad > 0, math.sqrt(squares), scales[0] if scales else 1.0)
 
     def check_without_sync(self) -> torch.Tensor:
-        """Reads the gradients, which are not DTensors, and leaves it to the optimizer to apply them if they are finite.
+        """Reads the gradients, which are no DTensors, and leaves it to the optimizer to apply them if they are finite.
 
-        `resolve_pending_step` comes before it, `postpone` after the optimizer's own step.
+        `resolve_pending_step` is called before it, `postpone` after the optimizer's own step.
 
         Returns:
             Number of gradients that are not finite, and the sum of the squares of all. float64 [2] on the device.
@@ -225,7 +225,7 @@ class OptimizerGuard:
         if not self.active:
             return None
         scan = self.session.essential("scan of the gradients", self._gradients.read, gradients)
-        # Others may find an overflow, and would wait for this rank: until then it checks as torch would.
+        # Others may find an overflow, and would wait for this rank: until the guard is off, torch alone checks.
         self._take_off_if_failed(everywhere=self._ranks.size == 1)
         return scan
 
@@ -244,7 +244,7 @@ class OptimizerGuard:
         self.session.before_step(self._steps, scaling, pieces)
 
     def _agree(self, totals: torch.Tensor) -> torch.Tensor:
-        """Adds up what the ranks hold; if the guard of one has failed, all take theirs off. Every rank is here."""
+        """Adds up the ranks' totals; if the guard of one has failed, all remove theirs. Every rank calls this."""
         failed = totals.new_tensor([float(self.session.failed)])
         *_, failures = summed = self._ranks.sum(torch.cat([totals, failed]))
         if failures:
@@ -253,12 +253,12 @@ class OptimizerGuard:
         return summed[:2]
 
     def skip(self) -> None:
-        """Finds out why the gradients are bad, and goes back to a checkpoint if that is to be done.
+        """Explains the bad gradients, and goes back to a checkpoint if the policy says so.
 
         The optimizer must not make its step. All ranks come here.
 
         Raises:
-            NumericsError: If that is what the policy says. Whatever `on_overflow` raises.
+            NumericsError: If the policy says so. Also any exception of `on_overflow`.
         """
         self.went_back = False
         if not self.active:
@@ -272,7 +272,7 @@ class OptimizerGuard:
             self._go_back()
 
     def _go_back(self) -> None:
-        """Loads what the script has saved, in whatever order, and scans it when all of it is there."""
+        """Loads the script's saved parts, in whatever order, and scans them when all are there."""
         self.active = False
         try:
             self.session.go_back(self._keeper.run)
@@ -282,13 +282,13 @@ class OptimizerGuard:
         self.session.inspect_weights("loaded from a checkpoint")
 
     def postpone(self, totals: torch.Tensor) -> None:
-        """Puts the step aside for `resolve_pending_step`, with its batch, and turns to the next. No host sync."""
+        """Puts the step aside for `resolve_pending_step`, with its batch, and begins the next. No host sync."""
         self._put_aside = AsyncHostCopy(totals), self.session.swap_step()
 
     def resolve_pending_step(self) -> None:
-        """Completes the step that was put aside, if any: like `skip` if it was bad. All ranks call it in the same step.
+        """Completes the step put aside, if any: like `skip` if it was bad. All ranks call it in the same step.
 
-        By now, a step later, the optimizer has not applied what is not finite, so the weights are what they were. If
+        By now, a step later, the optimizer has not applied bad gradients, so the weights are unchanged. If
         the run went back to a checkpoint, the present gradients are of no use any more.
         """
         self.went_back = False
@@ -317,7 +317,7 @@ class OptimizerGuard:
 
 
 def _totals_by_torch(gradients: list[torch.Tensor]) -> torch.Tensor:
-    """What `GradientScan.totals` gives, by torch alone."""
+    """The same totals as `GradientScan.totals`, by torch alone."""
     if not gradients:
         return torch.zeros(2, dtype=torch.float64)
     norms = torch.stack([torch.linalg.vector_norm(gradient.double()) for gradient in gradients])

@@ -1,4 +1,4 @@
-"""An optimizer's gradients and state: what this rank holds, and which piece of which parameter each tensor is."""
+"""An optimizer's gradients and state on this rank, and the piece of a parameter that each tensor is."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class GradientScan:
     """One pass over this rank's gradients.
 
     Attributes:
-        pieces: Statistics with the piece of a parameter that each row is of.
-        owned: Which of them count where ranks add up; None if all do. bool [gradients].
+        pieces: Statistics, with the piece of a parameter behind each row.
+        owned: Gradients that count when ranks add up; None for all. bool [gradients].
     """
 
     pieces: ScannedPieces
@@ -39,7 +39,7 @@ class GradientScan:
 
 
 class Gradients:
-    """`parameter.grad` of all that an optimizer trains.
+    """`parameter.grad` of all parameters that an optimizer trains.
 
     Args:
         optimizer: Optimizer that trains them.
@@ -56,7 +56,7 @@ class Gradients:
         self.sharded = any(is_sharded(item.tensor) for item in parameters)
 
     def collect(self) -> list[torch.Tensor]:
-        """Returns what this rank holds of the gradients that the last backward passes have made. Reads nothing.
+        """Returns this rank's part of the gradients of the last backward passes. Reads no values.
 
         Raises:
             InvalidInput: If one is sparse.
@@ -68,11 +68,11 @@ class Gradients:
         return [local(gradient) for gradient in gradients] if self.sharded else gradients
 
     def read(self, gradients: list[torch.Tensor]) -> GradientScan:
-        """Reads those that were just collected, once. No synchronisation."""
+        """Reads the gradients just collected, once. No host sync."""
         return GradientScan(ScannedPieces(multi_tensor_stats(gradients), self._pieces), self._owned)
 
     def scan_state(self) -> ScannedPieces:
-        """Reads the optimizer's moments once, a row a parameter and tensor. Not for the hot path."""
+        """Reads the optimizer's moments once, one row per parameter and tensor. Not for the hot path."""
         parts = list(_parts(self._optimizer, self._positions))
         table = multi_tensor_stats([tensor for tensor, _ in parts])
         return ScannedPieces(table, [self._piece(parameter) for _, parameter in parts])
@@ -81,8 +81,8 @@ class Gradients:
         """Returns the optimizer's parameters and their names."""
         return [(self._parameters[self._positions[parameter]].name, parameter) for parameter in self._all()]
 
-    def know_all(self) -> bool:
-        """Returns whether every parameter of the optimizer is among those of the session."""
+    def all_named(self) -> bool:
+        """Returns whether every parameter of the optimizer is in the guard's list."""
         return all(parameter in self._positions for parameter in self._all())
 
     def _all(self) -> Iterator[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""Which part of a DTensor this rank holds: FSDP2's slices of rows, tensor parallelism's blocks, copies of either."""
+"""The part of a DTensor that this rank holds: FSDP2's slices of rows, tensor parallelism's blocks, copies of either."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from hallo_numguard.guard.parameter_stats import NONE
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Returns whether it is a DTensor. Nothing has to be imported to find out."""
+    """Returns whether it is a DTensor. Imports nothing."""
     return hasattr(tensor, "device_mesh") and hasattr(tensor, "placements")
 
 
 def local(tensor: Any) -> torch.Tensor:
-    """Returns what this rank holds of it.
+    """Returns this rank's part of a tensor.
 
     Raises:
-        InvalidInput: If that is a part of a sum which has not been made yet.
+        InvalidInput: If the part is a summand that is not reduced yet.
     """
     if not is_sharded(tensor):
         return tensor
@@ -30,7 +30,7 @@ def local(tensor: Any) -> torch.Tensor:
 
 
 def counts_here(tensor: Any) -> bool:
-    """Returns whether what this rank holds of it is counted: of copies the one on the lowest ranks is."""
+    """Returns whether this rank's part is counted: of several copies, only the one on the lowest ranks is."""
     if not is_sharded(tensor):
         return torch.distributed.get_rank() == 0
     mesh = tensor.device_mesh
@@ -45,7 +45,7 @@ def place_of(tensor: Any) -> tuple[int, int, int]:
     """Returns where this rank's part lies in the whole tensor: see `Piece` for start, run and stride.
 
     Raises:
-        InvalidInput: If it is cut along more dimensions than the first and one other.
+        InvalidInput: If it is sharded along more dimensions than the first and one other.
     """
     if not is_sharded(tensor):
         return 0, NONE, 0
@@ -63,7 +63,7 @@ def place_of(tensor: Any) -> tuple[int, int, int]:
 
 
 def find(tensor: Any, flat: int) -> int | None:
-    """Returns where in this rank's part of a tensor the element is whose flat index in the whole is `flat`, if here."""
+    """Returns the position in this rank's part of the element with flat index `flat`; None if it is elsewhere."""
     start, run, stride = place_of(tensor)
     row, column = divmod(flat - start, stride or NONE)
     inside = row * run + column

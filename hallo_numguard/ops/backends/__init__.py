@@ -1,1 +1,1 @@
-"""One module a backend and device; the folder listing is the support matrix."""
+"""One module per backend and device; the folder listing is the support matrix."""

@@ -1,4 +1,4 @@
-"""How the GPU kernels cut segments into chunks: tables that both of them read, and the memory that they write to."""
+"""Chunks of segments for the GPU kernels: tables that both kernels read, and the memory that they write to."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from hallo_numguard.core.records import RECORD_FIELDS
 from hallo_numguard.ops.formats import FORMATS
 from hallo_numguard.ops.layout import Layout
 
-# Elements. Small enough for a few MiB to keep every multiprocessor busy, large enough for a record a chunk to cost a
-# thousandth of the traffic. csrc/cuda/kernels.cuh has the same number.
+# Elements. Small enough for a few MiB to keep every multiprocessor busy, large enough for the record of a chunk to
+# cost a thousandth of the traffic. csrc/cuda/kernels.cuh has the same number.
 CHUNK = 1 << 15
 
 _WORDS = len(RECORD_FIELDS)
@@ -21,14 +21,14 @@ _WORDS = len(RECORD_FIELDS)
 
 @dataclass(frozen=True)
 class Chunks:
-    """The chunks of a call. A chunk lies inside one segment; an empty segment has one, of no elements.
+    """The chunks of one launch. A chunk lies inside one segment; an empty segment has one empty chunk.
 
-    The kernels write to a buffer of `rows` records, of which the first ones are those of the segments. A segment of
-    one chunk has its record from that chunk; one of several has it from theirs, which stand behind.
+    The kernels write to a buffer of `rows` records, the segments' first. A segment's only chunk writes the segment's
+    record; several chunks write records of their own behind, which are then merged.
 
     Attributes:
-        table: Segment, number inside the segment, length in elements, row of its record; sorted by the dtype of the
-            segment. int32 [chunks, 4].
+        table: Segment, number inside the segment, length in elements, row of the record; sorted by the segment's dtype.
+            int32 [chunks, 4].
         splits: Segment of several chunks, the first row of its chunks, and the row after the last. int32 [splits, 3].
         launches: Dtype, first chunk, number of chunks.
         segments: Number of segments.
@@ -43,12 +43,12 @@ class Chunks:
 
     @functools.cached_property
     def pointers(self) -> tuple[int, list[tuple[int, int, int]], int, int]:
-        """The tables as csrc/python/cuda_bindings.cpp takes them."""
+        """The tables in the order that csrc/python/cuda_bindings.cpp takes."""
         launches = [(FORMATS[dtype].code, first, count) for dtype, first, count in self.launches]
         return self.table.data_ptr(), launches, self.splits.data_ptr(), len(self.splits)
 
     def buffer(self) -> torch.Tensor:
-        """int64 [rows, 8]: memory for the records, not initialised, on the device of the tables."""
+        """int64 [rows, 8]: uninitialised memory for the records, on the device of the tables."""
         return torch.empty((self.rows, _WORDS), dtype=torch.int64, device=self.table.device)
 
 
@@ -60,7 +60,7 @@ def chunks_of(sizes: torch.Tensor, codes: torch.Tensor, device: torch.device) ->
         codes: int64 [segments] on the CPU: `Format.code` of the dtype of each.
         device: Device for the tables.
 
-    Cost: a few passes over the tables, and a copy to the device that may wait; not for the hot path.
+    Cost: a few passes over the tables, and a copy to the device that may wait. Not for the hot path.
     """
     counts = ((sizes + CHUNK - 1) // CHUNK).clamp(min=1)
     order = torch.argsort(codes, stable=True)
@@ -101,11 +101,11 @@ def chunks_of_one(numel: int, dtype: torch.dtype, device: torch.device) -> Chunk
 
 @functools.lru_cache(maxsize=16)
 def chunks_of_list(sizes: bytes, codes: bytes, device: torch.device) -> Chunks:
-    """Returns the chunks of a list of tensors. Gradients keep their sizes from step to step, not their addresses.
+    """Returns the chunks of a list of tensors, cached by sizes: gradients keep them from step to step.
 
     Args:
-        sizes: int64, in elements, as bytes: quick to compare and to hash.
-        codes: int8, `Format.code` of each.
+        sizes: int64 sizes in elements, as bytes, which are quick to hash.
+        codes: int8 values of `Format.code`, as bytes.
         device: Device for the tables.
     """
     return chunks_of(

@@ -1,4 +1,4 @@
-"""The C++ kernels on the CPU: which instruction set, how many threads, and the calls."""
+"""The C++ kernels on the CPU: instruction sets, threads, and calls."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def isas() -> list[str]:
 
 @functools.cache
 def isa() -> int:
-    """Returns the number of the instruction set in use: HALLO_NUMGUARD_ISA, or the fastest.
+    """Returns the number of the instruction set in use: that of HALLO_NUMGUARD_ISA, or the fastest.
 
     Raises:
-        BackendUnavailable: If the variable names one that this CPU does not run.
+        BackendUnavailable: If the variable names an instruction set that this CPU does not run.
     """
     available = isas()
     wanted = os.environ.get(ISA_VARIABLE)
@@ -62,7 +62,7 @@ def isa() -> int:
 
 
 def stay_on_this_thread() -> None:
-    """Makes all scans that this thread asks for run on it alone: for threads that share out the work themselves."""
+    """Makes scans from this thread run on it alone: for threads that share out the work themselves."""
     _local.threads = 1
 
 
@@ -71,7 +71,7 @@ def _threads() -> int:
 
 
 def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> torch.Tensor:
-    """See `api.tensor_stats`. Cost: one pass, one allocation of 64 bytes a segment; a copy if not contiguous."""
+    """Runs `api.tensor_stats`. Cost: one pass, one allocation of 64 bytes per segment; a copy if not contiguous."""
     module = _loaded()
     flat = flat.contiguous()
     options = (_CODES[flat.dtype], detail, isa(), _threads())
@@ -86,7 +86,7 @@ def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> tor
 
 
 def multi_tensor_stats(tensors: TensorList, detail: bool) -> torch.Tensor:
-    """See `api.multi_tensor_stats`. Cost: one pass a dtype."""
+    """Runs `api.multi_tensor_stats`. Cost: one pass per dtype."""
     module = _loaded()
     packed = torch.empty((len(tensors), _WORDS), dtype=torch.int64, device="cpu")
     dtypes = set(tensors.dtypes)
@@ -107,21 +107,21 @@ def multi_tensor_stats(tensors: TensorList, detail: bool) -> torch.Tensor:
 def scan_file(
     descriptor: int, begin: int, end: int, runs: Sequence[tuple[int, int, torch.dtype]], words: torch.Tensor
 ) -> torch.Tensor:
-    """Reads bytes of a file block by block, and scans each while it is in the cache. On the calling thread alone.
+    """Reads bytes of a file block by block, and scans each while it is in the cache, on the calling thread alone.
 
     Args:
         descriptor: File descriptor.
         begin: First byte; a multiple of 4096.
         end: Byte after the last.
         runs: Runs of elements in the file: offset in bytes, number of elements, dtype.
-        words: Filled with a word for each whole page: its first 8 bytes, 1 if they are zeros, 0 if all of the page is.
+        words: Output, one word per whole page: its first 8 bytes, 1 if these are zeros, 0 if the page is.
             int64 [pages].
 
     Returns:
         Record of the elements that begin in each run; indices count from the run's first. int64 [runs, 8].
 
     Raises:
-        EOFError: If the file ends before.
+        EOFError: If the file is too short.
         OSError: If the disk fails.
     """
     packed = torch.empty((len(runs), _WORDS), dtype=torch.int64, device="cpu")
@@ -149,5 +149,5 @@ def _scan_list(
 
 @functools.lru_cache(maxsize=16)
 def _plan_of_sizes(sizes: bytes) -> Any:
-    """The chunk table of a list of tensors: gradients keep their sizes from step to step, not their addresses."""
+    """The chunk table of a list of tensors, cached: gradients keep their sizes from step to step."""
     return _loaded().Plan(list(itertools.accumulate(memoryview(sizes).cast("q"), initial=0)))

@@ -30,7 +30,7 @@ def unavailable(device_type: str) -> str | None:
 
 
 def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> torch.Tensor:
-    """See `api.tensor_stats`. Cost: at most two launches, one pass; a copy if not contiguous."""
+    """Runs `api.tensor_stats`. Cost: at most two launches, one pass; a copy if not contiguous."""
     flat = aligned(flat)
     if layout is None:
         chunks = chunks_of_one(flat.numel(), flat.dtype, flat.device)
@@ -40,10 +40,10 @@ def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> tor
 
 
 def multi_tensor_stats(tensors: TensorList, detail: bool) -> torch.Tensor:
-    """See `api.multi_tensor_stats`.
+    """Runs `api.multi_tensor_stats`.
 
-    Cost: a launch a dtype and one more if any tensor has several chunks; one pass. Up to 480 addresses travel as
-    arguments of the launch; more are copied to the device, 8 bytes a tensor, without a host sync.
+    Cost: one launch per dtype and one more if any tensor has several chunks; one pass. Up to 480 addresses travel as
+    arguments of the launch; more are copied to the device, 8 bytes per tensor, without a host sync.
     """
     chunks = chunks_of_list(tensors.sizes, tensors.dtypes, tensors.device)
     if len(tensors) <= _loaded().INLINE_CAPACITY:

@@ -1,6 +1,6 @@
-"""Plain PyTorch: the oracle that every kernel is tested against, and the fallback on any device.
+"""Plain PyTorch: the oracle for every kernel, and the fallback on any device.
 
-Works on the bits as the format defines them, so nothing depends on how this machine converts or flushes values.
+Works on the bits of the format, so that nothing depends on how a machine converts or flushes values.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ _PIECE = 1 << 20  # elements; bounds the memory that the float64 temporaries tak
 
 
 def unavailable(device_type: str) -> str | None:
-    """Returns why this backend cannot run on such a device: it always can."""
+    """Returns None: this backend can always run."""
     return None
 
 
 def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> torch.Tensor:
-    """See `stats.tensor_stats`. Cost: about 20 launches and 60 bytes an element, a segment."""
+    """Runs `api.tensor_stats`. Cost: about 20 launches and 60 bytes per element, for each segment."""
     flat = flat.detach().reshape(-1)
     offsets = [0, flat.numel()] if layout is None else layout.offsets.tolist()
     return _records([flat[begin:end] for begin, end in pairwise(offsets)], detail, flat.device)
 
 
 def multi_tensor_stats(tensors: TensorList, detail: bool) -> torch.Tensor:
-    """See `stats.multi_tensor_stats`."""
+    """Runs `api.multi_tensor_stats`."""
     return _records([tensor.detach().reshape(-1) for tensor in tensors.tensors], detail, tensors.device)
 
 
@@ -94,9 +94,9 @@ def _empty_record(device: torch.device) -> torch.Tensor:
 
 
 def _append(left: torch.Tensor, right: torch.Tensor, begin: int) -> torch.Tensor:
-    """The record of `left`'s elements and then `right`'s, which begin at index `begin`."""
+    """The combined record of `left` and of `right`, whose elements begin at index `begin`."""
     first = torch.where(right[5] >= 0, right[5] + begin, -1)
     first = torch.where(left[5] >= 0, left[5], first)
-    absmax = torch.maximum(left[6:7], right[6:7])  # as bits, which order as they do
+    absmax = torch.maximum(left[6:7], right[6:7])  # bits order like the numbers
     sumsq = left[7:].view(torch.float64) + right[7:].view(torch.float64)
     return torch.cat([left[:5] + right[:5], first[None], absmax, sumsq.view(torch.int64)])

@@ -38,7 +38,7 @@ _NUMBER_LIMIT = {torch.float8_e4m3fn: 480.0 / 256.0}
 
 @functools.cache
 def kernels() -> ModuleType | None:
-    """Returns the module of the kernels, or None where Triton is not installed."""
+    """Returns the module of the kernels; None if Triton is not installed."""
     try:
         from hallo_numguard.ops.backends import triton_kernels
     except ImportError:
@@ -63,7 +63,7 @@ def unavailable(device_type: str) -> str | None:
 
 
 def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> torch.Tensor:
-    """See `api.tensor_stats`. Cost: at most two launches, one pass; a copy if not contiguous."""
+    """Runs `api.tensor_stats`. Cost: at most two launches, one pass; a copy if not contiguous."""
     flat = aligned(flat)
     if layout is None:
         return _launch(
@@ -74,10 +74,10 @@ def tensor_stats(flat: torch.Tensor, layout: Layout | None, detail: bool) -> tor
 
 
 def multi_tensor_stats(tensors: TensorList, detail: bool) -> torch.Tensor:
-    """See `api.multi_tensor_stats`.
+    """Runs `api.multi_tensor_stats`.
 
-    Cost: a launch a dtype and one more if any tensor has several chunks; one pass; a copy of 8 bytes a tensor to the
-    device, without a host sync.
+    Cost: one launch per dtype and one more if any tensor has several chunks; one pass; a copy of 8 bytes per tensor
+    to the device, without a host sync.
     """
     chunks = chunks_of_list(tensors.sizes, tensors.dtypes, tensors.device)
     return _launch(0, runtime.send(tensors.addresses, tensors.device), chunks, detail)
@@ -99,7 +99,7 @@ def _launch(base: int, starts: torch.Tensor, chunks: Chunks, detail: bool) -> to
 
 @functools.cache
 def constants(dtype: torch.dtype) -> dict[str, Any]:
-    """What `chunk_kernel` is compiled for, but for `DETAIL`."""
+    """Compile-time constants of `chunk_kernel`, except for `DETAIL`."""
     import triton.language as tl
 
     spec = FORMATS[dtype]

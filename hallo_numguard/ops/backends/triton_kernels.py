@@ -1,16 +1,16 @@
-# The language of @triton.jit only looks like Python; its types are Triton's own.
+# The language of @triton.jit resembles Python only; its types are Triton's own.
 # mypy: ignore-errors
-"""The GPU kernels, in Triton: chunks of memory to records, and those of one segment to one.
+"""The GPU kernels, in Triton: from chunks of memory to records, and from the records of a segment to one.
 
 The largest magnitude of a chunk is kept with NaN carried along, so one maximum is both the absolute maximum and the
-test for NaN and Inf; squares are added in single precision. Only a chunk whose maximum says that this was not exact
+test for NaN and Inf; squares are added in single precision. Only a chunk whose maximum shows that this was not exact
 is read again, from cache, with everything counted.
 
 Results are the same bits as those of csrc/cuda/kernels.cuh, on any GPU and in the interpreter: which element goes to
 which lane depends on its address alone, lanes are added as a tree of neighbours, and no product that rounds is fused
 into an addition (the launcher switches that off).
 
-A format is told apart by its number of mantissa bits, which no two share. A record is eight int64 words, those of
+Formats are identified by their number of mantissa bits. A record is eight int64 words, those of
 `records.RECORD_FIELDS`; floats are written as bits.
 """
 
@@ -158,7 +158,7 @@ def combine_kernel(
 
 @triton.jit
 def _nothing(LANES: tl.constexpr, MANTISSA: tl.constexpr):
-    """Of each lane: no maximum, no squares, nothing counted."""
+    """Empty state of each lane: no maximum, no squares, nothing counted."""
     number: tl.constexpr = tl.float64 if MANTISSA == 52 else tl.float32
     peaks = tl.zeros([LANES], tl.int64 if MANTISSA == 52 else tl.float32)
     return peaks, tl.zeros([LANES], number), tl.zeros([LANES], tl.int32)
@@ -272,7 +272,7 @@ def _magnitude(raw, EXPONENT: tl.constexpr, MANTISSA: tl.constexpr):
 
 @triton.jit
 def _widened(magnitude, MANTISSA: tl.constexpr):
-    """The value in the precision of the sums, over SCALE; for e4m3fn, whose bias is 8 less than float16's, that is 256.
+    """The value in the precision of the sums, divided by SCALE: 256 for e4m3fn, whose bias is 8 less than float16's.
 
     The hardware widens float16; float8 have its mantissa but for the length. NaN of e4m3fn becomes a number that is
     larger than all others.

@@ -1,4 +1,4 @@
-"""Heat maps as numbers: rows of cells, put together where there are too many to draw."""
+"""Heat maps as numbers: rows of cells, merged if there are too many to draw."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Cell(NamedTuple):
 
     @property
     def mark(self) -> str:
-        """× where there may be NaN, ∞ where there are infinities only, "" where all is finite."""
+        """× if there may be NaN, ∞ if there are infinities only, "" if all is finite."""
         if not self.nonfinite:
             return ""
         return _INFINITE if self.infinite == self.nonfinite else _NOT_A_NUMBER
@@ -44,12 +44,12 @@ def merged(one: Cell | None, other: Cell | None) -> Cell | None:
 
 @dataclass
 class Grid:
-    """Rows by name, with a cell or nothing for each column.
+    """Rows by name, with a cell or None for each column.
 
     Attributes:
         columns: Labels of the columns.
         rows: Cells by name of the row.
-        note: Sentence on what was put together; "" if nothing was.
+        note: Sentence on merged rows; "" if there are none.
     """
 
     columns: list[str]
@@ -57,13 +57,13 @@ class Grid:
     note: str = ""
 
     def add(self, name: str, column: int, cell: Cell) -> None:
-        """Adds the elements of a cell to a place."""
+        """Merges a cell into the cell of a row and column."""
         row = self.rows.setdefault(name, [None] * len(self.columns))
         row[column] = merged(row[column], cell)
 
 
 def bins(labels: Sequence[str], limit: int) -> tuple[list[str], list[int]]:
-    """Puts neighbouring columns together where there are more than `limit`.
+    """Merges neighbouring columns if there are more than `limit`.
 
     Returns:
         Labels of the remaining columns, and for each old column the position of its new one.

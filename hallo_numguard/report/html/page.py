@@ -1,4 +1,4 @@
-"""Contents of the HTML page, as values that JSON has. Names in it are harmless text, which still has to be escaped."""
+"""Contents of the HTML page, as values that JSON has. Names are without control characters, but not escaped yet."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OUTLOOK = {True: "recovers", False: "unrecoverable", None: "unknown"}
 
 
 def content(inputs: ReportInputs) -> dict[str, Any]:
-    """Returns the template's variables; `figures` is for the page's script."""
+    """Returns the variables of the template; `figures` is for the page's script."""
     histories = inputs.histories()
     return {
         "title": _title(inputs),
@@ -81,7 +81,7 @@ def _hides_nan(overflows: Sequence[Overflow]) -> list[str]:
 
 
 def _ranks(overflows: Sequence[Overflow]) -> list[list[str]]:
-    """Returns a row for every rank that wrote a report of the last step, or that an offender of it names."""
+    """Returns a row for every rank with a report of the last step, or with an offender in it."""
     if not overflows:
         return []
     last = overflows[-1]
@@ -110,7 +110,7 @@ def _offenders_of(overflow: Overflow, rank: int | None) -> str:
 
 
 def _environment(overflows: Sequence[Overflow]) -> dict[str, Any]:
-    """Returns names of facts with a value for each rank of the last step."""
+    """Returns facts by name, with a value for each rank of the last step."""
     if not overflows:
         return {"ranks": [], "rows": []}
     ranks = overflows[-1].ranks[:_MAX_RANKS]
@@ -193,7 +193,7 @@ def _by_rank(histories: Sequence[RankHistory]) -> Grid:
 
 
 def _first_module(trace: Frames) -> list[str]:
-    """Returns the row of the module of the first non-finite tensor; none if its call was not kept."""
+    """Returns the row of the module of the first non-finite tensor; [] if its call was not kept."""
     first = trace.first_nonfinite
     return [frame.name or _ROOT for frame in trace.frames if first is not None and frame.position == first.position]
 

@@ -1,4 +1,4 @@
-"""Reports and traces as one HTML file that needs no network: it contains its scripts and styles.
+"""Reports and traces as one HTML file with its own scripts and styles, which needs no network.
 
 Needs jinja2 and plotly, which the extra `report` installs.
 """
@@ -19,7 +19,7 @@ COLUMNS = ("where", "kind", "name", "first at", "non-finite", "absmax of the res
 
 
 class MissingLibrary(NumGuardError):
-    """A library that only HTML reports need is not installed."""
+    """A library for HTML reports is not installed."""
 
 
 def render(inputs: ReportInputs) -> str:
@@ -54,6 +54,6 @@ def render(inputs: ReportInputs) -> str:
 
 
 def _hash(script: str) -> str:
-    """Returns the name of a script in a content security policy, which lets no other script run."""
+    """Returns the hash of a script for a content security policy, which lets no other script run."""
     digest = hashlib.sha256(script.encode()).digest()
     return f"'sha256-{base64.b64encode(digest).decode()}'"

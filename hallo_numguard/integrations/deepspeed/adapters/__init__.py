@@ -1,4 +1,4 @@
-"""One file a class of DeepSpeed's optimizers, with all that is known of it."""
+"""Adapters: one file per class of DeepSpeed's optimizers, with everything specific to that class."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hallo_numguard.integrations.deepspeed.adapters.plain import PlainAdapter
 from hallo_numguard.integrations.deepspeed.adapters.zero3 import Zero3Adapter
 from hallo_numguard.integrations.deepspeed.adapters.zero12 import Zero12Adapter
 
-# The first that fits is taken: a class comes before those that it is derived from.
+# The first match is taken: a class comes before its bases.
 ADAPTERS: tuple[type[OptimizerAdapter], ...] = (
     Zero3Adapter,
     Zero12Adapter,

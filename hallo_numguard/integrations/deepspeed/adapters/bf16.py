@@ -1,6 +1,6 @@
 """BF16_Optimizer: stage 1 in bfloat16 with gradients that are added up in float32.
 
-It makes no pass of its own that an instance could be relieved of: in replace mode, too, it is observed.
+None of its passes can be replaced on an instance: in replace mode, too, it is observed.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Bf16Adapter(OptimizerAdapter):
     state_is_sliced = True
 
     def gradient_source(self) -> GradientSource:
-        """Returns a flat tensor for every group, the whole of it on every rank."""
+        """Returns one flat tensor per group, the whole of it on every rank."""
         optimizer = self.optimizer
         buffers = []
         for group, parameters in enumerate(optimizer.bf16_groups):
@@ -47,12 +47,12 @@ class Bf16Adapter(OptimizerAdapter):
         return UNSCALED
 
     def state_parts(self) -> Iterator[Part]:
-        """See `OptimizerAdapter`."""
+        """Yields this rank's slices of the moments and master copies."""
         return linked_parts(self.optimizer.optimizer, self.optimizer.fp32_groups_flat_partition, self.positions)
 
     def replace_passes(self, patches: MethodPatches) -> None:
-        """Replaces nothing: its norm is a function of its module, which no instance can be given another of."""
+        """Replaces nothing: the norm is a function of DeepSpeed's module, which cannot be replaced on an instance."""
 
     def checks_overflow(self) -> bool:
-        """Returns whether it skips a step with a bad norm; before 0.19.8 it stops with an assertion without a text."""
+        """Returns whether a step with a bad norm is skipped; before 0.19.8 it fails an assertion without a message."""
         return takes_bad_norm_for_overflow()

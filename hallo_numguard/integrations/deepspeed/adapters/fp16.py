@@ -25,17 +25,17 @@ from hallo_numguard.integrations.patches import MethodPatches
 
 
 class _Fp16Adapter(OptimizerAdapter):
-    """What both have in common: every rank holds all of the gradients and of the state."""
+    """Common base: every rank holds all of the gradients and of the state."""
 
     required_attributes = ("_update_scale", "fp16_groups", "overflow")
     state_is_sliced = False
 
     def gradient_source(self) -> GradientSource:
-        """See `OptimizerAdapter`."""
+        """Returns the whole `parameter.grad` of each parameter."""
         return ParameterGradients(self.optimizer.fp16_groups, self.positions)
 
     def loss_scaling(self) -> LossScaling:
-        """See `OptimizerAdapter`."""
+        """Returns the state of the optimizer's loss scaler."""
         config = getattr(self.optimizer, "loss_scale_config", self.optimizer)  # the optimizer itself before 0.18.6
         return LossScaling(
             scale=float(config.cur_scale),
@@ -45,10 +45,10 @@ class _Fp16Adapter(OptimizerAdapter):
 
     @abstractmethod
     def state_parts(self) -> Iterator[Part]:
-        """See `OptimizerAdapter`."""
+        """Yields the moments and the float32 master copies."""
 
     def known_bugs(self, release: Release) -> Iterable[str]:
-        """See `OptimizerAdapter`."""
+        """Yields the missing loss scaling of stage 0 in fp16 (0.18.3 to 0.19.8)."""
         if (0, 18, 3) <= release <= (0, 19, 8) and self.loss_scaling().scale != 1.0:
             yield (
                 "at stage 0 in fp16 does not scale the loss in engine.backward, but divides the gradients by the "
@@ -56,7 +56,7 @@ class _Fp16Adapter(OptimizerAdapter):
             )
 
     def replace_passes(self, patches: MethodPatches) -> None:
-        """See `OptimizerAdapter`."""
+        """Replaces the overflow check; the norm stays DeepSpeed's."""
         checker = getattr(self.optimizer, "overflow_checker", None)
         if hasattr(checker, "has_overflow_serial"):
             patches.wrap(checker, "has_overflow_serial", self._has_overflow)
@@ -66,12 +66,12 @@ class _Fp16Adapter(OptimizerAdapter):
 
 
 class Fp16FusedAdapter(_Fp16Adapter):
-    """`FP16_Optimizer`: one flat float32 master copy a group, its parameters one after the other."""
+    """`FP16_Optimizer`: one flat float32 master copy per group, its parameters one after the other."""
 
     class_names = ("FP16_Optimizer",)
 
     def state_parts(self) -> Iterator[Part]:
-        """See `OptimizerAdapter`."""
+        """Yields each parameter's part of the flat moments and master copies."""
         optimizer = self.optimizer
         for flat, parameters in zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True):
             tensors = [flat, *moments(optimizer.optimizer, flat)]
@@ -89,7 +89,7 @@ class Fp16UnfusedAdapter(_Fp16Adapter):
     class_names = ("FP16_UnfusedOptimizer",)
 
     def state_parts(self) -> Iterator[Part]:
-        """See `OptimizerAdapter`."""
+        """Yields the moments and the master copy of each parameter."""
         for masters, parameters in zip(self.optimizer.fp32_groups, self.optimizer.fp16_groups, strict=True):
             for master, parameter in zip(masters, parameters, strict=True):
                 position = self.positions[parameter]

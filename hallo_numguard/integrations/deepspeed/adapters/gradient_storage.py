@@ -1,6 +1,6 @@
 """Ways in which DeepSpeed's optimizers store reduced gradients, shared by their adapters.
 
-A source is made once. A scan of flat buffers does no work a parameter on a clean step.
+A source is made once. On a clean step, a scan of flat buffers does no work per parameter.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ class GradientSource(Protocol):
     """This rank's reduced gradients.
 
     Attributes:
-        is_sliced: Whether every rank holds another slice; else every rank holds all of them.
+        is_sliced: Whether the ranks hold slices; else every rank holds all of them.
     """
 
     is_sliced: bool
 
     def scan(self) -> ScannedPieces:
-        """Reads them once. Between the last backward of a step and the optimizer's step."""
+        """Reads the gradients once, between the last backward of a step and the optimizer's step."""
 
     def drop(self) -> None:
         """Forgets the gradients of a step that was skipped.
 
-        Buffers that stay would keep those of a parameter that takes no part in the next step, and apply them there: a
+        Otherwise buffers keep the gradient of a parameter that takes no part in the next step, and apply it there: a
         NaN of the skipped step reaches the weights with a finite loss (ZeRO 1 to 3 with offload), or every later step
         is skipped as well (ZeRO 3).
         """
@@ -57,7 +57,7 @@ class ParameterGradients:
         self._positions = [positions[parameter] for parameter in self._parameters]
 
     def scan(self) -> ScannedPieces:
-        """See `GradientSource.scan`."""
+        """Reads the gradients that exist."""
         held = [
             (parameter.grad, position)
             for parameter, position in zip(self._parameters, self._positions, strict=True)
@@ -67,17 +67,17 @@ class ParameterGradients:
         return ScannedPieces(table, [Piece(position, 0) for _, position in held])
 
     def drop(self) -> None:
-        """See `GradientSource.drop`: the optimizer has set them to None."""
+        """Does nothing: the optimizer has set the gradients to None."""
 
 
 class FlatBuffers:
-    """Flat tensors that stay where they are.
+    """Flat tensors that keep their addresses.
 
     Args:
         buffers: Getter of each buffer (which may give None in a step) with its segments in order; what lies between
             segments is padding.
-        is_sliced: See `GradientSource`.
-        groups: Number of segments of each of the optimizer's groups, in order. Default: a group a buffer.
+        is_sliced: Whether the ranks hold slices of the gradients.
+        groups: Number of segments of each of the optimizer's groups, in order. Default: one group per buffer.
         copies: Returns other tensors that hold the same gradients.
         wait: Waits for copies that are still on their way to the buffers.
     """
@@ -106,33 +106,33 @@ class FlatBuffers:
         self._groups = [slice(begin, end) for begin, end in itertools.pairwise(ends)]
 
     def scan(self) -> ScannedPieces:
-        """See `GradientSource.scan`."""
+        """Waits for copies to the buffers, then reads each buffer once."""
         self._wait()
         tables = []
         for get, layout in self._buffers:
             flat = get()
             if flat is None:  # nothing arrived for this group
-                tables.append(StatsTable.of_nothing(layout.segments))
+                tables.append(StatsTable.empty(layout.segments))
             else:
                 tables.append(tensor_stats(flat.view(-1), layout))
         return ScannedPieces(StatsTable.concatenate(tables), self._pieces, self._groups)
 
     def drop(self) -> None:
-        """See `GradientSource.drop`."""
+        """Sets the buffers and their copies to zero."""
         for flat in [*(get() for get, _ in self._buffers), *self._copies()]:
             if flat is not None:
                 flat.zero_()
 
 
 def check_end(optimizer: Any, attribute: str, segments: Sequence[Segment], numel: int) -> None:
-    """Raises UnsupportedDeepSpeed if the segments end behind the flat tensor that should hold them."""
+    """Raises UnsupportedDeepSpeed if the segments end beyond the flat tensor that should hold them."""
     end = segments[-1][1] if segments else 0
     if end > numel:
         raise unknown_layout(optimizer, attribute, f"{numel} elements where the parameters account for {end}")
 
 
 def _without_gaps(segments: Sequence[Segment]) -> tuple[list[int], list[Piece], list[int]]:
-    """Offsets with the padding as segments of its own, the piece of each, and the number of rows before segment i."""
+    """Offsets with padding as extra segments, the piece of each, and the number of rows before segment i."""
     offsets, pieces, rows = [0], [], [0]
     for begin, end, piece in segments:
         if begin < offsets[-1]:

@@ -1,4 +1,4 @@
-"""What the guard has to know of one class of DeepSpeed's optimizers; a subclass states all of it in its own file."""
+"""Base of the adapters. A subclass, in a file of its own, states everything specific to one class of optimizers."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class OptimizerAdapter(ABC):
         positions: Position in the guard's list, by parameter.
 
     Attributes:
-        class_names: Names of the class, or of one that it is derived from.
+        class_names: Names of the class, or of its bases.
         required_attributes: Attributes without which the guard cannot work.
-        unsupported_features: Features that the guard does not work with, by the attribute that tells them.
-        state_is_sliced: Whether every rank holds another slice of the optimizer's state; else each holds all of it.
+        unsupported_features: Features that the guard does not work with, by the attribute that is set for each.
+        state_is_sliced: Whether the ranks hold slices of the optimizer's state; else each holds all of it.
     """
 
     class_names: ClassVar[tuple[str, ...]]
@@ -60,7 +60,7 @@ class OptimizerAdapter(ABC):
 
     @classmethod
     def check_supported(cls, optimizer: Any) -> None:
-        """Raises UnsupportedDeepSpeed unless the guard works with `optimizer` as it is configured."""
+        """Raises UnsupportedDeepSpeed if the guard does not work with the configuration of `optimizer`."""
         require(optimizer, "step", *cls.required_attributes)
         for name, feature in cls.unsupported_features.items():
             if getattr(optimizer, name, False):
@@ -72,7 +72,7 @@ class OptimizerAdapter(ABC):
 
     @abstractmethod
     def gradient_source(self) -> GradientSource:
-        """Returns where this rank's reduced gradients are when the optimizer's step begins."""
+        """Returns the storage of this rank's reduced gradients when the optimizer's step begins."""
 
     @abstractmethod
     def loss_scaling(self) -> LossScaling:
@@ -83,18 +83,18 @@ class OptimizerAdapter(ABC):
         """Yields this rank's moments and float32 master copies."""
 
     def checks_overflow(self) -> bool:
-        """Returns whether the optimizer, as it is configured, checks its gradients at all."""
+        """Returns whether the optimizer, in its configuration, checks its gradients at all."""
         return True
 
     def known_bugs(self, release: Release) -> Iterable[str]:
-        """Returns what this release of DeepSpeed is known to get wrong for this optimizer, a sentence each."""
+        """Returns the known bugs of this release of DeepSpeed with this optimizer, a sentence each."""
         return ()
 
     def scan_state(self) -> ScannedPieces:
-        """Reads the optimizer's state once, a row a parameter and tensor. Not for the hot path.
+        """Reads the optimizer's state once, one row per parameter and tensor. Not for the hot path.
 
-        A step with a non-finite gradient is skipped, so what is not finite in here did not come from a gradient: it
-        was there before, or memory was damaged.
+        A step with a non-finite gradient is skipped, so a non-finite state did not come from a gradient: it was there
+        before, or memory was damaged.
         """
         parts = list(self.state_parts())
         table = multi_tensor_stats([tensor.detach() for tensor, _ in parts])
@@ -102,7 +102,7 @@ class OptimizerAdapter(ABC):
 
     # -- replace mode: the guard's pass over the gradients stands in for DeepSpeed's own -----------------------------
     #
-    # Only the local part is replaced, what one rank computes of its own gradients. Collectives, the decision and the
+    # Only the local part is replaced, one rank's computation on its own gradients. Collectives, the decision and the
     # clipping stay DeepSpeed's, because its methods still run: they are given a gradient of one element in place of
     # all of them, whose norm is that of all, and which is NaN if any of them is not finite.
 
@@ -114,19 +114,19 @@ class OptimizerAdapter(ABC):
 
     @abstractmethod
     def replace_passes(self, patches: MethodPatches) -> None:
-        """Lets DeepSpeed take flag and norm from `scan`, by patches that are taken off with the guard's."""
+        """Patches DeepSpeed's methods so that flag and norm come from `scan`."""
 
     def begin_step(self, scan: ScannedPieces | None) -> None:
-        """Takes the scan of the step that begins; None if there is none, and DeepSpeed has to look itself."""
+        """Takes the scan of the step that begins; None if there is none, and DeepSpeed has to make its own passes."""
         self.scan = scan
 
     def end_step(self) -> None:
-        """Lets go of the scan."""
+        """Drops the scan."""
         self.scan = None
 
 
 def moments(optimizer: Any, key: torch.Tensor) -> list[torch.Tensor]:
-    """Returns tensors of a torch optimizer's state that are as large as `key`; a step count is not."""
+    """Returns the tensors of a torch optimizer's state that are as large as `key`; a step count is not."""
     return [
         value
         for value in optimizer.state.get(key, {}).values()
@@ -135,17 +135,17 @@ def moments(optimizer: Any, key: torch.Tensor) -> list[torch.Tensor]:
 
 
 def whole_parts(optimizer: Any, key: torch.Tensor, position: int, is_master: bool) -> Iterator[Part]:
-    """Yields the moments of a whole parameter, and `key` itself where it is a master copy."""
+    """Yields the moments of a whole parameter, and `key` itself if it is a master copy."""
     for tensor in ([key] if is_master else []) + moments(optimizer, key):
         yield tensor.view(-1), Piece(position, 0)
 
 
 def linked_parts(optimizer: Any, flats: Any, positions: Positions) -> Iterator[Part]:
-    """Yields state by the links that DeepSpeed keeps from parameters to fragments of flat master partitions.
+    """Yields state by DeepSpeed's links from parameters to fragments of flat master partitions.
 
     Args:
         optimizer: The torch optimizer inside.
-        flats: Flat float32 partitions, one a parameter group.
+        flats: Flat float32 partitions, one per parameter group.
         positions: Position in the guard's list, by parameter.
 
     Source: deepspeed/utils/tensor_fragment.py.
@@ -172,7 +172,7 @@ def zero_loss_scaling(optimizer: Any) -> LossScaling:
 
 
 def takes_bad_norm_for_overflow() -> bool:
-    """Returns whether this DeepSpeed takes a norm that is not finite for an overflow (>= 0.19.8)."""
+    """Returns whether this DeepSpeed treats a norm that is not finite as an overflow (>= 0.19.8)."""
     return hasattr(sys.modules.get("deepspeed.runtime.utils"), "is_invalid_grad_norm")
 
 

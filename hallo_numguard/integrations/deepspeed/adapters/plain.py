@@ -29,7 +29,7 @@ class PlainAdapter(OptimizerAdapter):
     state_is_sliced = False
 
     def gradient_source(self) -> GradientSource:
-        """See `OptimizerAdapter`."""
+        """Returns the whole `parameter.grad` of each parameter."""
         groups = [group["params"] for group in self.optimizer.param_groups]
         return ParameterGradients(groups, self.positions)
 
@@ -38,12 +38,12 @@ class PlainAdapter(OptimizerAdapter):
         return UNSCALED
 
     def state_parts(self) -> Iterator[Part]:
-        """See `OptimizerAdapter`."""
+        """Yields the moments of each parameter."""
         for parameter in itertools.chain.from_iterable(group["params"] for group in self.optimizer.param_groups):
             yield from whole_parts(self.optimizer, parameter, self.positions[parameter], is_master=False)
 
     def replace_passes(self, patches: MethodPatches) -> None:
-        """Replaces nothing here: the engine clips, and the guard calls `clip` in its place."""
+        """Replaces nothing here: the guard calls `clip` in place of the engine's clipping."""
 
     def checks_overflow(self) -> bool:
         """Returns False: only the guard checks."""
@@ -51,7 +51,7 @@ class PlainAdapter(OptimizerAdapter):
 
 
 def clip(scan: ScannedPieces, gradients: Sequence[torch.Tensor], max_norm: float, ranks: Ranks) -> None:
-    """Clips as DeepSpeed's `clip_grad_norm_` does where there is no model parallelism, its own norm left out.
+    """Clips as DeepSpeed's `clip_grad_norm_` does without model parallelism, by the norm of the scan.
 
     All ranks hold the same gradients; the mean over them is DeepSpeed's, and makes them clip by the same bits.
     """

@@ -17,9 +17,9 @@ class ReplacedNorms:
     """Stands in for the methods in which a ZeRO optimizer computes the norm of a parameter group.
 
     Args:
-        adapter: Holds the scan of the step under way.
-        groups: DeepSpeed's own lists of parameters, one a group: groups are told by identity.
-        master_partitions: Returns the flat master partitions, one a group, whose `grad` is read where a scan failed.
+        adapter: Adapter with the scan of the step under way.
+        groups: DeepSpeed's own lists of parameters, one per group, compared by identity.
+        master_partitions: Returns the flat master partitions, one per group, whose `grad` is read if a scan failed.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class ReplacedNorms:
         self._optimizer.norm_for_param_grads[self._optimizer.get_param_id(param)] = _ZERO
 
     def complete_grad_norm(self, original: Callable[..., Any], params: Sequence[Any]) -> Any:
-        """Lets one parameter stand for all. What DeepSpeed does about parameters that took no part stays as it is."""
+        """Gives the norm of the group to one parameter. DeepSpeed's handling of unused parameters is unchanged."""
         norms = self._optimizer.norm_for_param_grads
         ids = [self._optimizer.get_param_id(parameter) for parameter in params]
         took_part = [index for index, param_id in enumerate(ids) if param_id in norms]
@@ -70,7 +70,7 @@ class ReplacedNorms:
         scan = self._adapter.scan
         if scan is not None:
             return norm_of(scan.table[scan.groups[group]])
-        # The guard failed to scan this step, and DeepSpeed's own passes during the backward pass were left out.
+        # The scan of this step failed, and DeepSpeed's own passes during the backward pass were left out.
         gradient = self._master_partitions()[group].grad
         return _ZERO if gradient is None else torch.linalg.vector_norm(gradient.double())
 

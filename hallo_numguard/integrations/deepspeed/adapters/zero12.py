@@ -57,22 +57,22 @@ class Zero12Adapter(OptimizerAdapter):
     state_is_sliced = True
 
     def gradient_source(self) -> GradientSource:
-        """See `OptimizerAdapter`."""
+        """Returns flat CPU tensors with offload, else DeepSpeed's lists of tensors."""
         if self.optimizer.cpu_offload:
             return _offloaded_partitions(self.optimizer, self.positions)
         return PartitionLists(self.optimizer, self.positions)
 
     def loss_scaling(self) -> LossScaling:
-        """See `OptimizerAdapter`."""
+        """Returns the state of the optimizer's loss scaler."""
         return zero_loss_scaling(self.optimizer)
 
     def state_parts(self) -> Iterator[Part]:
-        """See `OptimizerAdapter`."""
+        """Yields this rank's slices of the moments and master copies."""
         flats = self.optimizer.single_partition_of_fp32_groups
         return linked_parts(self.optimizer.optimizer, flats, self.positions)
 
     def checks_overflow(self) -> bool:
-        """See `OptimizerAdapter`."""
+        """Returns whether overflows, or bad norms in their place, skip the step."""
         optimizer = self.optimizer
         if getattr(optimizer, "check_grad_overflow", True):
             return True
@@ -80,7 +80,7 @@ class Zero12Adapter(OptimizerAdapter):
         return takes_bad_norm_for_overflow() and is_half and getattr(optimizer, "compute_grad_norm", True)
 
     def known_bugs(self, release: Release) -> Iterable[str]:
-        """See `OptimizerAdapter`."""
+        """Yields the lost micro-batches of stage 2 (0.17.6 to 0.18.2)."""
         accumulates = getattr(self.optimizer, "gradient_accumulation_steps", 1) > 1
         if accumulates and (0, 17, 6) <= release <= (0, 18, 2):
             yield "drops micro-batches under ZeRO stage 2 with gradient accumulation: upgrade it."
@@ -88,7 +88,7 @@ class Zero12Adapter(OptimizerAdapter):
     # -- replace mode ------------------------------------------------------------------------------------------------
 
     def replace_passes(self, patches: MethodPatches) -> None:
-        """See `OptimizerAdapter`."""
+        """Replaces the overflow check and the norm; with offload, also the passes of every backward."""
         optimizer = self.optimizer
         norms = ReplacedNorms(self, optimizer.params_in_partition, lambda: optimizer.single_partition_of_fp32_groups)
         if not optimizer.cpu_offload:
@@ -101,7 +101,7 @@ class Zero12Adapter(OptimizerAdapter):
         patches.wrap(optimizer, "complete_grad_norm_calculation_for_cpu_offload", norms.complete_grad_norm)
 
     def begin_step(self, scan: ScannedPieces | None) -> None:
-        """See `OptimizerAdapter`."""
+        """Sets the overflow flag of offload, which DeepSpeed would have tracked in the backward pass."""
         super().begin_step(scan)
         if hasattr(self.optimizer, "local_overflow") and self.optimizer.cpu_offload:
             bad = self._offloaded_are_bad() if scan is None else scan.table.any_nonfinite()
@@ -116,7 +116,7 @@ class Zero12Adapter(OptimizerAdapter):
 
 
 class PartitionLists:
-    """Gradients without offload: scattered tensors, at new addresses every step, of the same sizes."""
+    """Gradients without offload: scattered tensors, of the same sizes but at new addresses every step."""
 
     is_sliced = True
 
@@ -127,14 +127,14 @@ class PartitionLists:
         self._pieces: list[Piece] = []
 
     def scan(self) -> ScannedPieces:
-        """See `GradientSource.scan`."""
+        """Reads the lists once, without the padding."""
         tensors: list[torch.Tensor] = []
         owners: list[tuple[int, int]] = []
         groups = []
         for group in range(len(self._optimizer.bit16_groups)):
             gradients = self._optimizer.averaged_gradients.get(group) or ()
             real = [item for item in gradients if not getattr(item, "_zero_padding", False)]
-            # Older releases append the padding without a mark: it is what has no parameter.
+            # Older releases append the padding without a mark: it follows the last parameter.
             held = min(len(real), len(self._optimizer.params_in_partition[group]))
             groups.append(slice(len(tensors), len(tensors) + held))
             tensors += real[:held]
@@ -146,7 +146,7 @@ class PartitionLists:
         return ScannedPieces(multi_tensor_stats(tensors), self._pieces, groups)
 
     def drop(self) -> None:
-        """See `GradientSource.drop`: the optimizer has let go of them."""
+        """Does nothing: the optimizer has dropped its lists."""
 
     def _piece(self, group: int, index: int, size: int) -> Piece:
         parameter = self._optimizer.params_in_partition[group][index]
@@ -162,7 +162,7 @@ class PartitionLists:
 
 
 def _offloaded_partitions(optimizer: Any, positions: Positions) -> FlatBuffers:
-    """Gradients with offload: a flat float32 tensor on the CPU for every group."""
+    """Gradients with offload: one flat float32 tensor per group on the CPU."""
     buffers = []
     for group, flat in enumerate(optimizer.single_partition_of_fp32_groups):
         segments = []
@@ -177,7 +177,7 @@ def _offloaded_partitions(optimizer: Any, positions: Positions) -> FlatBuffers:
 
 
 def _wait_for_copies(optimizer: Any) -> None:
-    """DeepSpeed copies gradients from the GPU while the backward pass goes on, and waits itself in its step."""
+    """Waits for gradients that DeepSpeed copies from the GPU during the backward pass."""
     if hasattr(optimizer, "_wait_for_offload_copies"):
         optimizer._wait_for_offload_copies()
     elif torch.cuda.is_available():

@@ -70,11 +70,11 @@ class Zero3Adapter(OptimizerAdapter):
         )
 
     def loss_scaling(self) -> LossScaling:
-        """See `OptimizerAdapter`."""
+        """Returns the state of the optimizer's loss scaler."""
         return zero_loss_scaling(self.optimizer)
 
     def state_parts(self) -> Iterator[Part]:
-        """See `OptimizerAdapter`."""
+        """Yields this rank's slices of the moments and master copies."""
         optimizer = self.optimizer
         for flat, parameters in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
             if flat is None:
@@ -92,13 +92,13 @@ class Zero3Adapter(OptimizerAdapter):
                 begin += mine.size
 
     def checks_overflow(self) -> bool:
-        """See `OptimizerAdapter`."""
+        """Returns whether overflows, or bad norms in their place, skip the step."""
         return self.optimizer.dtype == torch.float16 or takes_bad_norm_for_overflow()
 
     # -- replace mode ------------------------------------------------------------------------------------------------
 
     def replace_passes(self, patches: MethodPatches) -> None:
-        """See `OptimizerAdapter`."""
+        """Replaces the overflow check and the norm; with offload, also the norm in every backward."""
         optimizer = self.optimizer
         norms = ReplacedNorms(self, optimizer.fp16_groups, lambda: optimizer.fp32_partitioned_groups_flat)
         patches.wrap(optimizer, "has_overflow", self._has_overflow)
@@ -121,5 +121,5 @@ def _no_norm(_: Callable[..., Any], gradient: torch.Tensor, *__: Any) -> torch.T
 
 
 def _share_memory(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether a master copy is none: in float32, stage 3 of older releases lets the optimizer work on the weights."""
+    """Whether a master copy is the weight itself: older releases of stage 3 in float32 make no copy."""
     return left.untyped_storage().data_ptr() == right.untyped_storage().data_ptr()
