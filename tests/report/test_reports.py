@@ -142,13 +142,6 @@ def test_a_file_that_cannot_be_read_is_named_with_the_cause(tmp_path, data):
     assert len(done.stderr) < 1100
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
-    done = run(tmp_path / "missing\x1b[2J.json")
-    assert done.exit_code == 2
-    assert "No such file" in done.stderr
-    assert "\x1b" not in done.stderr
-
-
 def test_a_page_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     done = run(support.REAL[0], "--html", tmp_path / "file" / "page.html")
