@@ -129,8 +129,12 @@ class Function:
             UnknownCode: If there is a cycle that is not a natural loop, or a load that no path leads to.
         """
         graph = self._flow()
-        dominators = nx.immediate_dominators(graph, 0)
-        back_edges = [(latch, header) for latch, header in graph.edges if _dominates(header, latch, dominators)]
+        # From each instruction to the next that all paths to it go through; none comes before the entry.
+        dominators = nx.DiGraph((node, over) for node, over in nx.immediate_dominators(graph, 0).items() if node)
+        dominators.add_node(0)
+        back_edges = [
+            (latch, header) for latch, header in graph.edges if header in {latch, *nx.descendants(dominators, latch)}
+        ]
         if not nx.is_directed_acyclic_graph(nx.restricted_view(graph, [], back_edges)):
             raise UnknownCode("a loop with two ways in")
         bodies: dict[int, set[int]] = {}
@@ -225,12 +229,3 @@ def _function(parts: list[dict[str, Any]]) -> Function:
             address = INSTRUCTION_BYTES * len(code)
             code.append(Instruction(address, guard, listed["opcode"], addresses.get(operands, operands)))
     return Function(name, tuple(code))
-
-
-def _dominates(header: int, latch: int, dominators: dict[int, int | None]) -> bool:
-    """Whether every path from the entry to `latch` goes through `header`."""
-    node: int | None = latch
-    while node is not None and node != header:
-        parent = dominators.get(node)
-        node = None if parent == node else parent
-    return node == header

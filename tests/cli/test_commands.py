@@ -13,6 +13,8 @@ from click.testing import CliRunner
 
 from hallo_numguard import cli
 
+from weights import model_folder
+
 FILES = sorted(path.stem for path in Path(cli.__file__).parent.glob("[!_]*.py"))
 HEAVY = {"torch", "numpy", "rich", "jinja2", "plotly", "safetensors", "deepspeed", "triton"}
 
@@ -79,6 +81,14 @@ def test_errors_are_messages_on_stderr_or_a_document_on_stdout(tmp_path, monkeyp
     document = json.loads(as_json.stdout)
     assert message in document.pop("error")
     assert document == {"schema_version": 1, "ok": False, "exit_code": 2}
+
+
+@pytest.mark.parametrize("arguments", [["manifest"], ["verify"], ["report"], ["diff", model_folder()]], ids=str)
+def test_a_path_that_is_not_there_is_named_as_harmless_text(tmp_path, arguments):
+    done = run(*arguments, tmp_path / "missing\x1b[2J")
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "missing" in done.stderr
+    assert "\x1b" not in done.stderr
 
 
 @pytest.mark.parametrize("style", ["human", "json"])

@@ -1,6 +1,5 @@
 // The module of csrc/cuda as Python loads it, with every launch run by the shim, and a second module that tells what
-// was launched. Both are in one library, and so share the shim's state.
-#include "../../csrc/cuda/stats.cu"
+// was launched. Both are in one library with csrc/cuda/stats.cu, and so share the shim's state.
 #include "../../csrc/python/cuda_bindings.cpp"
 
 PYBIND11_MODULE(_cuda_shim_log, module) {
@@ -13,4 +12,5 @@ PYBIND11_MODULE(_cuda_shim_log, module) {
     return launches;
   });
   module.def("current_device", [] { return cuda_shim::current_device; });
+  module.def("set_order", &cuda_shim::set_order);
 }

@@ -88,7 +88,7 @@ def test_what_is_not_finite_is_never_healthy(keeper, caplog, where):
 
 
 def test_a_manifest_that_was_written_anew_is_no_proof(keeper, caplog):
-    """Whoever changes a file and its manifest has made another checkpoint, which nobody has looked at."""
+    """Whoever changes a file and its manifest has made another checkpoint, which has not been checked."""
     saved = keeper.save(make_run(), step=1)
     prove(keeper)
     torch.save(nn.Linear(2, 2).state_dict(), saved.path / "model.pt")
@@ -199,7 +199,7 @@ def test_a_write_that_fails_changes_nothing(keeper, tmp_path, limit):
     assert keeper.save(run, step=2).path.is_dir()
 
 
-def test_a_folder_where_nobody_may_write(tmp_path):
+def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     keeper = ng.CheckpointKeeper(tmp_path / "file")
     with pytest.raises(ng.CheckpointFailed, match="could not begin"):
@@ -215,17 +215,8 @@ def test_a_checkpoint_of_another_run_is_refused_whole(keeper):
         keeper.rollback(other)
 
 
-@pytest.fixture
-def accelerate(monkeypatch):
-    """Accelerate, with no state left by another test."""
+def test_accelerate(cpu_alone, tmp_path):
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-    yield accelerate
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def test_accelerate(accelerate, tmp_path):
     accelerator = accelerate.Accelerator(cpu=True)
     run = make_run()
     model, optimizer = accelerator.prepare(run["model"], run["optimizer"])

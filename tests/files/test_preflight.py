@@ -395,7 +395,7 @@ def test_blocks_that_do_not_go_together_are_told(config, words):
     assert [words in finding.message for finding in found] == ([] if words is None else [True])
 
 
-def test_half_weights_with_fp16_switched_off_are_told_as_in_hallo(tmp_path):
+def test_half_weights_with_fp16_switched_off_are_reported(tmp_path):
     path = saved(tmp_path, lambda state: {name: tensor.half() for name, tensor in state.items()})
     (finding,) = of_kind(ng.preflight(model=path, config={"fp16": {"enabled": False}}), "precision")
     assert "holds weights in float16" in finding.message

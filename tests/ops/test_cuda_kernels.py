@@ -6,10 +6,11 @@ import functools
 import itertools
 import math
 import os
+import pickle
 import re
 import shutil
 import subprocess
-from array import array
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_cuda_shim as shim
+import shim_build
 import torch
 from test_stats import assert_records, name_of
 
@@ -29,11 +30,10 @@ from hallo_numguard.ops.formats import FORMATS
 
 from backends import forced_backend
 from cases import CASES, Case, definition, expected_of, flat_of, from_bits
-from paths import ROOT
+from paths import ROOT, TESTS
 
-pytestmark = [*shim.pytestmark, pytest.mark.slow]
+pytestmark = [*shim_build.requirements, pytest.mark.slow]
 
-RUNNER = Path("tests", "cuda_shim", "runner.cpp")
 CPU = torch.device("cpu")
 RECORD_BYTES = 64
 SOURCE = Path("csrc", "cuda", "kernels.cuh")
@@ -61,25 +61,26 @@ class Call:
     expected: Sequence[Record]
 
     def packed(self, detail: bool) -> bytes:
-        """As runner.cpp reads it."""
+        """As kernel_runner.py reads it."""
         chunks = self.chunks
-        launches = [(FORMATS[dtype].code, first, count) for dtype, first, count in chunks.launches]
-        sizes = (len(self.memories), len(self.starts), len(launches), len(chunks.table), len(chunks.splits))
-        parts = [_words(detail, *sizes, chunks.rows, chunks.segments)]
-        for memory in self.memories:
-            contents = _bytes(memory)
-            parts += [_words(memory.data_ptr() % 64, len(contents)), contents]
-        parts += [_words(*itertools.chain(*self.starts, *launches)), _bytes(chunks.table), _bytes(chunks.splits)]
-        return b"".join(parts)
+        return pickle.dumps(
+            {
+                "detail": detail,
+                "memories": [(memory.data_ptr() % 64, _bytes(memory)) for memory in self.memories],
+                "starts": self.starts,
+                "launches": [(FORMATS[dtype].code, first, count) for dtype, first, count in chunks.launches],
+                "chunks": _bytes(chunks.table),
+                "splits": _bytes(chunks.splits),
+                "n_splits": len(chunks.splits),
+                "rows": chunks.rows,
+                "segments": chunks.segments,
+            }
+        )
 
     def triton_bits(self, detail: bool) -> bytes:
         """The records that the Triton kernels write."""
         addresses = [self.memories[memory].data_ptr() + start for memory, start in self.starts]
         return _bytes(triton._launch(0, torch.tensor(addresses), self.chunks, detail))
-
-
-def _words(*values: int) -> bytes:
-    return array("q", values).tobytes()
 
 
 def _bytes(tensor: torch.Tensor) -> bytes:
@@ -246,24 +247,15 @@ class Stopped(AssertionError):
     """The runner did not come to its end."""
 
 
-def build(program: Path, flags: Sequence[str], root: Path = ROOT) -> Path:
-    if shim.SANITIZERS[0] in flags:
-        empty = program.with_suffix(".cpp")
-        empty.write_text("int main() {}\n")
-        if shim.compile_with(*flags, empty, "-o", program).returncode != 0:
-            pytest.skip("the compiler comes without AddressSanitizer or UndefinedBehaviorSanitizer")
-    done = shim.compile_with("-g1", *flags, root / RUNNER, "-o", program)
-    assert done.returncode == 0, done.stderr
-    return program
-
-
-def run(program: Path, order: str, batch: Batch) -> dict[Job, bytes]:
+def run(library: Path, order: str, batch: Batch) -> dict[Job, bytes]:
     """Returns the records of each job."""
-    records = program.with_suffix(f".{order}")
-    settings = {name: value for name, value in os.environ.items() if not name.endswith("SAN_OPTIONS")}
-    command = [program, order, batch.calls, records]
-    done = subprocess.run(command, env=settings, capture_output=True, text=True, check=False)
-    rest = records.read_bytes()
+    records = library.with_suffix(f".{order}")
+    environment = {name: value for name, value in os.environ.items() if not name.endswith("SAN_OPTIONS")}
+    if "sanitized" in library.stem:
+        environment |= shim_build.sanitizer_environment()
+    command = [sys.executable, TESTS / "support" / "kernel_runner.py", library, order, batch.calls, records]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    rest = records.read_bytes() if records.exists() else b""
     result = {}
     for job in batch.jobs:
         size = RECORD_BYTES * call_of(job.name).chunks.segments
@@ -286,13 +278,14 @@ NARROW, WIDE = "-DNUMGUARD_WIDE_LOADS=0", "-DNUMGUARD_WIDE_LOADS=1"
 BUILDS = {
     "narrow": [NARROW],
     "wide": [WIDE],
-    "narrow-sanitized": [NARROW, *shim.SANITIZERS],
-    "wide-sanitized": [WIDE, *shim.SANITIZERS],
+    "narrow-sanitized": [NARROW, "-g1", *shim_build.SANITIZERS],
+    "wide-sanitized": [WIDE, "-g1", *shim_build.SANITIZERS],
 }
 REFERENCE = ("narrow", "forward")
-RUNS = {key: "few" for key in itertools.product(BUILDS, shim.ORDERS)}
+RUNS = {key: "few" for key in itertools.product(BUILDS, shim_build.ORDERS)}
 RUNS |= {REFERENCE: "all", ("wide", "reverse"): "most"}
 
+Bindings = Mapping[bool, Future[Path]]
 Runs = Mapping[tuple[str, str], Future[dict[Job, bytes]]]
 
 
@@ -305,20 +298,36 @@ def pool() -> Iterator[ThreadPoolExecutor]:
 
 
 @pytest.fixture(scope="module")
-def runs(pool: ThreadPoolExecutor, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+def bindings(pool: ThreadPoolExecutor, tmp_path_factory: pytest.TempPathFactory) -> Bindings:
+    """What Python calls the kernels by, without the sanitizers and with them."""
+    folder = tmp_path_factory.mktemp("bindings")
+    return {
+        False: pool.submit(shim_build.build_bindings, folder / "plain.o"),
+        True: pool.submit(shim_build.build_bindings, folder / "sanitized.o", *shim_build.SANITIZERS),
+    }
+
+
+def build(folder: Path, name: str, bindings: Bindings, kernels: Path = shim_build.KERNELS) -> Path:
+    flags = BUILDS[name]
+    own = bindings[shim_build.SANITIZERS[0] in flags].result()
+    return shim_build.build_extension(folder / f"{name}.so", own, *flags, kernels=kernels)
+
+
+@pytest.fixture(scope="module")
+def runs(pool: ThreadPoolExecutor, bindings: Bindings, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """The records of every build and order."""
     folder = tmp_path_factory.mktemp("kernels")
     batches = {name: Batch.written(folder / f"{name}.calls", jobs) for name, jobs in JOBS.items()}
     results = {}
-    for name, flags in BUILDS.items():
-        program = pool.submit(build, folder / name, flags)
-        for order in shim.ORDERS:
-            results[name, order] = pool.submit(run_when_built, program, order, batches[RUNS[name, order]])
+    for name in BUILDS:
+        library = pool.submit(build, folder, name, bindings)
+        for order in shim_build.ORDERS:
+            results[name, order] = pool.submit(run_when_built, library, order, batches[RUNS[name, order]])
     return results
 
 
-def run_when_built(program: Future[Path], order: str, batch: Batch) -> dict[Job, bytes]:
-    return run(program.result(), order, batch)
+def run_when_built(library: Future[Path], order: str, batch: Batch) -> dict[Job, bytes]:
+    return run(library.result(), order, batch)
 
 
 @pytest.fixture(scope="module")
@@ -353,7 +362,7 @@ def interpreter() -> Iterator[None]:
     """Triton's interpreter, twice as fast.
 
     It replaces the functions of Triton's language by its own at every call of a device function. Once for each module
-    that uses them is enough, as long as nobody else wants them.
+    that uses them is enough, as long as no other test runs meanwhile.
     """
     implementation = pytest.importorskip("triton.runtime.interpreter", reason="triton is not installed")
     patch_language = implementation._patch_lang
@@ -450,7 +459,7 @@ FAULTS = {
 }
 
 
-def result_of(folder: Path, source: str, build_name: str, reference: dict[Job, bytes]) -> str:
+def result_of(folder: Path, source: str, build_name: str, bindings: Bindings, reference: dict[Job, bytes]) -> str:
     """What the orders find in kernels with this source: a message, or nothing.
 
     They are compiled for one dtype only, in a second.
@@ -459,13 +468,11 @@ def result_of(folder: Path, source: str, build_name: str, reference: dict[Job, b
     (folder / SOURCE).write_text(source)
     launches = folder / SOURCE.with_name("stats.cu")
     launches.write_text(re.sub(r"case k(?!Float32:).*:\n.*;\n", "", launches.read_text()))
-    (folder / RUNNER).parent.mkdir(parents=True)
-    shutil.copy(ROOT / RUNNER, folder / RUNNER)
-    program = build(folder / "runner", [*BUILDS[build_name], "-g0"], root=folder)
+    library = build(folder, build_name, bindings, launches)
     batch = Batch.written(folder / "calls", ON_FLOAT32)
-    for order in shim.ORDERS:
+    for order in shim_build.ORDERS:
         try:
-            records = run(program, order, batch)
+            records = run(library, order, batch)
         except Stopped as stopped:
             return str(stopped)
         if any(records[job] != reference[job] for job in batch.jobs):
@@ -475,7 +482,7 @@ def result_of(folder: Path, source: str, build_name: str, reference: dict[Job, b
 
 @pytest.fixture(scope="module")
 def results(
-    pool: ThreadPoolExecutor, reference: dict[Job, bytes], tmp_path_factory: pytest.TempPathFactory
+    pool: ThreadPoolExecutor, bindings: Bindings, reference: dict[Job, bytes], tmp_path_factory: pytest.TempPathFactory
 ) -> Mapping[str, Future[str]]:
     """What comes of every fault, of every barrier that is not there, and of the source as it is."""
     source = (ROOT / SOURCE).read_text()
@@ -487,7 +494,7 @@ def results(
     for index in range(1, len(pieces)):
         faulty[f"no barrier {index}"] = BARRIER.join(pieces[:index]) + BARRIER.join(pieces[index:]), "narrow"
     return {
-        name: pool.submit(result_of, tmp_path_factory.mktemp("faults"), text, build_name, reference)
+        name: pool.submit(result_of, tmp_path_factory.mktemp("faults"), text, build_name, bindings, reference)
         for name, (text, build_name) in faulty.items()
     }
 

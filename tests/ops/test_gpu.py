@@ -51,7 +51,7 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def no_waiting() -> Iterator[None]:
+def host_sync_is_an_error() -> Iterator[None]:
     """Whatever makes the host wait for the GPU is an error."""
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
@@ -118,7 +118,7 @@ def test_more_elements_than_an_int32_counts(backend: str) -> None:
     assert first.sumsq == (count - 6) * 0.25
 
 
-def test_nothing_waits_for_the_gpu(backend: str) -> None:
+def test_no_host_sync(backend: str) -> None:
     flat, layout = torch.randn(1_000_000, device="cuda"), ng.Layout([0, 10, 1_000_000])
     short = [torch.randn(100, device="cuda") for _ in range(10)]
     long = [torch.randn(100, device="cuda") for _ in range(1000)]
@@ -134,7 +134,7 @@ def test_nothing_waits_for_the_gpu(backend: str) -> None:
         ng.multi_tensor_stats(long)
 
     step()
-    with no_waiting():
+    with host_sync_is_an_error():
         for _ in range(20):
             step()
         recorder.fresh(wait=False)
@@ -233,7 +233,7 @@ def test_compile_takes_the_operator_as_one_piece(backend: str) -> None:
     assert torch.allclose(torch.compile(norms, fullgraph=True)(flat), norms(flat))
 
 
-def test_without_a_word_the_fastest_backend_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fastest_backend_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(dispatch.BACKEND_VARIABLE, raising=False)
     dispatch.backend_for.cache_clear()
     chosen = dispatch.backend_for("cuda")

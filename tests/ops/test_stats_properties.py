@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_stats import assert_records
 
 import hallo_numguard as ng
-from hallo_numguard.core.records import Record
 from hallo_numguard.ops.backends import reference
 from hallo_numguard.ops.formats import FORMATS
 
@@ -55,32 +54,16 @@ def buckets(draw: st.DrawFn) -> tuple[torch.Tensor, list[int]]:
     return from_bits(bits, dtype), offsets
 
 
-def assert_equal(table: ng.StatsTable, oracle: torch.Tensor) -> None:
-    """Integers and absmax bit for bit, sums as closely as their sum in another order may be."""
-    for record, truth in zip(table.to_host(), records_of(oracle), strict=True):
-        assert record == _with_sum(truth, record.sumsq)
-        norm = pytest.approx(math.sqrt(truth.sumsq), rel=1e-6, abs=0)
-        assert math.sqrt(record.sumsq) == norm
-
-
-def records_of(packed: torch.Tensor) -> list[Record]:
-    return ng.StatsTable(packed, detail=True).to_host()
-
-
-def _with_sum(record: Record, sumsq: float) -> Record:
-    return Record(**{**record.__dict__, "sumsq": sumsq})
-
-
 @pytest.mark.parametrize("backend", NATIVE)
 @fixed(max_examples=500)
 @given(bucket=buckets())
 def test_any_bits_in_any_layout(backend: str, bucket: tuple[torch.Tensor, list[int]]) -> None:
     flat, offsets = bucket
-    oracle = reference.tensor_stats(flat, ng.Layout(offsets), detail=True)
+    oracle = ng.StatsTable(reference.tensor_stats(flat, ng.Layout(offsets), detail=True), detail=True).to_host()
     segments = [flat[begin:end] for begin, end in itertools.pairwise(offsets)]
     with forced_backend(backend):
-        assert_equal(ng.tensor_stats(flat, offsets, detail=True), oracle)
-        assert_equal(ng.multi_tensor_stats(segments, detail=True), oracle)
+        assert_records(ng.tensor_stats(flat, offsets, detail=True), oracle, backend)
+        assert_records(ng.multi_tensor_stats(segments, detail=True), oracle, backend)
 
 
 @pytest.mark.parametrize("backend", NATIVE)

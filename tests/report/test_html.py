@@ -31,7 +31,7 @@ def browser():
 
 @pytest.fixture
 def show(browser, tmp_path):
-    """Opens the page of some files; fails if the console or the network saw anything."""
+    """Opens the page of some files; fails on any console message, dialog or request."""
     trouble = []
     pages = []
 

@@ -7,12 +7,6 @@ What is faked is torch's side of a GPU: where a tensor is, streams, events, pinn
 from __future__ import annotations
 
 import contextlib
-import importlib.machinery
-import importlib.util
-import shutil
-import subprocess
-import sys
-import sysconfig
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -21,16 +15,13 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import shim_build
 import torch
+from kernel_runner import load
 from torch.overrides import TorchFunctionMode
 
 from hallo_numguard.ops import dispatch, schema
 from hallo_numguard.ops.backends import cuda
-
-from paths import TESTS
-
-SHIM = TESTS / "cuda_shim"
-FLAGS = ["-std=c++17", "-O1", "-shared", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wno-unknown-pragmas"]
 
 
 class HostSync(AssertionError):
@@ -39,23 +30,9 @@ class HostSync(AssertionError):
 
 def build_extension(folder: Path) -> tuple[ModuleType, ModuleType]:
     """Compiles csrc/cuda for the shim; returns the extension module and the one that tells what was launched."""
-    import pybind11
-
-    library = folder / "shim_extension.so"
-    include = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    shim = ["-x", "c++", "-DNUMGUARD_CUDA_SHIM", "-include", str(SHIM / "cuda_shim.h")]
-    command = ["g++", *FLAGS, *include, *shim, str(SHIM / "extension.cpp"), "-o", str(library)]
-    subprocess.run(command, check=True)
-    return _module(library, "_native_cuda"), _module(library, "_cuda_shim_log")
-
-
-def _module(library: Path, name: str) -> ModuleType:
-    loader = importlib.machinery.ExtensionFileLoader(name, str(library))
-    spec = importlib.util.spec_from_loader(name, loader)
-    assert spec is not None
-    module = importlib.util.module_from_spec(spec)
-    loader.exec_module(module)
-    return module
+    bindings = shim_build.build_bindings(folder / "bindings.o")
+    library = shim_build.build_extension(folder / "shim_extension.so", bindings)
+    return load(str(library), "_native_cuda"), load(str(library), "_cuda_shim_log")
 
 
 _WAITS = {
@@ -198,7 +175,7 @@ _thread = threading.local()
 
 
 class FakeEvent:
-    """An event that is done, or not, as the test says; nobody may wait for it."""
+    """An event that is done, or not, as the test says; to wait for it is a `HostSync`."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.records = 0
@@ -314,10 +291,3 @@ def fake_gpus(extension: ModuleType | None, log: ModuleType | None, backend: str
 
 def _no_synchronize(*_: Any) -> None:
     raise HostSync("torch.cuda.synchronize")
-
-
-COMPILER_MISSING = "no g++ that could compile the CUDA kernels for the CPU"
-
-
-def has_compiler() -> bool:
-    return shutil.which("g++") is not None and sys.platform == "linux"

@@ -21,6 +21,7 @@ from hallo_numguard.trackers.mlflow import MlflowSink
 import deepspeed_support as support
 
 BAD = 3  # step in which what a module returns is not finite
+COLUMNS = [f"numguard/{name}" for name in ("gradient_norm", "gradient_nonfinite", "skipped_in_a_row")]
 
 
 @pytest.fixture
@@ -62,10 +63,7 @@ def test_a_summary_writer(train, tmp_path):
     events = EventAccumulator(str(tmp_path), size_guidance={"scalars": 0, "tensors": 0}).Reload()
     series = {f"numguard/{name}" for name in FIGURES}
     assert set(events.Tags()["scalars"]) == series | {"loss"}
-    columns = [
-        {event.step: event.value for event in events.Scalars(f"numguard/{name}")}
-        for name in ("gradient_norm", "gradient_nonfinite", "skipped_in_a_row")
-    ]
+    columns = [{event.step: event.value for event in events.Scalars(name)} for name in COLUMNS]
     for step, row in enumerate(expected(guard), start=1):
         assert [column[step] for column in columns] == pytest.approx(row, rel=1e-6)
     assert math.isnan({event.step: event.value for event in events.Scalars("numguard/loss")}[BAD])
@@ -141,8 +139,7 @@ def test_the_active_run_of_wandb(train, wandb, tmp_path):
     ]
     ours = {row["numguard/step"]: row for row in rows if "numguard/step" in row}
     for step, row in enumerate(expected(guard), start=1):
-        names = ("gradient_norm", "gradient_nonfinite", "skipped_in_a_row")
-        assert [ours[step][f"numguard/{name}"] for name in names] == pytest.approx(row, rel=1e-6)
+        assert [ours[step][name] for name in COLUMNS] == pytest.approx(row, rel=1e-6)
     assert [row["_step"] for row in rows if "loss" in row] == [10, 20, 30, 40, 50, 60], "nothing was dropped"
     summary = [
         item.value_json
@@ -178,8 +175,7 @@ def test_the_active_run_of_mlflow(train, mlflow, tmp_path):
     mlflow.flush_async_logging()
     client = mlflow.MlflowClient()
     columns = [
-        {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, f"numguard/{name}")}
-        for name in ("gradient_norm", "gradient_nonfinite", "skipped_in_a_row")
+        {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, name)} for name in COLUMNS
     ]
     for step, row in enumerate(expected(guard), start=1):
         assert [column[step] for column in columns] == pytest.approx(row, rel=1e-6)

@@ -1,57 +1,34 @@
-"""The shim that runs CUDA kernels on the CPU: right kernels pass in every order, planted faults are found."""
+"""The shim that runs CUDA kernels on the CPU: planted faults are found in every order, with and without sanitizers.
+
+That right kernels give the right results, and that every barrier is missed, test_cuda_kernels.py proves with the real
+ones.
+"""
 
 from __future__ import annotations
 
 import os
-import platform
 import re
-import shutil
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from shim_build import ORDERS, SANITIZERS, SHIM, build, compile_with, need_sanitizers, requirements
 
-SHIM = Path(__file__).parent / "cuda_shim"
 SOURCE = SHIM / "selftest.cpp"
-COMPILER = shutil.which("g++") or shutil.which("c++")
-FLAGS = ["-std=c++17", "-O1", "-g", "-x", "c++", "-DNUMGUARD_CUDA_SHIM", "-include", str(SHIM / "cuda_shim.h")]
-WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-ORDERS = ["forward", "reverse", "shuffled"]
 ABORTED, WRONG = -6, 1
 
-pytestmark = [
-    pytest.mark.skipif(COMPILER is None, reason="neither g++ nor c++ is on the PATH"),
-    pytest.mark.skipif(
-        sys.platform != "linux" or platform.machine() != "x86_64", reason="the shim is written for Linux on x86-64"
-    ),
-]
-
-
-def compile_with(*arguments):
-    command = [COMPILER, *FLAGS, *WARNINGS, "-ffp-contract=off", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+pytestmark = requirements
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    program = tmp_path_factory.mktemp("plain") / "selftest"
-    done = compile_with(SOURCE, "-o", program)
-    assert done.returncode == 0, done.stderr
-    return program
+    return build(tmp_path_factory.mktemp("plain") / "selftest", "-g", SOURCE)
 
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sanitized")
-    empty = folder / "empty.cpp"
-    empty.write_text("int main() {}\n")
-    if compile_with(*SANITIZERS, empty, "-o", folder / "empty").returncode != 0:
-        pytest.skip("the compiler comes without AddressSanitizer or UndefinedBehaviorSanitizer")
-    done = compile_with(*SANITIZERS, SOURCE, "-o", folder / "selftest")
-    assert done.returncode == 0, done.stderr
-    return folder / "selftest"
+    need_sanitizers(folder)
+    return build(folder / "selftest", "-g", *SANITIZERS, SOURCE)
 
 
 @pytest.fixture(params=["plain", "sanitized"])
@@ -71,21 +48,14 @@ def run(program, mode, order):
     )
 
 
-@pytest.mark.parametrize("seed", ["", ":2", ":3"])
-def test_right_kernels_pass_in_shuffled_orders(plain, seed):
-    done = run(plain, "checks", f"shuffled{seed}")
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_right_kernels_pass_in_every_order_and_without_a_word_of_the_sanitizers(either, order):
-    done = run(either, "checks", order)
+def test_shared_memory_is_poisoned_before_every_block(either, order):
+    done = run(either, "shared_contents", order)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        ("missing_barrier", "wrong: reversal"),
         ("missing_barrier_in_one_order", "wrong: broadcast"),
         ("missing_second_barrier", "wrong: sum over two rounds"),
     ],
@@ -107,16 +77,13 @@ def test_one_order_is_not_enough_to_miss_a_barrier(plain):
     ("fault", "message"),
     [
         ("divergent_shuffle", r"divergent warp: .*__shfl_xor_sync\(0xffffffff\)"),
-        ("divergent_branches", r"divergent warp: .*but lane \d+ waits in __(any|ballot)_sync\(0xffffffff\)"),
-        ("divergent_masks", r"divergent warp: __syncwarp\(0x\w+\) .*waits in __syncwarp\(0x\w+\)"),
-        ("outside_of_own_mask", r"__syncwarp\(0x0000ffff\) .*lane \d+ is not in its own mask"),
-        ("shuffle_from_outside_of_mask", "__shfl_sync .* reads lane 16, which takes no part"),
-        ("shuffle_from_missing_lane", r"__shfl_xor_sync .* reads lane \d+, which takes no part"),
-        ("divergent_barrier", "divergent barrier: .*__syncthreads"),
+        ("divergent_branches", r"divergent warp: .*but lane \d+ waits in __shfl_xor_sync\(0xffffffff\)"),
+        ("divergent_masks", r"divergent warp: __shfl_xor_sync\(0x\w+\) .*waits in __shfl_xor_sync\(0x\w+\)"),
+        ("shuffle_from_outside_of_mask", r"__shfl_xor_sync .* reads lane \d+, which takes no part"),
         ("barriers_at_two_sites", r"divergent barrier: __syncthreads .*\d+ threads wait in __syncthreads"),
-        ("deadlock", r"(?s)deadlock: in block \(0, 0, 0\) .*__syncthreads at .*__syncwarp\(0xffffffff\) at"),
-        ("block_too_large", "a block of 1025 x 1 x 1 threads"),
-        ("empty_grid", "a grid of 0 x 1 x 1 blocks"),
+        ("deadlock", r"(?s)deadlock: in block 0 .*__syncthreads at .*__shfl_xor_sync\(0xffffffff\) at"),
+        ("block_too_large", "a block of 1025 threads"),
+        ("empty_grid", "a grid of 0 blocks"),
     ],
 )
 def test_what_cuda_leaves_undefined_ends_the_process(either, order, fault, message):
@@ -134,11 +101,9 @@ def test_what_cuda_leaves_undefined_ends_the_process(either, order, fault, messa
     [
         ("write_past_shared", "AddressSanitizer: heap-buffer-overflow"),
         ("index_past_shared", r"index 63 out of bounds for type 'int \[63\]'"),
-        ("read_past_global", "AddressSanitizer: heap-buffer-overflow"),
         ("read_past_local", "AddressSanitizer: stack-buffer-overflow"),
         ("use_shared_after_block", "AddressSanitizer: heap-use-after-free"),
         ("signed_overflow", "signed integer overflow"),
-        ("misaligned_load", "misaligned address .* which requires 16 byte alignment"),
     ],
 )
 def test_the_sanitizers_find_bad_accesses(sanitized, order, fault, report):
