@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import shim_build
 import torch
 from test_stats import assert_records, name_of
 
@@ -28,6 +27,7 @@ from hallo_numguard.ops.backends import triton
 from hallo_numguard.ops.backends.chunks import CHUNK, Chunks, chunks_of, chunks_of_layout
 from hallo_numguard.ops.formats import FORMATS
 
+import shim_build
 from backends import forced_backend
 from cases import CASES, Case, definition, expected_of, flat_of, from_bits
 from paths import ROOT, TESTS

@@ -11,6 +11,7 @@ import re
 import subprocess
 
 import pytest
+
 from shim_build import ORDERS, SANITIZERS, SHIM, build, compile_with, need_sanitizers, requirements
 
 SOURCE = SHIM / "selftest.cpp"

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Iterator
 
 import pytest
-import shim_build
 import torch
 from test_stats import assert_records, normal
 
@@ -27,6 +26,7 @@ from hallo_numguard.ops.backends.chunks import CHUNK, Chunks
 from hallo_numguard.ops.formats import FORMATS
 
 import fake_gpu
+import shim_build
 from cases import CASES, Case, definition, expected_of, flat_of
 from fake_gpu import FakeGpus, HostSync, on_gpu, reveal
 from paths import TESTS

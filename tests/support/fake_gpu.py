@@ -15,13 +15,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
-import shim_build
 import torch
-from kernel_runner import load
 from torch.overrides import TorchFunctionMode
 
 from hallo_numguard.ops import dispatch, schema
 from hallo_numguard.ops.backends import cuda
+
+import shim_build
+from kernel_runner import load
 
 
 class HostSync(AssertionError):
