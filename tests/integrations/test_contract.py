@@ -137,6 +137,7 @@ RANKS = """
 from pathlib import Path
 import torch
 import adapter_support as support
+import hallo_numguard as ng
 from frameworks import FRAMEWORKS
 
 framework, folder, parallel = FRAMEWORKS[{name!r}], Path({folder!r}), {parallel!r}
@@ -144,7 +145,8 @@ torch.set_num_threads(1)
 
 def train(fault, guarded=True):
     faulty = framework.faulty(fault, kind=support.Untied, ranks=2)
-    run = framework.train(faulty, folder, guarded, parallel=parallel)
+    config = ng.GuardConfig(local_gradients="always")
+    run = framework.train(faulty, folder, guarded, parallel=parallel, config=config)
     if guarded:
         problems = faulty.problems(run.guard, run.raised)
         assert problems == [], problems

@@ -112,14 +112,11 @@ def test_a_callback_without_a_trainer_says_so():
         ng.integrations.NumGuardCallback().on_train_begin(arguments, transformers.TrainerState(), None)
 
 
-NAME = "encoder.layer.2.attention.self.query.weight"
-
-
 def test_one_flipped_bit_of_a_real_file(tmp_path):
     """MiniLM in half precision, loaded from a file with one bit of an exponent flipped."""
     folder = shutil.copytree(minilm.model_folder(), tmp_path / "model")
     path = folder / "model.safetensors"
-    begin, _ = minilm.place_of(path, NAME)
+    begin, _ = minilm.place_of(path, minilm.QUERY)
     minilm.flip_bit(path, begin + (131 * 384 + 77) * 4, 30)
     body = transformers.AutoModel.from_pretrained(folder).half()
 
@@ -141,7 +138,7 @@ def test_one_flipped_bit_of_a_real_file(tmp_path):
     trainer.train()
     report = callback.stopped_by.report
     assert (report.step, report.verdict) == (1, "weights_nonfinite")
-    assert (report.first.name, report.first.index) == (f"body.{NAME}", (131, 77))
+    assert (report.first.name, report.first.index) == (f"body.{minilm.QUERY}", (131, 77))
 
 
 RANKS = """
