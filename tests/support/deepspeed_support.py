@@ -19,8 +19,6 @@ import pytest
 import torch
 from torch import nn
 
-import hallo_numguard as ng
-
 
 class Model(nn.Module):
     """Embedding (one row is never read), frozen projection, tied output, a mask that holds -Inf on purpose."""
@@ -300,6 +298,8 @@ def check_rollback(folder: Path | str, options: dict[str, Any], lost: int, kind:
         lost: Step in which the damage of step `BAD` is found.
         kind, where, fault: Arguments of `ng.inject`.
     """
+    import hallo_numguard as ng  # here, as bundles must be reproducible where it is not installed
+
     engine = make_engine(**options)
     keeper = ng.CheckpointKeeper(folder, healthy_after=2)
     guard = ng.attach(engine, ng.GuardConfig(keeper=keeper, policy=ng.Policy(on_unrecoverable="rollback")))
