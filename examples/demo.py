@@ -228,7 +228,7 @@ class Run:
             console.print(
                 Text(f"died at step {len(self.losses)}: {type(self.error).__name__}: {self.error}", style="red")
             )
-            console.print("[dim]That is all DeepSpeed says. Which tensor? Which file? Nobody knows.[/dim]")
+            console.print("[dim]That is all DeepSpeed says. Which tensor? Which file?[/dim]")
 
 
 def build(folder: Path, scale_power: int) -> tuple[Any, list[dict[str, torch.Tensor]]]:
