@@ -17,21 +17,6 @@ for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": 
     os.environ.setdefault(name, str(value))
 os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
 
-
-class Regression(nn.Module):
-    """What the Trainer asks for: a forward that returns the loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(8, 16)
-        self.second = nn.Linear(16, 1)
-
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Of a batch, [n, 8] and [n]."""
-        predicted = self.second(torch.tanh(self.first(x))).squeeze(-1)
-        return {"loss": (predicted - labels).square().mean()}
-
-
 torch.manual_seed(0)
 arguments = TrainingArguments(
     output_dir=tempfile.mkdtemp(),
@@ -41,11 +26,18 @@ arguments = TrainingArguments(
     max_steps=5,
     logging_steps=1,
     save_strategy="no",
+    remove_unused_columns=False,
     report_to=[],
 )
-data = [{"x": torch.randn(8), "labels": torch.randn(())} for _ in range(32)]
-trainer = Trainer(model=Regression(), args=arguments, train_dataset=data)
+model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+data = [{"input": torch.randn(8), "labels": torch.randn(1)} for _ in range(32)]
+trainer = Trainer(
+    model,
+    arguments,
+    train_dataset=data,
+    compute_loss_func=lambda output, labels, **_: (output - labels).square().mean(),
+)
 guard = ng.attach(trainer)
-ng.inject(trainer, "parameter", "first.weight", index=(3, 5), step=3)  # the fault, so that there is something to see
+ng.inject(trainer, "parameter", "0.weight", index=(3, 5), step=3)  # the fault, so that there is something to see
 trainer.train()  # returns: the guard has stopped it
 print(guard.last_report)

@@ -10,21 +10,6 @@ from transformers import Trainer, TrainingArguments
 
 import hallo_numguard as ng
 
-
-class Regression(nn.Module):
-    """What the Trainer asks for: a forward that returns the loss."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(8, 16)
-        self.second = nn.Linear(16, 1)
-
-    def forward(self, x: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Of a batch, [n, 8] and [n]."""
-        predicted = self.second(torch.tanh(self.first(x))).squeeze(-1)
-        return {"loss": (predicted - labels).square().mean()}
-
-
 torch.manual_seed(0)
 arguments = TrainingArguments(
     output_dir=tempfile.mkdtemp(),
@@ -33,12 +18,19 @@ arguments = TrainingArguments(
     logging_steps=1,
     logging_nan_inf_filter=False,  # else the Trainer's log hides losses that are NaN
     save_strategy="no",
+    remove_unused_columns=False,
     report_to=[],
 )
-data = [{"x": torch.randn(8), "labels": torch.randn(())} for _ in range(32)]
-trainer = Trainer(model=Regression(), args=arguments, train_dataset=data)
+model = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 1))
+data = [{"input": torch.randn(8), "labels": torch.randn(1)} for _ in range(32)]
+trainer = Trainer(
+    model,
+    arguments,
+    train_dataset=data,
+    compute_loss_func=lambda output, labels, **_: (output - labels).square().mean(),
+)
 callback = ng.integrations.NumGuardCallback()
 trainer.add_callback(callback)
-ng.inject(trainer, "parameter", "first.weight", index=(3, 5), step=3)  # the fault, so that there is something to see
+ng.inject(trainer, "parameter", "0.weight", index=(3, 5), step=3)  # the fault, so that there is something to see
 trainer.train()  # returns: the guard has stopped it
 print(callback.last_report)

@@ -13,17 +13,17 @@ import deepspeed_support as support
 from paths import TESTS
 
 FOLDER = Path(__file__).parent.parent / "examples"
-WEIGHT = ["weights_nonfinite", "parameter {prefix}0.weight[3, 5]: 1 NaN of 128 values"]
+WEIGHT = ["weights_nonfinite", "parameter 0.weight[3, 5]: 1 NaN of 128 values"]
 EXPECTED = {
-    "plain_pytorch": [line.format(prefix="") for line in WEIGHT],
-    "with_accelerate": [line.format(prefix="") for line in WEIGHT],
-    "with_ddp": [line.format(prefix="") for line in WEIGHT] + ["rank 1"],
-    "with_deepspeed": [line.format(prefix="") for line in WEIGHT],
+    "plain_pytorch": WEIGHT,
+    "with_accelerate": WEIGHT,
+    "with_ddp": [*WEIGHT, "rank 1"],
+    "with_deepspeed": WEIGHT,
     "with_fsdp2": ["input_nonfinite", "input[2, 5]: 1 NaN of 32 values", "rank 1"],
-    "with_grad_scaler": [line.format(prefix="") for line in WEIGHT],
-    "with_hf_and_deepspeed": ["weights_nonfinite", "parameter first.weight[3, 5]"],
-    "with_hf_trainer": ["weights_nonfinite", "parameter first.weight[3, 5]"],
-    "with_lightning": [line.format(prefix="net.") for line in WEIGHT],
+    "with_grad_scaler": WEIGHT,
+    "with_hf_and_deepspeed": WEIGHT,
+    "with_hf_trainer": WEIGHT,
+    "with_lightning": ["weights_nonfinite", "parameter net.0.weight[3, 5]: 1 NaN of 128 values"],
     "with_trackers": ["step,loss,loss_scale", "\n3,", ",0,1,0\n"],
 }
 RANKS = {"with_ddp": 2, "with_fsdp2": 2}

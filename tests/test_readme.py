@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from torch import nn
 import hallo_numguard as ng
 
 import deepspeed_support
+from adapter_support import Faulty, WithLoss
+from frameworks import hugging_face_trainer, lightning_module, lightning_trainer
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 BAD = 2  # step in which the weight goes bad
@@ -35,9 +38,8 @@ class Net(nn.Module):
         self.first = nn.Linear(8, 16)
         self.second = nn.Linear(16, 1)
 
-    def forward(self, x, labels=None):
-        loss = self.second(torch.tanh(self.first(x))).square().mean()
-        return loss if labels is None else {"loss": loss}
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(x))).square().mean()
 
 
 def loop(model, optimizer, scaler=None, backward=None):
@@ -55,7 +57,13 @@ def loop(model, optimizer, scaler=None, backward=None):
 
 
 class Plain:
-    """One that uses plain PyTorch: what stands before the line, and what comes after it."""
+    """One that uses plain PyTorch: what stands before the line, and what comes after it.
+
+    Attributes:
+        weight: Name of the weight that goes bad.
+    """
+
+    weight = "first.weight"
 
     def __init__(self, folder):
         self.folder = folder
@@ -73,12 +81,12 @@ class Plain:
         return self.names["optimizer"]
 
     def plant(self, target):
-        ng.inject(target, "parameter", "first.weight", index=(3, 5), step=BAD)
+        ng.inject(target, "parameter", self.weight, index=(3, 5), step=BAD)
 
     def check(self, guard):
         report = guard.last_report
         assert (report.step, report.verdict) == (BAD, ng.Verdict.WEIGHTS_NONFINITE)
-        assert (report.first.name.removeprefix("net."), report.first.index) == ("first.weight", (3, 5))
+        assert (report.first.name.removeprefix("net."), report.first.index) == (self.weight, (3, 5))
         assert [record.applied for record in guard.history] == [True, False]
 
 
@@ -183,21 +191,11 @@ class AcceleratedDeepSpeed(Accelerated):
 
 
 class HuggingFace(Plain):
-    def __init__(self, folder):
-        from transformers import Trainer, TrainingArguments
+    weight = "projection.weight"
 
-        settings = {"max_steps": 3, "report_to": [], "save_strategy": "no", "disable_tqdm": True, **self.settings()}
-        self.names = {
-            "ng": ng,
-            "trainer": Trainer(
-                model=Net(),
-                args=TrainingArguments(str(folder), **settings),
-                train_dataset=[{"x": torch.randn(8), "labels": 0} for _ in range(32)],
-            ),
-        }
-
-    def settings(self):
-        return {"use_cpu": True}
+    def __init__(self, folder, **settings):
+        trainer = hugging_face_trainer(Faulty("none", kind=WithLoss), folder, max_steps=3, **settings)
+        self.names = {"ng": ng, "trainer": trainer}
 
     def train(self):
         trainer = self.names["trainer"]
@@ -208,39 +206,28 @@ class HuggingFace(Plain):
 
 
 class HuggingFaceDeepSpeed(HuggingFace):
-    def settings(self):
+    def __init__(self, folder):
         deepspeed_support.single_process_environment()
         deepspeed_support.allow_fp16()
-        return {"deepspeed": {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 2}}}
+        config = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 2}}
+        super().__init__(folder, use_cpu=False, deepspeed=config)
 
 
 class Lightning(Plain):
-    def __init__(self, folder):
-        import functools
+    weight = "projection.weight"
 
+    def __init__(self, folder):
         import lightning.pytorch as pl
 
-        class Module(pl.LightningModule):
-            def __init__(self):
-                super().__init__()
-                self.net = Net()
-
-            def training_step(self, batch, _):
-                return self.net(batch)
-
-            def configure_optimizers(self):
-                return torch.optim.AdamW(self.parameters(), lr=1e-3)
-
-        self.module = Module()
-        quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-        trainer = functools.partial(pl.Trainer, accelerator="cpu", max_steps=3, **quiet)
+        self.module = lightning_module(pl)(Faulty("none"))
+        trainer = functools.partial(lightning_trainer, pl)
         self.names = {"ng": ng, "Trainer": trainer, "trainer": trainer()}
 
     def train(self):
         trainer = self.names["trainer"]
         self.plant(self.module.net)
         with contextlib.suppress(ng.NumericsError):
-            trainer.fit(self.module, torch.utils.data.DataLoader(torch.randn(16, 8), batch_size=4))
+            trainer.fit(self.module)
         (guard,) = (item for item in trainer.callbacks if type(item).__name__ == "NumGuardCallback")
         assert guard is self.names.get("guard", guard)
         return guard
@@ -332,7 +319,7 @@ USERS = {
 }
 
 
-def test_nobody_is_left_out():
+def test_every_row_is_run():
     assert [used for used, _ in rows()] == list(USERS)
 
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import queue
 import subprocess
-import sys
 import threading
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO
 
 from campaign.cases import Case, Seen
-from deepspeed_support import free_port, rank_environment
-from paths import IMPORTABLE
+from deepspeed_support import free_port, start_rank
 
 WORKER = Path(__file__).with_name("worker.py")
 
@@ -67,17 +64,9 @@ class Ranks:
     def _start(self) -> None:
         port = free_port()
         for rank in range(self._world):
-            environment = {**os.environ, **rank_environment(rank, self._world, port), "OMP_NUM_THREADS": "1"}
-            environment["PYTHONPATH"] = IMPORTABLE
             errors = TemporaryFile()  # noqa: SIM115 - stays open as long as the process lives
-            process = subprocess.Popen(
-                [sys.executable, str(WORKER)],
-                env=environment,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=errors,
-                text=True,
-            )
+            streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": errors}
+            process = start_rank(WORKER, rank, self._world, port, **streams)
             lines: queue.Queue[str] = queue.Queue()
             threading.Thread(target=_read, args=(process, lines), daemon=True).start()
             self._processes.append(process)

@@ -14,7 +14,7 @@ import hallo_numguard as ng
 
 import deepspeed_support as support
 from campaign.cases import CLEAN_STEPS, FAULTY_STEP, STEPS, Case, Seen
-from campaign.models import MODELS
+from campaign.faults import build, config_of, observed, plant
 
 RANK = int(os.environ["RANK"])
 SETTLING_STEPS = 45
@@ -33,17 +33,13 @@ def main() -> None:
 
 def run(case: Case) -> Seen:
     """Trains a model with the fault in it, guarded."""
-    torch.manual_seed(0)
     # DeepSpeed converts parameters, not buffers: whoever trains in half precision does so himself.
-    model = MODELS[case.model]().to(DTYPES.get(case.setup, torch.bfloat16))
-    if case.fault == "buffer":
-        dict(model.named_buffers())[model.buffer].view(-1)[1] = float("nan")
+    model = build(case).to(DTYPES.get(case.setup, torch.bfloat16))
     power = 34 if case.fault == "scale" else 6
     engine = support.make_engine(case.setup, power, case.stage, case.offload, model)
-    local = "always" if case.fault == "gradient" else "on_alarm"
     reports: list[ng.OverflowReport] = []
-    guard = ng.attach(engine, ng.GuardConfig(local_gradients=local), on_overflow=reports.append)
-    planted = plant(case, engine)
+    guard = ng.attach(engine, config_of(case), on_overflow=reports.append)
+    planted = plant(case, engine, model)
     raised = False
     steps = {"none": CLEAN_STEPS, "scale": SETTLING_STEPS}.get(case.fault, STEPS)
     try:
@@ -53,61 +49,9 @@ def run(case: Case) -> Seen:
                 break
     except ng.NumericsError:
         raised = True
-    report = reports[0] if reports else None
-    seen = Seen(
-        verdict=report and report.verdict.value,
-        provisional=report is not None and report.provisional,
-        recoverable=report.recoverable if report else None,
-        first=report and report.first and named(report.first),
-        applied=tuple(record.applied for record in guard.history),
-        raised=raised,
-        findings=tuple((finding.kind, finding.name) for finding in guard.findings),
-        last=(guard.last_report.verdict.value, guard.last_report.provisional) if guard.last_report else (None, False),
-        finite=is_finite(engine),
-        planted=planted,
-        named_scale=reports[-1].settles_at if reports else None,
-        settled_at=guard.history[-1].loss_scale,
-    )
+    seen = observed(guard, reports, raised, planted, is_finite(engine))
     guard.detach()
     return seen
-
-
-def named(first: ng.Offender) -> tuple[str, str, tuple[int, ...], int | None]:
-    return first.kind, first.name, first.index, first.rank
-
-
-def plant(case: Case, engine: Any) -> tuple[str, tuple[int, ...]]:
-    """Plants the fault; returns the name that the report must give, and the index."""
-    model = engine.module
-    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
-    mine = None if case.stage == 3 else case.culprit  # a slice has one owner, a copy may be bad on one rank only
-
-    def inject(kind: str, name: str | None, **options: Any) -> None:
-        ng.inject(engine, kind, name, step=FAULTY_STEP, **options)
-
-    if case.fault in ("weight", "frozen_weight"):
-        name = model.trainable if case.fault == "weight" else model.frozen
-        index = tuple(size - 1 for size in shapes[name])  # in the last rank's slice
-        inject("parameter", name, index=index, rank=mine)
-        return name, index
-    if case.fault == "optimizer_state":
-        inject("optimizer_state", model.trainable, index=(3, 5))
-        return model.trainable, (3, 5)
-    if case.fault == "input":
-        index = (2, 3, 1) if case.model == "transformer" else (2, 1, 6, 4)
-        inject("input", None, index=index, rank=case.culprit)
-        return ("features" if case.model == "transformer" else "noisy"), index
-    if case.fault in ("gradient", "reduction"):
-        value, rank = (float("nan"), case.culprit) if case.fault == "gradient" else (40000.0, None)
-        inject("gradient", model.trainable, index=(7, 2), value=value, rank=rank)
-        return model.trainable, (7, 2)
-    if case.fault == "forward" and case.is_half:
-        inject("parameter", model.trainable, index=(0, 0), value=60000.0, rank=mine)
-    elif case.fault == "forward":
-        inject("activation", model.module, value=float("inf"), rank=case.culprit)
-    if case.fault == "buffer":
-        return model.buffer, ((0, 1) if case.model == "transformer" else (1,))
-    return {"forward": model.module, "backward": "trap"}.get(case.fault, ""), ()
 
 
 def train(case: Case, engine: Any, step: int) -> None:

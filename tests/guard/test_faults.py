@@ -40,7 +40,7 @@ def test_a_trace_alone_names_it(fault, dtype):
 
 @pytest.mark.parametrize("kind", STAGES, ids=lambda kind: f"{kind[0]}-{kind[1]}")
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_guarded_run_names_it_and_a_bundle_makes_it_again(fault, kind, tmp_path):
+def test_a_guarded_run_names_it_and_a_bundle_reproduces_it(fault, kind, tmp_path):
     setup, stage = kind
     _, name, phase = FAULTS[fault]
     engine = support.make_engine(setup, scale_power=4, stage=stage, model=Faulty().to(half(setup)))
@@ -158,7 +158,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_bundle_knows_what_the_training_script_defined_itself_and_runs_the_whole_model(tmp_path):
+def test_a_bundle_finds_classes_of_the_training_script_and_runs_the_whole_model(tmp_path):
     script = tmp_path / "training.py"
     script.write_text(TRAINING_SCRIPT)
     alone = support.rank_environment(0, 1, support.free_port())
@@ -211,7 +211,7 @@ class Chosen(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.gate = faulty.Gate()
+        self.gate = faulty.Layer(faulty.gate, faulty.log_of_negatives)
 
     def forward(self, x, function):
         return function(self.gate(x))
@@ -220,7 +220,7 @@ class Chosen(nn.Module):
 @pytest.mark.parametrize("inside", [True, False])
 def test_arguments_that_cannot_be_pickled_leave_the_rest_of_the_bundle(tmp_path, inside):
     model = Chosen().bfloat16()
-    model.gate.negative = inside
+    model.gate.broken = inside
     engine = support.make_engine("bf16", model=model)
     guard = ng.attach(engine, ng.GuardConfig(repro_dir=tmp_path))
     x = torch.randn(4, faulty.WIDTH).bfloat16()
@@ -247,6 +247,6 @@ def test_a_folder_that_cannot_be_written_does_not_stop_training(tmp_path, caplog
 
 
 @pytest.mark.parametrize("folder", [3, True])
-def test_a_folder_that_is_none_is_refused(folder):
+def test_a_repro_dir_that_is_no_path_is_refused(folder):
     with pytest.raises(ng.InvalidInput, match="repro_dir must be the path of a folder"):
         ng.GuardConfig(repro_dir=folder)

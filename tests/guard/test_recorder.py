@@ -12,7 +12,7 @@ from hallo_numguard.ops.device import HostRing
 
 
 class SlowRows(HostRing):
-    """Rows that have not arrived yet unless somebody waits for them."""
+    """Rows that have not arrived, unless the read waits."""
 
     def __init__(self, length):
         super().__init__(length, 4, torch.device("cpu"))
@@ -54,13 +54,13 @@ def test_every_step_is_fresh_once_and_in_order_whenever_it_arrives():
     assert fresh(recorder, wait=True) == []
 
 
-def test_steps_that_nobody_asked_for_in_time_are_gone_from_the_ring():
+def test_rows_that_are_not_read_in_time_are_overwritten():
     recorder, _ = make(3)
     record(recorder, range(1, 8))
     assert fresh(recorder) == [5, 6, 7]
 
 
-def test_steps_that_come_again_after_a_rollback_are_fresh_again():
+def test_repeated_steps_after_a_rollback_are_fresh():
     recorder, _ = make(8)
     record(recorder, [1, 2, 3])
     assert fresh(recorder) == [1, 2, 3]

@@ -93,7 +93,7 @@ def test_one_that_cannot_be_loaded_is_named(their_framework):
 
 
 @pytest.mark.parametrize("target", [nn.Linear(2, 2), torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1), None])
-def test_what_attach_does_not_take_is_told_what_it_takes(target):
+def test_the_error_for_any_other_target_lists_what_attach_takes(target):
     with pytest.raises(ng.InvalidInput) as caught:
         ng.attach(target)
     message = str(caught.value)

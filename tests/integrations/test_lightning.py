@@ -1,4 +1,4 @@
-"""The callback of a Lightning Trainer: the campaign's faults, clipping, scalers, manual optimization, strategies."""
+"""The callback of a Lightning Trainer: manual optimization, DeepSpeed, its older name; see also test_contract.py."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import hallo_numguard as ng
 
 import adapter_support as support
 import deepspeed_support
+from frameworks import FRAMEWORKS, lightning_module, lightning_trainer
 
 pl = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
 pytestmark = [
@@ -20,86 +21,18 @@ pytestmark = [
 ]
 
 
-class Module(pl.LightningModule):
-    """Calls its model as most do: not through its own forward."""
-
-    def __init__(self, faulty, optimizer=torch.optim.AdamW):
-        super().__init__()
-        self.net = faulty.model
-        self.faulty = faulty
-        self.kind = optimizer
-
-    def training_step(self, batch, batch_idx):
-        (arguments, target) = batch
-        loss = self.net.loss(self.net(*arguments), target)
-        self.log("loss", loss)
-        return loss
-
-    def configure_optimizers(self):
-        optimizer = self.kind([item for item in self.parameters() if item.requires_grad], lr=1e-3)
-        self.faulty.plant(optimizer, "net.")
-        return optimizer
-
-    def train_dataloader(self):
-        steps = range(1, self.faulty.steps + 1)
-        return torch.utils.data.DataLoader(steps, collate_fn=lambda items: self.faulty.batch(items[0]))
+LIGHTNING = FRAMEWORKS["lightning"]
+Module = lightning_module(pl)
 
 
-def trainer_of(faulty, *callbacks, **settings):
-    arguments = {
-        "accelerator": "cpu",
-        "max_epochs": 1,
-        "logger": False,
-        "enable_checkpointing": False,
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        "gradient_clip_val": 1.0,
-        "callbacks": list(callbacks),
-    }
-    return pl.Trainer(**{**arguments, **settings})
-
-
-def fit(faulty, *callbacks, module=None, **settings):
-    """Trains; returns whether the guard has raised."""
-    try:
-        trainer_of(faulty, *callbacks, **settings).fit(module or Module(faulty))
-    except ng.NumericsError:
-        return True
-    return False
-
-
-def test_a_clean_run_in_bfloat16_throughout_has_the_same_bits():
+def test_a_clean_run_in_bfloat16_throughout_has_the_same_bits(tmp_path):
     runs = []
     for guarded in (True, False):
-        faulty = support.Faulty("none")
-        batch = faulty.batch
-        faulty.batch = lambda step, batch=batch: torch.utils._pytree.tree_map(
-            lambda item: item.bfloat16() if item.is_floating_point() else item, batch(step)
-        )
-        callback = ng.integrations.LightningNumGuardCallback()
-        fit(faulty, *[callback] * guarded, precision="bf16-true", max_steps=8)
+        faulty = LIGHTNING.faulty("none")
+        settings = {"precision": "bf16-true", "max_steps": 8}
+        run = LIGHTNING.train(faulty, tmp_path, guarded, settings=settings)
         if guarded:
-            assert [record.applied for record in callback.history] == [True] * 8
-        runs.append(support.weights(faulty.model))
-    support.assert_same_bits(*runs)
-
-
-def scaled():
-    from lightning.pytorch.plugins import MixedPrecision
-
-    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))
-
-
-@pytest.mark.parametrize(
-    "optimizer", [torch.optim.AdamW, lambda *args, **kwargs: torch.optim.AdamW(*args, fused=True, **kwargs)]
-)
-def test_a_scaled_clean_run_has_the_same_bits(optimizer):
-    runs = []
-    for guarded in (True, False):
-        faulty = support.Faulty("none")
-        callback = ng.integrations.LightningNumGuardCallback()
-        module = Module(faulty, optimizer)
-        fit(faulty, *[callback] * guarded, module=module, plugins=[scaled()], max_steps=6, gradient_clip_val=None)
+            assert [record.applied for record in run.guard.history] == [True] * 8
         runs.append(support.weights(faulty.model))
     support.assert_same_bits(*runs)
 
@@ -107,8 +40,8 @@ def test_a_scaled_clean_run_has_the_same_bits(optimizer):
 class Manual(Module):
     """Two optimizers, stepped by hand."""
 
-    def __init__(self, faulty):
-        super().__init__(faulty)
+    def __init__(self, *options):
+        super().__init__(*options)
         self.automatic_optimization = False
         self.other = nn.Linear(4, 4)
 
@@ -126,22 +59,21 @@ class Manual(Module):
         return super().configure_optimizers(), torch.optim.SGD(self.other.parameters(), lr=0.1)
 
 
-def test_optimizers_that_are_stepped_by_hand():
+def test_optimizers_that_are_stepped_by_hand(tmp_path):
     faulty = support.Faulty("forward")
-    callback = ng.integrations.LightningNumGuardCallback(None, faulty.reports.append)
-    assert not fit(faulty, callback, module=Manual(faulty), gradient_clip_val=None)
-    applied = [record.applied for record in callback.history]
+    run = LIGHTNING.train(faulty, tmp_path, module=Manual, clip=None)
+    assert not run.raised
+    applied = [record.applied for record in run.guard.history]
     assert applied == [True, True, False, True, True, True, *[True] * 6]
     report = faulty.reports[0]
     assert (report.verdict, report.first.kind) == (ng.Verdict.UNDETERMINED, "loss")  # nothing is run again
     assert all(torch.isfinite(item).all() for item in faulty.model.parameters())
 
 
-@pytest.mark.parametrize("plugins", [[], [scaled()]], ids=["plain", "scaled"])
-def test_a_bad_weight_of_an_optimizer_that_is_stepped_by_hand(plugins):
+@pytest.mark.parametrize("scale", [None, 2.0**8])
+def test_a_bad_weight_of_an_optimizer_that_is_stepped_by_hand(scale, tmp_path):
     faulty = support.Faulty("weight")
-    callback = ng.integrations.LightningNumGuardCallback(None, faulty.reports.append)
-    assert fit(faulty, callback, module=Manual(faulty), gradient_clip_val=None, plugins=plugins)
+    assert LIGHTNING.train(faulty, tmp_path, module=Manual, clip=None, scale=scale).raised
     report = faulty.reports[0]
     assert (report.step, report.verdict) == (3, ng.Verdict.WEIGHTS_NONFINITE)
     assert report.first.name == f"net.{faulty.model.trainable}"
@@ -149,7 +81,7 @@ def test_a_bad_weight_of_an_optimizer_that_is_stepped_by_hand(plugins):
 
 def test_attach_guards_every_fit_until_it_is_detached():
     faulty = support.Faulty("none")
-    trainer = trainer_of(faulty, max_epochs=1)
+    trainer = lightning_trainer(pl)
     guard = ng.attach(trainer)
     with pytest.raises(ng.InvalidInput, match="NumGuardCallback already"):
         ng.attach(trainer)
@@ -167,47 +99,27 @@ def test_attach_guards_every_fit_until_it_is_detached():
     assert guard.history == history
 
 
-@pytest.mark.parametrize("plugins", [[], [scaled()]], ids=["plain", "scaled"])
-def test_a_run_goes_back_to_its_last_healthy_checkpoint(plugins, tmp_path):
-    faulty = support.Faulty("weight")
-    keeper = ng.CheckpointKeeper(tmp_path, healthy_after=1)
-
-    class Saves(pl.Callback):
-        def on_train_batch_end(self, trainer, module, *_):
-            if trainer.global_step == 1:
-                keeper.save({"module": module, "optimizer": trainer.optimizers[0]})
-
-    config = ng.GuardConfig(keeper=keeper, policy=ng.Policy(on_unrecoverable="rollback"))
-    callback = ng.integrations.LightningNumGuardCallback(config)
-    assert not fit(faulty, callback, Saves(), plugins=plugins)
-    assert [record.applied for record in callback.history] == [True, True, False, True, True, True]
-    assert all(torch.isfinite(item).all() for item in faulty.model.parameters())
-    assert len({record.loss_scale for record in callback.history}) == 1
-
-
-def test_detached_in_the_middle_it_looks_no_more():
+def test_nothing_is_guarded_after_a_detach_in_the_middle(tmp_path):
     faulty = support.Faulty("forward")
 
     class Detaches(pl.Callback):
         def on_train_batch_end(self, trainer, *_):
             if trainer.global_step == 2:
-                callback.detach()
+                trainer.callbacks[0].detach()
 
-    callback = ng.integrations.LightningNumGuardCallback(None, faulty.reports.append)
-    fit(faulty, callback, Detaches())
-    assert len(callback.history) == 2
+    run = LIGHTNING.train(faulty, tmp_path, callbacks=[Detaches()])
+    assert len(run.guard.history) == 2
     assert not any(torch.isfinite(item).all() for item in faulty.model.blocks.parameters())  # as without a guard
 
 
-def test_a_training_step_of_any_arguments():
+def test_a_training_step_of_any_arguments(tmp_path):
     faulty = support.Faulty("forward")
 
     class Any(Module):
         def training_step(self, *args):
             return super().training_step(*args)
 
-    callback = ng.integrations.LightningNumGuardCallback(None, faulty.reports.append)
-    fit(faulty, callback, module=Any(faulty))
+    LIGHTNING.train(faulty, tmp_path, module=Any)
     assert faulty.reports[0].verdict == ng.Verdict.FORWARD_NONFINITE
 
 
@@ -219,30 +131,21 @@ def test_a_guarded_optimizer_is_not_guarded_twice():
             return ng.GuardedOptimizer(super().configure_optimizers(), self)
 
     with pytest.raises(ng.InvalidInput, match="guarded already"):
-        trainer_of(faulty, ng.integrations.LightningNumGuardCallback(), gradient_clip_val=None).fit(Guarded(faulty))
-    trainer_of(faulty, gradient_clip_val=None, max_steps=2).fit(Guarded(faulty))  # which alone is fine
+        lightning_trainer(pl, [ng.integrations.LightningNumGuardCallback()]).fit(Guarded(faulty))
+    lightning_trainer(pl, max_steps=2).fit(Guarded(faulty))  # which alone is fine
 
 
 def test_the_library_under_its_older_name():
     older = pytest.importorskip("pytorch_lightning", reason="the older package of Lightning is not installed")
 
-    class Older(older.LightningModule):
-        training_step, configure_optimizers, train_dataloader = (
-            vars(Module)[name] for name in ("training_step", "configure_optimizers", "train_dataloader")
-        )
-
-        def __init__(self, faulty):
-            super().__init__()
-            self.net, self.faulty, self.kind = faulty.model, faulty, torch.optim.AdamW
-
     faulty = support.Faulty("forward")
-    trainer = older.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False)
+    trainer = lightning_trainer(older)
     guard = ng.attach(trainer, None, faulty.reports.append)
-    trainer.fit(Older(faulty))
+    trainer.fit(lightning_module(older)(faulty))
     assert faulty.problems(guard, raised=False) == []
 
 
-def test_a_batch_that_is_run_again_logs_nothing_twice():
+def test_a_batch_that_is_run_again_logs_nothing_twice(tmp_path):
     faulty = support.Faulty("forward")
     logged = []
 
@@ -250,8 +153,7 @@ def test_a_batch_that_is_run_again_logs_nothing_twice():
         def log(self, name, value, **_):
             logged.append(name)
 
-    callback = ng.integrations.LightningNumGuardCallback(None, faulty.reports.append)
-    fit(faulty, callback, module=Logs(faulty))
+    LIGHTNING.train(faulty, tmp_path, module=Logs)
     assert faulty.reports[0].first.name == "net.blocks.1.mlp.0"  # found by running it again
     assert len(logged) == faulty.steps
 
@@ -262,9 +164,9 @@ import torch
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DeepSpeedStrategy
 import adapter_support as support
-import test_lightning as harness
-import hallo_numguard as ng
+from frameworks import FRAMEWORKS
 
+LIGHTNING = FRAMEWORKS["lightning"]
 deepspeed_support.allow_fp16()
 
 class OnCpu(DeepSpeedStrategy):  # which insists on a GPU
@@ -280,25 +182,22 @@ class OnCpu(DeepSpeedStrategy):  # which insists on a GPU
 config = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
 config["zero_force_ds_cpu_optimizer"] = False
 
-def run(fault, guarded):
-    faulty = harness.Faulty(fault)
-    callback = ng.integrations.LightningNumGuardCallback(None, faulty.reports.append)
+def run(fault, guarded=True):
+    faulty = support.Faulty(fault)
     strategy = OnCpu(config=dict(config), process_group_backend="gloo")
-    settings = {"devices": 1, "max_steps": 6, "gradient_clip_val": None}
-    raised = harness.fit(faulty, *[callback] * guarded, strategy=strategy, **settings)
-    return faulty, callback, raised, support.weights(faulty.model)
+    outcome = LIGHTNING.train(faulty, None, guarded, clip=None, settings={"strategy": strategy, "max_steps": 6})
+    return faulty, outcome
 
-_, callback, _, guarded = run("none", True)
-assert [record.applied for record in callback.history] == [True] * 6
-_, _, _, plain = run("none", False)
-support.assert_same_bits(guarded, plain)
-faulty, callback, raised, _ = run("weight", True)
-assert raised
-report = callback.last_report
+(guarded, outcome), (plain, _) = run("none"), run("none", False)
+assert [record.applied for record in outcome.guard.history] == [True] * 6
+support.assert_same_bits(support.weights(guarded.model), support.weights(plain.model))
+faulty, outcome = run("weight")
+report = outcome.guard.last_report
+assert outcome.raised
 assert (report.verdict, report.first.name) == ("weights_nonfinite", "net." + faulty.model.trainable), report
-faulty, callback, raised, _ = run("forward", True)
-report = callback.last_report
-assert not raised
+faulty, outcome = run("forward")
+report = outcome.guard.last_report
+assert not outcome.raised
 assert (report.verdict, report.first.name) == ("forward_nonfinite", "net." + faulty.model.module), report
 print("done")
 """
@@ -315,65 +214,4 @@ def test_installing_registers_nothing_with_lightning():
 
     offered = entry_points(group="lightning.pytorch.callbacks_factory")
     assert not any(point.value.startswith("hallo_numguard") for point in offered)
-    faulty = support.Faulty("none")
-    assert not any(type(item).__module__.startswith("hallo_numguard") for item in trainer_of(faulty).callbacks)
-
-
-RANKS = """
-import sys
-import torch
-import lightning.pytorch as pl
-import adapter_support as support
-import test_lightning as harness
-import hallo_numguard as ng
-
-rank, sharded = int(__import__("os").environ["RANK"]), "SHARDED" == "fsdp2"
-torch.set_num_threads(1)
-INPUT = support.INPUT["transformer"][1]
-
-class Faulty(support.Faulty):
-    def batch(self, step):
-        arguments, target = super().batch(step + 100 * rank)
-        if self.fault == "input" and step == 3 and rank == 1:
-            arguments[1][INPUT] = float("nan")
-        return arguments, target
-
-class Module(harness.Module):
-    def __init__(self, faulty):
-        super().__init__(faulty)
-        if sharded:
-            self.net.head = torch.nn.Linear(16, 16, bias=False)
-
-    def configure_model(self):
-        if sharded:
-            from torch.distributed.fsdp import FSDPModule, fully_shard
-            if not isinstance(self.net, FSDPModule):
-                fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
-
-def run(fault, guarded):
-    faulty = Faulty(fault)
-    callback = ng.integrations.LightningNumGuardCallback(None, faulty.reports.append)
-    strategy = pl.strategies.ModelParallelStrategy(2, 1) if sharded else "ddp"
-    clip = None if sharded else 1.0
-    harness.fit(faulty, *[callback] * guarded, module=Module(faulty), strategy=strategy, devices=2, max_steps=5,
-        gradient_clip_val=clip, use_distributed_sampler=False)
-    return faulty, callback, [getattr(p, "_local_tensor", p).detach().clone() for p in faulty.model.parameters()]
-
-_, callback, guarded = run("none", True)
-assert [record.applied for record in callback.history] == [True] * 5
-_, _, plain = run("none", False)
-assert all(torch.equal(a, b) for a, b in zip(guarded, plain, strict=True))
-faulty, callback, _ = run("input", True)
-assert [record.applied for record in callback.history] == [True, True, False, True, True]
-report = faulty.reports[0]
-first = report.first
-assert report.verdict == "input_nonfinite", report
-assert (first.name, first.index, first.rank) == ("batch[0][1]", INPUT, 1), report
-print("done")
-"""
-
-
-@pytest.mark.parametrize("sharded", ["ddp", "fsdp2"])
-def test_two_ranks(sharded, tmp_path):
-    for output in deepspeed_support.run_ranks(RANKS.replace("SHARDED", sharded), tmp_path):
-        assert "done" in output
+    assert not any(type(item).__module__.startswith("hallo_numguard") for item in lightning_trainer(pl).callbacks)

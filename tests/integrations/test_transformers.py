@@ -1,10 +1,11 @@
-"""The callback of a Hugging Face Trainer without DeepSpeed: the campaign's faults, real weights, logs, stopping."""
+"""The callback of a Hugging Face Trainer without DeepSpeed: real weights, logs, stopping; test_contract.py has more."""
 
 from __future__ import annotations
 
 import json
 import logging
 import math
+import shutil
 
 import pytest
 import torch
@@ -14,55 +15,15 @@ import hallo_numguard as ng
 import adapter_support as support
 import deepspeed_support
 import weights as minilm
+from frameworks import hugging_face_trainer
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 pytestmark = pytest.mark.usefixtures("cpu_alone")
 
 
-def trainer_of(faulty, folder, **arguments):
-    """A Trainer that gets the campaign's batches, a sample each of a batch."""
-
-    def collate(samples):
-        (number,) = samples
-        (tokens, features), target = faulty.batch(number + 1)
-        return {"tokens": tokens, "features": features, "target": target}
-
-    accumulated = arguments.get("gradient_accumulation_steps", 1)
-    settings = {
-        "output_dir": str(folder),
-        "per_device_train_batch_size": 1,
-        "max_steps": faulty.steps,
-        "learning_rate": 1e-3,
-        "train_sampling_strategy": "sequential",
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": [],
-        "use_cpu": True,
-        "remove_unused_columns": False,
-        "disable_tqdm": True,
-        **arguments,
-    }
-    return transformers.Trainer(
-        model=faulty.model,
-        args=transformers.TrainingArguments(**settings),
-        train_dataset=list(range(faulty.steps * accumulated)),
-        data_collator=collate,
-    )
-
-
-class PlantsWhenItBegins(transformers.TrainerCallback):
-    """The optimizer is made by the Trainer, when it begins to train."""
-
-    def __init__(self, faulty):
-        self.faulty = faulty
-
-    def on_train_begin(self, *_, optimizer, **__):
-        self.faulty.plant(optimizer)
-
-
 def test_figures_join_what_the_trainer_logs(tmp_path):
     faulty = support.Faulty("none", kind=support.WithLoss)
-    trainer = trainer_of(faulty, tmp_path, max_grad_norm=1e-3)
+    trainer = hugging_face_trainer(faulty, tmp_path, max_grad_norm=1e-3)
     guard = ng.attach(trainer)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
@@ -75,8 +36,7 @@ def test_figures_join_what_the_trainer_logs(tmp_path):
 
 def test_training_stops_as_callbacks_stop_it_and_the_report_is_kept(tmp_path):
     faulty = support.Faulty("weight", kind=support.WithLoss)
-    trainer = trainer_of(faulty, tmp_path / "out", save_strategy="steps", save_steps=1)
-    faulty.plant(None)
+    trainer = hugging_face_trainer(faulty, tmp_path / "out", save_strategy="steps", save_steps=1)
     callback = ng.attach(trainer, ng.GuardConfig(dump_dir=tmp_path / "dump"))
     result = trainer.train()
     assert result.global_step == 3
@@ -90,42 +50,31 @@ def test_training_stops_as_callbacks_stop_it_and_the_report_is_kept(tmp_path):
 
 def test_an_epoch_that_ends_with_the_stop_is_not_saved_either(tmp_path):
     faulty = support.Faulty("weight", kind=support.WithLoss)
-    trainer = trainer_of(faulty, tmp_path, save_strategy="epoch", max_steps=-1, num_train_epochs=1)
-    faulty.plant(None)
+    trainer = hugging_face_trainer(faulty, tmp_path, save_strategy="epoch", max_steps=-1, num_train_epochs=1)
     ng.attach(trainer)
     trainer.train()
     assert [path.name for path in tmp_path.iterdir()] == ["numguard"]
 
 
 def test_the_filter_that_hides_nan_losses_is_named(tmp_path, caplog):
-    told = {}
+    warned = {}
     for filtered in (True, False):
         caplog.clear()
         faulty = support.Faulty("forward", kind=support.WithLoss)
-        trainer = trainer_of(faulty, tmp_path, logging_nan_inf_filter=filtered)
-        faulty.plant(None)
+        trainer = hugging_face_trainer(faulty, tmp_path, logging_nan_inf_filter=filtered)
         ng.attach(trainer)
         with caplog.at_level(logging.WARNING, "hallo_numguard"):
             trainer.train()
-        told[filtered] = any("logging_nan_inf_filter" in record.getMessage() for record in caplog.records)
+        warned[filtered] = any("logging_nan_inf_filter" in record.getMessage() for record in caplog.records)
         row = next(row for row in trainer.state.log_history if row["step"] == 3)
         assert math.isfinite(row["loss"]) is filtered
         assert not math.isfinite(row["numguard/loss"])
-    assert told == {True: True, False: False}
-
-
-def test_the_learning_rate_waits_for_a_skipped_step(tmp_path):
-    faulty = support.Faulty("forward", kind=support.WithLoss)
-    trainer = trainer_of(faulty, tmp_path)
-    faulty.plant(None)
-    ng.attach(trainer)
-    trainer.train()
-    assert trainer.lr_scheduler.last_epoch == faulty.steps - 1
+    assert warned == {True: True, False: False}
 
 
 def test_a_callback_guards_every_train_until_it_is_detached(tmp_path):
     faulty = support.Faulty("none", kind=support.WithLoss)
-    trainer = trainer_of(faulty, tmp_path, max_steps=2)
+    trainer = hugging_face_trainer(faulty, tmp_path, max_steps=2)
     guard = ng.attach(trainer)
     with pytest.raises(ng.InvalidInput, match="guarded already"):
         ng.attach(trainer)
@@ -151,7 +100,7 @@ def test_attach_in_the_middle_of_training(tmp_path):
                 guards.append(ng.attach(trainer))
 
     faulty = support.Faulty("none", kind=support.WithLoss)
-    trainer = trainer_of(faulty, tmp_path, max_steps=4)
+    trainer = hugging_face_trainer(faulty, tmp_path, max_steps=4)
     trainer.add_callback(AttachesLate())
     trainer.train()
     assert len(guards[0].history) == 2
@@ -163,18 +112,11 @@ def test_a_callback_without_a_trainer_says_so():
         ng.integrations.NumGuardCallback().on_train_begin(arguments, transformers.TrainerState(), None)
 
 
-NAME = "encoder.layer.2.attention.self.query.weight"
-
-
 def test_one_flipped_bit_of_a_real_file(tmp_path):
     """MiniLM in half precision, loaded from a file with one bit of an exponent flipped."""
-    folder = tmp_path / "model"
-    folder.mkdir()
-    for file in minilm.model_folder().iterdir():
-        if file.is_file():
-            (folder / file.name).write_bytes(file.read_bytes())
+    folder = shutil.copytree(minilm.model_folder(), tmp_path / "model")
     path = folder / "model.safetensors"
-    begin, _ = minilm.place_of(path, NAME)
+    begin, _ = minilm.place_of(path, minilm.QUERY)
     minilm.flip_bit(path, begin + (131 * 384 + 77) * 4, 30)
     body = transformers.AutoModel.from_pretrained(folder).half()
 
@@ -196,7 +138,7 @@ def test_one_flipped_bit_of_a_real_file(tmp_path):
     trainer.train()
     report = callback.stopped_by.report
     assert (report.step, report.verdict) == (1, "weights_nonfinite")
-    assert (report.first.name, report.first.index) == (f"body.{NAME}", (131, 77))
+    assert (report.first.name, report.first.index) == (f"body.{minilm.QUERY}", (131, 77))
 
 
 RANKS = """
@@ -204,13 +146,13 @@ import os
 import torch
 import adapter_support as support
 import deepspeed_support
-import test_transformers as harness
+from frameworks import hugging_face_trainer
 import hallo_numguard as ng
 
 torch.set_num_threads(1)
 rank = int(os.environ["RANK"])
 faulty = support.Faulty("none", kind=support.WithLoss)
-trainer = harness.trainer_of(faulty, "OUT", max_steps=6, ddp_find_unused_parameters=False)
+trainer = hugging_face_trainer(faulty, "OUT", max_steps=6, ddp_find_unused_parameters=False)
 ng.inject(trainer, "parameter", faulty.model.frozen, index=(4, 2), step=3, rank=1)
 guard = ng.attach(trainer)
 trainer.train()

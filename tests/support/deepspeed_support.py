@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ class Model(nn.Module):
 
 
 def free_port() -> int:
-    """Returns a port that nobody listens on."""
+    """Returns a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return int(free.getsockname()[1])
@@ -78,12 +79,18 @@ def allow_fp16() -> None:
         set_accelerator(Fp16CpuAccelerator())
 
 
+def trained_by(model: nn.Module) -> list[Any]:
+    """Returns the parameters that are trained."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
 def make_engine(
     setup: str = "fp16",
     scale_power: int = 8,
     stage: int = 2,
     offload: bool = False,
     model: nn.Module | None = None,
+    groups_of: Callable[[nn.Module], list[Any]] = trained_by,
     **config: Any,
 ) -> Any:
     """Returns an engine.
@@ -96,6 +103,7 @@ def make_engine(
         stage: Of ZeRO.
         offload: Whether the optimizer's state lies on the CPU.
         model: A `Model` if left out.
+        groups_of: Makes the optimizer's parameters or groups of the model.
         config: More of DeepSpeed's configuration.
     """
     single_process_environment()
@@ -125,7 +133,7 @@ def make_engine(
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if stage == 3:  # so that small parameters stay whole, and others do not
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 30
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    optimizer = torch.optim.AdamW(groups_of(model), lr=1e-3)
     with pytest.MonkeyPatch.context() as patch:
         if setup.endswith("_fused"):
             patch.setattr("deepspeed.runtime.engine.FusedAdam", torch.optim.AdamW)
@@ -160,6 +168,17 @@ def plant(engine: Any, name: str, index: tuple[int, ...], value: float = float("
             tensor.ds_tensor.view(-1)[place] = value
 
 
+def start_rank(script: Path, rank: int, ranks: int, port: int, **streams: Any) -> subprocess.Popen[str]:
+    """Starts a script as one of several ranks, which can import the helpers of the tests."""
+    environment = {
+        **os.environ,
+        **rank_environment(rank, ranks, port),
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [IMPORTABLE, os.environ.get("PYTHONPATH")])),
+    }
+    return subprocess.Popen([sys.executable, str(script)], env=environment, text=True, **streams)
+
+
 def run_ranks(
     script: str, folder: Path, ranks: int = 2, timeout: float = 200, contains_failures: bool = False
 ) -> list[str]:
@@ -170,23 +189,8 @@ def run_ranks(
     path = folder / "script.py"
     path.write_text(f"import tells_failures\n{script}", encoding="utf-8")
     port = free_port()
-    processes = []
-    for rank in range(ranks):
-        environment = {
-            **os.environ,
-            **rank_environment(rank, ranks, port),
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join(filter(None, [IMPORTABLE, os.environ.get("PYTHONPATH")])),
-        }
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, str(path)],
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    processes = [start_rank(path, rank, ranks, port, **streams) for rank in range(ranks)]
     outputs = []
     try:
         for process in processes:
@@ -199,6 +203,26 @@ def run_ranks(
         assert process.returncode == 0, output
         assert contains_failures or tells_failures.PREFIX not in output, output
     return outputs
+
+
+_HEAD = """
+import logging, os
+import deepspeed, torch
+import deepspeed_support as support
+import hallo_numguard as ng
+from deepspeed_support import KINDS, name_of, plant_in_gradient
+logging.disable(logging.CRITICAL)
+RANK = int(os.environ["RANK"])
+"""
+_TAIL = """
+deepspeed.comm.barrier()
+deepspeed.comm.destroy_process_group()
+"""
+
+
+def run_engines(script: str, folder: Path, **options: Any) -> list[str]:
+    """Runs a script that makes engines in two processes, with the usual imports; see `run_ranks`."""
+    return run_ranks(_HEAD + script + _TAIL, folder, **options)
 
 
 # setup, stage, offload, class of the optimizer
@@ -249,22 +273,43 @@ def plant_in_gradient(index, value=float("nan")):
     return hook
 
 
-def plant_in_state(engine, name, index, key="exp_avg"):
-    """Writes NaN into the optimizer's state, as a damaged checkpoint or memory would."""
-    from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+# Of a run that goes back to a checkpoint
+STEPS = 10
+SAVED = 3  # after this step; two clean steps later it is healthy
+BAD = 7
 
-    parameter = dict(engine.module.named_parameters())[name]
-    optimizer = engine.optimizer
-    if type(optimizer).__name__ == "FP16_UnfusedOptimizer":
-        masters = dict(zip(optimizer.fp16_groups[0], optimizer.fp32_groups[0], strict=True))
-        optimizer.optimizer.state[masters[parameter]][key][index] = float("nan")
-        return
-    if type(optimizer).__name__ == "FP16_Optimizer":
-        moments = optimizer.optimizer.state[optimizer.fp32_groups_flat[0]][key]
-        sizes = [item.numel() for item in optimizer.fp16_groups[0]]
-        at = next(at for at, item in enumerate(optimizer.fp16_groups[0]) if item is parameter)
-        moments.split(sizes)[at].view(parameter.shape)[index] = float("nan")
-        return
-    whole = safe_get_full_optimizer_state(parameter, key)
-    whole[index] = float("nan")
-    safe_set_full_optimizer_state(parameter, whole, key)
+
+def train_and_save(engine: Any, keeper: Any) -> dict[int, float]:
+    """Trains on `STEPS` batches, and saves once; returns the losses by batch."""
+    losses = {}
+    for batch in range(1, STEPS + 1):
+        losses[batch] = train_step(engine, batch)
+        if batch == SAVED:
+            keeper.save(engine)
+    return losses
+
+
+def check_rollback(folder: Path | str, options: dict[str, Any], lost: int, kind: str, where: str, **fault: Any) -> None:
+    """Fails unless a damaged run goes back, and on as one that never saw the steps that were lost.
+
+    Args:
+        folder: Folder for checkpoints.
+        options: Arguments of `make_engine`.
+        lost: Step in which the damage of step `BAD` is found.
+        kind, where, fault: Arguments of `ng.inject`.
+    """
+    import hallo_numguard as ng  # here, as bundles must be reproducible where it is not installed
+
+    engine = make_engine(**options)
+    keeper = ng.CheckpointKeeper(folder, healthy_after=2)
+    guard = ng.attach(engine, ng.GuardConfig(keeper=keeper, policy=ng.Policy(on_unrecoverable="rollback")))
+    ng.inject(engine, kind, where, step=BAD, **fault)
+    losses = train_and_save(engine, keeper)
+    guard.detach()
+    assert guard.last_report.step == lost
+    assert guard.last_report.first.name == where
+    assert [record.step for record in guard.history] == [*range(1, lost + 1), *range(4, 4 + STEPS - lost)]
+    assert engine.global_steps == SAVED + STEPS - lost
+    undamaged = make_engine(**options)
+    for batch in [*range(1, SAVED + 1), *range(lost + 1, STEPS + 1)]:
+        assert train_step(undamaged, batch) == losses[batch], (options, batch)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -10,61 +11,56 @@ from torch import nn
 import deepspeed_support
 
 WIDTH = 16
+Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-class Attention(nn.Module):
-    """Softmax by hand, as old code has it: the exponential of a large logit is Inf in half precision."""
+class Layer(nn.Module):
+    """Something of a projection of the input: a sound function, or once `broken` is set another."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.query = nn.Linear(WIDTH, WIDTH)
-        self.large = False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scores = self.query(x) @ x.transpose(-1, -2) / math.sqrt(WIDTH)
-        if self.large:
-            scores = scores.abs() + 700.0  # the exponential of 89 is Inf in float32, that of 12 in half precision
-        weights = scores.exp() / scores.exp().sum(-1, keepdim=True) if self.large else scores.softmax(-1)
-        return weights @ x
-
-
-class Norm(nn.Module):
-    """Without the small number under the root."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(WIDTH))
-        self.bare = False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.bare:
-            x = x.mean(-1, keepdim=True).expand_as(x)  # the same numbers everywhere: a deviation of zero
-            return (x - x[..., :1]) / (x - x[..., :1]).square().mean(-1, keepdim=True).sqrt() * self.weight
-        return nn.functional.layer_norm(x, (WIDTH,)) * self.weight
-
-
-class Gate(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, sound: Function, faulty: Function) -> None:
         super().__init__()
         self.project = nn.Linear(WIDTH, WIDTH)
-        self.negative = False
+        self.sound, self.faulty = sound, faulty
+        self.broken = False
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.project(x)
-        return torch.log(-y.abs() - 1) if self.negative else y.sigmoid() * x
+        return (self.faulty if self.broken else self.sound)(x, self.project(x))
 
 
-class Root(nn.Module):
-    """A square root at 0: its value is fine, its derivative is not."""
+def attention(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    return (query @ x.transpose(-1, -2) / math.sqrt(WIDTH)).softmax(-1) @ x
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.project = nn.Linear(WIDTH, WIDTH)
-        self.at_zero = False
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.project(x)
-        return y + (y - y).sqrt() if self.at_zero else y
+def attention_by_hand(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """As old code has it: the exponential of 89 is Inf in float32, that of 12 in half precision."""
+    exponentials = ((query @ x.transpose(-1, -2) / math.sqrt(WIDTH)).abs() + 700.0).exp()
+    return exponentials / exponentials.sum(-1, keepdim=True) @ x
+
+
+def norm(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return nn.functional.layer_norm(y, (WIDTH,))
+
+
+def norm_of_equals(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Without the small number under the root, where every deviation is zero."""
+    return (y - y) / (y - y).square().mean(-1, keepdim=True).sqrt()
+
+
+def gate(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return y.sigmoid() * x
+
+
+def log_of_negatives(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return torch.log(-y.abs() - 1)
+
+
+def projection(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return y
+
+
+def root_of_zero(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """Its value is fine, its derivative is not."""
+    return y + (y - y).sqrt()
 
 
 class Wrong(torch.autograd.Function):
@@ -77,26 +73,19 @@ class Wrong(torch.autograd.Function):
         return gradient * float("nan")
 
 
-class Custom(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.project = nn.Linear(WIDTH, WIDTH)
-        self.wrong = False
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = self.project(x)
-        return Wrong.apply(y) if self.wrong else y
+def wrong_derivative(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    return Wrong.apply(y)
 
 
 class Faulty(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embedding = nn.Embedding(8, WIDTH)
-        self.attention = Attention()
-        self.norm = Norm()
-        self.gate = Gate()
-        self.root = Root()
-        self.custom = Custom()
+        self.attention = Layer(attention, attention_by_hand)
+        self.norm = Layer(norm, norm_of_equals)
+        self.gate = Layer(gate, log_of_negatives)
+        self.root = Layer(projection, root_of_zero)
+        self.custom = Layer(projection, wrong_derivative)
         self.head = nn.Linear(WIDTH, 8)
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -106,21 +95,15 @@ class Faulty(nn.Module):
         return self.head(x)
 
 
-# The switch, the name that must be found (a module, or of a weight its own), and in which pass.
+# The layer that is broken, the name that must be found (a module, or of a weight its own), and in which pass.
 FAULTS = {
-    "attention": ("attention.large", "attention", "forward"),
-    "norm": ("norm.bare", "norm", "forward"),
-    "log": ("gate.negative", "gate", "forward"),
+    "attention": ("attention", "attention", "forward"),
+    "norm": ("norm", "norm", "forward"),
+    "log": ("gate", "gate", "forward"),
     "embedding row": ("", "embedding.weight", "forward"),
-    "square root at 0": ("root.at_zero", "root", "backward"),
-    "autograd function": ("custom.wrong", "custom", "backward"),
+    "square root at 0": ("root", "root", "backward"),
+    "autograd function": ("custom", "custom", "backward"),
 }
-
-
-def switch(model: nn.Module, path: str) -> None:
-    """Turns a fault on."""
-    place, _, name = path.rpartition(".")
-    setattr(model.get_submodule(place), name, True)
 
 
 def tokens(step: int = 0) -> torch.Tensor:
@@ -132,10 +115,10 @@ STAGES = [("fp16", 0), ("fp16", 2), ("fp16", 3), ("bf16", 2)]
 
 def damage(engine_or_model, fault):
     """Turns a fault on, in an engine or in a bare model."""
-    path, _, _ = FAULTS[fault]
+    layer, _, _ = FAULTS[fault]
     model = getattr(engine_or_model, "module", engine_or_model)
-    if path:
-        switch(model, path)
+    if layer:
+        model.get_submodule(layer).broken = True
     elif model is engine_or_model:
         with torch.no_grad():
             model.embedding.weight[3] = float("nan")

@@ -7,5 +7,5 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 ROOT = TESTS.parent
-IMPORTABLE = os.pathsep.join(map(str, (TESTS / "support", TESTS, TESTS / "integrations")))
-"""PYTHONPATH of a process that imports the helpers of the tests, or the adapters' tests for how they train."""
+IMPORTABLE = os.pathsep.join(map(str, (TESTS / "support", TESTS)))
+"""PYTHONPATH of a process that imports the helpers of the tests."""

@@ -40,6 +40,13 @@ class Of(nn.Module):
         return self.function(x)
 
 
+def first_of(model, *inputs, **options):
+    """Returns the origin that a trace of both passes names."""
+    with ng.trace(model, **options) as tr:
+        model(*inputs).sum().backward()
+    return tr.first_nonfinite
+
+
 FORWARD = {
     "softmax of a row that is masked throughout": lambda x: functional.softmax(x * 0 + float("-inf"), dim=-1),
     "a norm that divides by zero": lambda x: (x - x) / (x - x).norm(),
@@ -53,9 +60,7 @@ FORWARD = {
 def test_a_module_whose_output_is_the_first_that_is_not_finite(what):
     torch.manual_seed(0)
     model = Wrap(Of(FORWARD[what]))
-    with ng.trace(model, operations=True) as tr:
-        model(torch.randn(3, 4)).sum().backward()
-    first = tr.first_nonfinite
+    first = first_of(model, torch.randn(3, 4), operations=True)
     assert (first.name, first.module, first.phase, first.call, first.kind) == (
         "faulty",
         "Of",
@@ -72,9 +77,8 @@ def test_a_module_whose_output_is_the_first_that_is_not_finite(what):
 
 def test_the_operation_is_the_one_that_made_it():
     model = Wrap(Of(lambda x: torch.relu(torch.sqrt(x - x - 1.0) + 1.0)))
-    with ng.trace(model, operations=True) as tr:
-        model(torch.randn(3, 4))
-    assert tr.first_nonfinite.operation.startswith("aten.sqrt.default at ")
+    first = first_of(model, torch.randn(3, 4), operations=True)
+    assert first.operation.startswith("aten.sqrt.default at ")
 
 
 class Twice(torch.autograd.Function):
@@ -101,9 +105,7 @@ BACKWARD = {
 @pytest.mark.parametrize("what", BACKWARD)
 def test_a_module_that_is_bad_in_the_backward_pass_only(what):
     model = Wrap(Of(BACKWARD[what]))
-    with ng.trace(model) as tr:
-        model(torch.randn(3, 4)).sum().backward()
-    first = tr.first_nonfinite
+    first = first_of(model, torch.randn(3, 4))
     assert (first.name, first.phase, first.kind) == ("faulty", "backward", "gradient")
     if what == "a custom function":
         assert (first.index, first.tensor.record.nan) == ((1, 2), 1)
@@ -122,19 +124,16 @@ def test_code_between_modules_is_its_callers():
 
     for backward in (True, False):
         model = nn.Sequential(Root(backward))
-        with ng.trace(model) as tr:
-            model(torch.randn(3, 4)).sum().backward()
-        assert (tr.first_nonfinite.name, tr.first_nonfinite.module) == ("0", "Root")
-        assert tr.first_nonfinite.phase == ("backward" if backward else "forward")
+        first = first_of(model, torch.randn(3, 4))
+        assert (first.name, first.module) == ("0", "Root")
+        assert first.phase == ("backward" if backward else "forward")
 
 
 def test_a_bad_weight_is_named_and_not_the_module_that_uses_it():
     model = Wrap(nn.Linear(4, 4))
     with torch.no_grad():
         model.faulty.weight[2, 1] = float("nan")
-    with ng.trace(model) as tr:
-        model(torch.randn(3, 4))
-    first = tr.first_nonfinite
+    first = first_of(model, torch.randn(3, 4))
     assert (first.name, first.kind, first.index) == ("faulty.weight", "parameter", (2, 1))
 
 
@@ -142,21 +141,17 @@ def test_an_embedding_with_a_bad_row_is_named_if_the_row_is_read():
     model = nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 2))
     with torch.no_grad():
         model[0].weight[3] = float("inf")
-    with ng.trace(model) as tr:
-        model(torch.tensor([0, 1, 2]))
-    assert tr.first_nonfinite is None
-    with ng.trace(model) as tr:
-        model(torch.tensor([0, 3]))
-    assert (tr.first_nonfinite.name, tr.first_nonfinite.index) == ("0.weight", (3, 0))
+    assert first_of(model, torch.tensor([0, 1, 2])) is None
+    first = first_of(model, torch.tensor([0, 3]))
+    assert (first.name, first.index) == ("0.weight", (3, 0))
 
 
 def test_a_bad_input_is_named():
     model = Wrap(nn.Identity())
     x = torch.randn(3, 4)
     x[2, 3] = float("nan")
-    with ng.trace(model) as tr:
-        model(x)
-    assert (tr.first_nonfinite.kind, tr.first_nonfinite.name, tr.first_nonfinite.index) == ("input", "input[0]", (2, 3))
+    first = first_of(model, x)
+    assert (first.kind, first.name, first.index) == ("input", "input[0]", (2, 3))
 
 
 class Masked(nn.Module):
@@ -190,9 +185,8 @@ def test_an_overflow_to_negative_infinity_is_whose_it_is():
     with torch.no_grad():
         model[0].weight.fill_(-60000)
         model[0].bias.fill_(0)
-    with ng.trace(model) as tr:
-        model(torch.ones(2, 4).half())
-    assert (tr.first_nonfinite.name, tr.first_nonfinite.tensor.record.neg_inf) == ("0", 8)
+    first = first_of(model, torch.ones(2, 4).half())
+    assert (first.name, first.tensor.record.neg_inf) == ("0", 8)
 
 
 @dataclasses.dataclass
@@ -251,9 +245,8 @@ def test_checkpointed_blocks_are_called_twice_and_named_once():
 
     for reentrant in (True, False):
         model = Checkpointed(reentrant)
-        with ng.trace(model) as tr:
-            model(torch.randn(3, 4)).sum().backward()
-        assert (tr.first_nonfinite.name, tr.first_nonfinite.phase) == ("block.faulty", "backward")
+        first = first_of(model, torch.randn(3, 4))
+        assert (first.name, first.phase) == ("block.faulty", "backward")
 
 
 @pytest.mark.parametrize("name", list(MODELS))
@@ -281,10 +274,9 @@ def test_a_planted_activation_is_named_with_its_element(name):
     arguments, _ = model.batch(torch.Generator().manual_seed(1), torch.float32)
     index = (2, 3, 1)
     planted = ng.inject(model, "activation", model.module, index=index, value=float("inf"))
-    with ng.trace(model) as tr:
-        model(*arguments)
+    first = first_of(model, *arguments)
     planted.remove()
-    assert (tr.first_nonfinite.name, tr.first_nonfinite.index) == (model.module, index)
+    assert (first.name, first.index) == (model.module, index)
 
 
 def test_only_the_end_is_kept_if_the_first_is_all_that_is_wanted():
@@ -301,9 +293,7 @@ def test_only_the_end_is_kept_if_the_first_is_all_that_is_wanted():
 def test_a_mask_of_negative_infinity_does_not_end_a_trace_that_stops_at_the_first():
     model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(40)], Of(lambda x: x / 0), nn.Linear(4, 4))
     model.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
-    with ng.trace(model, stop_at_first=True) as tr:
-        model(torch.randn(2, 4))
-    assert tr.first_nonfinite.name == "40"
+    assert first_of(model, torch.randn(2, 4), stop_at_first=True).name == "40"
 
 
 def test_a_trace_survives_its_file(tmp_path):
@@ -328,7 +318,7 @@ def test_a_file_that_is_no_trace_is_refused_by_name(tmp_path, content):
         ng.load_trace(path)
 
 
-def test_what_cannot_be_looked_into_is_said():
+def test_what_cannot_be_traced_is_refused():
     with pytest.raises(ng.InvalidInput, match=r"torch\.nn\.Module"), ng.trace(lambda x: x):
         pass
     model = nn.Sequential(nn.Linear(2, 2), torch.jit.script(nn.Linear(2, 2)))

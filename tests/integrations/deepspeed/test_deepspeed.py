@@ -12,74 +12,6 @@ import hallo_numguard as ng
 
 import deepspeed_support as support
 
-SETUPS = ["fp16", "half"]
-
-
-@pytest.fixture
-def make(request):
-    guards = []
-
-    def build(setup="fp16", config=None, on_overflow=None, **options):
-        engine = support.make_engine(setup, **options)
-        guards.append(ng.attach(engine, config, on_overflow))
-        return engine, guards[-1]
-
-    yield build
-    for guard in guards:
-        guard.detach()
-
-
-def weights(engine):
-    return {name: value.clone() for name, value in engine.module.state_dict().items()}
-
-
-@pytest.mark.parametrize("stage", [1, 2])
-@pytest.mark.parametrize("setup", [*SETUPS, "bf16"])
-def test_finite_training_is_bit_identical_and_raises_no_alarm(make, setup, stage):
-    plain = support.make_engine(setup, stage=stage)
-    guarded, guard = make(setup, stage=stage)
-    losses = [(support.train_step(plain, step), support.train_step(guarded, step)) for step in range(5)]
-    assert all(a == b for a, b in losses)
-    assert all(torch.equal(value, weights(guarded)[name]) for name, value in weights(plain).items())
-    assert guard.last_report is None
-    assert [record.step for record in guard.history] == [1, 2, 3, 4, 5]
-    assert all(record.applied and record.nonfinite == 0 and record.norm > 0 for record in guard.history)
-
-
-PARAMETERS = [
-    ("embedding.weight", (3, 5)),
-    ("frozen.weight", (2, 7)),
-    ("frozen.bias", (11,)),
-    ("hidden.weight", (23, 0)),
-    ("hidden.bias", (0,)),
-    ("norm.weight", (4,)),
-    ("norm.bias", (23,)),
-    ("output.weight", (15, 23)),
-    ("output.bias", (1,)),
-]
-
-
-@pytest.mark.parametrize(("name", "index"), PARAMETERS, ids=[name for name, _ in PARAMETERS])
-@pytest.mark.parametrize("setup", SETUPS)
-def test_a_nan_planted_between_steps_is_named(make, setup, name, index):
-    engine, guard = make(setup)
-    support.train_step(engine, 0)
-    support.plant(engine, name, index)
-    before = weights(engine)
-    with pytest.raises(ng.NumericsError) as caught:
-        for step in range(1, 20):  # the row of the embedding may not be in every batch
-            support.train_step(engine, step)
-    report = caught.value.report
-    assert report is guard.last_report
-    assert report.verdict is ng.Verdict.WEIGHTS_NONFINITE
-    assert report.recoverable is False
-    assert (report.first.kind, report.first.name, report.first.index) == ("parameter", name, index)
-    assert (report.first.nan, report.first.pos_inf, report.first.neg_inf, report.first.rank) == (1, 0, 0, 0)
-    assert str(caught.value).startswith("Step ")
-    assert name in str(caught.value)
-    if name != "embedding.weight":
-        assert all(torch.equal(v, weights(engine)[k]) or k == name for k, v in before.items())
-
 
 def test_a_weight_that_is_bad_at_attach_is_a_finding_and_then_the_verdict(caplog):
     engine = support.make_engine("half")
@@ -92,26 +24,6 @@ def test_a_weight_that_is_bad_at_attach_is_a_finding_and_then_the_verdict(caplog
         support.train_step(engine)
     assert caught.value.report.first.pos_inf == 1
     assert caught.value.report.step == 1
-
-
-@pytest.mark.parametrize("setup", SETUPS)
-def test_a_scale_that_is_too_high_settles(make, setup):
-    reports = []
-    engine, guard = make(setup, scale_power=30, on_overflow=reports.append)
-    for step in range(25):
-        support.train_step(engine, step)
-    assert reports
-    assert {report.verdict for report in reports} == {ng.Verdict.SCALE_TOO_HIGH}
-    assert all(report.recoverable for report in reports)
-    assert reports[0].provisional, "the gradient that reaches the model is Inf already"
-    assert not reports[-1].provisional, "run again at the next scale, the batch was finite"
-    assert reports[0].first.kind == "gradient"
-    assert reports[0].first == reports[0].offenders[0]
-    assert not guard.last_report.provisional
-    settled_at = math.log2(engine.optimizer.loss_scale)
-    assert f"settled at 2^{settled_at:g} after {len(reports)} skipped" in guard.last_report.advice
-    assert [record.applied for record in guard.history][: len(reports)] == [False] * len(reports)
-    assert guard.history[-1].applied
 
 
 def test_a_nan_that_the_loss_does_not_depend_on_is_found_in_the_backward_pass(make):
@@ -137,18 +49,6 @@ def test_a_mask_of_negative_infinity_is_neither_a_finding_nor_an_origin(make):
     assert guard.last_report.verdict is ng.Verdict.UNDETERMINED
     assert guard.last_report.first.kind == "loss"
     assert guard.last_report.first.nan == 1
-
-
-def test_a_nan_loss_with_finite_weights_is_not_guessed_at(make):
-    engine, guard = make("fp16")
-    support.train_step(engine, 0, poison=float("inf"))
-    report = guard.last_report
-    assert report.verdict is ng.Verdict.UNDETERMINED
-    assert report.recoverable is None
-    assert "the same batch, run again on every rank, was finite in every module" in report.evidence
-    assert "made after the model" in report.advice
-    support.train_step(engine, 1)
-    assert guard.history[-1].applied
 
 
 def test_without_the_guard_deepspeed_halves_to_the_minimum_and_dies():
@@ -202,19 +102,6 @@ def test_an_error_of_the_callback_reaches_the_user(make):
         support.train_step(engine)
 
 
-def test_detach_restores_everything():
-    engine = support.make_engine("half")
-    before = (dict(vars(engine.optimizer)), set(vars(engine)))
-    guard = ng.attach(engine)
-    assert engine.optimizer.step is not before[0].get("step")
-    guard.detach()
-    assert set(vars(engine.optimizer)) == set(before[0])
-    assert set(vars(engine)) == before[1]
-    support.train_step(engine)
-    assert guard.history == []
-    ng.attach(engine).detach()
-
-
 @pytest.mark.contains_failures
 def test_a_failure_of_the_guard_is_logged_once_and_training_goes_on(make, caplog, monkeypatch):
     engine, guard = make("half")
@@ -226,7 +113,7 @@ def test_a_failure_of_the_guard_is_logged_once_and_training_goes_on(make, caplog
     assert "step" not in vars(engine.optimizer)
 
 
-def test_a_checkpoint_is_looked_at_when_it_is_loaded_and_loads_without_the_guard(make, tmp_path):
+def test_a_checkpoint_is_checked_when_it_is_loaded_and_loads_without_the_guard(make, tmp_path):
     engine, _ = make("half")
     support.train_step(engine)
     support.plant(engine, "frozen.weight", (1, 1))
@@ -238,20 +125,10 @@ def test_a_checkpoint_is_looked_at_when_it_is_loaded_and_loads_without_the_guard
     support.make_engine("half").load_checkpoint(str(tmp_path), tag="t")
 
 
-def test_what_cannot_be_guarded_is_refused_with_the_remedy(make):
-    with pytest.raises(ng.InvalidInput, match=r"deepspeed\.initialize"):
-        ng.attach(torch.nn.Linear(2, 2))
+def test_an_engine_that_is_guarded_is_refused_with_the_remedy(make):
     engine, _ = make("half")
     with pytest.raises(ng.InvalidInput, match="detach"):
         ng.attach(engine)
-
-
-def test_a_report_survives_json(make):
-    engine, guard = make("fp16", scale_power=30)
-    support.train_step(engine)
-    assert ng.OverflowReport.from_json(guard.last_report.to_json()) == guard.last_report
-    with pytest.raises(ValueError, match="schema version"):
-        ng.OverflowReport.from_json("{}")
 
 
 def test_reports_are_dumped_with_the_history_of_every_parameter(make, tmp_path):
@@ -265,6 +142,8 @@ def test_reports_are_dumped_with_the_history_of_every_parameter(make, tmp_path):
     assert path.name == "overflow-step00000004-rank0.json"
     read = ng.OverflowReport.from_json(path.read_text())
     assert read == caught.value.report
+    with pytest.raises(ValueError, match="schema version"):
+        ng.OverflowReport.from_json("{}")
     assert [(step.step, step.applied) for step in read.history] == [(n, n < 4) for n in (1, 2, 3, 4)]
     for theirs, ours in zip(read.history, guard.history, strict=True):
         assert dict(theirs.parameters) == dict(ours.parameters)
@@ -378,7 +257,7 @@ def test_figures_go_to_the_trackers_of_the_engine(make, tmp_path):
     assert theirs[-1].split(",")[0] == "80", "their axis"
 
 
-def test_whoever_catches_the_error_can_go_on(make):
+def test_training_continues_after_the_error_is_caught(make):
     """At the minimal scale DeepSpeed raises from inside of its step; the next one must not see what that one left."""
     engine, guard = make("fp16", scale_power=0)
     support.train_step(engine, 0)

@@ -62,31 +62,29 @@ def is_finite(engine):
 
 
 @pytest.mark.parametrize("kind", STALE_NAN_IS_APPLIED, ids=name_of)
-def test_a_nan_of_a_skipped_step_does_not_come_back(kind):
+def test_a_nan_of_a_skipped_step_does_not_come_back(attach, kind):
     engine = make(kind)
     a_bad_step_then_steps_without_that_branch(engine)
     assert not is_finite(engine), "DeepSpeed no longer applies it: the guard need not look after it any more"
 
     engine = make(kind)
-    guard = ng.attach(engine)
+    guard = attach(engine)
     a_bad_step_then_steps_without_that_branch(engine)
     assert is_finite(engine)
     assert [record.applied for record in guard.history] == [True, True, False, True, True, True, True, True]
-    guard.detach()
 
 
 @pytest.mark.parametrize("kind", STALE_NAN_SKIPS_FOR_EVER, ids=name_of)
-def test_one_bad_step_is_not_skipped_twice(kind):
+def test_one_bad_step_is_not_skipped_twice(attach, kind):
     engine = make(kind, scale_power=16)
     a_bad_step_then_steps_without_that_branch(engine)
     assert engine.skipped_steps == 6, "DeepSpeed no longer skips them: the guard need not look after it any more"
 
     engine = make(kind, scale_power=16)
-    guard = ng.attach(engine)
+    attach(engine)
     a_bad_step_then_steps_without_that_branch(engine)
     assert engine.skipped_steps == 1
     assert is_finite(engine)
-    guard.detach()
 
 
 def a_bad_gradient(engine, steps=1):
@@ -97,62 +95,57 @@ def a_bad_gradient(engine, steps=1):
     handle.remove()
 
 
-def test_stage_0_in_float32_has_no_check_so_the_guards_decision_stands():
+def test_stage_0_in_float32_has_no_check_so_the_guards_decision_stands(attach):
     engine = support.make_engine("fp32", stage=0)
     a_bad_gradient(engine)
     assert not is_finite(engine)
 
     engine = support.make_engine("fp32", stage=0)
-    guard = ng.attach(engine)
+    guard = attach(engine)
     a_bad_gradient(engine)
     assert is_finite(engine)
     assert [record.applied for record in guard.history] == [True, False]
     assert (guard.last_report.first.name, guard.last_report.first.index) == ("hidden.weight", (2, 3))
     support.train_step(engine, 2)
     assert guard.history[-1].applied
-    guard.detach()
 
 
-NOT_TO_LOOK = {"bf16": {"enabled": True, "check_grad_overflow": False}}
+CHECK_DISABLED = {"bf16": {"enabled": True, "check_grad_overflow": False}}
 
 
-def test_a_check_that_the_user_switched_off_is_not_overruled_but_reported():
-    engine = support.make_engine("bf16", **NOT_TO_LOOK)
-    guard = ng.attach(engine)
+def test_a_check_that_the_user_switched_off_is_not_overruled_but_reported(attach):
+    engine = support.make_engine("bf16", **CHECK_DISABLED)
+    guard = attach(engine)
     a_bad_gradient(engine)
     assert not is_finite(engine), "as the user said"
     assert guard.history[-1].applied
     assert guard.last_report.consecutive_skips == 0
     assert any("applied all the same" in line for line in guard.last_report.evidence)
-    guard.detach()
 
 
-def test_it_is_overruled_if_the_policy_says_so():
-    engine = support.make_engine("bf16", **NOT_TO_LOOK)
-    guard = ng.attach(engine, ng.GuardConfig(policy=ng.Policy(enforce=True)))
+def test_it_is_overruled_if_the_policy_says_so(attach):
+    engine = support.make_engine("bf16", **CHECK_DISABLED)
+    guard = attach(engine, ng.GuardConfig(policy=ng.Policy(enforce=True)))
     a_bad_gradient(engine)
     assert is_finite(engine)
     assert not guard.history[-1].applied
-    guard.detach()
 
 
 @pytest.mark.parametrize(("setup", "stage"), [("bf16", 2), ("bf16_fp32", 1), ("bf16", 0), ("bf16", 3), ("fp32", 0)])
-def test_skips_in_silence_end_with_an_error(setup, stage):
+def test_skips_without_scaling_end_with_an_error(attach, setup, stage):
     engine = support.make_engine(setup, stage=stage)
-    guard = ng.attach(engine, ng.GuardConfig(policy=ng.Policy(max_consecutive_skips=4)))
+    guard = attach(engine, ng.GuardConfig(policy=ng.Policy(max_consecutive_skips=4)))
     with pytest.raises(ng.NumericsError) as caught:
         a_bad_gradient(engine, steps=20)
     assert caught.value.report.consecutive_skips == 4
     assert [record.applied for record in guard.history] == [True, *[False] * 4]
-    guard.detach()
 
 
-def test_the_scale_is_kept_where_it_is_not_to_blame():
+def test_the_scale_is_kept_where_it_is_not_to_blame(attach):
     engine = support.make_engine("fp16")
-    guard = ng.attach(engine, ng.GuardConfig(policy=ng.Policy(keep_scale=True)))
+    attach(engine, ng.GuardConfig(policy=ng.Policy(keep_scale=True)))
     before = engine.optimizer.loss_scale
     for step in range(3):
         support.train_step(engine, step, poison=float("inf"))
     assert engine.optimizer.loss_scale == before
     assert engine.skipped_steps == 3
-    guard.detach()

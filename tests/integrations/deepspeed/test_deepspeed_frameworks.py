@@ -9,23 +9,10 @@ from torch import nn
 import hallo_numguard as ng
 
 import deepspeed_support as support
+from adapter_support import Faulty, WithLoss
+from frameworks import hugging_face_trainer
 
 pytest.importorskip("accelerate", reason="accelerate is not installed")
-
-
-@pytest.fixture
-def alone(monkeypatch, tmp_path):
-    """One process, and no state left by another test."""
-    from accelerate.state import AcceleratorState, PartialState
-
-    support.single_process_environment()
-    support.allow_fp16()
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")  # they set it to true, for the whole process
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    PartialState._reset_state()
 
 
 HALLO = {
@@ -71,35 +58,12 @@ def test_an_accelerator_as_hallo_uses_it(alone):
     guard.detach()
 
 
-class Regression(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first = nn.Linear(4, 8)
-        self.second = nn.Linear(8, 1)
-
-    def forward(self, x, labels):
-        predicted = self.second(torch.tanh(self.first(x))).squeeze(-1)
-        return {"loss": (predicted - labels).square().mean(), "logits": predicted}
-
-
 @pytest.fixture
 def trainer(alone, tmp_path):
-    from transformers import Trainer, TrainingArguments
-
-    data = [{"x": torch.randn(4), "labels": torch.randn(())} for _ in range(32)]
     config = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True, "gradient_clipping": 1.0}
     config |= {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        deepspeed=config,
-        per_device_train_batch_size=4,
-        max_steps=4,
-        report_to=[],
-        save_strategy="no",
-        optim="adamw_torch",
-    )
-    torch.manual_seed(0)
-    return Trainer(model=Regression(), args=arguments, train_dataset=data)
+    faulty = Faulty("none", kind=WithLoss)
+    return hugging_face_trainer(faulty, tmp_path, use_cpu=False, deepspeed=config, max_steps=4, optim="adamw_torch")
 
 
 def test_a_trainer_before_it_trains(trainer):
@@ -116,13 +80,13 @@ def test_a_trainer_before_it_trains(trainer):
 def test_a_trainer_whose_model_is_damaged(trainer, tmp_path):
     guard = ng.attach(trainer)
     with torch.no_grad():
-        trainer.model.second.weight[0, 5] = float("nan")
+        trainer.model.projection.weight[0, 5] = float("nan")
     trainer.train()  # returns
     assert trainer.state.global_step == 1
     report = guard.stopped_by.report
     assert report.step == 1
-    assert (report.first.name, report.first.index) == ("second.weight", (0, 5))
-    assert [finding.offender.name for finding in guard.findings] == ["second.weight"]
+    assert (report.first.name, report.first.index) == ("projection.weight", (0, 5))
+    assert [finding.offender.name for finding in guard.findings] == ["projection.weight"]
     (file,) = (tmp_path / "numguard").iterdir()
     assert ng.OverflowReport.from_json(file.read_text()).first == report.first
     guard.detach()
@@ -131,8 +95,8 @@ def test_a_trainer_whose_model_is_damaged(trainer, tmp_path):
 def test_a_trainer_that_is_given_the_callback(trainer):
     callback = ng.integrations.NumGuardCallback()
     trainer.add_callback(callback)
-    ng.inject(trainer, "activation", "first", step=2)
+    ng.inject(trainer, "activation", "blocks.0", step=2)
     trainer.train()
     assert [record.applied for record in callback.history] == [True, False, True, True]
-    assert (callback.last_report.verdict, callback.last_report.first.name) == ("forward_nonfinite", "first")
+    assert (callback.last_report.verdict, callback.last_report.first.name) == ("forward_nonfinite", "blocks.0")
     assert callback.stopped_by is None

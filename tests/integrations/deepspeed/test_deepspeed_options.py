@@ -21,19 +21,6 @@ from deepspeed_support import plant_in_gradient
 from paths import IMPORTABLE
 
 
-@pytest.fixture
-def attach():
-    guards = []
-
-    def build(engine, **config):
-        guards.append(ng.attach(engine, ng.GuardConfig(**config)))
-        return guards[-1]
-
-    yield build
-    for guard in guards:
-        guard.detach()
-
-
 def zero(stage, **options):
     return {"zero_optimization": {"stage": stage, "reduce_bucket_size": 500, **options}}
 
@@ -57,9 +44,7 @@ def test_padding_between_parameters(attach, setup, name):
 @pytest.mark.parametrize(("stage", "offload"), [(0, False), (1, False), (2, False), (2, True), (3, False), (3, True)])
 def test_several_parameter_groups(attach, stage, offload):
     """As everybody has who exempts biases and norms from weight decay."""
-    import deepspeed
-
-    engine = make_grouped(deepspeed, stage, offload)
+    engine = support.make_engine("bf16", stage=stage, offload=offload, groups_of=decayed_or_not)
     guard = attach(engine)
     support.train_step(engine, 0)
     for step, (name, index) in enumerate([("norm.weight", (4,)), ("output.weight", (3, 20)), ("hidden.bias", (23,))]):
@@ -70,28 +55,13 @@ def test_several_parameter_groups(attach, stage, offload):
     assert guard.history[-1].applied
 
 
-def make_grouped(deepspeed, stage, offload):
-    support.single_process_environment()
-    support.allow_fp16()
-    torch.manual_seed(0)
-    model = support.Model()
+def decayed_or_not(model):
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    groups = [
+    return [
         {"params": [p for _, p in trained if p.dim() > 1], "weight_decay": 0.1},
         {"params": [p for name, p in trained if p.dim() == 1 and "norm" in name], "weight_decay": 0.0, "lr": 1e-4},
         {"params": [p for name, p in trained if p.dim() == 1 and "norm" not in name], "weight_decay": 0.0},
     ]
-    settings = {
-        "train_micro_batch_size_per_gpu": 4,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "bf16": {"enabled": True},
-        **zero(stage),
-    }
-    if offload:
-        settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
-    engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.AdamW(groups, lr=1e-3), config=settings)
-    return engine
 
 
 class Normalised(nn.Module):
@@ -158,7 +128,7 @@ class Mapped(nn.Module):
 
 
 @pytest.mark.parametrize("kind", [BatchEncoding, UserDict, OrderedDict, partial(defaultdict, list)])
-def test_batches_of_any_mapping_are_looked_into_and_stay_as_they_are(attach, kind):
+def test_batches_of_any_mapping_are_searched_and_keep_their_type(attach, kind):
     """A tokenizer's, for one, cannot be made anew from its items."""
     engine = support.make_engine("half", model=Mapped())
     guard = attach(engine)

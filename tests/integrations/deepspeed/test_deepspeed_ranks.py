@@ -6,21 +6,12 @@ import pytest
 
 import deepspeed_support as support
 
-HEAD = """
-import deepspeed_support as support, hallo_numguard as ng, torch, os, logging
-import deepspeed
-logging.getLogger("hallo_numguard").setLevel(logging.CRITICAL)
-RANK = int(os.environ["RANK"])
-engine = support.make_engine({setup!r}, scale_power={scale})
-"""
-TAIL = """
-deepspeed.comm.barrier()
-deepspeed.comm.destroy_process_group()
-"""
+pytestmark = pytest.mark.multiprocess
 
 
 def run(body, tmp_path, setup="half", scale=8, **options):
-    return support.run_ranks(HEAD.format(setup=setup, scale=scale) + body + TAIL, tmp_path, **options)
+    head = f"engine = support.make_engine({setup!r}, scale_power={scale})\n"
+    return support.run_engines(head + body, tmp_path, **options)
 
 
 @pytest.mark.parametrize("setup", ["fp16", "half"])
@@ -89,11 +80,6 @@ print("OFF", "step" not in vars(engine.optimizer), guard.last_report, engine.ski
 
 
 EVERY_KIND = """
-import deepspeed_support as support, hallo_numguard as ng, torch, os, logging
-import deepspeed
-from deepspeed_support import KINDS, name_of, plant_in_gradient
-logging.disable(logging.CRITICAL)
-RANK = int(os.environ["RANK"])
 for kind in KINDS:
     setup, stage, offload, _ = kind
     engine = support.make_engine(setup, stage=stage, offload=offload)
@@ -123,7 +109,7 @@ def test_every_kind_of_optimizer_on_two_ranks(tmp_path):
     from deepspeed_support import KINDS, name_of
 
     gradient = [("hidden.weight", (20, 5), 1, None)]
-    for output in support.run_ranks(EVERY_KIND + TAIL, tmp_path):
+    for output in support.run_engines(EVERY_KIND, tmp_path):
         found = {line.split()[1]: line for line in output.splitlines() if line.startswith("KIND")}
         for kind in KINDS:
             owner = 1 if kind[1] == 3 else 0  # a slice is one rank's, a copy is the lowest rank's
@@ -132,11 +118,6 @@ def test_every_kind_of_optimizer_on_two_ranks(tmp_path):
 
 
 LOCAL = """
-import deepspeed_support as support, hallo_numguard as ng, torch, os, logging
-import deepspeed
-from deepspeed_support import plant_in_gradient
-logging.disable(logging.CRITICAL)
-RANK = int(os.environ["RANK"])
 engine = support.make_engine({setup!r}, stage={stage}, scale_power=0)
 guard = ng.attach(engine, ng.GuardConfig(local_gradients={when!r}))
 parameter = dict(engine.module.named_parameters())["hidden.weight"]
@@ -155,15 +136,15 @@ for step in (1, 2):
     print("SAID", step, first.name, first.index, first.rank, guard.last_report.verdict)
 print("EVIDENCE", [line for line in guard.last_report.evidence if "before the reduction" in line])
 """
-    for output in support.run_ranks(LOCAL.format(setup=setup, stage=stage, when="on_alarm") + body + TAIL, tmp_path):
+    for output in support.run_engines(LOCAL.format(setup=setup, stage=stage, when="on_alarm") + body, tmp_path):
         assert "SAID 1 hidden.weight (20, 5) 1 backward_nonfinite" in output, (
-            "nobody looked, but the batch was run again"
+            "not checked before the reduction, but the batch was run again"
         )
         assert "SAID 2 hidden.weight (20, 5) 1 backward_nonfinite" in output
         assert "of 1 of 2 ranks were not finite (rank 1)" in output
 
 
-def test_a_sum_that_overflows_is_told_from_gradients_that_do(tmp_path):
+def test_a_sum_that_overflows_is_distinguished_from_gradients_that_do(tmp_path):
     """Every rank's gradient is finite in float16, their sum is not. (ZeRO 1 to 3 divide before they add up.)"""
     body = """
 support.train_step(engine, 0)
@@ -176,12 +157,12 @@ support.train_step(engine, 2)
 print("APPLIED", [record.applied for record in guard.history])
 """
     head = LOCAL.format(setup="fp16", stage=0, when="always")
-    for output in support.run_ranks(head + body + TAIL, tmp_path):
+    for output in support.run_engines(head + body, tmp_path):
         assert "SAID reduction_overflow True reduction hidden.weight (20, 5)" in output
         assert "APPLIED [True, False, True]" in output
 
 
-def test_nobody_waits_long_for_a_slow_rank_and_none_hangs(tmp_path):
+def test_a_slow_rank_hangs_no_other(tmp_path):
     body = """
 import time
 def callback(report):
@@ -195,7 +176,7 @@ print("SKIPPED", [r.applied for r in guard.history], guard.last_report.verdict)
         assert "SKIPPED [False, False, False] scale_too_high" in output
 
 
-def test_ranks_that_answer_differently_do_the_gravest_of_it(tmp_path):
+def test_ranks_that_answer_differently_do_the_most_severe_of_it(tmp_path):
     body = """
 guard = ng.attach(engine, on_overflow=lambda report: "raise" if RANK == 1 else "continue")
 try:
@@ -208,12 +189,9 @@ except ng.NumericsError as error:
 
 
 SLICES = """
-import deepspeed_support as support, hallo_numguard as ng, torch, os, logging
-import deepspeed
-logging.disable(logging.CRITICAL)
 model = torch.nn.Sequential(torch.nn.Embedding(8, 16), torch.nn.Linear(16, 8))
 with torch.no_grad():
-    if {name!r} == "0.weight":  # rows that nobody reads, in the slices of both ranks
+    if {name!r} == "0.weight":  # rows that are never read, in the slices of both ranks
         model[0].weight[7] = model[0].weight[0] = float("nan")
     else:  # in the slice of rank 1 only
         model[1].weight[7, 15] = float("nan")
@@ -226,11 +204,11 @@ print("SAID", guard.last_report.verdict, guard.last_report.first.name, [record.a
 """
 
 
-def test_what_was_bad_at_attach_in_one_ranks_slice_is_known_to_all(tmp_path):
-    for output in support.run_ranks(SLICES.format(name="1.weight", poisons=[1.0]) + TAIL, tmp_path):
+def test_damage_at_attach_in_one_ranks_slice_is_known_to_all(tmp_path):
+    for output in support.run_engines(SLICES.format(name="1.weight", poisons=[1.0]), tmp_path):
         assert "SAID weights_nonfinite 1.weight [False]" in output
 
 
 def test_what_clean_steps_were_seen_with_in_slices_of_both_ranks_is_not_blamed(tmp_path):
-    for output in support.run_ranks(SLICES.format(name="0.weight", poisons="(1.0, 1.0, torch.inf)") + TAIL, tmp_path):
+    for output in support.run_engines(SLICES.format(name="0.weight", poisons="(1.0, 1.0, torch.inf)"), tmp_path):
         assert "SAID undetermined loss [True, True, False]" in output

@@ -106,7 +106,7 @@ def test_the_continued_run_is_the_same_bits_as_one_that_was_never_run_again(kind
 @pytest.mark.parametrize("kind", STAGES, ids=name_of)
 @pytest.mark.parametrize("inside", [True, False], ids=["loss inside", "loss outside"])
 @pytest.mark.parametrize("checkpointing", ["", "reentrant", "not reentrant", "deepspeed"])
-def test_a_module_is_named_in_both_passes(kind, inside, checkpointing):
+def test_a_module_is_named_in_both_passes(attach, kind, inside, checkpointing):
     class Faulty(nn.Linear):
         fault = ""
 
@@ -119,7 +119,7 @@ def test_a_module_is_named_in_both_passes(kind, inside, checkpointing):
     model = Noisy(checkpointing)
     model.block[0] = Faulty(12, 12)
     engine = make(kind, model, scale_power=4)
-    guard = ng.attach(engine)
+    guard = attach(engine)
     train(engine, 0, inside)
     for step, (fault, verdict) in enumerate(
         [("forward", ng.Verdict.FORWARD_NONFINITE), ("backward", ng.Verdict.BACKWARD_NONFINITE)], start=1
@@ -133,10 +133,9 @@ def test_a_module_is_named_in_both_passes(kind, inside, checkpointing):
     model.block[0].fault = ""
     train(engine, 3, inside)
     assert guard.history[-1].applied
-    guard.detach()
 
 
-def test_the_operation_is_named_in_the_report():
+def test_the_operation_is_named_in_the_report(attach):
     class Faulty(nn.Linear):
         def forward(self, x):
             return torch.log(super().forward(x) * 0 - 1)
@@ -144,13 +143,12 @@ def test_the_operation_is_named_in_the_report():
     model = Noisy()
     model.block[0] = Faulty(12, 12)
     engine = make(("bf16", 2, False, None), model)
-    guard = ng.attach(engine)
+    guard = attach(engine)
     train(engine, 0)
     assert any("aten.log.default at" in line and "test_replay.py" in line for line in guard.last_report.evidence)
-    guard.detach()
 
 
-def test_a_model_that_is_not_the_same_twice_proves_nothing_but_that():
+def test_a_model_that_is_not_the_same_twice_proves_nothing_but_that(attach):
     class Moody(Noisy):
         calls = 0
 
@@ -159,15 +157,14 @@ def test_a_model_that_is_not_the_same_twice_proves_nothing_but_that():
             return super().forward(x) + self.calls
 
     engine = make(("half", 2, False, None), Moody())
-    guard = ng.attach(engine)
+    guard = attach(engine)
     train(engine, 0, poison=float("nan"))
     report = guard.last_report
     assert report.verdict is ng.Verdict.RANK_FAULT, "one process, and what was NaN is not so when it is run again"
     assert any("returned something else" in line for line in report.evidence)
-    guard.detach()
 
 
-def test_a_model_that_fails_when_it_is_run_again_stops_nothing(caplog):
+def test_a_model_that_fails_when_it_is_run_again_stops_nothing(attach, caplog):
     class Once(Noisy):
         calls = 0
 
@@ -178,24 +175,23 @@ def test_a_model_that_fails_when_it_is_run_again_stops_nothing(caplog):
             return super().forward(x)
 
     engine = make(("half", 2, False, None), Once())
-    guard = ng.attach(engine)
+    guard = attach(engine)
     train(engine, 0, poison=float("nan"))
     assert guard.last_report.verdict is ng.Verdict.UNDETERMINED
     assert any("its own error is in the log" in line for line in guard.last_report.evidence)
     assert "could not run the batch again" in caplog.text
     train(engine, 1)
     assert guard.history[-1].applied
-    guard.detach()
 
 
 @pytest.mark.parametrize("stage", [2, 3])
-def test_the_micro_batch_that_was_bad_is_the_one_that_is_run_again(stage):
+def test_the_micro_batch_that_was_bad_is_the_one_that_is_run_again(attach, stage):
     class Picky(Noisy):
         def forward(self, x):
             return super().forward(x) / (x.amax() < 50)  # a division by zero, of one batch
 
     engine = make(("bf16", stage, False, None), Picky(), gradient_accumulation_steps=3)
-    guard = ng.attach(engine)
+    guard = attach(engine)
     for micro_step in range(3):
         x = batch(engine, micro_step) * (100 if micro_step == 1 else 1)
         engine.backward(engine(x).float().square().mean())
@@ -204,14 +200,13 @@ def test_the_micro_batch_that_was_bad_is_the_one_that_is_run_again(stage):
     assert report.verdict is ng.Verdict.FORWARD_NONFINITE
     assert report.first.name == "", "the division is the root module's own code"
     assert any("micro-batch 1" in line for line in report.evidence)
-    guard.detach()
 
 
-def test_a_static_scale_that_is_too_high_is_named_with_one_that_is_not():
+def test_a_static_scale_that_is_too_high_is_named_with_one_that_is_not(attach):
     fp16 = {"enabled": True, "loss_scale": 2.0**17}
     model = Noisy()
     engine = support.make_engine("static", stage=2, model=model.half(), fp16=fp16)
-    guard = ng.attach(engine)
+    guard = attach(engine)
     x = batch(engine, 0) * 30
     engine.backward(engine(x, torch.full((8, 3), 300.0).half()))
     engine.step()
@@ -219,12 +214,11 @@ def test_a_static_scale_that_is_too_high_is_named_with_one_that_is_not():
     assert report.verdict is ng.Verdict.SCALE_TOO_HIGH
     assert report.recoverable is None
     assert f"set it to {report.settles_at:g}" in report.advice
-    guard.detach()
 
 
-def test_a_fault_that_comes_back_on_the_same_rank_stops_the_run():
+def test_a_fault_that_comes_back_on_the_same_rank_stops_the_run(attach):
     engine = make(("bf16", 2, False, None), nn.Linear(6, 3))
-    guard = ng.attach(engine)
+    guard = attach(engine)
     ng.inject(engine, "gradient", "weight", index=(1, 2))
     ng.inject(engine, "gradient", "weight", index=(1, 2), step=3)
     train(engine, 0)
@@ -233,15 +227,9 @@ def test_a_fault_that_comes_back_on_the_same_rank_stops_the_run():
     with pytest.raises(ng.NumericsError) as caught:
         train(engine, 2)
     assert "it was so before on rank 0, in step 1" in caught.value.report.evidence
-    guard.detach()
 
 
 RANK_FAULT = """
-import deepspeed_support as support, hallo_numguard as ng, torch, os, logging
-import deepspeed
-from deepspeed_support import plant_in_gradient
-logging.disable(logging.CRITICAL)
-RANK = int(os.environ["RANK"])
 for stage in (0, 2, 3):
     engine = support.make_engine("bf16", stage=stage)
     guard = ng.attach(engine, ng.GuardConfig(local_gradients="always"))
@@ -253,12 +241,11 @@ for stage in (0, 2, 3):
     support.train_step(engine, 2)
     assert guard.history[-1].applied
     guard.detach()
-deepspeed.comm.barrier()
-deepspeed.comm.destroy_process_group()
 """
 
 
+@pytest.mark.multiprocess
 def test_a_rank_that_was_wrong_once_is_named(tmp_path):
-    for output in support.run_ranks(RANK_FAULT, tmp_path):
+    for output in support.run_engines(RANK_FAULT, tmp_path):
         for stage in (0, 2, 3):
             assert f"SAID {stage} rank_fault hidden.weight (20, 5) 1" in output

@@ -11,36 +11,19 @@ import torch
 import hallo_numguard as ng
 
 import deepspeed_support as support
-
-STEPS = 10
-SAVED = 3  # after this step; two clean steps later it is healthy
-BAD = 7
+from deepspeed_support import BAD, SAVED, STEPS, train_and_save
 
 
 @pytest.fixture
-def attach(tmp_path):
+def attach(attach, tmp_path):
     """Attaches a guard that goes back; returns it and its keeper."""
-    guards = []
 
     def build(engine, on_overflow=None, sinks=(), **policy):
         keeper = ng.CheckpointKeeper(tmp_path / "checkpoints", healthy_after=2)
         policy = ng.Policy(**{"on_unrecoverable": "rollback", **policy})
-        guards.append(ng.attach(engine, ng.GuardConfig(keeper=keeper, policy=policy, sinks=sinks), on_overflow))
-        return guards[-1], keeper
+        return attach(engine, ng.GuardConfig(keeper=keeper, policy=policy, sinks=sinks), on_overflow), keeper
 
-    yield build
-    for guard in guards:
-        guard.detach()
-
-
-def train(engine, keeper):
-    """Trains on ten batches, and saves once; returns the losses by batch."""
-    losses = {}
-    for batch in range(1, STEPS + 1):
-        losses[batch] = support.train_step(engine, batch)
-        if batch == SAVED:
-            keeper.save(engine)
-    return losses
+    return build
 
 
 ENGINES = [
@@ -61,51 +44,21 @@ ENGINES = [
         ("optimizer_state", "norm.bias", BAD + 1),
     ],
 )
-def test_a_damaged_run_ends_as_one_that_never_saw_what_was_lost(attach, options, kind, where, lost):
-    engine = support.make_engine(**options)
-    guard, keeper = attach(engine)
-    ng.inject(engine, kind, where, step=BAD)
-    losses = train(engine, keeper)
-    assert guard.last_report.step == lost
-    assert guard.last_report.first.name == where
-    assert [record.step for record in guard.history] == [*range(1, lost + 1), *range(4, 4 + STEPS - lost)]
-    assert engine.global_steps == SAVED + STEPS - lost
-    undamaged = support.make_engine(**options)
-    for batch in [*range(1, SAVED + 1), *range(lost + 1, STEPS + 1)]:
-        assert support.train_step(undamaged, batch) == losses[batch]
+def test_a_damaged_run_ends_as_one_that_never_saw_what_was_lost(tmp_path, options, kind, where, lost):
+    support.check_rollback(tmp_path, options, lost, kind, where)
 
 
 RANKS = """
-import deepspeed_support as support
-import hallo_numguard as ng
-
-def goes_back(stage, folder):
-    engine = support.make_engine("fp16", stage=stage)
-    keeper = ng.CheckpointKeeper(folder, healthy_after=2)
-    guard = ng.attach(engine, ng.GuardConfig(keeper=keeper, policy=ng.Policy(on_unrecoverable="rollback")))
-    ng.inject(engine, "parameter", "hidden.weight", index=(20, 3), step=7, rank=1)
-    losses = {}
-    for batch in range(1, 11):
-        losses[batch] = support.train_step(engine, batch)
-        if batch == 3:
-            keeper.save(engine)
-    assert guard.last_report.step == 7, guard.last_report
-    assert guard.last_report.first.name == "hidden.weight", guard.last_report
-    assert engine.global_steps == 6
-    guard.detach()
-    undamaged = support.make_engine("fp16", stage=stage)
-    for batch in [1, 2, 3, 8, 9, 10]:
-        loss = support.train_step(undamaged, batch)
-        assert loss == losses[batch], (stage, batch, loss, losses[batch])
-
 for stage in (0, 2, 3):
-    goes_back(stage, f"FOLDER/{stage}")
+    options = {"setup": "fp16", "stage": stage}
+    support.check_rollback(f"FOLDER/{stage}", options, 7, "parameter", "hidden.weight", index=(20, 3), rank=1)
 print("all went back")
 """
 
 
+@pytest.mark.multiprocess
 def test_two_ranks_go_back_together_though_one_was_damaged(tmp_path):
-    outputs = support.run_ranks(RANKS.replace("FOLDER", str(tmp_path / "checkpoints")), tmp_path)
+    outputs = support.run_engines(RANKS.replace("FOLDER", str(tmp_path / "checkpoints")), tmp_path)
     assert all("all went back" in output for output in outputs)
 
 
@@ -113,7 +66,7 @@ def test_after_the_last_rollback_that_is_allowed_it_raises(attach, caplog):
     engine = support.make_engine("fp16")
     guard, keeper = attach(engine, max_rollbacks=1)
     ng.inject(engine, "parameter", "hidden.weight", step=BAD)
-    train(engine, keeper)
+    train_and_save(engine, keeper)
     assert "rollback 1 of 1" in caplog.text
     ng.inject(engine, "parameter", "norm.bias", step=1)
     with pytest.raises(ng.NumericsError) as caught:
@@ -154,24 +107,24 @@ def test_a_callback_may_ask_for_it(attach):
     engine = support.make_engine("fp16")
     guard, keeper = attach(engine, on_overflow=lambda report: "rollback", on_unrecoverable="raise")
     ng.inject(engine, "activation", "hidden", step=BAD)
-    train(engine, keeper)
+    train_and_save(engine, keeper)
     assert guard.last_report.verdict is ng.Verdict.FORWARD_NONFINITE
     assert engine.global_steps == SAVED + STEPS - BAD
 
 
-def test_figures_of_steps_that_come_again_are_written_again(attach, tmp_path):
+def test_figures_of_steps_that_are_repeated_are_written_again(attach, tmp_path):
     engine = support.make_engine("fp16")
     _, keeper = attach(engine, sinks=[f"csv:{tmp_path}/figures.csv"])
     ng.inject(engine, "parameter", "hidden.weight", step=BAD)
-    train(engine, keeper)
+    train_and_save(engine, keeper)
     steps = [line.split(",")[0] for line in (tmp_path / "figures.csv").read_text().splitlines()[1:]]
     assert steps == ["1", "2", "3", "4", "5", "6", "7", "4", "5", "6"]
 
 
-def test_a_checkpoint_knows_the_figures_of_its_step(attach):
+def test_a_checkpoint_keeps_the_figures_of_its_step(attach):
     engine = support.make_engine("fp16")
     guard, keeper = attach(engine)
-    losses = train(engine, keeper)
+    losses = train_and_save(engine, keeper)
     meta = keeper.latest_healthy().meta
     record = guard.history[SAVED - 1]
     assert (meta.step, meta.loss_scale, meta.saved_by) == (SAVED, 256.0, "deepspeed")
@@ -211,7 +164,7 @@ def test_the_policy_needs_a_keeper_to_go_back_with():
 
 
 def test_damage_in_a_checkpoint_is_never_gone_back_to(attach):
-    """A moment is damaged, saved, and reaches the weights a step later: nobody calls that checkpoint healthy."""
+    """A moment is damaged, saved, and reaches the weights a step later: that checkpoint is never healthy."""
     engine = support.make_engine("fp16", stage=2)
     _, keeper = attach(engine)
     support.train_step(engine, 1)
@@ -228,14 +181,9 @@ def test_damage_in_a_checkpoint_is_never_gone_back_to(attach):
     assert all(torch.isfinite(parameter).all() for parameter in engine.module.parameters())
 
 
-def test_an_accelerator_that_runs_deepspeed(attach, tmp_path, monkeypatch):
+def test_an_accelerator_that_runs_deepspeed(attach, alone):
     """Its `backward` steps the engine from inside; what it saves is what the engine goes back to."""
     accelerate = pytest.importorskip("accelerate", reason="accelerate is not installed")
-    monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "false")
-    support.single_process_environment()
-    support.allow_fp16()
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
     config = {"train_micro_batch_size_per_gpu": 4, "zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}
     plugin = accelerate.utils.DeepSpeedPlugin(hf_ds_config={**config, "zero_allow_untested_optimizer": True})
     accelerator = accelerate.Accelerator(deepspeed_plugin=plugin)
@@ -250,7 +198,6 @@ def test_an_accelerator_that_runs_deepspeed(attach, tmp_path, monkeypatch):
     assert guard.last_report.step == 6
     assert model.global_steps == 4
     assert [record.step for record in guard.history] == [1, 2, 3, 4, 5, 6, 3, 4]
-    accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

@@ -1,0 +1,111 @@
+"""Plants the campaign's faults into a model that is trained, and collects what its guard has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+import hallo_numguard as ng
+
+from campaign.cases import FAULTY_STEP, Case, Seen
+from campaign.models import MODELS
+
+INPUT = {"transformer": ("features", (2, 3, 1)), "unet": ("noisy", (2, 1, 6, 4))}
+BUFFER = {"transformer": (0, 1), "unet": (1,)}
+STATE = (3, 5)
+GRADIENT = (7, 2)
+
+
+def build(case: Case, kind: type[nn.Module] | None = None) -> Any:
+    """Returns the case's model, with the damage that it has before the run."""
+    torch.manual_seed(0)
+    model = (kind or MODELS[case.model])()
+    if case.fault == "buffer":
+        dict(model.named_buffers())[model.buffer].view(-1)[1] = float("nan")
+    return model
+
+
+def plant(case: Case, target: Any, model: Any) -> tuple[str, tuple[int, ...]]:
+    """Plants what hooks can plant.
+
+    Args:
+        case: Case of the campaign.
+        target: What `ng.inject` takes: an engine, or what has a module and an optimizer.
+        model: Model of `build`.
+
+    Returns:
+        Name that the report must give, and index.
+    """
+    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
+    mine = None if case.stage == 3 else case.culprit  # a slice has one owner, a copy may be bad on one rank only
+
+    def inject(kind: str, name: str | None, **options: Any) -> None:
+        ng.inject(target, kind, name, step=FAULTY_STEP, **options)
+
+    if case.fault in ("weight", "frozen_weight"):
+        name = model.trainable if case.fault == "weight" else model.frozen
+        index = tuple(size - 1 for size in shapes[name])  # in the last rank's slice
+        inject("parameter", name, index=index, rank=mine)
+        return name, index
+    if case.fault == "buffer":
+        return model.buffer, BUFFER[case.model]
+    if case.fault == "optimizer_state":
+        inject("optimizer_state", model.trainable, index=STATE)
+        return model.trainable, STATE
+    if case.fault == "input":
+        name, index = INPUT[case.model]
+        inject("input", None, index=index, rank=case.culprit)
+        return name, index
+    if case.fault in ("gradient", "reduction"):
+        value, rank = (float("nan"), case.culprit) if case.fault == "gradient" else (40000.0, None)
+        inject("gradient", model.trainable, index=GRADIENT, value=value, rank=rank)
+        return model.trainable, GRADIENT
+    if case.fault == "forward" and case.is_half:
+        inject("parameter", model.trainable, index=(0, 0), value=60000.0, rank=mine)
+    elif case.fault == "forward":
+        inject("activation", model.module, value=float("inf"), rank=case.culprit)
+    return {"forward": model.module, "backward": "trap"}.get(case.fault, ""), ()
+
+
+def config_of(case: Case) -> ng.GuardConfig:
+    """Returns the guard's configuration."""
+    return ng.GuardConfig(local_gradients="always" if case.fault == "gradient" else "on_alarm")
+
+
+def observed(
+    guard: Any,
+    reports: Sequence[ng.OverflowReport],
+    raised: bool,
+    planted: tuple[str, tuple[int, ...]],
+    finite: bool,
+    prefix: str = "",
+) -> Seen:
+    """Returns what a rank has seen.
+
+    Args:
+        guard: Guard after the run.
+        reports: Reports that `on_overflow` was given.
+        raised: Whether the guard ended the run.
+        planted: Result of `plant`.
+        finite: Whether the weights are finite at the end.
+        prefix: What stands before the model's names in the reports.
+    """
+    report, last = (reports[0] if reports else None), guard.last_report
+    first = report and report.first
+    return Seen(
+        verdict=report and report.verdict.value,
+        provisional=report is not None and report.provisional,
+        recoverable=report.recoverable if report else None,
+        first=first and (first.kind, first.name.removeprefix(prefix), first.index, first.rank),
+        applied=tuple(record.applied for record in guard.history),
+        raised=raised,
+        findings=tuple((finding.kind, finding.name.removeprefix(prefix)) for finding in guard.findings),
+        last=(last.verdict.value, last.provisional) if last else (None, False),
+        finite=finite,
+        planted=planted,
+        named_scale=reports[-1].settles_at if reports else None,
+        settled_at=guard.history[-1].loss_scale,
+    )
