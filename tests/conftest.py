@@ -44,7 +44,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 # What a test calls, itself or through a fixture, and the marker that this earns it.
-MARKER_OF_CALL = {"make_engine": "deepspeed", "run_ranks": "multiprocess", "sync_playwright": "browser"}
+MARKER_OF_CALL = {
+    "make_engine": "deepspeed",
+    "run_ranks": "multiprocess",
+    "run_engines": "multiprocess",
+    "sync_playwright": "browser",
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -598,9 +598,11 @@ def toggle():
             written(text)
 
 seen = set()
-for _ in range(60):
+kills = 0
+while kills < 60 or (len(seen) == 1 and kills < 1000):  # a slow machine needs longer to have written anything
     child = forked(toggle)
-    time.sleep(random.uniform(0.0, 0.06))
+    time.sleep(random.uniform(0.0, 0.06) * (1 + kills / 60))
+    kills += 1
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
     found = {name: (folder / name).read_bytes() for name in names}
