@@ -17,13 +17,16 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import click
+
+from hallo_numguard.cli import main
 from hallo_numguard.core.config import GuardConfig, Policy
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Verdict
 from hallo_numguard.guard.diagnosis.catalog import CATALOG
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/configuration.md")
+DOCUMENTS = ("README.md", "docs/configuration.md", "docs/command_line.md")
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -78,7 +81,19 @@ def _fields_of(cls: type[Any]) -> Iterator[str]:
         yield f"| `{item.name}` | {shown} | {' '.join(described[item.name].split())} |"
 
 
-TABLES = {"verdicts": verdicts, "guard_config": guard_config, "policy": policy}
+def commands() -> list[str]:
+    """The help text of every command."""
+    lines = []
+    group = main.make_context("hallo-numguard", ["env"], terminal_width=100)
+    for name in main.list_commands(group):
+        command = main.get_command(group, name)
+        if command is not None:
+            context = click.Context(command, parent=group, info_name=name)
+            lines += [f"## {name}", "```", command.get_help(context), "```"]
+    return lines
+
+
+TABLES = {"verdicts": verdicts, "guard_config": guard_config, "policy": policy, "commands": commands}
 
 
 def filled_in(text: str) -> str:
@@ -86,7 +101,7 @@ def filled_in(text: str) -> str:
     return _TABLE.sub(lambda found: f"{found[1]}{chr(10).join(TABLES[found[2]]())}\n{found[3]}", text)
 
 
-def main() -> int:
+def write() -> int:
     """Writes or checks all documents; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit code 1 if a table is out of date")
@@ -106,4 +121,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(write())
