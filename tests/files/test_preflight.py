@@ -432,15 +432,14 @@ def test_a_smoke_step_finds_what_training_would_and_changes_nothing(stage):
     clean = ng.preflight(engine, batch=(tokens,), loss_fn=loss_fn)
     assert not of_kind(clean, "smoke"), clean.findings
     assert any(sentence.startswith("Smoke step: loss ") for sentence in clean.checked)
-    for fault, (path, name, phase) in faulty.FAULTS.items():
-        if not path:
+    for fault, (layer, name, phase) in faulty.FAULTS.items():
+        if not layer:
             continue
-        faulty.switch(engine.module, path)
+        faulty.damage(engine, fault)
         (finding,) = of_kind(ng.preflight(engine, batch=(tokens,), loss_fn=loss_fn), "smoke")
         assert finding.name == name, fault
         assert ("the loss is finite" in finding.message) == (phase == "backward")
-        place, _, attribute = path.rpartition(".")
-        setattr(engine.module.get_submodule(place), attribute, False)
+        engine.module.get_submodule(layer).broken = False
     after = everything(engine)
     assert len(after) == len(before)
     changed = [
