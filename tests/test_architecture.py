@@ -11,6 +11,7 @@ from importlib import metadata
 import pytest
 
 import hallo_numguard as ng
+from hallo_numguard.guard.diagnosis.catalog import CATALOG
 from hallo_numguard.integrations.oldest_versions import OLDEST, check_version
 
 from paths import ROOT
@@ -52,3 +53,7 @@ def test_the_tables_of_the_documents_are_those_of_the_code() -> None:
     check = [sys.executable, str(ROOT / "tools" / "write_tables.py"), "--check"]
     done = subprocess.run(check, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_verdict_has_its_row_in_the_catalog() -> None:
+    assert set(CATALOG) == set(ng.Verdict)
