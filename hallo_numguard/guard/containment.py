@@ -53,9 +53,7 @@ class Probes:
         """Returns what `work` returns; None if it fails, or `probe` has failed before."""
         if probe in self._failed:
             return None
-        self._failed.add(probe)
         with contain_failures(probe, "it is switched off, all else stays on guard"):
-            result = work(*args, **kwargs)
-            self._failed.discard(probe)
-            return result
+            return work(*args, **kwargs)
+        self._failed.add(probe)  # reached after a contained failure only
         return None

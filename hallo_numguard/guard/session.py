@@ -356,11 +356,9 @@ class Session:
         """Returns what `work` returns; None if it fails, which sets `failed`, or if the guard has failed before."""
         if self.failed:
             return None
-        self.failed = True
         with contain_failures(part, "it will take itself off"):
-            result = work(*args, **kwargs)
-            self.failed = False
-            return result
+            return work(*args, **kwargs)
+        self.failed = True  # reached after a contained failure only
         return None
 
     def _any_failed(self) -> bool:

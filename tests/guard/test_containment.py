@@ -42,6 +42,16 @@ def test_what_the_user_raises_to_end_the_run_is_not_contained() -> None:
         raise KeyboardInterrupt
 
 
+def test_an_interrupt_switches_no_probe_off() -> None:
+    def interrupt() -> int:
+        raise KeyboardInterrupt
+
+    probes = Probes()
+    with pytest.raises(KeyboardInterrupt):
+        probes.run("first", interrupt)
+    assert probes.run("first", lambda: 1) == 1
+
+
 @pytest.mark.contains_failures
 @pytest.mark.parametrize("part", PARTS)
 def test_a_run_goes_on_without_the_part_and_the_next_nan_is_found(part: str, monkeypatch: pytest.MonkeyPatch) -> None:

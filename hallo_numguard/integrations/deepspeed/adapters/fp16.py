@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -42,10 +41,6 @@ class _Fp16Adapter(OptimizerAdapter):
             dynamic=bool(config.dynamic_loss_scale),
             minimum=float(getattr(config, "min_loss_scale", None) or 1.0),
         )
-
-    @abstractmethod
-    def state_parts(self) -> Iterator[Part]:
-        """Yields the moments and the float32 master copies."""
 
     def known_bugs(self, release: Release) -> Iterable[str]:
         """Yields the missing loss scaling of stage 0 in fp16 (0.18.3 to 0.19.8)."""
