@@ -74,8 +74,13 @@ class Policy:
             if not callable(action):
                 check_action(action, f"policy.actions[{verdict}]")
 
-    def action_for(self, report: OverflowReport) -> str:
-        """Returns the name of the action for `report`."""
+    def action_for(self, report: OverflowReport, may_settle: bool = False) -> str:
+        """Returns the name of the action for `report`.
+
+        Args:
+            report: Report on the overflow.
+            may_settle: Whether a lower loss scale is still to be tried, which may end the overflows.
+        """
         chosen = self.actions.get(report.verdict)
         if callable(chosen):
             chosen = chosen(report)
@@ -87,7 +92,8 @@ class Policy:
             return self.on_unrecoverable
         if report.recoverable and report.verdict is not Verdict.INPUT_NONFINITE:
             return "continue"
-        return "raise" if report.consecutive_skips >= self.max_consecutive_skips else "warn"
+        is_too_often = report.consecutive_skips >= self.max_consecutive_skips and not may_settle
+        return "raise" if is_too_often else "warn"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,15 +31,17 @@ def agree(
     ranks: Ranks,
     device: torch.device,
     can_go_back: bool,
+    may_settle: bool = False,
 ) -> Answer:
     """Asks the callback and the policy, and takes the most severe answer of all ranks.
 
-    If the run cannot go back to a checkpoint, or not once more, "rollback" is "raise".
+    If the run cannot go back to a checkpoint, or not once more, "rollback" is "raise". `may_settle` tells whether a
+    lower loss scale is still to be tried.
     """
     error: BaseException | None = None
     severity = 0
     try:
-        severity = ACTIONS.index(_choose(report, policy, callback))
+        severity = ACTIONS.index(_choose(report, policy, callback, may_settle))
     except BaseException as failure:  # noqa: BLE001 - user code; raised again below, when no rank waits for another
         error, severity = failure, _CALLBACK_FAILED
     agreed = ranks.highest(severity, device)
@@ -55,11 +57,11 @@ def agree(
     return Answer(goes_back=action == "rollback")
 
 
-def _choose(report: OverflowReport, policy: Policy, callback: OverflowCallback | None) -> str:
+def _choose(report: OverflowReport, policy: Policy, callback: OverflowCallback | None, may_settle: bool) -> str:
     answer = callback(report) if callback is not None else None
     if answer is not None:
         return check_action(answer, "what on_overflow returned")
-    return policy.action_for(report)
+    return policy.action_for(report, may_settle)
 
 
 def _announce(report: OverflowReport, action: str) -> None:

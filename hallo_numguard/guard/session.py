@@ -29,6 +29,7 @@ from hallo_numguard.guard.containment import Probes, contain_failures
 from hallo_numguard.guard.diagnosis.collect import BadStep, EvidenceCollector
 from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
 from hallo_numguard.guard.diagnosis.replay import Replayer
+from hallo_numguard.guard.diagnosis.messages import summary
 from hallo_numguard.guard.diagnosis.rules import confirm, judge, needs_replay
 from hallo_numguard.guard.guarded_model import GuardedModel, ScannedPieces
 from hallo_numguard.guard.loss_scaling import LossScaling
@@ -97,15 +98,15 @@ class Session:
         sinks = [*sinks, *map(sink_for, config.sinks)]  # on every rank, so that all refuse an invalid one
         self._feed = Feed(sinks if ranks.rank == 0 else [])
         self._batch = Batch(model.module, self._steps)
+        self._local_gradients = LocalGradients(model.parameters, config.local_gradients, self._steps, self.probes)
         self._replayer = (
-            Replayer(model.module, model.forward, self._batch, ranks, model.device)
+            Replayer(model.module, model.forward, self._batch, ranks, model.device, self._local_gradients)
             if model.module is not None and model.forward is not None
             else None
         )
         folder = None if config.repro_dir is None else Path(config.repro_dir)
         self._bundles = Bundles(folder, model.module, self._replayer, ranks, model.device, model.settings)
         self._warnings = EarlyWarnings(model.parameters, self._batch, self._note)
-        self._local_gradients = LocalGradients(model.parameters, config.local_gradients, self._steps, self.probes)
         self._collector = EvidenceCollector(model, ranks, self._batch, self._recorder, self._local_gradients)
         self._skipped = 0  # steps in a row
         self._unclean = False  # whether this step's gradients were not finite, and not because of the loss scale
@@ -169,6 +170,8 @@ class Session:
         self.probes.run("checkpoint keeper", self._update_keeper, applied, records)
         self.probes.run("evidence", self._collector.step_is_over, applied)
         self.probes.run("scan of local gradients", self._local_gradients.step_is_over, applied)
+        if not applied:
+            self.probes.run("running statistics", self._restore_statistics)
         self._steps.pending.clear()
         if not applied:
             return
@@ -227,7 +230,13 @@ class Session:
         bundle = self._take_bundle(report, evidence)
         self._unclean = report.recoverable is not True
         answer = policy.agree(
-            report, self._config.policy, self._on_overflow, self._ranks, self._model.device, self._can_go_back
+            report,
+            self._config.policy,
+            self._on_overflow,
+            self._ranks,
+            self._model.device,
+            self._can_go_back,
+            may_settle=evidence.scaling.can_fall and evidence.loss is None,
         )
         self._to_undo = report if answer.goes_back else None
         self.probes.run("report file", self._dump, report)
@@ -299,6 +308,17 @@ class Session:
 
     def _write_figures(self, wait: bool) -> None:
         self._feed.write(self._recorder.fresh(wait), len(self.findings))
+
+    def _restore_statistics(self) -> None:
+        """Puts back the running statistics that the skipped step's batch has made non-finite, on this rank."""
+        names = self._batch.restore_statistics()
+        if names:
+            number = self._steps.pending.number
+            message = (
+                f"step {number}: the batch made running statistics non-finite ({summary(names)}); as the step was "
+                "skipped, they were put back to what they were before it"
+            )
+            self._note(Finding("statistics_restored", message, number, names[0]))
 
     def _take_bundle(self, report: OverflowReport, evidence: Evidence) -> Bundle | None:
         replay = evidence.replay

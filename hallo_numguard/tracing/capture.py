@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hallo_numguard.tracing.nested import floating_tensors_in
+from hallo_numguard.tracing.nested import Contents, floating_tensors_in
 from hallo_numguard.tracing.rerun import undisturbed
 from hallo_numguard.tracing.rng_and_autocast import Autocast, RandomState
 
@@ -44,7 +44,12 @@ class Captured:
 
 
 def capture(
-    root: nn.Module, name: str, number: int, call: Callable[[], Any], seeds: dict[int, torch.Tensor]
+    root: nn.Module,
+    name: str,
+    number: int,
+    call: Callable[[], Any],
+    seeds: dict[int, torch.Tensor],
+    arguments: Contents | None = None,
 ) -> Captured:
     """Runs a pass again, and captures one call of one module.
 
@@ -54,12 +59,13 @@ def capture(
         number: Number of earlier calls of the module in this pass.
         call: Repeats the model's call, with the same random state.
         seeds: Gradients with respect to the model's outputs, by position; without them there is no backward pass.
+        arguments: Contents of the model's arguments.
 
     Raises:
         NotCaptured: If the module had fewer calls, or some of its weights were not at hand.
     """
     capturing = _CallCapture(root.get_submodule(name), number)
-    with undisturbed(root):
+    with undisturbed(root, arguments):
         try:
             made = [tensor for _, tensor in floating_tensors_in("output", call())]
             gradients = capturing.gradients(made, seeds)

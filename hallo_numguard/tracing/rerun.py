@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import enum
+import logging
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -12,27 +15,55 @@ from torch import nn
 from torch.utils import checkpoint
 
 from hallo_numguard.core.frames import Origin
-from hallo_numguard.tracing.nested import floating_tensors_in, whole_bytes
-from hallo_numguard.tracing.tracer import Trace, trace
+from hallo_numguard.ops.api import multi_tensor_stats
+from hallo_numguard.tracing.model_state import state_restored
+from hallo_numguard.tracing.nested import Contents, as_plain, contents_of, is_readable, whole_bytes
+from hallo_numguard.tracing.tracer import Trace, TraceOptions, traced
+
+_log = logging.getLogger("hallo_numguard")
 
 MAX_GRADIENT_BYTES = 1 << 28  # full gradients that are held at a time
+_CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the largest value, where kernels round differently
+_CLOSE_HALF = 3e-2
 
 
-@dataclass(frozen=True)
+class Match(enum.IntEnum):
+    """How the outputs of a rerun compare with the original ones, from best to worst."""
+
+    SAME = 0
+    """The same bits."""
+    CLOSE = 1
+    """The same pattern of non-finite values, and nearly the same numbers: other kernels, or another order of sums."""
+    DIFFERENT = 2
+    FAILED = 3
+    """The pass raised an exception."""
+
+
+Agreement = Callable[[Match], Match]
+"""Takes the match on this rank, and returns the worst on any rank."""
+
+
+@dataclass
 class Attempt:
-    """Result of a rerun.
+    """Result of a rerun on this rank.
 
     Attributes:
-        same: Whether the model's outputs were the same bits as before.
+        match: Comparison of the model's outputs with those before.
+        is_complete: Whether all of it was run: no rank has stopped it.
         origin: First non-finite place, or None: in the forward pass if only that was run, else in the backward.
         input_absmax: Largest finite absolute value in the inputs of the module of `origin`.
         gradient_absmax: Largest finite float16 absolute value among gradients of activations and parameters.
+        parameter_absmax: Largest finite absolute value of each parameter's gradient, by the parameter's id.
+        fingerprint: Statistics of all outputs and of the parameters' gradients: equal if a rerun gives the same again.
     """
 
-    same: bool
-    origin: Origin | None
-    input_absmax: float
-    gradient_absmax: float
+    match: Match = Match.SAME
+    is_complete: bool = False
+    origin: Origin | None = None
+    input_absmax: float = 0.0
+    gradient_absmax: float = 0.0
+    parameter_absmax: dict[int, float] = field(default_factory=dict)
+    fingerprint: list[Any] = field(default_factory=list)
 
 
 def rerun(
@@ -41,6 +72,8 @@ def rerun(
     outputs: Sequence[torch.Tensor],
     seeds: dict[int, torch.Tensor],
     factor: float | None,
+    arguments: Contents | None = None,
+    agree: Agreement = lambda match: match,
 ) -> Attempt:
     """Runs a pass again.
 
@@ -49,46 +82,101 @@ def rerun(
 
     Args:
         module: Module to be traced.
-        call: Repeats its call, with the same random state.
+        call: Repeats its call, from the same state.
         outputs: Outputs of the original call.
         seeds: Gradients with respect to outputs, by position.
         factor: Factor that the seeds are multiplied by; None for a forward pass only.
+        arguments: Contents of the call's arguments.
+        agree: Called after every forward and every backward pass, so that ranks stop together.
 
     Returns:
-        Result of the rerun. Buffers (running statistics) and the random state are as before.
+        Result of the rerun. Buffers, attributes and random state are as before.
     """
-    parts = [[]] if factor is None else _parts(module)
-    attempts = []
-    for part in parts:
-        with undisturbed(module):
-            with trace(module, gradients=factor is not None, operations=factor is None) as tr:
-                made = [tensor for _, tensor in floating_tensors_in("output", call())]
-                same = _are_same(made, outputs)
-                if factor is not None and same:
-                    _backward(made, seeds, factor, part)
-                del made
-            attempts.append(_attempt(tr, tr.first_nonfinite if factor is None else tr.first_in_backward(), same))
-    bad = next((attempt for attempt in attempts if attempt.origin is not None), attempts[0])
-    return Attempt(
-        same=all(attempt.same for attempt in attempts),
-        origin=bad.origin,
-        input_absmax=bad.input_absmax,
-        gradient_absmax=max(attempt.gradient_absmax for attempt in attempts),
-    )
+    attempt = Attempt()
+    for part in [[]] if factor is None else _parts(module):
+        rank = _OneRank(attempt)
+        with undisturbed(module, arguments), _traced(module, factor is not None) as tr:
+            with rank.contained():
+                made = _outputs_of(call())
+                rank.match = _compare(made, outputs)
+                attempt.fingerprint.append(_fingerprint(made))
+            is_over = agree(rank.match) >= Match.DIFFERENT
+            if factor is not None and not is_over:
+                with rank.contained():
+                    gradients = _backward(made, seeds, factor, part)
+                    _add_gradients(attempt, part, gradients)
+                    del gradients
+                is_over = agree(rank.match) >= Match.DIFFERENT
+            made = []
+        if rank.match is not Match.FAILED:
+            _add_trace(attempt, tr, factor is not None)
+        if is_over:
+            return attempt
+    attempt.is_complete = True
+    return attempt
 
 
-def _attempt(tr: Trace, origin: Origin | None, same: bool) -> Attempt:
+class _OneRank:
+    """The match of one pass on this rank: an exception of the model's own code must not keep the others waiting."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self._attempt = attempt
+        self._match = Match.SAME
+
+    @property
+    def match(self) -> Match:
+        return self._match
+
+    @match.setter
+    def match(self, value: Match) -> None:
+        self._match = value
+        self._attempt.match = max(self._attempt.match, value)
+
+    @contextlib.contextmanager
+    def contained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001 - the model's own code; training goes on
+            _log.warning("hallo_numguard could not run the batch again: %s: %s", type(error).__name__, error)
+            _log.debug("the whole of it", exc_info=True)
+            self.match = Match.FAILED
+
+
+def _outputs_of(output: Any) -> list[torch.Tensor]:
+    return [tensor for _, tensor in contents_of("output", output).tensors if is_readable(tensor)]
+
+
+def _traced(module: nn.Module, is_backward: bool) -> contextlib.AbstractContextManager[Trace]:
+    return traced(module, TraceOptions(is_backward, True, True, False, not is_backward))
+
+
+def _add_trace(attempt: Attempt, tr: Trace, is_backward: bool) -> None:
     frames = tr.frames
-    inputs: Sequence[Any] = ()
-    if origin is not None:
-        inputs = next((frame.inputs for frame in frames if frame.position == origin.position), ())
+    origin = tr.first_in_backward() if is_backward else tr.first_nonfinite
+    if origin is not None and attempt.origin is None:
+        inputs: Sequence[Any] = next((frame.inputs for frame in frames if frame.position == origin.position), ())
+        attempt.origin = origin
+        attempt.input_absmax = max((item.record.absmax for item in inputs), default=0.0)
     gradients = [
         tensor.record.absmax
         for frame in frames
         for part, tensor in frame.tensors()
         if part.startswith("grad_") and tensor.dtype == "float16"
     ]
-    return Attempt(same, origin, max((item.record.absmax for item in inputs), default=0.0), max(gradients, default=0.0))
+    attempt.gradient_absmax = max([attempt.gradient_absmax, *gradients])
+
+
+def _add_gradients(attempt: Attempt, part: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
+    held = [
+        (id(parameter), x) for parameter, x in zip(part, gradients, strict=True) if x is not None and is_readable(x)
+    ]
+    table = multi_tensor_stats([as_plain(gradient) for _, gradient in held])
+    attempt.parameter_absmax.update(zip((key for key, _ in held), table.absmax.tolist(), strict=True))
+    attempt.fingerprint.append(table.packed.tolist())
+
+
+def _fingerprint(tensors: Sequence[torch.Tensor]) -> Any:
+    return multi_tensor_stats([as_plain(tensor) for tensor in tensors]).packed.tolist()
 
 
 def _parts(module: nn.Module) -> list[list[torch.Tensor]]:
@@ -107,22 +195,36 @@ def _parts(module: nn.Module) -> list[list[torch.Tensor]]:
 
 def _backward(
     outputs: Sequence[torch.Tensor], seeds: dict[int, torch.Tensor], factor: float, targets: Sequence[torch.Tensor]
-) -> None:
+) -> Sequence[torch.Tensor | None]:
     positions = [position for position in sorted(seeds) if outputs[position].requires_grad]
-    if positions and targets:
-        torch.autograd.grad(
-            [outputs[position] for position in positions],
-            targets,
-            grad_outputs=[seeds[position] * factor for position in positions],
-            allow_unused=True,
-        )
-
-
-def _are_same(made: Sequence[torch.Tensor], recorded: Sequence[torch.Tensor]) -> bool:
-    return len(made) == len(recorded) and all(
-        left.shape == right.shape and torch.allclose(left, right, rtol=0.0, atol=0.0, equal_nan=True)
-        for left, right in zip(made, recorded, strict=True)
+    if not positions or not targets:
+        return [None] * len(targets)
+    return torch.autograd.grad(
+        [outputs[position] for position in positions],
+        targets,
+        grad_outputs=[seeds[position] * factor for position in positions],
+        allow_unused=True,
     )
+
+
+def _compare(made: Sequence[torch.Tensor], recorded: Sequence[torch.Tensor]) -> Match:
+    if not recorded or len(made) != len(recorded):
+        return Match.DIFFERENT
+    return max(_compare_one(as_plain(now), before) for now, before in zip(made, recorded, strict=True))
+
+
+def _compare_one(now: torch.Tensor, before: torch.Tensor) -> Match:
+    if now.shape != before.shape or now.dtype != before.dtype or now.device != before.device:
+        return Match.DIFFERENT
+    now, before = now.double(), before.double()
+    if torch.allclose(now, before, rtol=0.0, atol=0.0, equal_nan=True):
+        return Match.SAME
+    finite = before.isfinite()
+    rest_is_same = torch.allclose(now[~finite], before[~finite], rtol=0.0, atol=0.0, equal_nan=True)
+    if not rest_is_same or not finite.any():
+        return Match.DIFFERENT
+    tolerance = _CLOSE.get(before.dtype, _CLOSE_HALF) * before[finite].abs().max()
+    return Match.CLOSE if bool(((now - before)[finite].abs() <= tolerance).all()) else Match.DIFFERENT
 
 
 _reruns = 0  # under way
@@ -134,24 +236,27 @@ def is_rerunning() -> bool:
 
 
 @contextlib.contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Leaves buffers and the random state as they were: training must not notice the pass.
+def undisturbed(module: nn.Module, arguments: Contents | None = None) -> Iterator[None]:
+    """Leaves the model, the arguments and all generators as they were: training must not notice the pass.
 
     Checkpointed blocks keep their activations, because a backward pass that computes them anew (reentrant
-    checkpointing) gives no gradients of single tensors.
+    checkpointing) gives no gradients of single tensors. Compiled parts are run eagerly, and hooks of the user on
+    parameters are not called: a pass that is not one of training must not be counted by them.
     """
     global _reruns
-    devices = [torch.cuda.current_device()] if torch.cuda.is_initialized() else []
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    with torch.random.fork_rng(devices), _without_recomputation(), torch.enable_grad():
+    contents = contents_of("", ()) if arguments is None else arguments
+    with (
+        state_restored(module, contents),
+        _without_recomputation(),
+        _without_parameter_hooks(module),
+        _eager(module),
+        torch.enable_grad(),
+    ):
         _reruns += 1
         try:
             yield
         finally:
             _reruns -= 1
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
 
 
 class _NoRecomputation:
@@ -170,3 +275,31 @@ def _without_recomputation() -> Iterator[None]:
         yield
     finally:
         checkpoint.CheckpointFunction = original  # type: ignore[misc]
+
+
+@contextlib.contextmanager
+def _without_parameter_hooks(module: nn.Module) -> Iterator[None]:
+    held = [(hooks, dict(hooks)) for hooks in (parameter._backward_hooks for parameter in module.parameters()) if hooks]
+    for hooks, _ in held:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, before in held:
+            hooks.update(before)
+
+
+@contextlib.contextmanager
+def _eager(module: nn.Module) -> Iterator[None]:
+    """Runs what is compiled eagerly: hooks cannot see inside of it."""
+    compiled = [part for part in module.modules() if getattr(part, "_compiled_call_impl", None) is not None]
+    calls = [part._compiled_call_impl for part in compiled]
+    for part in compiled:
+        part._compiled_call_impl = None
+    is_in_use = "torch._dynamo" in sys.modules and hasattr(torch.compiler, "set_stance")  # torch >= 2.6
+    try:
+        with torch.compiler.set_stance("force_eager") if is_in_use else contextlib.nullcontext():
+            yield
+    finally:
+        for part, call in zip(compiled, calls, strict=True):
+            part._compiled_call_impl = call

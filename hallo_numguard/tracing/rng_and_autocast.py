@@ -3,33 +3,55 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 
+_ACCELERATORS = ("cuda", "xpu")
+
 
 @dataclass(frozen=True, eq=False)
 class RandomState:
-    """State of torch's generators, on the CPU and on the current GPU."""
+    """State of torch's global generators: on the CPU, and on every accelerator of this process that is in use.
+
+    Attributes:
+        cpu: State on the CPU.
+        accelerators: States by the kind of device, one per device.
+    """
 
     cpu: torch.Tensor
-    cuda: torch.Tensor | None
+    accelerators: Mapping[str, list[torch.Tensor]]
 
     @classmethod
     def now(cls) -> RandomState:
         """Returns the present state. No host sync."""
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None)
+        states = {kind: getattr(torch, kind).get_rng_state_all() for kind in _ACCELERATORS if _is_in_use(kind)}
+        if "torch.mps" in sys.modules and torch.backends.mps.is_available():
+            states["mps"] = [torch.mps.get_rng_state()]
+        return cls(torch.get_rng_state(), states)
 
     def by_device(self) -> dict[str, torch.Tensor]:
-        """Returns the state by device, as files hold it."""
-        return {"cpu": self.cpu} if self.cuda is None else {"cpu": self.cpu, "cuda": self.cuda}
+        """Returns the states of the CPU and of the current GPU, as files hold them."""
+        if "cuda" not in self.accelerators:
+            return {"cpu": self.cpu}
+        return {"cpu": self.cpu, "cuda": self.accelerators["cuda"][torch.cuda.current_device()]}
 
     def restore(self) -> None:
         """Sets the generators to this state."""
         torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda)
+        for kind, states in self.accelerators.items():
+            module = getattr(torch, kind)
+            if kind == "mps":
+                module.set_rng_state(states[0])
+            else:
+                module.set_rng_state_all(states)
+
+
+def _is_in_use(kind: str) -> bool:
+    module = getattr(torch, kind, None)
+    return module is not None and module.is_initialized()
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from hallo_numguard.core.records import Record
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.ops.formats import dtype_name
 from hallo_numguard.ops.layout import unravel
+from hallo_numguard.tracing.nested import as_plain
 
 BATCH = 64  # launches between two copies to the host
 MAX_WAITING_BYTES = 256 << 20  # bytes of tensors that live on because their records are not on the host yet
@@ -76,7 +77,7 @@ class Tape:
         held = [self._known(tensor) for tensor in tensors]
         new = [position for position, item in enumerate(held) if item is None]
         if new:
-            fresh = [tensors[position].detach() for position in new]
+            fresh = [as_plain(tensors[position]) for position in new]
             for position in new:
                 held[position] = self._remember(tensors[position])
             self._launch(fresh)

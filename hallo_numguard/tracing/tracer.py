@@ -67,6 +67,16 @@ class Trace:
         self._is_over = True
 
 
+class TraceOptions(NamedTuple):
+    """The arguments of `trace`."""
+
+    gradients: bool
+    inputs: bool
+    weights: bool
+    stop_at_first: bool
+    operations: bool
+
+
 @contextlib.contextmanager
 def trace(
     model: nn.Module,
@@ -98,11 +108,17 @@ def trace(
     one synchronisation in 64 launches; 64 bytes per tensor. The model's results do not change.
     """
     _check(model)
+    with traced(model, TraceOptions(gradients, inputs, weights, stop_at_first, operations)) as result:
+        yield result
+
+
+@contextlib.contextmanager
+def traced(model: nn.Module, options: TraceOptions) -> Iterator[Trace]:
+    """Does the same as `trace` for a model that runs eagerly."""
     tape = Tape()
-    result = Trace(tape, _MAX_CALLS_AT_FIRST if stop_at_first else _MAX_CALLS)
-    options = TraceOptions(gradients, inputs, weights, stop_at_first, operations)
+    result = Trace(tape, _MAX_CALLS_AT_FIRST if options.stop_at_first else _MAX_CALLS)
     tracer = _Tracer(model, result, tape, options)
-    mode = _Operations(tracer) if operations else contextlib.nullcontext()
+    mode = _Operations(tracer) if options.operations else contextlib.nullcontext()
     try:
         with mode:
             yield result
@@ -122,16 +138,6 @@ def _check(model: nn.Module) -> None:
                 f"trace() cannot look into {name or 'the model'}: it is compiled. Trace the module that was given to "
                 "torch.compile, or set TORCH_COMPILE_DISABLE=1"
             )
-
-
-class TraceOptions(NamedTuple):
-    """The arguments of `trace`."""
-
-    gradients: bool
-    inputs: bool
-    weights: bool
-    stop_at_first: bool
-    operations: bool
 
 
 class _Tracer:

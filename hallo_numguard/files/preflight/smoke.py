@@ -12,7 +12,7 @@ from torch import nn
 
 from hallo_numguard.core.findings import Finding, PreflightReport
 from hallo_numguard.tracing.nested import floating_tensors_in
-from hallo_numguard.tracing.rerun import rerun, undisturbed
+from hallo_numguard.tracing.rerun import Match, rerun, undisturbed
 
 _MAX_LOSS_RATIO = 2.0  # to the loss when the checkpoint was saved
 
@@ -105,7 +105,7 @@ def _judge(module: nn.Module, call: Callable[[], Any], first: _Pass, expected_lo
                 remedy="Check that the weights were loaded (names, strict=False), and that the batch is a normal one.",
             )
         )
-    if not second.same:
+    if second.match is not Match.SAME:
         message = "smoke step: the model returns other values for the same batch and random numbers"
         findings.append(Finding("smoke", message, severity="info"))
     trained = sum(parameter.requires_grad for parameter in module.parameters())

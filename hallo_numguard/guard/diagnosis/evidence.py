@@ -19,8 +19,10 @@ class Replayed:
         origin: First place that turned non-finite, on the lowest rank where one did; None if none did.
         details: Sentences about the origin.
         bad_ranks: Number of ranks on which the pass was not finite.
-        differing_ranks: Number of ranks on which the model's output differed from the original one.
-        differing_rank: Lowest rank on which it differed.
+        differing_rank: Lowest rank on which the model's output differed from the original one.
+        is_close: Whether the model's output was nearly the same as before, but not the same bits.
+        is_one_ranks_fault: Whether one rank of several was wrong once: run again twice, it was finite, the same bits
+            both times, and every other rank gave what it had given before.
         settles_at: Highest loss scale at which the batch was finite when it was tried; None if none was tried.
         finite_unscaled: Whether the batch was finite without loss scaling; None if that was not tried.
         number: Number of earlier calls of the origin's module in the same pass.
@@ -31,8 +33,9 @@ class Replayed:
     origin: Offender | None = None
     details: tuple[str, ...] = ()
     bad_ranks: int = 0
-    differing_ranks: int = 0
     differing_rank: int = 0
+    is_close: bool = False
+    is_one_ranks_fault: bool = False
     settles_at: float | None = None
     finite_unscaled: bool | None = None
     number: int = 0

@@ -11,6 +11,8 @@ from hallo_numguard.core.records import Offender, Verdict
 from hallo_numguard.guard.diagnosis.catalog import CATALOG
 from hallo_numguard.guard.diagnosis.evidence import Evidence
 
+RANK_FAULT_MEMORY = 100  # steps in which a second fault of the same rank is not taken for chance
+
 
 def _report(
     seen: Evidence,
@@ -42,10 +44,14 @@ def _replay_lines(seen: Evidence) -> list[str]:
     replay = seen.replay
     if replay is None:
         return []
+    on_every_rank = " on every rank" if seen.world_size > 1 else ""
+    if seen.loss is not None and replay.is_one_ranks_fault:
+        return []
     if replay.failure_reason:
         return [f"no answer from running the batch again: {replay.failure_reason}"]
     if replay.origin is None:
-        return ["the same batch, run again on every rank, was finite in every module"]
+        nearly = ", though not bit for bit what it was before" if replay.is_close else ""
+        return [f"the same batch, run again{on_every_rank}, was finite in every module{nearly}"]
     where = f"on {replay.bad_ranks} of {seen.world_size} ranks" if seen.world_size > 1 else "either"
     lines = [f"the batch (micro-batch {replay.micro_batch}), run again, was not finite {where}", *replay.details]
     if replay.finite_unscaled:
@@ -58,9 +64,8 @@ def _replay_lines(seen: Evidence) -> list[str]:
 def _common(seen: Evidence) -> list[str]:
     lines = [_gradient_line(seen)]
     if seen.bystanders:
-        names = ", ".join(f"{item.name} ({item.counts})" for item in seen.bystanders[:3])
-        more = f" and {len(seen.bystanders) - 3} more" if len(seen.bystanders) > 3 else ""
-        lines.append(f"also not finite, but not shown to be the cause: {names}{more}")
+        names = summary([f"{item.name} ({item.counts})" for item in seen.bystanders])
+        lines.append(f"also not finite, but not shown to be the cause: {names}")
     if seen.bad_ranks and seen.world_size > 1:
         lines.append(_rank_line(seen, seen.bad_ranks))
     if seen.state:
@@ -105,8 +110,7 @@ def weights_nonfinite(seen: Evidence) -> OverflowReport:
     bad = len(seen.suspects)
     evidence = [
         f"{_the_loss(seen)} is not finite ({_loss_text(seen)}), and {plural(bad, 'weight tensor')} of {seen.tensors} "
-        f"{'is' if bad == 1 else 'are'} not: {', '.join(item.name for item in seen.suspects[:3])}"
-        + (f" and {bad - 3} more" if bad > 3 else ""),
+        f"{'is' if bad == 1 else 'are'} not: {summary([item.name for item in seen.suspects])}",
     ]
     if seen.scaling.dynamic:
         overflows = seen.scaling.halvings_left + seen.scaling.patience
@@ -159,24 +163,25 @@ def rank_fault(seen: Evidence) -> OverflowReport:
     """One rank was not finite, and its replay is."""
     first = seen.loss or seen.gradients[0]
     rank, what = first.rank, "was finite"
-    if seen.replay is not None and seen.replay.differing_ranks:
-        rank, what = seen.replay.differing_rank, "returned something else"
+    if seen.replay is not None and seen.loss is not None:
+        rank, what = seen.replay.differing_rank, "returned something else, all finite"
     before = None if rank is None else seen.rank_faults.get(rank)
-    again = [] if before is None else [f"it was so before on rank {rank}, in step {before}"]
+    comes_back = before is not None and seen.step - before <= RANK_FAULT_MEMORY
     report = _report(
         seen,
         Verdict.RANK_FAULT,
         replace(first, rank=rank),
         [
             f"only rank {rank} was not finite, and the same batch, run again on it, {what}",
-            *again,
+            "run once more, it gave the same bits again, as every other rank did from the start",
+            *([f"it was so before on rank {rank}, in step {before}"] if comes_back else []),
             _finite_weights(seen),
         ],
-        ("kernels that do not give the same bits twice", "a part of the loss that reads weights itself"),
+        ("code outside of the model that changed gradients on this rank alone",),
         f"Suspect the hardware of rank {rank}: look at its error counters and temperature, and run it without "
         "that device. If it comes back with another batch on the same rank, it is the hardware.",
     )
-    return report if before is None else replace(report, recoverable=False)
+    return replace(report, recoverable=False) if comes_back else report
 
 
 def reduction_overflow(seen: Evidence) -> OverflowReport:
@@ -338,14 +343,25 @@ def scale_too_high(seen: Evidence) -> OverflowReport:
 
 def not_reproduced(seen: Evidence) -> OverflowReport:
     """Gradients were bad, and are not when the batch is run again."""
+    first = seen.gradients[0]
+    sources = "a penalty on weights, a second loss, or a hook or clipping that changed gradients afterwards"
+    if seen.world_size > 1:
+        sources += "; else the reduction, or one rank that was wrong once"
+    hint = ' If it comes back, GuardConfig(local_gradients="always") tells which rank it is.'
     return _report(
         seen,
         Verdict.UNDETERMINED,
-        seen.gradients[0],
-        [f"{_the_loss(seen)} is finite", _finite_weights(seen)],
-        ("the gradients before the reduction",),
-        "One rank was wrong once, or the reduction, or code that changed gradients afterwards. If it comes back, "
-        'GuardConfig(local_gradients="always") tells which rank it is.',
+        first,
+        [
+            f"{_the_loss(seen)} is finite",
+            _finite_weights(seen),
+            (
+                "the model's own call gave every parameter a finite gradient when it was run again: what is not finite "
+                "came from elsewhere"
+            ),
+        ],
+        ("what is computed outside of the model's call",),
+        f"Look at what else {first.name} gets a gradient from: {sources}.{hint if seen.world_size > 1 else ''}",
     )
 
 
@@ -398,3 +414,9 @@ def _loss_text(seen: Evidence) -> str:
 def plural(count: int, noun: str) -> str:
     """Returns a count and its noun, in the plural where needed."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
+def summary(names: Sequence[str]) -> str:
+    """Returns the first three names, and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

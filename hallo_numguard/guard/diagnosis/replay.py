@@ -19,10 +19,11 @@ from hallo_numguard.guard.collectives import Ranks, clip
 from hallo_numguard.guard.diagnosis.evidence import Replayed
 from hallo_numguard.guard.guarded_model import Forward
 from hallo_numguard.guard.step.batch import Batch
+from hallo_numguard.guard.step.local_gradients import LocalGradients
 from hallo_numguard.guard.step.model_call import ModelCall
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.tracing.capture import Captured, NotCaptured, capture
-from hallo_numguard.tracing.rerun import Attempt, rerun
+from hallo_numguard.tracing.rerun import Attempt, Match, rerun
 
 _log = logging.getLogger("hallo_numguard")
 
@@ -32,23 +33,31 @@ MAX_NAME_BYTES = 300  # of a name sent to other ranks
 MAX_LINE_BYTES = 400
 _NONE = 1 << 20
 
+NOT_THE_SAME = (
+    "run again, the model returned something else: it draws random numbers, or keeps state, that the guard cannot put "
+    "back"
+)
+NOT_THE_SAME_BEFORE = "run again in an earlier step, the model returned something else, so it is not run again any more"
+NO_SEEDS = "no gradient has reached what the model returned: the loss was made of something else"
+
 
 @dataclass(frozen=True)
 class _Answer:
     """Result of one pass, the same on every rank."""
 
-    done: bool
+    match: Match
     differing_ranks: int
     differing_rank: int
     bad_ranks: int
     origin_text: str | None
     absmax_power: int  # minimum over the ranks: gradients fit if multiplied by 2 to this power
+    as_recorded: bool  # gradients of all ranks that are not bad are those that were recorded before the reduction
 
     @property
     def failure_reason(self) -> str:
-        if not self.done:
+        if self.match is Match.FAILED:
             return "the batch could not be run again (its own error is in the log)"
-        return "run again, the model returned something else" if self.differing_ranks else ""
+        return NOT_THE_SAME if self.match is Match.DIFFERENT else ""
 
 
 class Replayer:
@@ -63,14 +72,25 @@ class Replayer:
         batch: Calls of the pending step.
         ranks: Ranks among which gradients are reduced.
         device: Device on which ranks reduce small tensors.
+        local_gradients: Scans of gradients before the reduction.
     """
 
-    def __init__(self, module: nn.Module, forward: Forward, batch: Batch, ranks: Ranks, device: torch.device) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        forward: Forward,
+        batch: Batch,
+        ranks: Ranks,
+        device: torch.device,
+        local_gradients: LocalGradients,
+    ) -> None:
         self._module = module
         self._forward = forward
         self._batch = batch
         self._ranks = ranks
         self._device = device
+        self._local_gradients = local_gradients
+        self._is_unrepeatable = False
 
     def rerun_bad_loss(self, losses: Sequence[bool]) -> Replayed:
         """Reruns the first micro-batch whose loss was not finite; all calls, where one loss comes from several.
@@ -88,7 +108,10 @@ class Replayer:
             return Replayed(failure_reason)
         found = Replayed()
         for position in suspects:
-            found = self._replayed(self._run(position, None), position)
+            answer, attempt = self._run(position, None)
+            found = self._replayed(answer, position)
+            if self._is_one_rank_different(answer):
+                return replace(found, is_one_ranks_fault=self._comes_out_the_same(position, None, attempt))
             if found.failure_reason or found.origin is not None:
                 break
         return found
@@ -104,18 +127,23 @@ class Replayer:
         if failure_reason:
             return Replayed(failure_reason)
         seeds = [seed for call in list(self._batch.calls)[:count] for seed in call.seeds.values()]
+        if self._ranks.lowest(len(seeds), self._device) == 0:
+            return Replayed(NO_SEEDS)
         if self._ranks.highest(int(multi_tensor_stats(seeds).found_inf()), self._device):
             return Replayed(
                 "the gradient that reached the model's output was not finite, so it was made after the model"
             )
+        are_as_recorded = True
         for micro_batch in range(count):
-            answer = self._run(micro_batch, 1.0)
+            answer, attempt = self._run(micro_batch, 1.0)
             found = self._replayed(answer, micro_batch)
             if answer.failure_reason:
                 return found
             if answer.bad_ranks:
                 return self._at_lower_scales(found, scale) if scale > 1 else found
-        return Replayed(micro_batch=count - 1)
+            are_as_recorded = are_as_recorded and answer.as_recorded and answer.match is Match.SAME
+        is_certain = count == 1 and are_as_recorded and self._comes_out_the_same(0, 1.0, attempt)
+        return Replayed(micro_batch=count - 1, is_one_ranks_fault=is_certain)
 
     def call(self, micro_batch: int) -> ModelCall | None:
         """Returns a call of the step; None if it was not kept, or has changed since."""
@@ -138,65 +166,87 @@ class Replayer:
             return failure_reason
         call = self._batch.calls[micro_batch]
         try:
-            return capture(self._module, name, number, self._forward_of(call), call.seeds)
+            return capture(self._module, name, number, self._forward_of(call), call.seeds, call.contents)
         except NotCaptured as error:
             return str(error)
         except Exception as error:  # noqa: BLE001 - the model's own code; training goes on
             return f"the batch could not be run again: {error}"
 
+    def _is_one_rank_different(self, answer: _Answer) -> bool:
+        """Whether one of several ranks returned something else, all finite, and the others the same bits."""
+        is_alone = self._ranks.size > 1 and answer.match is Match.DIFFERENT and answer.differing_ranks == 1
+        return is_alone and answer.bad_ranks == 0
+
+    def _comes_out_the_same(self, micro_batch: int, factor: float | None, before: Attempt) -> bool:
+        """Whether every rank, run once more, gives the same bits as in the rerun before. All ranks call it."""
+        if self._ranks.size == 1:
+            return False
+        _, attempt = self._run(micro_batch, factor)
+        return self._ranks.lowest(int(attempt.fingerprint == before.fingerprint), self._device) == 1
+
     def _at_lower_scales(self, found: Replayed, scale: float) -> Replayed:
-        unscaled = self._run(found.micro_batch, 1.0 / scale)
+        unscaled, _ = self._run(found.micro_batch, 1.0 / scale)
         if unscaled.failure_reason:
             return found
         if unscaled.bad_ranks:
             return replace(self._replayed(unscaled, found.micro_batch), finite_unscaled=False)
         expected_power = min(unscaled.absmax_power, round(math.log2(scale)) - 1)
         for power in range(expected_power, max(expected_power - MAX_FURTHER_HALVINGS, 0), -1):
-            if not self._run(found.micro_batch, 2.0**power / scale).bad_ranks:
+            answer, _ = self._run(found.micro_batch, 2.0**power / scale)
+            if not answer.bad_ranks and not answer.failure_reason:
                 return replace(found, finite_unscaled=True, settles_at=2.0**power)
         return replace(found, finite_unscaled=True, settles_at=1.0)
 
     def _reason_not_to_run(self, count: int) -> str:
         """Why these passes cannot be repeated, agreed by all ranks; "" if they can."""
+        if self._is_unrepeatable:  # the same on all ranks
+            return NOT_THE_SAME_BEFORE
         calls = list(self._batch.calls)[:count]
-        able = 0 < count <= len(self._batch.calls) and all(_is_complete(call) for call in calls)
-        if self._ranks.lowest(int(able), self._device) == 1:
-            return ""
-        return "the batch was not seen, was changed since, or its outputs were too large to keep"
+        reasons = [call.reason_not_to_repeat for call in calls if call.reason_not_to_repeat]
+        reason = reasons[0] if reasons else ("" if 0 < count == len(calls) else "the batch was not seen")
+        return self._ranks.first_text(reason or None, self._device) or ""
 
-    def _run(self, micro_batch: int, factor: float | None) -> _Answer:
-        attempt: Attempt | None = None
-        try:
-            attempt = self._attempt(self._batch.calls[micro_batch], factor)
-        except Exception:  # noqa: BLE001 - the model's own code; training goes on
-            _log.exception("hallo_numguard could not run the batch again")
-        return self._agree(attempt)
-
-    def _attempt(self, call: ModelCall, factor: float | None) -> Attempt:
-        return rerun(self._module, self._forward_of(call), call.outputs or (), call.seeds, factor)
+    def _run(self, micro_batch: int, factor: float | None) -> tuple[_Answer, Attempt]:
+        call = self._batch.calls[micro_batch]
+        attempt = rerun(
+            self._module,
+            self._forward_of(call),
+            call.outputs or (),
+            call.seeds,
+            factor,
+            call.contents,
+            lambda match: Match(self._ranks.highest(match, self._device)),
+        )
+        answer = self._agree(attempt, micro_batch, factor)
+        if answer.match is Match.DIFFERENT and not self._is_one_rank_different(answer):
+            self._is_unrepeatable = True
+            _log.info("a bad batch will not be run again: %s", NOT_THE_SAME)
+        return answer, attempt
 
     def _forward_of(self, call: ModelCall) -> Callable[[], Any]:
         def forward() -> Any:
+            call.state.restore()
             call.random.restore()
             with call.autocast.restored():
                 return self._forward(call.args, call.kwargs)
 
         return forward
 
-    def _agree(self, attempt: Attempt | None) -> _Answer:
+    def _agree(self, attempt: Attempt, micro_batch: int, factor: float | None) -> _Answer:
         ranks, device = self._ranks, self._device
-        done = ranks.lowest(int(attempt is not None), device) == 1
-        differs = attempt is not None and not attempt.same
-        bad = attempt is not None and attempt.origin is not None
-        absmax = attempt.gradient_absmax if attempt is not None else 0.0
+        differs = attempt.match is Match.DIFFERENT
+        bad = attempt.origin is not None
+        absmax = attempt.gradient_absmax
         room = math.floor(math.log2(LARGEST_HALF / absmax)) if absmax > 0 else _NONE
+        as_recorded = factor == 1.0 and self._local_gradients.agree_with(attempt.parameter_absmax, micro_batch)
         return _Answer(
-            done,
+            Match(ranks.highest(attempt.match, device)),
             ranks.total(int(differs), device),
             ranks.lowest(ranks.rank if differs else _NONE, device),
             ranks.total(int(bad), device),
             ranks.first_text(_origin_as_text(attempt, ranks.rank) if bad else None, device),
             ranks.lowest(room, device),
+            ranks.lowest(int(as_recorded), device) == 1,
         )
 
     def _replayed(self, answer: _Answer, micro_batch: int) -> Replayed:
@@ -204,8 +254,8 @@ class Replayer:
             answer.failure_reason,
             micro_batch,
             bad_ranks=answer.bad_ranks,
-            differing_ranks=answer.differing_ranks,
             differing_rank=answer.differing_rank,
+            is_close=answer.match is Match.CLOSE,
         )
         if answer.origin_text is None:
             return found
@@ -213,12 +263,8 @@ class Replayer:
         return replace(found, origin=decode(Offender, origin), details=tuple(details), number=number)
 
 
-def _is_complete(call: ModelCall) -> bool:
-    return call.outputs is not None and not call.changed
-
-
-def _origin_as_text(attempt: Attempt | None, rank: int) -> str | None:
-    if attempt is None or attempt.origin is None:
+def _origin_as_text(attempt: Attempt, rank: int) -> str | None:
+    if attempt.origin is None:
         return None
     origin = attempt.origin
     parts = [asdict(_offender(origin, rank)), _details(origin, attempt.input_absmax), origin.call]

@@ -39,7 +39,7 @@ def judge(seen: Evidence) -> OverflowReport:
         return messages.reduction_overflow(seen)
     if seen.answer is not None and seen.answer.origin is not None:
         return _judge_by_replay(seen, seen.answer, seen.answer.origin)
-    if seen.answer is not None and seen.answer.micro_batch == 0:
+    if seen.answer is not None and seen.answer.micro_batch == 0:  # several may overflow when they are added up
         return messages.not_reproduced(seen)
     if seen.loss_known and seen.scaling.can_fall:
         return messages.scale_too_high(seen)
@@ -96,17 +96,10 @@ def _overflowed_in_the_reduction(seen: Evidence) -> bool:
 
 
 def _is_one_ranks_fault(seen: Evidence) -> bool:
-    """Whether one rank alone was bad, and the same batch on it is clean now."""
-    replay = seen.replay
-    if replay is None or replay.bad_ranks:
+    """Whether one rank of several was bad, and its hardware is all that is left to suspect."""
+    if seen.replay is None or not seen.replay.is_one_ranks_fault or seen.world_size == 1:
         return False
-    if replay.differing_ranks:
-        return replay.differing_ranks == 1
-    if (
-        seen.loss is not None or replay.failure_reason or replay.micro_batch > 0
-    ):  # several may overflow when they are added up
-        return False
-    return seen.world_size == 1 or seen.bad_ranks == 1
+    return seen.loss is not None or seen.bad_ranks == 1
 
 
 def _born_in_backward(seen: Evidence) -> bool:

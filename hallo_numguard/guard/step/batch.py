@@ -16,10 +16,11 @@ from hallo_numguard.guard.parameter_stats import ParameterStats
 from hallo_numguard.guard.step.model_call import ModelCall
 from hallo_numguard.guard.step.pending import StepOwner
 from hallo_numguard.ops.api import multi_tensor_stats
-from hallo_numguard.tracing.nested import floating_tensors_in
+from hallo_numguard.tracing.model_state import Snapshot, StateRecorder
+from hallo_numguard.tracing.nested import as_plain, contents_of_items, is_readable
 
 MAX_NAME_BYTES = 1000
-MAX_OUTPUT_BYTES = 1 << 30  # of a step
+MAX_KEPT_BYTES = 2 << 30  # of a step: its batches, the model's outputs and their gradients
 
 
 class Batch:
@@ -31,9 +32,11 @@ class Batch:
     """
 
     def __init__(self, model: nn.Module | None, steps: StepOwner) -> None:
+        self._model = model
         self._names = _argument_names(model)
         self._steps = steps
         self._tolerated: set[str] = set()
+        self._state = None if model is None else StateRecorder(model)
 
     @property
     def calls(self) -> Sequence[ModelCall]:
@@ -45,29 +48,52 @@ class Batch:
         """Whether there are calls, with arguments that have not changed since."""
         return bool(self.calls) and not any(call.changed for call in self.calls)
 
+    def learn_again(self) -> None:
+        """Records all of the model's state in the next calls: what a pass changes was not known."""
+        if self._state is not None:
+            self._state.learn_again()
+
     def add(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Keeps the arguments of a forward pass, if it is one of training."""
-        if torch.is_grad_enabled():
-            self._steps.pending.calls.append(ModelCall.of(args, kwargs))
+        if not torch.is_grad_enabled():
+            return
+        contents = contents_of_items(self._named(args, kwargs))
+        state = Snapshot(()) if self._state is None else self._state.before_call(contents)
+        self._steps.pending.calls.append(ModelCall(args, kwargs, contents, state))
 
     def note_output(self, output: Any) -> None:
-        """Records the output of the last call; drops the oldest outputs where they take much memory."""
+        """Records the output of the last call; forgets the oldest calls where all take much memory."""
         if not torch.is_grad_enabled() or not self.calls:
             return
+        if self._state is not None:
+            self._state.after_call()
         self.calls[-1].note_output(output)
-        room = MAX_OUTPUT_BYTES
+        room = MAX_KEPT_BYTES
         for call in reversed(self.calls):
-            room -= call.output_bytes
+            room -= call.nbytes
             if room < 0:
-                call.forget_outputs()
+                call.forget()
+
+    def restore_statistics(self) -> list[str]:
+        """Sets buffers that were finite before the step's first call, and are not now, to what they were.
+
+        Returns:
+            Their names. Synchronises.
+        """
+        if self._model is None or not self.calls:
+            return []
+        restored = self.calls[0].state.restore_poisoned()
+        prefixes = {id(part._buffers): name for name, part in self._model.named_modules()}
+        return [f"{prefixes[id(owner)]}.{key}".lstrip(".") for owner, key in restored if id(owner) in prefixes]
 
     def tensors(self, micro_batch: int) -> list[NamedTensor]:
         """Returns the floating-point tensors of a call, named by the model's own argument names."""
-        call = self.calls[micro_batch]
-        named = [*zip(self._names, call.args, strict=False), *call.kwargs.items()]
-        named += [(f"input {place}", value) for place, value in enumerate(call.args) if place >= len(self._names)]
-        found = (item for name, value in named for item in floating_tensors_in(name, value))
-        return [NamedTensor("input", clip(name, MAX_NAME_BYTES), tensor.detach()) for name, tensor in found]
+        found = self.calls[micro_batch].contents.tensors
+        return [NamedTensor("input", clip(name, MAX_NAME_BYTES), as_plain(x)) for name, x in found if is_readable(x)]
+
+    def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
+        named = [*zip(self._names, args, strict=False), *kwargs.items()]
+        return named + [(f"input {place}", value) for place, value in enumerate(args) if place >= len(self._names)]
 
     def stand_ins_for_losses(self) -> list[torch.Tensor]:
         """Returns one number per call in place of its unknown loss: NaN if its output is not finite, else 0.

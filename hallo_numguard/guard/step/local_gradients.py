@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -48,6 +48,26 @@ class LocalGradients:
         seen = self._steps.pending.local_gradients
         table = StatsTable.concatenate([table for table, _ in seen] or [StatsTable.empty()])
         return by_parameter(table.to(device), [piece for _, piece in seen], len(self._parameters))
+
+    def agree_with(self, absmax: Mapping[int, float], micro_batch: int) -> bool:
+        """Returns whether this rank's finite gradients of a micro-batch are those of a rerun. May synchronise.
+
+        Then nothing but the model's own call has contributed to them, such as a penalty on weights.
+
+        Args:
+            absmax: Largest finite absolute value of each parameter's gradient in the rerun, by the parameter's id.
+            micro_batch: Position of the micro-batch in the step.
+        """
+        by_parameter: dict[int, list[StatsTable]] = {}
+        for table, piece in self._steps.pending.local_gradients:
+            by_parameter.setdefault(piece.parameter, []).append(table)
+        for position, tables in by_parameter.items():
+            if micro_batch >= len(tables):
+                return False
+            table, key = tables[micro_batch], id(self._parameters[position].tensor)
+            if not bool(table.any_nonfinite()) and float(table.absmax[0]) != absmax.get(key, 0.0):
+                return False
+        return bool(by_parameter)
 
     @contextlib.contextmanager
     def muted(self) -> Iterator[None]:

@@ -1,0 +1,386 @@
+"""State of a model beside its parameters: buffers, random generators and plain attributes of its modules.
+
+A call can only be repeated from the state that it began with. Saving all of that before every call would be slow, so
+a `StateRecorder` finds out in a few calls what the model's forward pass changes at all, and saves only this in the
+others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+import random
+import sys
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Iterable, Iterator, MutableMapping, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from hallo_numguard.tracing.nested import Contents, is_generator, is_readable
+from hallo_numguard.tracing.rng_and_autocast import RandomState
+
+MAX_COPY_BYTES = 16 << 20  # of one tensor; of a larger one only the version is recorded
+MAX_ITEMS = 256  # of a container
+LEARNING_CALLS = 2  # first calls, and first ones after a change between training and evaluation
+LEARNING_INTERVAL = 1024
+
+_OWN_STATE = frozenset(nn.Module().__dict__) - {"training"}  # hooks, parameters, buffers, modules
+_BOOKS_OF_FRAMEWORKS = ("ds_", "_ds_", "applied_pre_backward_ref_cnt")  # ZeRO stage 3
+_PLAIN_TYPES = (bool, int, float, complex, str, bytes, type(None))
+_CONTAINERS = (list, dict, set, deque)
+_ABSENT = object()
+
+Owner = MutableMapping[str, Any]
+Slot = tuple[Owner, str]
+
+
+# -- single values -----------------------------------------------------------------------------------------------------
+
+
+class _Saved(ABC):
+    """A value as it was.
+
+    Attributes:
+        value: The value itself.
+        nbytes: Size of the copies, in bytes.
+    """
+
+    value: Any
+    nbytes = 0
+
+    @abstractmethod
+    def restored(self) -> Any:
+        """Returns the value, with the contents that it had."""
+
+    @abstractmethod
+    def is_same(self, value: Any) -> bool:
+        """Returns whether `value` is the same, with the same contents. May synchronise."""
+
+    def can_be_restored(self) -> bool:
+        """Returns whether `restored` gives the contents that it had."""
+        return True
+
+
+class _Plain(_Saved):
+    """A number, a text, a tuple of these; or `_ABSENT` for an attribute that was not there."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def restored(self) -> Any:
+        return self.value
+
+    def is_same(self, value: Any) -> bool:
+        return value is self.value or (type(value) is type(self.value) and bool(value == self.value))
+
+
+class _Container(_Saved):
+    """A list, dict, set or deque, with the items that it held."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self._copy = value.copy()
+
+    def restored(self) -> Any:
+        self.value.clear()
+        if isinstance(self.value, (list, deque)):
+            self.value.extend(self._copy)
+        else:
+            self.value.update(self._copy)
+        return self.value
+
+    def is_same(self, value: Any) -> bool:
+        if value is not self.value or len(value) != len(self._copy):
+            return False
+        if isinstance(value, dict):
+            return value.keys() == self._copy.keys() and _are_same(value.values(), self._copy.values())
+        return value == self._copy if isinstance(value, set) else _are_same(value, self._copy)
+
+
+def _are_same(left: Iterable[Any], right: Iterable[Any]) -> bool:
+    return all(a is b or (isinstance(a, _PLAIN_TYPES) and a == b) for a, b in zip(left, right, strict=True))
+
+
+class _Generator(_Saved):
+    """A random number generator; also the module `random` or `numpy.random`, for its global one."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+        self._state = _read_generator(value)
+
+    def restored(self) -> Any:
+        if hasattr(self.value, "setstate"):  # of Python
+            self.value.setstate(self._state)
+        elif hasattr(self.value, "set_state"):  # of torch, and of numpy
+            self.value.set_state(self._state)
+        else:  # of numpy, the newer kind
+            self.value.bit_generator.state = self._state
+        return self.value
+
+    def is_same(self, value: Any) -> bool:
+        return value is self.value and _as_bytes(_read_generator(value)) == _as_bytes(self._state)
+
+
+def _read_generator(generator: Any) -> Any:
+    if hasattr(generator, "getstate"):
+        return generator.getstate()
+    return generator.get_state() if hasattr(generator, "get_state") else generator.bit_generator.state
+
+
+def _as_bytes(state: Any) -> bytes:
+    return bytes(state.numpy()) if isinstance(state, torch.Tensor) else pickle.dumps(state)
+
+
+class _Tensor(_Saved):
+    """A tensor, with a copy of its elements unless they take much memory: then its version has to do.
+
+    Args:
+        value: The tensor.
+        copy: Flat copy of its elements, or None.
+    """
+
+    def __init__(self, value: torch.Tensor, copy: torch.Tensor | None) -> None:
+        self.value = value
+        self._version = version_of(value)
+        self._flat = copy
+        self.nbytes = 0 if copy is None else copy.nbytes
+
+    @property
+    def copy(self) -> torch.Tensor | None:
+        return None if self._flat is None else self._flat.view(self.value.shape)
+
+    def restored(self) -> Any:
+        if self.copy is not None:
+            self.value.data.copy_(self.copy)  # no write that autograd counts: graphs that are kept stay valid
+        return self.value
+
+    def is_same(self, value: Any) -> bool:
+        if value is not self.value or version_of(value) != self._version:
+            return False
+        return self.copy is None or torch.equal(value, self.copy)
+
+    def can_be_restored(self) -> bool:
+        return self.copy is not None or version_of(self.value) == self._version
+
+
+def version_of(tensor: torch.Tensor) -> int:
+    """Returns the number of writes to a tensor; 0 where they are not counted."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _flat_copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Copies the elements of many small tensors, with one launch per device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for position, tensor in enumerate(tensors):
+        groups.setdefault((tensor.device, tensor.dtype), []).append(position)
+    copies: dict[int, torch.Tensor] = {}
+    for positions in groups.values():
+        flats = [tensors[position].detach().reshape(-1) for position in positions]
+        sizes = [flat.numel() for flat in flats]
+        copies.update(zip(positions, torch.cat(flats).split(sizes), strict=True))
+    return [copies[position] for position in range(len(tensors))]
+
+
+def _saved(value: Any) -> _Saved | None:
+    """A value that is no tensor, as it is now; None for kinds that are not kept."""
+    if isinstance(value, _PLAIN_TYPES) or value is _ABSENT:
+        return _Plain(value)
+    if isinstance(value, tuple):
+        return _Plain(value) if all(isinstance(item, _PLAIN_TYPES) for item in value) else None
+    if type(value) in _CONTAINERS:
+        return _Container(value) if len(value) <= MAX_ITEMS else None
+    return _Generator(value) if is_generator(value) or _is_global_generator(value) else None
+
+
+def _is_state(tensor: torch.Tensor) -> bool:
+    """Whether a tensor attribute is kept. A reference to one with a history would keep its whole graph alive."""
+    if tensor.grad_fn is not None or isinstance(tensor, nn.Parameter):
+        return False
+    if tensor.is_floating_point():
+        return is_readable(tensor)
+    return type(tensor) is torch.Tensor and tensor.layout is torch.strided and not tensor.is_meta
+
+
+# -- all that a model holds --------------------------------------------------------------------------------------------
+
+
+class Snapshot:
+    """State at one moment, to be set again.
+
+    Args:
+        slots: Attributes and buffers, as the dict that holds each and its key.
+        others: Generators and containers, wherever they are held.
+        whole: Whether large tensors are copied as well, and references kept to what cannot be copied.
+
+    Attributes:
+        nbytes: Size of the copies, in bytes.
+    """
+
+    def __init__(self, slots: Iterable[Slot], others: Iterable[Any] = (), whole: bool = False) -> None:
+        self._slots: list[tuple[Owner, str, _Saved]] = []
+        self._others = [saved for saved in map(_saved, others) if saved is not None]
+        self._present: set[tuple[int, str]] = set()
+        tensors: list[tuple[Owner, str, torch.Tensor]] = []
+        for owner, key in slots:
+            value = owner.get(key, _ABSENT)
+            self._present.add((id(owner), key))
+            if isinstance(value, torch.Tensor) and _is_state(value):
+                tensors.append((owner, key, value))
+                continue
+            saved = _saved(value) or (_Plain(value) if whole else None)
+            if saved is not None:
+                self._slots.append((owner, key, saved))
+        self._add_tensors(tensors, whole)
+        self.nbytes = sum(saved.nbytes for *_, saved in self._slots)
+
+    def _add_tensors(self, tensors: Sequence[tuple[Owner, str, torch.Tensor]], whole: bool) -> None:
+        small = [item for item in tensors if whole or item[2].nbytes <= MAX_COPY_BYTES]
+        copies = dict(
+            zip((id(value) for *_, value in small), _flat_copies([value for *_, value in small]), strict=True)
+        )
+        self._slots += [(owner, key, _Tensor(value, copies.get(id(value)))) for owner, key, value in tensors]
+
+    def add_new(self, slots: Iterable[Slot]) -> None:
+        """Notes that those of these attributes that were not given before were not there."""
+        missing = [(owner, key) for owner, key in slots if (id(owner), key) not in self._present]
+        self._slots += [(owner, key, _Plain(_ABSENT)) for owner, key in missing]
+
+    def slots(self) -> list[Slot]:
+        """Returns the attributes and buffers that are saved."""
+        return [(owner, key) for owner, key, _ in self._slots]
+
+    def can_be_restored(self) -> bool:
+        """Returns whether all of it is at hand: large tensors are not copied."""
+        return all(saved.can_be_restored() for *_, saved in self._slots)
+
+    def restore(self) -> None:
+        """Sets the state."""
+        for saved in self._others:
+            saved.restored()
+        for owner, key, saved in self._slots:
+            value = saved.restored()
+            if value is _ABSENT:
+                owner.pop(key, None)
+            else:
+                owner[key] = value
+
+    def changed_slots(self) -> list[Slot]:
+        """Returns the attributes and buffers that have another value now. May synchronise."""
+        return [(owner, key) for owner, key, saved in self._slots if not saved.is_same(owner.get(key, _ABSENT))]
+
+    def is_same_elsewhere(self) -> bool:
+        """Returns whether all generators and containers are as they were."""
+        return all(saved.is_same(saved.value) for saved in self._others)
+
+    def restore_poisoned(self) -> list[Slot]:
+        """Sets the buffers that were finite and are not now, with all else that their modules have changed.
+
+        Returns:
+            These buffers. Synchronises.
+        """
+        poisoned = [(owner, key) for owner, key, saved in self._slots if _is_poisoned(saved, owner.get(key))]
+        owners = {id(owner) for owner, _ in poisoned}
+        for owner, key, saved in self._slots:
+            if id(owner) in owners:
+                owner[key] = saved.restored()
+        return poisoned
+
+
+def _is_poisoned(saved: _Saved, now: Any) -> bool:
+    before = saved.copy if isinstance(saved, _Tensor) else None
+    if before is None or not isinstance(now, torch.Tensor) or not before.is_floating_point():
+        return False
+    return bool(before.isfinite().all()) and not bool(now.isfinite().all())
+
+
+def _is_global_generator(value: Any) -> bool:
+    return isinstance(value, ModuleType) and value.__name__ in ("random", "numpy.random")
+
+
+def _global_generators() -> list[Any]:
+    numpy_random = sys.modules.get("numpy.random")
+    return [random] if numpy_random is None else [random, numpy_random]
+
+
+def _slots_of(module: nn.Module) -> Iterator[Slot]:
+    """Attributes and buffers of a module and of those inside of it."""
+    for part in module.modules():
+        for key in list(vars(part)):
+            if key not in _OWN_STATE and not key.startswith(_BOOKS_OF_FRAMEWORKS):
+                yield vars(part), key
+        for key in list(part._buffers):
+            yield part._buffers, key
+
+
+class StateRecorder:
+    """Saves, before each call of a model, what its forward pass changes.
+
+    Args:
+        module: The model.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._calls = 0
+        self._learn_until = LEARNING_CALLS
+        self._modes: set[bool] = set()  # training or not, as far as calls were seen
+        self._volatile: dict[tuple[int, str], Slot] = {}
+        self._draws = False  # from Python's or numpy's global generator
+        self._learning: tuple[Snapshot, Snapshot] | None = None
+
+    def learn_again(self) -> None:
+        """Saves everything in the next calls: something has changed that was not known to."""
+        self._learn_until = self._calls + LEARNING_CALLS
+
+    def before_call(self, arguments: Contents) -> Snapshot:
+        """Saves the state that a call begins with.
+
+        Args:
+            arguments: Contents of the call's arguments.
+
+        Cost: a copy of what earlier calls have changed; in a few calls, one of all buffers.
+        """
+        if self._module.training not in self._modes:
+            self._modes.add(self._module.training)
+            self.learn_again()
+        self._calls += 1
+        others = [*arguments.containers, *arguments.generators]
+        self._learning = None
+        if self._calls <= self._learn_until or self._calls % LEARNING_INTERVAL == 0:
+            held = Snapshot(_slots_of(self._module), [*others, *_global_generators()])
+            self._learning = held, Snapshot((), _global_generators())
+            return held
+        return Snapshot(self._volatile.values(), [*others, *(_global_generators() if self._draws else ())])
+
+    def after_call(self) -> None:
+        """Notes what the call has changed, if it is one to learn from."""
+        if self._learning is None:
+            return
+        (held, generators), self._learning = self._learning, None
+        held.add_new(_slots_of(self._module))
+        large = [slot for slot in held.slots() if _is_large(slot)]
+        for owner, key in (*held.changed_slots(), *large):
+            self._volatile[id(owner), key] = owner, key
+        self._draws = self._draws or not generators.is_same_elsewhere()
+
+
+def _is_large(slot: Slot) -> bool:
+    value = slot[0].get(slot[1])
+    return isinstance(value, torch.Tensor) and value.nbytes > MAX_COPY_BYTES
+
+
+@contextlib.contextmanager
+def state_restored(module: nn.Module, arguments: Contents) -> Iterator[None]:
+    """Leaves a model, the arguments of a call, and all generators as they were, whatever happens inside."""
+    others = [*arguments.containers, *arguments.generators, *_global_generators()]
+    before, random_state = Snapshot(_slots_of(module), others, whole=True), RandomState.now()
+    try:
+        yield
+    finally:
+        before.add_new(_slots_of(module))
+        before.restore()
+        random_state.restore()
