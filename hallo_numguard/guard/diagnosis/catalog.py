@@ -36,7 +36,9 @@ CATALOG = {
     Verdict.BACKWARD_NONFINITE: Entry("the loss is finite, gradients are not at any scale; the module is named", None),
     Verdict.REDUCTION_OVERFLOW: Entry("gradients are finite on every rank, their sum is not", True),
     Verdict.RANK_FAULT: Entry(
-        "one rank only is bad, and its replay is finite. Unrecoverable if it comes back on that rank", None
+        "of several ranks one only is bad; run again twice, it is finite, with the same bits both times, and nothing from "
+        "outside of the model contributed. Unrecoverable if it comes back on that rank within 100 steps",
+        None,
     ),
     Verdict.UNDETERMINED: Entry("anything else: the report says what was checked and what was not", None),
 }

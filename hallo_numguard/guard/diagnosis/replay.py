@@ -133,16 +133,20 @@ class Replayer:
             return Replayed(
                 "the gradient that reached the model's output was not finite, so it was made after the model"
             )
+        attempts = []
         are_as_recorded = True
         for micro_batch in range(count):
             answer, attempt = self._run(micro_batch, 1.0)
+            attempts.append(attempt)
             found = self._replayed(answer, micro_batch)
             if answer.failure_reason:
                 return found
             if answer.bad_ranks:
                 return self._at_lower_scales(found, scale) if scale > 1 else found
             are_as_recorded = are_as_recorded and answer.as_recorded and answer.match is Match.SAME
-        is_certain = count == 1 and are_as_recorded and self._comes_out_the_same(0, 1.0, attempt)
+        is_certain = are_as_recorded and all(
+            self._comes_out_the_same(micro_batch, 1.0, before) for micro_batch, before in enumerate(attempts)
+        )
         return Replayed(micro_batch=count - 1, is_one_ranks_fault=is_certain)
 
     def call(self, micro_batch: int) -> ModelCall | None:
