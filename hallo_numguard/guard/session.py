@@ -28,8 +28,8 @@ from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.containment import Probes, contain_failures
 from hallo_numguard.guard.diagnosis.collect import BadStep, EvidenceCollector
 from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
-from hallo_numguard.guard.diagnosis.replay import Replayer
 from hallo_numguard.guard.diagnosis.messages import summary
+from hallo_numguard.guard.diagnosis.replay import Replayer
 from hallo_numguard.guard.diagnosis.rules import confirm, judge, needs_replay
 from hallo_numguard.guard.guarded_model import GuardedModel, ScannedPieces
 from hallo_numguard.guard.loss_scaling import LossScaling
@@ -339,8 +339,10 @@ class Session:
 
     def _replay(self, evidence: Evidence, losses: Sequence[torch.Tensor]) -> Replayed | None:
         """Runs the batch again where that adds evidence; the same on every rank, which all see the same evidence."""
-        if self._replayer is None or not evidence.loss_known or not needs_replay(evidence):
+        if self._replayer is None or not needs_replay(evidence):
             return None
+        if not evidence.loss_known:
+            return Replayed(self._replayer.reason_not_to_run())
         if evidence.loss is None and not self._model.has_named_gradients:
             return Replayed("the gradients of sharded parameters cannot be asked for by name")
         with self._local_gradients.muted():

@@ -276,6 +276,12 @@ class Snapshot:
         """Returns whether all generators and containers are as they were."""
         return all(saved.is_same(saved.value) for saved in self._others)
 
+    def copy_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """Returns the elements that a tensor had; None if they were not copied."""
+        return next(
+            (saved.copy for *_, saved in self._slots if isinstance(saved, _Tensor) and saved.value is tensor), None
+        )
+
     def restore_poisoned(self) -> list[Slot]:
         """Sets the buffers that were finite and are not now, with all else that their modules have changed.
 

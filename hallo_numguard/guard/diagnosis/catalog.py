@@ -36,8 +36,8 @@ CATALOG = {
     Verdict.BACKWARD_NONFINITE: Entry("the loss is finite, gradients are not at any scale; the module is named", None),
     Verdict.REDUCTION_OVERFLOW: Entry("gradients are finite on every rank, their sum is not", True),
     Verdict.RANK_FAULT: Entry(
-        "of several ranks one only is bad; run again twice, it is finite, with the same bits both times, and nothing from "
-        "outside of the model contributed. Unrecoverable if it comes back on that rank within 100 steps",
+        "of several ranks one only is bad; run again twice, it is finite, with the same bits both times, and nothing "
+        "from outside of the model contributed. Unrecoverable if it comes back on that rank within 100 steps",
         None,
     ),
     Verdict.UNDETERMINED: Entry("anything else: the report says what was checked and what was not", None),

@@ -54,7 +54,7 @@ class RankView(NamedTuple):
     Attributes:
         weights: Statistics of parameters and buffers and, in the last row, of the loss.
         marks: Two flags of each weight: not finite here in a way that no clean step had, and not finite here before
-            any step. int64 [weights, 2].
+            any step and before this one. int64 [weights, 2].
         gradients: Statistics of the reduced gradients, one row per parameter.
         state: Statistics of the optimizer state, one row per parameter.
         before_reduction: Statistics of this rank's own gradients, one row per parameter.
@@ -155,8 +155,8 @@ class EvidenceCollector:
         self._known = set(stats.bad_positions())
         for position in stats.bad_positions():
             weight = self._weights[position]
-            if weight.kind == "buffer" and stats.only_negative_infinity(position):
-                continue
+            if weight.kind == "buffer" and stats.counts[position][0] == 0:
+                continue  # Inf is how masks are written, and how running minima and maxima begin
             offender = weight.offender(stats, position, self._ranks.rank)
             yield offender, self._ranks.rank == 0 or weight.slice is not None
         state = self._scan_state()
@@ -200,8 +200,15 @@ class EvidenceCollector:
         for position in weights.bad_positions():
             if position < len(self._weights):
                 marks[position, 0] = int(not self._tolerated.is_tolerated(weights, position))
-        marks[list(self._known), 1] = 1
+                marks[position, 1] = int(self._was_bad_before(position))
         return marks.to(self._model.device)
+
+    def _was_bad_before(self, position: int) -> bool:
+        """Whether a weight was not finite before any step, nor, if calls change it, before this step's first call."""
+        if position not in self._known:
+            return False
+        before = self._batch.buffer_before(self._weights[position].tensor)
+        return before is None or not bool(before.isfinite().all())
 
     def _scan_batch(self, step: BadStep) -> str | None:
         if not self._batch.seen:

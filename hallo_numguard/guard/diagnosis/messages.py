@@ -108,9 +108,11 @@ def weights_nonfinite(seen: Evidence) -> OverflowReport:
     """A weight was bad before the step."""
     first = seen.suspects[0]
     bad = len(seen.suspects)
+    names = summary([item.name for item in seen.suspects])
+    are = "is" if bad == 1 else "are"
+    tensors = plural(bad, "weight tensor")
     evidence = [
-        f"{_the_loss(seen)} is not finite ({_loss_text(seen)}), and {plural(bad, 'weight tensor')} of {seen.tensors} "
-        f"{'is' if bad == 1 else 'are'} not: {summary([item.name for item in seen.suspects])}",
+        f"{_the_loss(seen)} is not finite ({_loss_text(seen)}), and {tensors} of {seen.tensors} {are} not: {names}"
     ]
     if seen.scaling.dynamic:
         overflows = seen.scaling.halvings_left + seen.scaling.patience

@@ -149,6 +149,11 @@ class Replayer:
         )
         return Replayed(micro_batch=count - 1, is_one_ranks_fault=is_certain)
 
+    def reason_not_to_run(self) -> str:
+        """Why the step's passes are not run again: the same on all ranks, which must all call it."""
+        count = self._ranks.lowest(len(self._batch.calls), self._device)
+        return self._reason_not_to_run(count) or "nothing shows whether the loss was finite"
+
     def call(self, micro_batch: int) -> ModelCall | None:
         """Returns a call of the step; None if it was not kept, or has changed since."""
         calls = self._batch.calls

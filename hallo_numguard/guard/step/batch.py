@@ -74,6 +74,10 @@ class Batch:
             if room < 0:
                 call.forget()
 
+    def buffer_before(self, buffer: torch.Tensor) -> torch.Tensor | None:
+        """Returns a buffer's elements before the step's first call; None if no call is known to change them."""
+        return self.calls[0].state.copy_of(buffer) if self.calls else None
+
     def restore_statistics(self) -> list[str]:
         """Sets buffers that were finite before the step's first call, and are not now, to what they were.
 
