@@ -6,6 +6,7 @@ out the action. Where gradients come from, and how a step is skipped, is the int
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import math
@@ -113,6 +114,11 @@ class Session:
         self._to_undo: OverflowReport | None = None
         self._rollbacks = 0
         self._rank_faults: dict[int, int] = {}  # step of the last, by rank
+        with contextlib.ExitStack() as undo:  # hooks come last, and go if one of them cannot be put on
+            undo.callback(self.stop)
+            self._collector.start()
+            self._local_gradients.start()
+            undo.pop_all()
 
     def history(self) -> list[StepRecord]:
         """Returns the flight recorder's steps, oldest first. Waits for rows that are still on their way."""

@@ -7,6 +7,7 @@ so that no learning rate moves on.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 from weakref import WeakSet
@@ -48,14 +49,19 @@ class AcceleratorGuard(Guard):
                 "this Accelerator has prepared no optimizer: call attach() after accelerator.prepare(model, optimizer)"
             )
         self._accelerator = accelerator
-        self._steps = [_Steps(accelerator, optimizer, config, on_overflow) for optimizer in accelerator._optimizers]
+        self._steps: list[_Steps] = []
         self._patches = MethodPatches()
-        self._patches.wrap(accelerator, "clip_grad_norm_", self._clip)
-        self._patches.wrap(accelerator, "clip_grad_value_", self._clip)
-        self._patches.observe(accelerator, "backward", self._on_backward)
-        for steps in self._steps:
-            self._patches.wrap(steps.optimizer, "step", steps.step)
-        _guarded.add(accelerator)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.detach)
+            for optimizer in accelerator._optimizers:
+                self._steps.append(_Steps(accelerator, optimizer, config, on_overflow))
+            self._patches.wrap(accelerator, "clip_grad_norm_", self._clip)
+            self._patches.wrap(accelerator, "clip_grad_value_", self._clip)
+            self._patches.observe(accelerator, "backward", self._on_backward)
+            for steps in self._steps:
+                self._patches.wrap(steps.optimizer, "step", steps.step)
+            _guarded.add(accelerator)
+            undo.pop_all()
 
     def _sessions(self) -> Sequence[Session]:
         return [steps.guard.session for steps in self._steps]

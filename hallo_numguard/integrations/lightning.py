@@ -84,10 +84,12 @@ class NumGuardCallback(Guard, Callback):
         if any(isinstance(optimizer, GuardedOptimizer) for optimizer in trainer.optimizers):
             raise InvalidInput("configure_optimizers has given a GuardedOptimizer: its steps are guarded already")
         observer = functools.partial(_TrainingStepObserver, trainer, pl_module)
-        self._guards = {
-            optimizer: OptimizerGuard(optimizer, trainer.model, self._config, self._on_overflow, observer)
-            for optimizer in trainer.optimizers
-        }
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._take_off)
+            for optimizer in trainer.optimizers:
+                guard = OptimizerGuard(optimizer, trainer.model, self._config, self._on_overflow, observer)
+                self._guards[optimizer] = guard
+            undo.pop_all()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
         """Records losses that `training_step` does not return."""

@@ -127,8 +127,11 @@ class EvidenceCollector:
         # because they are.
         self._known: set[int] = set()
         self._order = ReadyOrder()
-        self._order.learn(model.parameters)
         self._local_gradients = local_gradients
+
+    def start(self) -> None:
+        """Puts hooks on the parameters for the first step: they show in which order gradients become ready."""
+        self._order.learn(self._model.parameters)
 
     def stop(self) -> None:
         """Removes the hooks from the parameters."""

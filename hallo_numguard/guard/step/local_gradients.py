@@ -35,7 +35,10 @@ class LocalGradients:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._clean_steps = 0
         self._is_muted = False
-        if when == "always":
+
+    def start(self) -> None:
+        """Puts the hooks on, if they are to be there always."""
+        if self._when == "always":
             self._watch()
 
     @property

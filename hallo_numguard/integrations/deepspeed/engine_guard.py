@@ -14,6 +14,7 @@ pickled into checkpoints.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
@@ -89,11 +90,14 @@ class DeepSpeedGuard(Guard):
         self._to_raise: BaseException | None = None
         for bug in self._adapter.known_bugs(release()):
             _log.warning("DeepSpeed %s %s", version(), bug)
-        self._session.inspect_weights("attached")
         self._patches = MethodPatches()
-        self._patch(goes_back=config.keeper is not None)
-        self._replaces = config.mode == "replace" and self._replace_passes()
-        _guarded_engines.add(engine)
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.detach)
+            self._session.inspect_weights("attached")
+            self._patch(goes_back=config.keeper is not None)
+            self._replaces = config.mode == "replace" and self._replace_passes()
+            _guarded_engines.add(engine)
+            undo.pop_all()
 
     def _patch(self, goes_back: bool) -> None:
         engine, optimizer, patches = self._engine, self._optimizer, self._patches

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -78,24 +79,29 @@ class OptimizerGuard:
     ) -> None:
         parameters = named_parameters(named, optimizer)
         self._model = named if isinstance(named, nn.Module) else None
-        self._gradients = Gradients(optimizer, parameters)
-        self._calls: Observer | None = None
         if self._model is not None:
             refuse_flat_shards(self._model)
-            self._calls = observer(self._model, self._on_forward_start, self._on_forward_end)
+        self._gradients = Gradients(optimizer, parameters)
+        self._calls: Observer | None = None
         if self._gradients.sharded:  # these are reduced before any hook would see them
             config = replace(config, local_gradients="never")
         self._keeper = config.keeper
         self._device = parameters[0].tensor.device
         self._ranks = self._find_ranks()
-        self.session = Session(self._described(parameters), self._ranks, config, on_overflow)
         self._loss_is_told = False
         self._steps = 0
         self._under_way = False
         self._put_aside: tuple[AsyncHostCopy, PendingStep] | None = None
         self.went_back = False
         self.active = True
-        self.session.inspect_weights("the optimizer was guarded")
+        with contextlib.ExitStack() as undo:
+            if self._model is not None:
+                self._calls = observer(self._model, self._on_forward_start, self._on_forward_end)
+                undo.callback(self._calls.stop)
+            self.session = Session(self._described(parameters), self._ranks, config, on_overflow)
+            undo.callback(self.session.stop)
+            self.session.inspect_weights("the optimizer was guarded")
+            undo.pop_all()
 
     def _find_ranks(self) -> Ranks:
         if self._gradients.sharded:
