@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
 from hallo_numguard.core.safe_text import printable
 from hallo_numguard.guard.parameter_stats import NONE, ParameterStats
+from hallo_numguard.guard.rendezvous import Rendezvous
 
 _log = logging.getLogger("hallo_numguard")
 
@@ -25,21 +28,65 @@ class Ranks:
 
     Attributes:
         rank: Global rank of this process.
-        size: Number of ranks in the group.
+        alone_because: Why this rank judges the present step by itself; "" if it does not.
     """
 
     def __init__(self, group: dist.ProcessGroup | None = None, alone: bool = False) -> None:
         ready = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if ready else 0
-        self.size = 1
+        self.alone_because = ""
+        self._size = 1
         self._group = group
+        self._rendezvous: Rendezvous | None = None
         if ready and not alone:
             self.join(group)
 
     def join(self, group: dist.ProcessGroup | None) -> None:
         """Reduces over `group` from now on. All of its ranks must call it before the same reduction."""
         self._group = group
-        self.size = dist.get_world_size(group)
+        self._size = dist.get_world_size(group)
+        if self._size > 1:
+            self._rendezvous = Rendezvous.of(group)
+
+    @property
+    def size(self) -> int:
+        """Number of ranks that are reduced over."""
+        return 1 if self.alone_because else self._size
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this rank is the one to log what all of them have found."""
+        return self.rank == 0 or self.size == 1
+
+    def leave(self) -> None:
+        """Says that this rank takes part in nothing any more, so that the others do not wait for it."""
+        if self._rendezvous is not None:
+            self._rendezvous.leave()
+
+    @contextlib.contextmanager
+    def assembled(self, where: str, alone_because: str = "") -> Iterator[None]:
+        """Waits for the other ranks. If one does not come, everything inside is done by this rank alone.
+
+        Args:
+            where: Name of the place, the same on all ranks, and never used before.
+            alone_because: Why the others are not expected; "" if they are.
+        """
+        if not alone_because and self._rendezvous is not None and not self._rendezvous.meet(where):
+            alone_because = "not every rank has come to this step with bad gradients"
+        self.alone_because = alone_because if self._size > 1 else ""
+        try:
+            yield
+        finally:
+            self.alone_because = ""
+
+    def collectives_met(self, where: str) -> contextlib.AbstractContextManager[None]:
+        """Makes ranks meet before each collective of the model inside; see `Rendezvous.collectives_met`."""
+        return contextlib.nullcontext() if self._rendezvous is None else self._rendezvous.collectives_met(where)
+
+    def fail(self, where: str) -> None:
+        """Says that this rank comes to no more collectives inside of `collectives_met(where)`."""
+        if self._rendezvous is not None:
+            self._rendezvous.fail(where)
 
     def highest(self, value: int, device: torch.device) -> int:
         """Returns the maximum over the ranks. Synchronises."""

@@ -52,7 +52,7 @@ def agree(
     action = ACTIONS[agreed]
     if action == "raise" or (action == "rollback" and not can_go_back):
         return Answer(NumericsError(report))
-    if ranks.rank == 0:
+    if ranks.speaks:
         _announce(report, action)
     return Answer(goes_back=action == "rollback")
 

@@ -131,6 +131,7 @@ class Session:
         self._collector.stop()
         self._local_gradients.stop()
         self._steps.pending.clear()
+        self._ranks.leave()
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -145,6 +146,10 @@ class Session:
     def on_loss(self, loss: torch.Tensor) -> None:
         """Records a micro-batch's loss, before its backward."""
         self._steps.pending.losses.append(loss.detach())
+
+    def judge_alone(self, because: str) -> None:
+        """Makes this rank judge the step by itself, as others have other gradients; "" for what is usual."""
+        self._steps.pending.alone_because = because
 
     def forget_losses(self) -> None:
         """Forgets the losses of this step: the recorded values were none."""
@@ -184,7 +189,7 @@ class Session:
         if self._skipped and self.last_report is not None:
             pending = self._steps.pending
             self.last_report = confirm(self.last_report, pending.scaling.scale, self._skipped)
-            if self._ranks.rank == 0:
+            if self._ranks.speaks:
                 _log.info("step %d is finite again: %s", pending.number, self.last_report.advice)
         self._skipped = 0
 
@@ -204,28 +209,36 @@ class Session:
         self.failed = agreed == STATUS_FAILED
         return agreed == 1
 
-    def overflow(self, skipped: bool = True) -> BaseException | None:
+    def overflow(self, serial: int, skipped: bool = True) -> BaseException | None:
         """Finds the origin and sets `last_report`. All ranks must call it in the same step.
 
+        A rank judges by itself if another does not come within a minute, or has detached its guard.
+
         Args:
+            serial: Number of the step that counts up whatever happens, the same on all ranks.
             skipped: Whether the step is skipped, which it should be.
 
         Returns:
             Exception that every rank has to raise once the step is dropped; None to go on. If the guard fails on any,
             `failed` is set on all ranks.
         """
+        with self._ranks.assembled(f"step {serial}", self._steps.pending.alone_because):
+            return self._explain(skipped)
+
+    def _explain(self, skipped: bool) -> BaseException | None:
         self._skipped = self._skipped + 1 if skipped else 0
         step = self._bad_step()
         view = self.essential("diagnosis", self._collector.scan, step)
         if self._any_failed() or view is None:
             return None
-        agreed = self._collector.agree(step, view)
+        agreed = self._collector.agree(view)
         evidence = self.essential(
             "diagnosis", self._collector.evidence, step, agreed, self.last_report, self._rank_faults
         )
         if self._any_failed() or evidence is None:
             return None
-        evidence = replace(evidence, replay=self._replay(evidence, step.losses))
+        replay = self._replay(evidence, step.losses)
+        evidence = replace(evidence, replay=replay, alone_because=self._ranks.alone_because)
         report = self.essential("diagnosis", self._judge, evidence)
         if self._any_failed() or report is None:
             return None
@@ -241,7 +254,7 @@ class Session:
             self._on_overflow,
             self._ranks,
             self._model.device,
-            self._can_go_back,
+            self.probes.run("checkpoint keeper", lambda: self._can_go_back) is True,
             may_settle=evidence.scaling.can_fall and evidence.loss is None,
         )
         self._to_undo = report if answer.goes_back else None
@@ -294,11 +307,11 @@ class Session:
         try:
             checkpoint = self._config.keeper.rollback(run)
         except CheckpointFailed as error:
-            if self._ranks.rank == 0:
+            if self._ranks.speaks:
                 _log.error("step %d cannot be undone: %s", report.step, error)
             raise NumericsError(report) from error
         self._skipped = 0
-        if self._ranks.rank == 0:
+        if self._ranks.speaks:
             allowed = self._config.policy.max_rollbacks
             _log.warning("went back to checkpoint %s: rollback %d of %d", checkpoint, self._rollbacks, allowed)
 
@@ -375,7 +388,7 @@ class Session:
     def _note(self, finding: Finding, is_mine: bool | None = None) -> None:
         self.findings.append(finding)
         del self.findings[:-MAX_FINDINGS]
-        is_loud = self._ranks.rank == 0 if is_mine is None else is_mine
+        is_loud = self._ranks.speaks if is_mine is None else is_mine
         _log.log(logging.WARNING if is_loud else logging.INFO, "%s", finding)
 
     # -- failures of our own -----------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import nn
@@ -16,11 +16,14 @@ from torch.utils import checkpoint
 
 from hallo_numguard.core.frames import Origin
 from hallo_numguard.ops.api import multi_tensor_stats
+from hallo_numguard.ops.table import StatsTable
 from hallo_numguard.tracing.model_state import state_restored
 from hallo_numguard.tracing.nested import Contents, as_plain, contents_of, is_readable, whole_bytes
 from hallo_numguard.tracing.tracer import Trace, TraceOptions, traced
 
 _log = logging.getLogger("hallo_numguard")
+
+P = ParamSpec("P")
 
 MAX_GRADIENT_BYTES = 1 << 28  # full gradients that are held at a time
 _CLOSE = {torch.float64: 1e-9, torch.float32: 1e-3}  # of the largest value, where kernels round differently
@@ -39,8 +42,19 @@ class Match(enum.IntEnum):
     """The pass raised an exception."""
 
 
-Agreement = Callable[[Match], Match]
-"""Takes the match on this rank, and returns the worst on any rank."""
+class Peers:
+    """The other ranks that run the same pass again. This base has none."""
+
+    def agree(self, match: Match) -> Match:
+        """Returns the worst match of any rank. All of them call it after every forward and every backward pass."""
+        return match
+
+    def collectives(self) -> contextlib.AbstractContextManager[None]:
+        """Context of a pass, in which no collective waits for a rank that has failed."""
+        return contextlib.nullcontext()
+
+    def failed(self) -> None:
+        """Says that the pass has raised an exception on this rank."""
 
 
 @dataclass
@@ -73,7 +87,7 @@ def rerun(
     seeds: dict[int, torch.Tensor],
     factor: float | None,
     arguments: Contents | None = None,
-    agree: Agreement = lambda match: match,
+    peers: Peers | None = None,
 ) -> Attempt:
     """Runs a pass again.
 
@@ -87,67 +101,105 @@ def rerun(
         seeds: Gradients with respect to outputs, by position.
         factor: Factor that the seeds are multiplied by; None for a forward pass only.
         arguments: Contents of the call's arguments.
-        agree: Called after every forward and every backward pass, so that ranks stop together.
+        peers: The other ranks, which stop together with this one. Default: there are none.
 
     Returns:
         Result of the rerun. Buffers, attributes and random state are as before.
     """
-    attempt = Attempt()
+    run = _Run(module, call, outputs, seeds, factor, arguments or contents_of("", ()), peers or Peers())
     for part in [[]] if factor is None else _parts(module):
-        rank = _OneRank(attempt)
-        with undisturbed(module, arguments), _traced(module, factor is not None) as tr:
-            with rank.contained():
-                made = _outputs_of(call())
-                rank.match = _compare(made, outputs)
-                attempt.fingerprint.append(_fingerprint(made))
-            is_over = agree(rank.match) >= Match.DIFFERENT
-            if factor is not None and not is_over:
-                with rank.contained():
-                    gradients = _backward(made, seeds, factor, part)
-                    _add_gradients(attempt, part, gradients)
-                    del gradients
-                is_over = agree(rank.match) >= Match.DIFFERENT
-            made = []
-        if rank.match is not Match.FAILED:
-            _add_trace(attempt, tr, factor is not None)
+        run.contained(run.go_forward)
+        is_over = run.agree() >= Match.DIFFERENT
+        if factor is not None and not is_over:
+            run.contained(run.go_backward, part)
+            is_over = run.agree() >= Match.DIFFERENT
+        run.contained(run.finish)
         if is_over:
-            return attempt
-    attempt.is_complete = True
-    return attempt
+            return run.attempt
+    run.attempt.is_complete = True
+    return run.attempt
 
 
-class _OneRank:
-    """The match of one pass on this rank: an exception of the model's own code must not keep the others waiting."""
+class _Run:
+    """One rerun on this rank.
 
-    def __init__(self, attempt: Attempt) -> None:
-        self._attempt = attempt
-        self._match = Match.SAME
+    Whatever fails in it must not keep other ranks waiting: it is contained, and told to them when they agree.
+    """
 
-    @property
-    def match(self) -> Match:
-        return self._match
+    def __init__(
+        self,
+        module: nn.Module,
+        call: Callable[[], Any],
+        outputs: Sequence[torch.Tensor],
+        seeds: dict[int, torch.Tensor],
+        factor: float | None,
+        arguments: Contents,
+        peers: Peers,
+    ) -> None:
+        self.attempt = Attempt()
+        self._module = module
+        self._call = call
+        self._recorded = outputs
+        self._seeds = seeds
+        self._factor = factor
+        self._arguments = arguments
+        self._peers = peers
+        self._pass = contextlib.ExitStack()
+        self._trace: Trace | None = None
+        self._outputs: list[torch.Tensor] = []
 
-    @match.setter
-    def match(self, value: Match) -> None:
-        self._match = value
-        self._attempt.match = max(self._attempt.match, value)
-
-    @contextlib.contextmanager
-    def contained(self) -> Iterator[None]:
+    def contained(self, work: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
+        """Does a part of the work, unless an earlier one has failed."""
+        if self.attempt.match is Match.FAILED:
+            self._pass.close()
+            return
         try:
-            yield
+            with self._peers.collectives():
+                work(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - the model's own code; training goes on
+            self.attempt.match = Match.FAILED
+            self._peers.failed()
             _log.warning("hallo_numguard could not run the batch again: %s: %s", type(error).__name__, error)
             _log.debug("the whole of it", exc_info=True)
-            self.match = Match.FAILED
+
+    def agree(self) -> Match:
+        """Returns the worst match of any rank."""
+        return self._peers.agree(self.attempt.match)
+
+    def go_forward(self) -> None:
+        """Calls the model, and compares its outputs."""
+        self._pass = contextlib.ExitStack()
+        self._pass.enter_context(undisturbed(self._module, self._arguments))
+        is_backward = self._factor is not None
+        options = TraceOptions(is_backward, inputs=True, weights=True, stop_at_first=False, operations=not is_backward)
+        self._trace = self._pass.enter_context(traced(self._module, options))
+        self._outputs = _outputs_of(self._call())
+        self.attempt.match = max(self.attempt.match, _compare(self._outputs, self._recorded))
+        self.attempt.fingerprint.append(_statistics(self._outputs).packed.tolist())
+
+    def go_backward(self, part: Sequence[torch.Tensor]) -> None:
+        """Computes the gradients of some parameters."""
+        gradients = _backward(self._outputs, self._seeds, self._factor or 1.0, part)
+        both = zip(part, gradients, strict=True)
+        held = [(id(parameter), x) for parameter, x in both if x is not None and is_readable(x)]
+        table = _statistics([gradient for _, gradient in held])
+        self.attempt.parameter_absmax.update(zip((key for key, _ in held), table.absmax.tolist(), strict=True))
+        self.attempt.fingerprint.append(table.packed.tolist())
+
+    def finish(self) -> None:
+        """Ends the pass, and reads its trace."""
+        self._outputs = []
+        self._pass.close()
+        if self._trace is not None:
+            _add_trace(self.attempt, self._trace, self._factor is not None)
+
+
+def _statistics(tensors: Sequence[torch.Tensor]) -> StatsTable:
+    return multi_tensor_stats([as_plain(tensor) for tensor in tensors])
 
 
 def _outputs_of(output: Any) -> list[torch.Tensor]:
     return [tensor for _, tensor in contents_of("output", output).tensors if is_readable(tensor)]
-
-
-def _traced(module: nn.Module, is_backward: bool) -> contextlib.AbstractContextManager[Trace]:
-    return traced(module, TraceOptions(is_backward, True, True, False, not is_backward))
 
 
 def _add_trace(attempt: Attempt, tr: Trace, is_backward: bool) -> None:
@@ -164,19 +216,6 @@ def _add_trace(attempt: Attempt, tr: Trace, is_backward: bool) -> None:
         if part.startswith("grad_") and tensor.dtype == "float16"
     ]
     attempt.gradient_absmax = max([attempt.gradient_absmax, *gradients])
-
-
-def _add_gradients(attempt: Attempt, part: Sequence[torch.Tensor], gradients: Sequence[torch.Tensor | None]) -> None:
-    held = [
-        (id(parameter), x) for parameter, x in zip(part, gradients, strict=True) if x is not None and is_readable(x)
-    ]
-    table = multi_tensor_stats([as_plain(gradient) for _, gradient in held])
-    attempt.parameter_absmax.update(zip((key for key, _ in held), table.absmax.tolist(), strict=True))
-    attempt.fingerprint.append(table.packed.tolist())
-
-
-def _fingerprint(tensors: Sequence[torch.Tensor]) -> Any:
-    return multi_tensor_stats([as_plain(tensor) for tensor in tensors]).packed.tolist()
 
 
 def _parts(module: nn.Module) -> list[list[torch.Tensor]]:

@@ -60,6 +60,10 @@ class RankView(NamedTuple):
         before_reduction: Statistics of this rank's own gradients, one row per parameter.
         input: First bad tensor of the batch and its micro-batch, as JSON; None if there is none.
         power: Base-2 logarithm of the loss scale at which the last finite steps would have fitted.
+        is_sliced: Whether the rank holds slices of each row of `weights`. bool [weights + 1].
+        loss_known: Whether there are losses, or stand-ins for them.
+        batch_known: Whether the batch is there, unchanged.
+        local_known: Whether all gradients were scanned before the reduction.
     """
 
     weights: ParameterStats
@@ -69,6 +73,10 @@ class RankView(NamedTuple):
     before_reduction: ParameterStats
     input: str | None
     power: int
+    is_sliced: torch.Tensor
+    loss_known: bool
+    batch_known: bool
+    local_known: bool
 
 
 class BeforeReduction(NamedTuple):
@@ -169,10 +177,13 @@ class EvidenceCollector:
             offender = self._state(state, position, self._ranks.rank)
             yield offender, self._ranks.rank == 0 or self._model.sliced_state
 
-    def agree(self, step: BadStep, view: RankView) -> GlobalView:
-        """Combines the views of all ranks by a fixed number of reductions of fixed sizes, in which each takes part."""
+    def agree(self, view: RankView) -> GlobalView:
+        """Combines the views of all ranks by a fixed number of reductions of fixed sizes, in which each takes part.
+
+        Nothing else is done here: what fails between two collectives would leave the other ranks waiting.
+        """
         ranks, device = self._ranks, self._model.device
-        weights, weight_ranks = ranks.combine(view.weights, self._sliced_weights())
+        weights, weight_ranks = ranks.combine(view.weights, view.is_sliced)
         gradients, _ = ranks.combine(view.gradients, _all(view.gradients, self._model.sliced_gradients))
         state, state_ranks = ranks.combine(view.state, _all(view.state, self._model.sliced_state))
         return GlobalView(
@@ -182,9 +193,9 @@ class EvidenceCollector:
             gradients,
             state,
             state_ranks,
-            self._agree_before_reduction(view.before_reduction),
-            loss_known=ranks.lowest(int(bool(step.losses)), device) == 1,
-            batch_known=ranks.lowest(int(self._batch.seen), device) == 1,
+            self._agree_before_reduction(view),
+            loss_known=ranks.lowest(int(view.loss_known), device) == 1,
+            batch_known=ranks.lowest(int(view.batch_known), device) == 1,
             input=ranks.first_text(view.input, device),
             power=ranks.lowest(view.power, device),
         )
@@ -196,7 +207,19 @@ class EvidenceCollector:
         weights = scan_tensors([*self._weights, self._loss_tensor(step)])
         before = self._local_gradients.stats(self._model.device)
         state, batch = self._scan_state(), self._scan_batch(step)
-        return RankView(weights, self._marks(weights), gradients, state, before, batch, self._settling_power())
+        return RankView(
+            weights,
+            self._marks(weights),
+            gradients,
+            state,
+            before,
+            batch,
+            self._settling_power(),
+            is_sliced=self._sliced_weights(),
+            loss_known=bool(step.losses),
+            batch_known=self._batch.seen,
+            local_known=self._local_gradients.is_watching,
+        )
 
     def _marks(self, weights: ParameterStats) -> torch.Tensor:
         marks = torch.zeros((len(self._weights), 2), dtype=torch.int64)
@@ -233,12 +256,13 @@ class EvidenceCollector:
         stats = by_parameter(state.table, state.pieces, len(self._model.parameters))
         return ParameterStats(*[column.to(self._model.device) for column in stats])
 
-    def _agree_before_reduction(self, local: ParameterStats) -> BeforeReduction | None:
+    def _agree_before_reduction(self, view: RankView) -> BeforeReduction | None:
         """Statistics of the ranks' own gradients, if all were scanned. A fixed number of reductions in any case."""
-        all_watched = self._ranks.lowest(int(self._local_gradients.is_watching), self._model.device) == 1
+        local = view.before_reduction
+        all_known = self._ranks.lowest(int(view.local_known), self._model.device) == 1
         stats, ranks = self._ranks.combine(local, _all(local, False))
         bad = self._ranks.total(int(bool((local.first != NONE).any())), self._model.device)
-        if not all_watched:
+        if not all_known:
             return None
         return BeforeReduction(bad, {position: int(ranks[position]) for position in stats.bad_positions()})
 
@@ -313,7 +337,7 @@ class EvidenceCollector:
         return was_known and not weights.only_negative_infinity(position)
 
     def _gradient(self, gradients: ParameterStats, position: int, before: BeforeReduction | None) -> Offender:
-        rank = 0 if self._ranks.size == 1 else None  # after the reduction it is every rank's
+        rank = self._ranks.rank if self._ranks.size == 1 else None  # after the reduction it is every rank's
         if before is not None:
             rank = before.rank_of.get(position, rank)
         return replace(self._model.parameters[position].offender(gradients, position, rank), kind="gradient")

@@ -68,6 +68,7 @@ class Evidence:
         proved_before: Loss scale at which a batch was finite that was skipped since the last step that was applied.
         rank_faults: Step of the last `rank_fault`, by rank.
         replay: Result of running the batch again; None if it was not run.
+        alone_because: Why this rank has judged by itself, without the others; "" if it has not.
     """
 
     step: int
@@ -90,6 +91,7 @@ class Evidence:
     proved_before: float | None = None
     rank_faults: Mapping[int, int] = field(default_factory=dict)
     replay: Replayed | None = None
+    alone_because: str = ""
 
     @property
     def answer(self) -> Replayed | None:

@@ -63,6 +63,8 @@ def _replay_lines(seen: Evidence) -> list[str]:
 
 def _common(seen: Evidence) -> list[str]:
     lines = [_gradient_line(seen)]
+    if seen.alone_because:
+        lines.append(f"this rank has judged by itself: {seen.alone_because}")
     if seen.bystanders:
         names = summary([f"{item.name} ({item.counts})" for item in seen.bystanders])
         lines.append(f"also not finite, but not shown to be the cause: {names}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -23,7 +24,7 @@ from hallo_numguard.guard.step.local_gradients import LocalGradients
 from hallo_numguard.guard.step.model_call import ModelCall
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.tracing.capture import Captured, NotCaptured, capture
-from hallo_numguard.tracing.rerun import Attempt, Match, rerun
+from hallo_numguard.tracing.rerun import Attempt, Match, Peers, rerun
 
 _log = logging.getLogger("hallo_numguard")
 
@@ -60,6 +61,22 @@ class _Answer:
         return NOT_THE_SAME if self.match is Match.DIFFERENT else ""
 
 
+class _Peers(Peers):
+    def __init__(self, ranks: Ranks, device: torch.device, where: str) -> None:
+        self._ranks = ranks
+        self._device = device
+        self._where = where
+
+    def agree(self, match: Match) -> Match:
+        return Match(self._ranks.highest(match, self._device))
+
+    def collectives(self) -> contextlib.AbstractContextManager[None]:
+        return self._ranks.collectives_met(self._where)
+
+    def failed(self) -> None:
+        self._ranks.fail(self._where)
+
+
 class Replayer:
     """Runs passes of the pending step again.
 
@@ -91,6 +108,7 @@ class Replayer:
         self._device = device
         self._local_gradients = local_gradients
         self._is_unrepeatable = False
+        self._runs = 0
 
     def rerun_bad_loss(self, losses: Sequence[bool]) -> Replayed:
         """Reruns the first micro-batch whose loss was not finite; all calls, where one loss comes from several.
@@ -174,12 +192,20 @@ class Replayer:
         if failure_reason:
             return failure_reason
         call = self._batch.calls[micro_batch]
+        peers = self._next_peers()
         try:
-            return capture(self._module, name, number, self._forward_of(call), call.seeds, call.contents)
+            with peers.collectives():
+                return capture(self._module, name, number, self._forward_of(call), call.seeds, call.contents)
         except NotCaptured as error:
             return str(error)
         except Exception as error:  # noqa: BLE001 - the model's own code; training goes on
+            peers.failed()
             return f"the batch could not be run again: {error}"
+
+    def _next_peers(self) -> _Peers:
+        """The other ranks in one more run; all ranks make the same runs."""
+        self._runs += 1
+        return _Peers(self._ranks, self._device, f"run {self._runs}")
 
     def _is_one_rank_different(self, answer: _Answer) -> bool:
         """Whether one of several ranks returned something else, all finite, and the others the same bits."""
@@ -210,6 +236,8 @@ class Replayer:
         """Why these passes cannot be repeated, agreed by all ranks; "" if they can."""
         if self._is_unrepeatable:  # the same on all ranks
             return NOT_THE_SAME_BEFORE
+        if self._ranks.alone_because:
+            return "the other ranks do not take part, and the model may have collectives of its own"
         calls = list(self._batch.calls)[:count]
         reasons = [call.reason_not_to_repeat for call in calls if call.reason_not_to_repeat]
         reason = reasons[0] if reasons else ("" if 0 < count == len(calls) else "the batch was not seen")
@@ -224,7 +252,7 @@ class Replayer:
             call.seeds,
             factor,
             call.contents,
-            lambda match: Match(self._ranks.highest(match, self._device)),
+            self._next_peers(),
         )
         answer = self._agree(attempt, micro_batch, factor)
         if answer.match is Match.DIFFERENT and not self._is_one_rank_different(answer):

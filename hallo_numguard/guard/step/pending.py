@@ -26,6 +26,7 @@ class PendingStep:
         gradients: Scan of this rank's gradients.
         losses: Losses of the micro-batches, detached.
         calls: Calls of the model, one per micro-batch.
+        alone_because: Why this rank judges the step by itself; "" if it does not.
         local_gradients: Statistics of each gradient before the reduction, and the parameter that it belongs to.
     """
 
@@ -34,6 +35,7 @@ class PendingStep:
     gradients: ScannedPieces = field(default_factory=lambda: ScannedPieces(StatsTable.empty(), ()))
     losses: list[torch.Tensor] = field(default_factory=list)
     calls: deque[ModelCall] = field(default_factory=lambda: deque(maxlen=MAX_CALLS))
+    alone_because: str = ""
     local_gradients: list[tuple[StatsTable, Piece]] = field(default_factory=list)
 
     def clear(self) -> None:
@@ -41,6 +43,7 @@ class PendingStep:
         self.losses.clear()
         self.calls.clear()
         self.local_gradients.clear()
+        self.alone_because = ""
 
 
 class StepOwner:

@@ -84,6 +84,7 @@ class DeepSpeedGuard(Guard):
         self._session = Session(model, self._ranks, config, on_overflow, monitor_sinks(engine))
         self._checks_overflow = self._adapter.checks_overflow()  # else only the guard does
         self._enforces = config.policy.enforce or not overflow_check_disabled(engine)
+        self._steps = 0  # the engine's own count goes back with a checkpoint
         self._explained = False  # whether this step's overflow was explained
         self._skipped_here = False  # by the guard itself; the optimizer has found no overflow
         self._scanned_early: ScannedPieces | None = None
@@ -135,6 +136,7 @@ class DeepSpeedGuard(Guard):
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._explained = self._skipped_here = False
+        self._steps += 1
         if not self._checks_overflow and hasattr(self._optimizer, "overflow"):
             self._optimizer.overflow = False  # DeepSpeed would leave what the guard has set
         scan, self._scanned_early = self._scanned_early or self._scan(), None
@@ -226,7 +228,7 @@ class DeepSpeedGuard(Guard):
 
     def _explain(self, skipped: bool = True) -> None:
         self._explained = True
-        self._to_raise = self._session.overflow(skipped)
+        self._to_raise = self._session.overflow(self._steps, skipped)
         self._take_off_if_failed(everywhere=True)
 
     def _take_off_if_failed(self, everywhere: bool) -> None:

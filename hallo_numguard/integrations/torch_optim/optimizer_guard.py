@@ -152,15 +152,17 @@ class OptimizerGuard:
     # -- observation of the model -------------------------------------------------------------------------------------
 
     def _on_forward_start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if self._ranks.size == 1:
-            self.session.probes.run("search for the process group", self._join_active_reducer)
+        self.session.probes.run("search for the process group", self._look_at_reducer)
         self.session.on_forward_start(args, kwargs)
 
-    def _join_active_reducer(self) -> None:
-        """Finds out whether the model is inside of a DistributedDataParallel: all of its ranks call this together."""
-        reducer = DistributedDataParallel._get_active_ddp_module()
-        if reducer is not None and self._model is not None and inner(reducer) is inner(self._model):
+    def _look_at_reducer(self) -> None:
+        """Finds out whether the model is inside of a DistributedDataParallel, and whether it will reduce."""
+        reducer: Any = DistributedDataParallel._get_active_ddp_module()
+        if reducer is None or self._model is None or inner(reducer) is not inner(self._model):
+            return
+        if self._ranks.size == 1:
             self._ranks.join(reducer.process_group)
+        self.session.judge_alone(_why_alone(reducer))
 
     def _on_forward_end(self, output: Any) -> None:
         self.session.on_forward_end(output)
@@ -269,7 +271,7 @@ class OptimizerGuard:
         self.went_back = False
         if not self.active:
             return
-        error = self.session.overflow()
+        error = self.session.overflow(self._steps)
         self._take_off_if_failed(everywhere=True)
         self.done(applied=False)
         if error is not None:
@@ -320,6 +322,15 @@ class OptimizerGuard:
     def _take_off_if_failed(self, everywhere: bool) -> None:
         if self.session.failed and everywhere:
             self.take_off()
+
+
+def _why_alone(reducer: Any) -> str:
+    """Why ranks do not have the same gradients, or do not make the same steps; "" if they do."""
+    if not reducer.require_backward_grad_sync:
+        return "the gradients of this step were not reduced (no_sync)"
+    if reducer._join_config.enable:
+        return "ranks make different numbers of steps (join)"
+    return ""
 
 
 def _totals_by_torch(gradients: list[torch.Tensor]) -> torch.Tensor:

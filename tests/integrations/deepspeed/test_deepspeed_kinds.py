@@ -170,9 +170,9 @@ def test_a_nan_born_in_backward_is_named_with_its_element(make, kind):
     assert [offender.name for offender in report.offenders] == ["hidden.weight"]
     assert (report.offenders[0].index, report.offenders[0].nan, report.offenders[0].nonfinite) == ((9, 4), 1, 1)
     if not kind[0].startswith("fp16") and kind[0] != "half":  # without scaling there is nothing else to blame
-        assert report.verdict is ng.Verdict.BACKWARD_NONFINITE
+        assert report.verdict is ng.Verdict.UNDETERMINED  # not the model's call has made it, but a hook
         assert (report.first.name, report.first.module) == ("hidden.weight", "hidden")
-        assert "module hidden" in report.advice
+        assert "a hook" in report.advice
     assert all(torch.isfinite(value).all() for value in weights(engine).values())
     support.train_step(engine, 2)
     ng.inject(engine, "gradient", "hidden.weight", (20, 5))  # bad once
@@ -191,7 +191,7 @@ def test_a_loss_that_is_not_finite_is_what_comes_first(make, kind):
     assert report.first.kind == "loss"
     assert report.verdict is ng.Verdict.UNDETERMINED
     assert report.recoverable is None
-    assert "the same batch, run again on every rank, was finite in every module" in report.evidence
+    assert "the same batch, run again, was finite in every module" in report.evidence
     assert "made after the model" in report.advice
     support.train_step(engine, 2)
     assert guard.history[-1].applied

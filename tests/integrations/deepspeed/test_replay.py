@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import deepspeed
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import hallo_numguard as ng
+from hallo_numguard.tracing.rerun import is_rerunning
 
 import deepspeed_support as support
 from deepspeed_support import name_of, plant_in_gradient, weights
@@ -150,27 +153,21 @@ def test_the_operation_is_named_in_the_report(attach):
 
 def test_a_model_that_is_not_the_same_twice_proves_nothing_but_that(attach):
     class Moody(Noisy):
-        calls = 0
-
         def forward(self, x):
-            self.calls += 1
-            return super().forward(x) + self.calls
+            return super().forward(x) + int.from_bytes(os.urandom(2))  # from where nobody can put it back
 
     engine = make(("half", 2, False, None), Moody())
     guard = attach(engine)
     train(engine, 0, poison=float("nan"))
     report = guard.last_report
-    assert report.verdict is ng.Verdict.RANK_FAULT, "one process, and what was NaN is not so when it is run again"
+    assert report.verdict is ng.Verdict.UNDETERMINED, "one process has no other to be compared with"
     assert any("returned something else" in line for line in report.evidence)
 
 
 def test_a_model_that_fails_when_it_is_run_again_stops_nothing(attach, caplog):
     class Once(Noisy):
-        calls = 0
-
         def forward(self, x):
-            self.calls += 1
-            if self.calls == 2:
+            if is_rerunning():
                 raise KeyError("mine")
             return super().forward(x)
 

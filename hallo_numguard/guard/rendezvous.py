@@ -1,0 +1,151 @@
+"""Meetings of ranks before a collective, over the key-value store of the process group.
+
+A collective that one rank never enters leaves the others waiting until the process group gives up and aborts the job.
+A meeting can end without one: whoever does not come in time, has left, or has failed, is not waited for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
+
+MAX_WAIT_SECONDS = 60.0  # and at most half of what the process group waits in a collective
+_LONGEST_NAP_SECONDS = 0.02
+_COLLECTIVES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
+
+_resolve: Any = getattr(dist.distributed_c10d, "_resolve_process_group", None)  # by name, torch >= 2.1
+
+_instances: Counter[tuple[int, ...]] = Counter()
+
+
+class PeerFailed(RuntimeError):
+    """Another rank does not come to a collective."""
+
+
+class Rendezvous:
+    """Meetings of the ranks of one guard.
+
+    Args:
+        members: Global ranks, the same on each of them.
+        wait: Longest time to wait for the others, in seconds.
+    """
+
+    def __init__(self, members: Sequence[int], wait: float) -> None:
+        self._members = tuple(members)
+        self._wait = wait
+        self._store = dist.distributed_c10d._get_default_store()
+        self._name = f"hallo_numguard/{'-'.join(map(str, self._members))}/{_instances[self._members]}"
+        _instances[self._members] += 1
+        self._collectives: Counter[tuple[str, tuple[int, ...]]] = Counter()
+
+    @classmethod
+    def of(cls, group: dist.ProcessGroup | None) -> Rendezvous | None:
+        """Returns the meetings of a group's ranks; None where there is no store."""
+        try:
+            return cls(dist.get_process_group_ranks(group or dist.group.WORLD), _wait_of(group))
+        except (RuntimeError, ValueError, AttributeError):  # launched by MPI
+            return None
+
+    def meet(self, where: str) -> bool:
+        """Waits until all ranks are here.
+
+        Args:
+            where: Name of the place, the same on all ranks, and never used before.
+
+        Returns:
+            Whether all have come: the same on all that have.
+        """
+        return self._meet(where, len(self._members), None)
+
+    def leave(self) -> None:
+        """Says that this rank will not come to a meeting any more."""
+        with contextlib.suppress(RuntimeError):  # the store is gone with the process group
+            self._store.set(f"{self._name}/left", "yes")
+
+    def fail(self, where: str) -> None:
+        """Says that this rank will not come to the collectives of `collectives_met(where)` any more."""
+        self._store.set(f"{self._name}/{where}/failed", "yes")
+
+    @contextlib.contextmanager
+    def collectives_met(self, where: str) -> Iterator[None]:
+        """Makes ranks meet before each collective inside: it is not entered if one of them fails.
+
+        Args:
+            where: Name of the place, the same on all ranks, and never used before.
+
+        Raises:
+            PeerFailed: In place of a collective to which a rank does not come.
+        """
+        self._collectives.clear()
+        with _MetCollectives(self, where):
+            yield
+
+    def meet_before(self, where: str, members: tuple[int, ...]) -> None:
+        """Waits for the ranks of a collective inside of `collectives_met`."""
+        number = self._collectives[where, members]
+        self._collectives[where, members] += 1
+        place = f"{where}/{'-'.join(map(str, members))}/{number}"
+        if not self._meet(place, len(members), f"{self._name}/{where}/failed"):
+            raise PeerFailed("another rank could not run the batch again")
+
+    def _meet(self, where: str, expected: int, failed: str | None) -> bool:
+        store, state = self._store, f"{self._name}/{where}/state"
+        if store.add(f"{self._name}/{where}/arrived", 1) == expected:
+            return bool(store.compare_set(state, "", "all") == b"all")
+        deadline, nap = time.monotonic() + self._wait, 0.0005
+        absent = [key for key in (f"{self._name}/left", failed) if key is not None]
+        while not store.check([state]):
+            if time.monotonic() > deadline or any(store.check([key]) for key in absent):
+                store.compare_set(state, "", "some")
+                break
+            time.sleep(nap)
+            nap = min(2 * nap, _LONGEST_NAP_SECONDS)
+        return bool(store.get(state) == b"all")
+
+
+class _MetCollectives(TorchDispatchMode):
+    def __init__(self, rendezvous: Rendezvous, where: str) -> None:
+        super().__init__()
+        self._rendezvous = rendezvous
+        self._where = where
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func.namespace in _COLLECTIVES:
+            members = _members_of((*args, *(kwargs or {}).values()))
+            if members is not None:
+                self._rendezvous.meet_before(self._where, members)
+        return func(*args, **(kwargs or {}))
+
+
+def _members_of(arguments: Sequence[Any]) -> tuple[int, ...] | None:
+    """Global ranks of the process group among the arguments of a collective; None if there is none."""
+    for argument in arguments:
+        group: Any = None
+        if isinstance(argument, torch.ScriptObject) and "ProcessGroup" in str(argument._type()):
+            group = dist.ProcessGroup.unbox(argument)
+        elif isinstance(argument, str):
+            with contextlib.suppress(Exception):
+                group = _resolve(argument)
+        if group is not None:
+            return tuple(dist.get_process_group_ranks(group))
+    return None
+
+
+def _wait_of(group: dist.ProcessGroup | None) -> float:
+    """Half of the time that a group waits in a collective, but no more than `MAX_WAIT_SECONDS`."""
+    used: Any = group or dist.group.WORLD
+    waits = [MAX_WAIT_SECONDS]
+    for device in used._device_types:
+        timeout = getattr(getattr(used._get_backend(device), "options", None), "_timeout", None)
+        if timeout is not None:
+            waits.append(timeout.total_seconds() / 2)
+    return min(waits)
