@@ -72,7 +72,7 @@ def plant(case: Case, target: Any, model: Any) -> tuple[str, tuple[int, ...]]:
 
 def config_of(case: Case) -> ng.GuardConfig:
     """Returns the guard's configuration."""
-    return ng.GuardConfig(local_gradients="always" if case.fault == "gradient" else "on_alarm")
+    return ng.GuardConfig(local_gradients="always" if case.fault in ("gradient", "reduction") else "on_alarm")
 
 
 def observed(

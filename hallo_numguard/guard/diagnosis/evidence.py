@@ -23,6 +23,8 @@ class Replayed:
         is_close: Whether the model's output was nearly the same as before, but not the same bits.
         is_one_ranks_fault: Whether one rank of several was wrong once: run again twice, it was finite, the same bits
             both times, and every other rank gave what it had given before.
+        gradient_sum: Sum over micro-batches and ranks of the largest gradient that each had: no element of the reduced
+            gradients can be larger.
         settles_at: Highest loss scale at which the batch was finite when it was tried; None if none was tried.
         finite_unscaled: Whether the batch was finite without loss scaling; None if that was not tried.
         number: Number of earlier calls of the origin's module in the same pass.
@@ -36,6 +38,7 @@ class Replayed:
     differing_rank: int = 0
     is_close: bool = False
     is_one_ranks_fault: bool = False
+    gradient_sum: float = 0.0
     settles_at: float | None = None
     finite_unscaled: bool | None = None
     number: int = 0

@@ -52,6 +52,7 @@ class _Answer:
     bad_ranks: int
     origin_text: str | None
     absmax_power: int  # minimum over the ranks: gradients fit if multiplied by 2 to this power
+    gradient_sum: float  # over the ranks, of their largest gradient: no element of the reduction is larger
     as_recorded: bool  # gradients of all ranks that are not bad are those that were recorded before the reduction
 
     @property
@@ -152,7 +153,7 @@ class Replayer:
                 "the gradient that reached the model's output was not finite, so it was made after the model"
             )
         attempts = []
-        are_as_recorded = True
+        are_as_recorded, gradient_sum = True, 0.0
         for micro_batch in range(count):
             answer, attempt = self._run(micro_batch, 1.0)
             attempts.append(attempt)
@@ -161,11 +162,12 @@ class Replayer:
                 return found
             if answer.bad_ranks:
                 return self._at_lower_scales(found, scale) if scale > 1 else found
+            gradient_sum += answer.gradient_sum
             are_as_recorded = are_as_recorded and answer.as_recorded and answer.match is Match.SAME
         is_certain = are_as_recorded and all(
             self._comes_out_the_same(micro_batch, 1.0, before) for micro_batch, before in enumerate(attempts)
         )
-        return Replayed(micro_batch=count - 1, is_one_ranks_fault=is_certain)
+        return Replayed(micro_batch=count - 1, is_one_ranks_fault=is_certain, gradient_sum=gradient_sum)
 
     def reason_not_to_run(self) -> str:
         """Why the step's passes are not run again: the same on all ranks, which must all call it."""
@@ -275,6 +277,7 @@ class Replayer:
         bad = attempt.origin is not None
         absmax = attempt.gradient_absmax
         room = math.floor(math.log2(LARGEST_HALF / absmax)) if absmax > 0 else _NONE
+        largest = max(attempt.parameter_absmax.values(), default=0.0)
         as_recorded = factor == 1.0 and self._local_gradients.agree_with(attempt.parameter_absmax, micro_batch)
         return _Answer(
             Match(ranks.highest(attempt.match, device)),
@@ -283,6 +286,7 @@ class Replayer:
             ranks.total(int(bad), device),
             ranks.first_text(_origin_as_text(attempt, ranks.rank) if bad else None, device),
             ranks.lowest(room, device),
+            float(ranks.sum(torch.tensor(largest, dtype=torch.float64, device=device))),
             ranks.lowest(int(as_recorded), device) == 1,
         )
 

@@ -10,6 +10,9 @@ from hallo_numguard.core.records import Offender, Verdict
 from hallo_numguard.guard.diagnosis import messages
 from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
 
+LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4028e38}
+"""Largest numbers of the dtypes that gradients are reduced in."""
+
 
 def needs_replay(seen: Evidence) -> bool:
     """Returns whether a replay would add evidence."""
@@ -91,7 +94,8 @@ def _overflowed_in_the_reduction(seen: Evidence) -> bool:
     if seen.loss is not None or not seen.gradients or seen.world_size == 1:
         return False
     first = seen.gradients[0]
-    finite_again = seen.bad_ranks is None and seen.answer is not None and seen.answer.origin is None
+    is_possible = seen.answer is not None and seen.answer.gradient_sum > LARGEST.get(first.dtype, math.inf)
+    finite_again = seen.bad_ranks is None and is_possible and seen.answer is not None and seen.answer.origin is None
     return (seen.bad_ranks == 0 or finite_again) and first.pos_inf + first.neg_inf > 0 and first.nan == 0
 
 

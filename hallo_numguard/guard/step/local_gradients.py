@@ -55,12 +55,15 @@ class LocalGradients:
     def agree_with(self, absmax: Mapping[int, float], micro_batch: int) -> bool:
         """Returns whether this rank's finite gradients of a micro-batch are those of a rerun. May synchronise.
 
-        Then nothing but the model's own call has contributed to them, such as a penalty on weights.
+        Then nothing else has contributed to them: no penalty on weights, and no hook of the user, which a rerun leaves
+        out.
 
         Args:
             absmax: Largest finite absolute value of each parameter's gradient in the rerun, by the parameter's id.
             micro_batch: Position of the micro-batch in the step.
         """
+        if any(self._has_other_hooks(item.tensor) for item in self._parameters):
+            return False
         by_parameter: dict[int, list[StatsTable]] = {}
         for table, piece in self._steps.pending.local_gradients:
             by_parameter.setdefault(piece.parameter, []).append(table)
@@ -71,6 +74,9 @@ class LocalGradients:
             if not bool(table.any_nonfinite()) and float(table.absmax[0]) != absmax.get(key, 0.0):
                 return False
         return bool(by_parameter)
+
+    def _has_other_hooks(self, parameter: torch.Tensor) -> bool:
+        return bool(set(parameter._backward_hooks or ()) - {handle.id for handle in self._handles})
 
     @contextlib.contextmanager
     def muted(self) -> Iterator[None]:

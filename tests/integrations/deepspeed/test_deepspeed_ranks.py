@@ -137,10 +137,8 @@ for step in (1, 2):
 print("EVIDENCE", [line for line in guard.last_report.evidence if "before the reduction" in line])
 """
     for output in support.run_engines(LOCAL.format(setup=setup, stage=stage, when="on_alarm") + body, tmp_path):
-        assert "SAID 1 hidden.weight (20, 5) 1 backward_nonfinite" in output, (
-            "not checked before the reduction, but the batch was run again"
-        )
-        assert "SAID 2 hidden.weight (20, 5) 1 backward_nonfinite" in output
+        assert "SAID 1 hidden.weight (20, 5) None undetermined" in output  # not checked before the reduction
+        assert "SAID 2 hidden.weight (20, 5) 1 undetermined" in output  # a hook is no fault of the hardware
         assert "of 1 of 2 ranks were not finite (rank 1)" in output
 
 
