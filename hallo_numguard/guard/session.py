@@ -177,6 +177,7 @@ class Session:
         # A skipped step has been waited for, and may be the last one: what is on its way is worth waiting for as well.
         records = self.probes.run("flight recorder", self._recorder.fresh, wait=not applied) or []
         self.probes.run("early warnings", self._warnings.after_step, applied, records)
+        self.probes.run("flight recorder", self._check_applied, records)
         self.probes.run("trackers", self._feed.write, records, len(self.findings))
         self.probes.run("checkpoint keeper", self._update_keeper, applied, records)
         self.probes.run("evidence", self._collector.step_is_over, applied)
@@ -327,6 +328,17 @@ class Session:
 
     def _write_figures(self, wait: bool) -> None:
         self._feed.write(self._recorder.fresh(wait), len(self.findings))
+
+    def _check_applied(self, records: Sequence[StepRecord]) -> None:
+        """Tells of steps that were applied though their gradients were not finite, and of which there is no report."""
+        for row in records:
+            is_reported = self.last_report is not None and self.last_report.step == row.step
+            if row.applied and row.nonfinite and not is_reported:
+                message = (
+                    f"step {row.step} was applied though {row.nonfinite} elements of its gradients were not finite: "
+                    "the framework has not checked them, or not these"
+                )
+                self._note(Finding("bad_step_applied", message, row.step))
 
     def _restore_statistics(self) -> None:
         """Puts back the running statistics that the skipped step's batch has made non-finite, on this rank."""

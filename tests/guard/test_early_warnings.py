@@ -131,3 +131,49 @@ def test_an_input_that_clean_steps_had_as_well_is_not_to_blame():
     assert report.verdict is ng.Verdict.INPUT_NONFINITE
     assert (report.first.kind, report.first.name, report.first.index) == ("input", "x", (5, 2))
     assert report.recoverable
+
+
+@pytest.mark.parametrize(("dtype", "found_in"), [(torch.float32, 2), (torch.float16, 8)])
+def test_steps_that_change_nothing(dtype, found_in):
+    model, optimizer = make_optimizer(nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 1)).to(dtype))
+    hook = optimizer._optimizer.register_step_pre_hook(
+        lambda *_: torch._foreach_zero_([p.grad for p in model.parameters()])
+    )
+    optimizer._optimizer.param_groups[0]["weight_decay"] = 0.0
+    for number in range(10):
+        step(optimizer, model(torch.ones(16, 4, dtype=dtype) * (number + 1)).float().square().mean())
+    hook.remove()
+    assert kinds(optimizer) == [("lost_update", "", found_in)]
+    assert "clipping (a norm of Inf makes every gradient 0)" in str(optimizer.findings[0])
+
+
+def test_a_warm_up_that_begins_at_zero_is_no_finding():
+    model, optimizer = make_optimizer()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer._optimizer, lambda number: number / 100)
+    for number in range(20):
+        train(model, optimizer, 1, scale=lambda _, number=number: 1 + 0.01 * number)
+        schedule.step()
+    assert optimizer.findings == []
+
+
+def test_weights_of_norms_that_bfloat16_cannot_move():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 1)).bfloat16()
+    model, optimizer = make_optimizer(model, lr=1e-4)
+    for number in range(10):
+        x = torch.randn(16, 4, generator=torch.Generator().manual_seed(number)).bfloat16()
+        step(optimizer, (model(x) - x.sum(1, keepdim=True)).float().square().mean())
+    assert [(kind, number) for kind, _, number in kinds(optimizer)] == [("lost_update", 8)]
+    assert "1.weight" in str(optimizer.findings[0])
+    assert "smaller than what bfloat16 can add to them" in str(optimizer.findings[0])
+
+
+def test_a_bad_step_that_was_applied_all_the_same_is_told():
+    model, optimizer = make_optimizer()
+    train(model, optimizer, 2)
+    (model(torch.full((2, 4), float("nan"))).sum()).backward()
+    assert optimizer._guard.check().bad
+    optimizer._guard.done(applied=True)  # as where a framework decides by itself, and makes the step
+    optimizer.zero_grad()
+    train(model, optimizer, 1)
+    assert ("bad_step_applied", "", 3) in kinds(optimizer)

@@ -36,6 +36,8 @@ MIN_ZERO_SAMPLES = 3
 NORM_SAMPLES_KEPT = 16  # samples of a parameter
 EXPLODING_RATIO = 1000.0
 INPUT_RANGE_RATIO = 10.0
+LOST_SAMPLES = 2  # samples in a row without any change of any weight
+LOST_SAMPLES_HALF = 4  # in half precision, where a learning rate that is still being warmed up may well be lost
 COOLDOWN_STEPS = 100  # steps before the same warning comes again
 
 
@@ -61,6 +63,8 @@ class EarlyWarnings:
         self._zero_for: dict[int, list[int]] = {}  # samples in which a gradient was nothing but zeros
         self._norms: dict[int, deque[float]] = {}
         self._inputs: dict[str, _Range] = {}
+        self._unchanged: dict[int, list[int]] = {}  # samples whose step did not change the parameter
+        self._all_unchanged: list[int] = []
 
     def before_step(self, step: int, loss_scale: float, gradients: ScannedPieces) -> None:
         """Takes a sample, if one is due."""
@@ -144,16 +148,58 @@ class EarlyWarnings:
         if sample.updates is None:
             return
         before, change = StatsTable(sample.updates.read(), False).sumsq.sqrt().chunk(2)
+        self._check_size(sample.step, before, change)
+        self._check_for_lost_updates(sample, change)
+
+    def _check_size(self, step: int, before: torch.Tensor, change: torch.Tensor) -> None:
+        matrices = self._updates.is_matrix
+        before, change = before[matrices], change[matrices]
         whole = float(before.norm())
         if whole > 0 and float(change.norm()) > MAX_UPDATE_RATIO * whole:
             worst = int((change / before.clamp(min=whole / 1e6)).argmax())
-            name = self._parameters[self._updates.positions[worst]].name
+            name = self._parameters[self._updates.positions[int(matrices.nonzero()[worst])]].name
             self._warn(
                 "update_ratio",
-                sample.step,
+                step,
                 f"one step changes the weights by {float(change.norm()) / whole:.2g} of what they are, most of all "
                 f"{name} (0.001 is usual): the learning rate is too high",
                 name,
+            )
+
+    def _check_for_lost_updates(self, sample: _Sample, change: torch.Tensor) -> None:
+        """Warns of steps that were made, and changed nothing."""
+        unchanged = [at for at, size in zip(self._updates.positions, change.tolist(), strict=True) if size == 0]
+        if len(unchanged) < len(self._updates.positions):
+            self._all_unchanged.clear()
+            self._check_for_stuck_vectors(sample, unchanged)
+            return
+        self._all_unchanged.append(sample.step)
+        samples = LOST_SAMPLES_HALF if self._updates.has_halves else LOST_SAMPLES
+        if len(self._all_unchanged) >= samples:
+            steps = ", ".join(map(str, self._all_unchanged))
+            self._warn(
+                "lost_update",
+                sample.step,
+                f"steps {steps} were applied, and changed no weight: look at the learning rate, at the optimizer's "
+                "eps, and at clipping (a norm of Inf makes every gradient 0)",
+            )
+
+    def _check_for_stuck_vectors(self, sample: _Sample, unchanged: Sequence[int]) -> None:
+        """Warns of vectors in half precision whose updates are always rounded away, such as weights of norms at 1."""
+        absmax = StatsTable(sample.gradients.read(), False).absmax.tolist()
+        moving = {piece.parameter for piece, size in zip(sample.pieces, absmax, strict=True) if size > 0}
+        stuck = moving.intersection(unchanged).intersection(self._updates.half_vectors)
+        self._unchanged = {at: [*self._unchanged.get(at, []), sample.step] for at in sorted(stuck)}
+        names = [self._parameters[at].name for at, steps in self._unchanged.items() if len(steps) >= LOST_SAMPLES_HALF]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            dtype = str(self._parameters[min(self._unchanged)].tensor.dtype).removeprefix("torch.")
+            self._warn(
+                "lost_update",
+                sample.step,
+                f"{', '.join(names[:3])}{more} have gradients, and do not change: their updates are smaller than what "
+                f"{dtype} can add to them. Keep a master copy in float32 (autocast), or raise the learning rate",
+                names[0],
             )
 
     def _warn(self, kind: str, step: int, message: str, name: str = "") -> None:
@@ -191,17 +237,24 @@ class _Range:
 class _Updates:
     """How much a step changes the weights, measured on the first elements of every trained matrix.
 
+    Vectors are measured where they are of half precision: theirs may be lost when they are rounded.
+
     Attributes:
-        positions: Positions of the matrices among the parameters. Vectors are left out: biases begin at 0.
+        positions: Positions of the measured parameters among all.
+        is_matrix: Whether each of them is a matrix. Biases begin at 0, so the size of their change says nothing.
+        half_vectors: Positions of the vectors.
+        has_halves: Whether any is of half precision.
     """
 
     def __init__(self, parameters: Sequence[NamedTensor]) -> None:
         self._parameters = parameters
-        self.positions = [
-            position
-            for position, item in enumerate(parameters)
-            if item.tensor.requires_grad and len(item.tensor.shape if item.shape is None else item.shape) > 1
-        ]
+        trained = [(at, item) for at, item in enumerate(parameters) if item.tensor.requires_grad]
+        halves = {at for at, item in trained if item.tensor.dtype in (torch.float16, torch.bfloat16)}
+        matrices = {at for at, item in trained if len(item.tensor.shape if item.shape is None else item.shape) > 1}
+        self.positions = [at for at, _ in trained if at in matrices or at in halves]
+        self.is_matrix = torch.tensor([at in matrices for at in self.positions], dtype=torch.bool)
+        self.half_vectors = halves - matrices
+        self.has_halves = bool(halves)
         self._before: torch.Tensor | None = None
         self._layout = Layout([0])
 
