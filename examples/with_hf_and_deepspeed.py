@@ -39,5 +39,7 @@ trainer = Trainer(
 )
 guard = ng.attach(trainer)
 ng.inject(trainer, "parameter", "0.weight", index=(3, 5), step=3)  # the fault, so that there is something to see
-trainer.train()  # returns: the guard has stopped it
-print(guard.last_report)
+try:
+    trainer.train()
+except ng.NumericsError as error:  # uncaught, it ends the script as a failed one
+    print(error.report)

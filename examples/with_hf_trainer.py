@@ -32,5 +32,7 @@ trainer = Trainer(
 callback = ng.integrations.NumGuardCallback()
 trainer.add_callback(callback)
 ng.inject(trainer, "parameter", "0.weight", index=(3, 5), step=3)  # the fault, so that there is something to see
-trainer.train()  # returns: the guard has stopped it
-print(callback.last_report)
+try:
+    trainer.train()
+except ng.NumericsError as error:  # uncaught, it ends the script as a failed one
+    print(error.report)

@@ -200,7 +200,8 @@ class HuggingFace(Plain):
     def train(self):
         trainer = self.names["trainer"]
         self.plant(trainer)
-        trainer.train()
+        with contextlib.suppress(ng.NumericsError):
+            trainer.train()
         assert trainer.control.should_training_stop
         return self.names.get("guard") or trainer.callback_handler.callbacks[-1]
 

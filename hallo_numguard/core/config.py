@@ -14,6 +14,9 @@ from hallo_numguard.core.records import Verdict
 ACTIONS = ("continue", "warn", "skip", "rollback", "raise")
 """Actions after an overflow, mildest first. The step itself is skipped in any case."""
 
+SAVE_ACTIONS = ("warn", "raise")
+"""Actions where non-finite values are about to be saved."""
+
 MODES = ("replace", "observe")
 LOCAL_GRADIENTS = ("never", "on_alarm", "always")
 
@@ -40,6 +43,10 @@ class Policy:
         on_unrecoverable: Action where `report.recoverable` is False: "raise" (default) stops at once instead of
             burning every halving of the loss scale; "rollback" puts the run back to the last healthy checkpoint of
             `GuardConfig.keeper` and goes on with the next batch; "warn" lets DeepSpeed go on.
+        on_bad_save: Action where a framework is about to save weights or optimizer state that are not finite, or a
+            buffer that has gone bad since the run was attached or loaded: "raise" (default) raises `NumericsError` in
+            place of the save, so that no finite checkpoint is replaced; "warn" logs it and saves. What is as it was
+            then, and blamed by no report, is saved.
         actions: Action by verdict, in place of the default: a name, or a callable that gets the report and returns a
             name or None. "continue" logs one line, "warn" and "skip" log the report (the step is skipped in any case),
             "rollback" goes back, "raise" raises `NumericsError` once the framework has dropped the step's gradients.
@@ -53,6 +60,7 @@ class Policy:
     """
 
     on_unrecoverable: str = "raise"
+    on_bad_save: str = "raise"
     actions: Mapping[Verdict, Action] = field(default_factory=dict)
     max_consecutive_skips: int = 10
     keep_scale: bool = False
@@ -67,6 +75,8 @@ class Policy:
         if not isinstance(self.max_rollbacks, int) or self.max_rollbacks < 0:
             raise InvalidInput(f"policy.max_rollbacks must be a number of rollbacks, got {self.max_rollbacks!r}")
         check_action(self.on_unrecoverable, "policy.on_unrecoverable")
+        if self.on_bad_save not in SAVE_ACTIONS:
+            raise InvalidInput(f"policy.on_bad_save must be one of {', '.join(SAVE_ACTIONS)}, got {self.on_bad_save!r}")
         for verdict, action in self.actions.items():
             if verdict not in set(Verdict):
                 known = ", ".join(Verdict)

@@ -81,6 +81,8 @@ class OverflowReport:
         settles_at: Loss scale at which steps are expected to be finite again; None if unknown.
         history: Steps of the flight recorder on the rank that holds this report, this one last.
         environment: Versions, host and rank of the process that made this report, and loaded libraries that hide NaN.
+        happened: Sentence on what happened, where it was something else than gradients that are not finite: a save that
+            would have written non-finite values. "" otherwise.
     """
 
     step: int
@@ -98,6 +100,7 @@ class OverflowReport:
     settles_at: float | None = None
     history: tuple[StepRecord, ...] = laid_out_as(_History, default=(), compare=False, repr=False)
     environment: Environment = field(default_factory=dict, compare=False, repr=False)
+    happened: str = ""
 
     @property
     def outcome(self) -> str:
@@ -106,6 +109,8 @@ class OverflowReport:
 
     def headline(self) -> str:
         """Returns one line with outcome, verdict and first offender. Names in it are harmless text."""
+        if self.happened:
+            return harmless(f"{self.happened} {self.verdict}")
         what = f"step {self.step} was {self.outcome}: {self.verdict}"
         where = "" if self.first is None else f", {self.first}"
         return harmless(f"{what}{where} [loss scale {self.loss_scale:g}]")
@@ -118,6 +123,7 @@ class OverflowReport:
         if len(others) > _MAX_OFFENDERS:
             others[_MAX_OFFENDERS:] = [f"... and {len(others) - _MAX_OFFENDERS} more"]
         table = [
+            ("happened", [self.happened] if self.happened else []),
             ("verdict", [f"{self.verdict} ({meaning}{provisional})"]),
             ("first", [] if self.first is None else [str(self.first)]),
             ("evidence", self.evidence),
@@ -130,8 +136,9 @@ class OverflowReport:
     def __str__(self) -> str:
         ranks = f", {self.world_size} ranks" if self.world_size > 1 else ""
         scale = f"loss scale {self.loss_scale:g}{ranks}"
-        lines = [f"Step {self.step} was {self.outcome}, its gradients are not finite ({scale})."]
-        for label, sentences in self.rows():
+        in_step = f"Step {self.step} was {self.outcome}, its gradients are not finite ({scale})."
+        lines = [textwrap.fill(harmless(self.happened), _WIDTH) if self.happened else in_step]
+        for label, sentences in self.rows()[bool(self.happened) :]:
             for position, sentence in enumerate(sentences):
                 lead = f"  {label if position == 0 else '':<12}"
                 lines.append(textwrap.fill(sentence, _WIDTH, initial_indent=lead, subsequent_indent=" " * 14))

@@ -36,6 +36,7 @@ from hallo_numguard.guard.guarded_model import GuardedModel, ScannedPieces
 from hallo_numguard.guard.loss_scaling import LossScaling
 from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.guard.repro.bundle import Bundle, Bundles
+from hallo_numguard.guard.save_gate import Save, SaveGate, is_mask, report_on
 from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.guard.step.early_warnings import EarlyWarnings
 from hallo_numguard.guard.step.local_gradients import LocalGradients
@@ -74,6 +75,7 @@ class Session:
         findings: Findings other than overflows; see `Finding`. The last 1000.
         failed: Whether an essential part failed: the integration takes the guard off.
         probes: Parts that are not essential, each contained on its own.
+        save_gate: Check before the run is saved.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class Session:
         self._config = config
         self._on_overflow = on_overflow
         self.probes = Probes()
+        self.save_gate = SaveGate(model, ranks, self.probes)
         self._steps = StepOwner()
         limit = _near_limit(model.parameters)
         self._recorder = Recorder(config.history, [item.name for item in model.parameters], limit)
@@ -390,12 +393,41 @@ class Session:
         self.probes.run("scan of the weights", self._inspect_weights, when)
 
     def _inspect_weights(self, when: str) -> None:
-        for offender, is_mine in self._collector.inspect():
+        found = list(self._collector.inspect())
+        self.save_gate.remember(when, [offender for offender, _ in found])
+        for offender, is_mine in found:
             self._report_weight(offender, when, is_mine)
 
     def _report_weight(self, offender: Offender, when: str, is_mine: bool) -> None:
         message = f"{offender}, seen when {when}. {_OUTLOOK[offender.kind]}"
         self._note(Finding("nonfinite", message, name=offender.name, offender=offender), is_mine)
+
+    def check_save(self, save: Save, is_on_guard: bool = True) -> NumericsError | None:
+        """Reads what is about to be saved. All ranks call it if they make that save together; see `Save`.
+
+        Returns:
+            Error to raise in place of the save; None to go on with it.
+        """
+        check = self.save_gate.check(save, self.last_report, is_on_guard)
+        for offender in check.legal:
+            if is_mask(offender):
+                _log.info("%s writes %s: -Inf alone, as in a mask", save.name, offender)
+            else:
+                self._note(self.save_gate.finding(save, offender), self._ranks.rank == 0)
+        if not check.is_bad:
+            return None
+        pending = self._steps.pending
+        report = report_on(check, save, self.last_report, pending.number, pending.scaling.scale, self._ranks.size)
+        if self._config.policy.on_bad_save == "warn":
+            self._note(Finding("nonfinite", report.happened, offender=report.first, severity="error"), is_mine=True)
+            return None
+        if self.last_report is None or report != replace(self.last_report, happened=report.happened):
+            history = tuple(self.probes.run("flight recorder", self._recorder.read) or ())
+            environment = self.probes.run("environment", collect, self._ranks.rank) or {}
+            report = replace(report, history=history, environment=environment)
+            self.last_report, self.reported_at = report, next(_report_numbers)
+            self.probes.run("report file", self._dump, report)
+        return NumericsError(report)
 
     def _note(self, finding: Finding, is_mine: bool | None = None) -> None:
         self.findings.append(finding)

@@ -57,15 +57,16 @@ def attach(target: Any, config: GuardConfig | None = None, on_overflow: Overflow
 
     Returns:
         The guard, with `last_report`, `history`, `findings` and `detach()`. Where the policy says raise,
-        `NumericsError` comes out of the step; a `transformers.Trainer` stops training, and the guard's `stopped_by` is
-        that error.
+        `NumericsError` comes out of the step; a `transformers.Trainer` stops training, cleans up, and `train()` raises
+        it. Until `detach()` the framework's saves raise it too where they would write what is not finite; see
+        `Policy.on_bad_save`.
 
     Raises:
         InvalidInput: If `target` is none of these, was not prepared, or is guarded already.
         UnsupportedDeepSpeed: If the engine, or the installed DeepSpeed, lacks what the guard needs.
 
     Cost: a scan of all parameters and buffers now; then one pass per step over this rank's gradients, in place of
-    DeepSpeed's own passes.
+    DeepSpeed's own passes; one pass over what is saved before each save.
     """
     config = config or GuardConfig()
     for (package, name), module in _BUILT_IN.items():

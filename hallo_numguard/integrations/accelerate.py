@@ -8,8 +8,9 @@ so that no learning rate moves on.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakSet
 
 import torch
@@ -17,29 +18,46 @@ import torch
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.guard.guard import Guard
+from hallo_numguard.guard.save_gate import Save
 from hallo_numguard.guard.session import Session
 from hallo_numguard.integrations import engine_of
 from hallo_numguard.integrations.patches import MethodPatches
+from hallo_numguard.integrations.save_gates import SaveGates
 from hallo_numguard.integrations.torch_optim import GuardedOptimizer
+from hallo_numguard.integrations.torch_optim.clipping import clip_by_wide_norm, largest_safe_norm
 from hallo_numguard.integrations.torch_optim.grad_scaler import has_unscaled, scale_of
-from hallo_numguard.integrations.torch_optim.model_hooks import Named
+from hallo_numguard.integrations.torch_optim.model_hooks import Named, inner
 from hallo_numguard.integrations.torch_optim.optimizer_guard import GradientCheck, OptimizerGuard
+from hallo_numguard.integrations.torch_optim.sharding import is_sharded
+
+if TYPE_CHECKING:
+    from hallo_numguard.integrations.deepspeed.engine_guard import DeepSpeedGuard
 
 _guarded: WeakSet[Any] = WeakSet()
 
 
-def attach(accelerator: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> Guard:
+def attach(
+    accelerator: Any, config: GuardConfig, on_overflow: OverflowCallback | None
+) -> AcceleratorGuard | DeepSpeedGuard:
     """Guards the engine or the optimizers of an Accelerator; see `hallo_numguard.attach`."""
     engine = engine_of(accelerator)
     if engine is None:
         return AcceleratorGuard(accelerator, config, on_overflow)
     from hallo_numguard.integrations.deepspeed.engine_guard import DeepSpeedGuard
 
-    return DeepSpeedGuard(engine, config, on_overflow)
+    guard = DeepSpeedGuard(engine, config, on_overflow)
+    # Around the engine's own: the Accelerator deletes older checkpoints before it calls that.
+    guard.saves.add(accelerator, "save_state", lambda *_, **__: Save("Accelerator.save_state", on_all_ranks=True))
+    guard.saves.add(accelerator, "save_model", _model_save)
+    return guard
 
 
 class AcceleratorGuard(Guard):
-    """What `attach` returns for an Accelerator without DeepSpeed: the guards of all its optimizers."""
+    """What `attach` returns for an Accelerator without DeepSpeed: the guards of all its optimizers.
+
+    Attributes:
+        saves: Checks before the Accelerator saves.
+    """
 
     def __init__(self, accelerator: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> None:
         if accelerator in _guarded:
@@ -51,15 +69,19 @@ class AcceleratorGuard(Guard):
         self._accelerator = accelerator
         self._steps: list[_Steps] = []
         self._patches = MethodPatches()
+        self.saves = SaveGates(self._sessions, config.keeper, lambda run: run is accelerator)
         with contextlib.ExitStack() as undo:
             undo.callback(self.detach)
+            undo.callback(self.saves.remove)
             for optimizer in accelerator._optimizers:
                 self._steps.append(_Steps(accelerator, optimizer, config, on_overflow))
-            self._patches.wrap(accelerator, "clip_grad_norm_", self._clip)
+            self._patches.wrap(accelerator, "clip_grad_norm_", self._clip_norm)
             self._patches.wrap(accelerator, "clip_grad_value_", self._clip)
             self._patches.observe(accelerator, "backward", self._on_backward)
             for steps in self._steps:
                 self._patches.wrap(steps.optimizer, "step", steps.step)
+            self.saves.add(accelerator, "save_state", self._state_save)
+            self.saves.add(accelerator, "save_model", _model_save)
             _guarded.add(accelerator)
             undo.pop_all()
 
@@ -69,19 +91,54 @@ class AcceleratorGuard(Guard):
     def detach(self) -> None:
         """Removes the guard. All is as it was before `attach`; reports and history stay readable."""
         self._patches.restore()
+        self.saves.leave()
         for steps in self._steps:
             steps.guard.take_off()
         _guarded.discard(self._accelerator)
+
+    def _state_save(self, *_: Any, **__: Any) -> Save:
+        # Scripts call it on the main process alone, as those of diffusers do, unless it waits for the others itself.
+        waits = self._accelerator.project_configuration.automatic_checkpoint_naming
+        return Save("Accelerator.save_state", on_all_ranks=True if waits else None)
 
     def _on_backward(self, loss: torch.Tensor, *_: Any, **__: Any) -> None:
         for steps in self._steps:
             steps.before_backward(loss)
 
     def _clip(self, original: Callable[..., Any], parameters: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(self._checked(parameters), *args, **kwargs)
+
+    def _checked(self, parameters: Any) -> list[torch.Tensor]:
         parameters = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
         for steps in self._steps:
             steps.before_clipping(parameters)
-        return original(parameters, *args, **kwargs)
+        return parameters
+
+    def _clip_norm(
+        self,
+        original: Callable[..., Any],
+        parameters: Any,
+        max_norm: Any,
+        norm_type: Any = 2,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Clips as torch does, but by a norm in float64 if torch's is not finite in the gradients' own dtype."""
+        parameters = self._checked(parameters)
+        norm = math.hypot(*(steps.finite_norm for steps in self._steps))
+        if float(norm_type) == 2 and norm >= min(steps.norm_limit for steps in self._steps):
+            probes = self._steps[0].guard.session.probes
+            wide_norm = probes.run("clipping", self._clip_by_wide_norm, parameters, float(max_norm))
+            if wide_norm is not None:
+                return wide_norm
+        return original(parameters, max_norm, norm_type, *args, **kwargs)
+
+    def _clip_by_wide_norm(self, parameters: Sequence[torch.Tensor], max_norm: float) -> torch.Tensor | None:
+        # Scaled gradients are of float32, and their norm is far from its largest number.
+        if self._accelerator.scaler is not None or any(is_sharded(parameter) for parameter in parameters):
+            return None
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        return clip_by_wide_norm(gradients, max_norm)
 
 
 class _Steps:
@@ -90,6 +147,7 @@ class _Steps:
     Attributes:
         optimizer: The AcceleratedOptimizer.
         guard: Guard of that optimizer.
+        norm_limit: Norm below which torch's own norm of the optimizer's gradients is certainly finite.
     """
 
     def __init__(
@@ -106,6 +164,13 @@ class _Steps:
             raise InvalidInput("this Accelerator was given a GuardedOptimizer: its steps are guarded already")
         self.guard = OptimizerGuard(self._plain, _named(accelerator, self._plain), config, on_overflow)
         self._check: GradientCheck | None = None  # of this step, if clipping came before `step`
+        trained = (parameter for group in self._plain.param_groups for parameter in group["params"])
+        self.norm_limit = min(largest_safe_norm(parameter.dtype) for parameter in trained)
+
+    @property
+    def finite_norm(self) -> float:
+        """Norm of this step's gradients; 0 if they were not checked, or are not finite."""
+        return 0.0 if self._check is None or self._check.bad else self._check.norm
 
     def before_backward(self, loss: torch.Tensor) -> None:
         """Drops a check whose step was not made after clipping. The loss may be any optimizer's."""
@@ -166,6 +231,11 @@ class _Steps:
         original()
         if self.guard.went_back or self.guard.session.keeps_scale:
             self._scaler.update(scale)
+
+
+def _model_save(model: Any = None, *_: Any, **__: Any) -> Save:
+    """Accelerator.save_model, which may be given another model, and be called on one rank alone."""
+    return Save("Accelerator.save_model", True, module=inner(model) if isinstance(model, torch.nn.Module) else None)
 
 
 def _plain(optimizer: Any) -> torch.optim.Optimizer:

@@ -24,9 +24,11 @@ from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.guard.guard import Guard
 from hallo_numguard.guard.guarded_model import Forward
+from hallo_numguard.guard.save_gate import Save
 from hallo_numguard.guard.session import Session
 from hallo_numguard.integrations import engine_of
 from hallo_numguard.integrations.patches import MethodPatches
+from hallo_numguard.integrations.save_gates import SaveGates, saves_part_of
 from hallo_numguard.integrations.torch_optim import GuardedOptimizer
 from hallo_numguard.integrations.torch_optim.grad_scaler import has_unscaled, scale_of
 from hallo_numguard.integrations.torch_optim.optimizer_guard import OptimizerGuard
@@ -39,8 +41,9 @@ class NumGuardCallback(Guard, Callback):
     """Guards a Trainer: `Trainer(callbacks=[NumGuardCallback()])`, or `attach(trainer)`, before `fit()`.
 
     Works with every strategy that trains plain parameters or DTensors, and with DeepSpeed's; not with manual
-    optimization. The guard's errors come out of `fit`, which ends as after any exception. To explain a bad batch,
-    `training_step` is called again with `log` and `log_dict` switched off; other counters in it count that call too.
+    optimization. The guard's errors come out of `fit`, which ends as after any exception. `Trainer.save_checkpoint`
+    refuses non-finite weights until `detach`, also after `fit`. To explain a bad batch, `training_step` is called again
+    with `log` and `log_dict` switched off; other counters in it count that call too.
 
     Args:
         config: Settings; see `GuardConfig`.
@@ -55,6 +58,9 @@ class NumGuardCallback(Guard, Callback):
         self._under_way: list[OptimizerGuard] = []
         self._scale_to_keep: float | None = None
         self._is_off = False
+        self._saves: SaveGates | None = None  # these stay on when training is over
+        self._saving_trainer: Any = None
+        self._is_interrupted = False
 
     def _sessions(self) -> Sequence[Session]:
         if self._engine_guard is not None:
@@ -65,6 +71,8 @@ class NumGuardCallback(Guard, Callback):
         """Removes the guard, for later calls of `fit()` as well. Reports and history stay readable."""
         self._is_off = True
         self._take_off()
+        if self._saves is not None:
+            self._saves.leave()
 
     # -- hooks of the Trainer ----------------------------------------------------------------------------------------
 
@@ -73,6 +81,8 @@ class NumGuardCallback(Guard, Callback):
         self._take_off()
         if self._is_off:
             return
+        self._is_interrupted = False
+        self._gate_saves(trainer)
         self._engine_guard, self._guards = None, {}
         engine = engine_of(trainer)
         if engine is not None:
@@ -132,7 +142,25 @@ class NumGuardCallback(Guard, Callback):
 
     def on_exception(self, *_: Any) -> None:
         """Removes the guard until training begins again."""
+        self._is_interrupted = True
         self._take_off()
+
+    def _gate_saves(self, trainer: Any) -> None:
+        if trainer is self._saving_trainer:
+            return
+        if self._saves is not None:
+            self._saves.remove()
+        self._saving_trainer = trainer
+        self._saves = SaveGates(self._sessions, self._config.keeper, self._is_saved_by)
+        self._saves.add(trainer, "save_checkpoint", self._save)
+
+    def _is_saved_by(self, run: Any) -> bool:
+        engine = None if self._engine_guard is None else engine_of(self._saving_trainer)
+        return saves_part_of(run, self._saving_trainer.lightning_module) or (engine is not None and run is engine)
+
+    def _save(self, _: Any = None, weights_only: bool | None = None, *__: Any, **___: Any) -> Save:
+        # All ranks call it and wait in it for each other, but for one that an exception of its own has interrupted.
+        return Save("Trainer.save_checkpoint", bool(weights_only), None if self._is_interrupted else True)
 
     def _steps_are_over(self, trainer: Trainer) -> None:
         for guard in self._under_way:
@@ -144,6 +172,7 @@ class NumGuardCallback(Guard, Callback):
 
     def _take_off(self) -> None:
         if self._engine_guard is not None:
+            self._engine_guard.saves.remove()  # on all ranks, as each ends its training here
             self._engine_guard.detach()
         for guard in self._guards.values():
             guard.done(applied=False)

@@ -40,7 +40,8 @@ def panel(report: OverflowReport) -> Panel:
     for label, sentences in report.rows():
         style = colour if label == "verdict" else ""
         table.add_row(label, Text("\n".join(sentences), style=style))
-    title = Text(f" step {report.step} {report.outcome} at loss scale {report.loss_scale:g} ")
+    when = f"after step {report.step}" if report.happened else f"step {report.step} {report.outcome}"
+    title = Text(f" {when} at loss scale {report.loss_scale:g} ")
     return Panel(table, title=title, title_align="left", border_style=colour)
 
 

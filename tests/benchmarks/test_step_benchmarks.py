@@ -44,3 +44,14 @@ def test_steps_of_a_plain_optimizer(tmp_path):
         assert result["ratios"].keys() == {"step", "torch", "guard", "guard, clips", "guard, within"}
         assert result["ratios"]["torch"] == 1.0
         assert all(ratio > 0 for ratio in result["ratios"].values())
+
+
+@needs_native
+def test_the_check_before_a_save(tmp_path):
+    pytest.importorskip("accelerate", reason="accelerate is not installed")
+    found = tmp_path / "found.json"
+    done = run_python("save_gate.py", "--quick", "--json", str(found))
+    assert done.returncode == 0, done.stderr
+    rows = {row["case"]: row for row in json.loads(found.read_text())["results"]}
+    assert rows["state"]["mebibytes"] > 2 * rows["model"]["mebibytes"]
+    assert all(row["check_ms"] > 0 and row["save_ms"] > 0 for row in rows.values())

@@ -158,12 +158,105 @@ def test_a_batch_that_is_run_again_logs_nothing_twice(tmp_path):
     assert len(logged) == faulty.steps
 
 
+def nonfinite_in(path):
+    saved = torch.load(path, weights_only=False)["state_dict"]
+    return [name for name, tensor in saved.items() if name != "net.mask" and not tensor.isfinite().all()]
+
+
+class BadRate(Module):
+    """The learning rate of the third step is NaN: its update writes NaN, every gradient was finite."""
+
+    def training_step(self, batch, batch_idx):
+        for group in self.trainer.optimizers[0].param_groups:
+            group["lr"] = float("nan") if batch_idx == 2 else 1e-3
+        return super().training_step(batch, batch_idx)
+
+
+def test_no_checkpoint_with_nan_replaces_a_finite_one_and_a_stopped_run_is_not_saved(tmp_path):
+    from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
+
+    callbacks = [
+        guard := ng.integrations.LightningNumGuardCallback(),
+        OnExceptionCheckpoint(tmp_path / "exception"),
+        ModelCheckpoint(tmp_path / "kept", every_n_train_steps=1, save_top_k=1),
+    ]
+    trainer = lightning_trainer(pl, callbacks, enable_checkpointing=True)
+    module = BadRate(support.Faulty("none"))
+    with pytest.raises(ng.NumericsError, match=r"^Trainer\.save_checkpoint was about to write") as caught:
+        trainer.fit(module)
+    assert (caught.value.report.step, caught.value.report.first.name) == (3, "net.embedding.weight")
+    (kept,) = (tmp_path / "kept").iterdir()
+    assert "step=2" in kept.name
+    assert nonfinite_in(kept) == []
+    assert not (tmp_path / "exception").exists()
+    with pytest.raises(ng.NumericsError):
+        trainer.save_checkpoint(tmp_path / "bad.ckpt")
+    assert not (tmp_path / "bad.ckpt").exists()
+    guard.detach()
+    trainer.save_checkpoint(tmp_path / "bad.ckpt")
+    assert "save_checkpoint" not in vars(trainer)
+
+
+def test_weights_that_are_saved_alone_need_no_finite_state(tmp_path):
+    module = Module(support.Faulty("none"))
+    trainer = lightning_trainer(pl, max_steps=2)
+    guard = ng.attach(trainer)
+    trainer.fit(module)
+    trainer.optimizers[0].state[module.net.norm.bias]["exp_avg"][3] = float("nan")
+    trainer.save_checkpoint(tmp_path / "weights.ckpt", weights_only=True)
+    with pytest.raises(ng.NumericsError) as caught:
+        trainer.save_checkpoint(tmp_path / "all.ckpt")
+    first = caught.value.report.first
+    assert (first.kind, first.name, first.index) == ("optimizer_state", "net.norm.bias", (3,))
+    guard.detach()
+
+
+SAVING_RANKS = """
+import os
+import torch
+import lightning.pytorch as pl
+import adapter_support as support
+import hallo_numguard as ng
+from frameworks import lightning_module, lightning_trainer
+
+rank = int(os.environ["RANK"])
+module = lightning_module(pl)(support.Faulty("none", ranks=2))
+guard = ng.integrations.LightningNumGuardCallback()
+
+class Damages(pl.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        if rank == 1 and trainer.global_step == 2:
+            module.net.norm.weight.data[3] = float("nan")
+
+callbacks = [guard, Damages(), pl.callbacks.ModelCheckpoint("OUT", every_n_train_steps=1, save_top_k=1)]
+trainer = lightning_trainer(
+    pl, callbacks, enable_checkpointing=True, strategy="ddp", devices=2, use_distributed_sampler=False
+)
+try:
+    trainer.fit(module)
+    raise AssertionError("it returned")
+except ng.NumericsError as error:
+    first = error.report.first
+    assert (first.name, first.rank, error.report.world_size) == ("net.norm.weight", 1, 2), first
+print("done")
+"""
+
+
+def test_a_weight_that_is_bad_on_one_rank_stops_both_at_the_checkpoint(tmp_path):
+    out = tmp_path / "out"
+    for output in deepspeed_support.run_ranks(SAVING_RANKS.replace("OUT", str(out)), tmp_path):
+        assert "done" in output
+    (kept,) = out.iterdir()
+    assert nonfinite_in(kept) == []
+
+
 ENGINE = """
 import deepspeed_support
 import torch
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DeepSpeedStrategy
 import adapter_support as support
+import hallo_numguard as ng
 from frameworks import FRAMEWORKS
 
 LIGHTNING = FRAMEWORKS["lightning"]
@@ -195,6 +288,12 @@ faulty, outcome = run("weight")
 report = outcome.guard.last_report
 assert outcome.raised
 assert (report.verdict, report.first.name) == ("weights_nonfinite", "net." + faulty.model.trainable), report
+trainer = outcome.guard._saving_trainer
+try:
+    trainer.save_checkpoint("OUT")
+    raise AssertionError("saved")
+except ng.NumericsError as error:
+    assert str(error).startswith("Trainer.save_checkpoint was about to write"), error
 faulty, outcome = run("forward")
 report = outcome.guard.last_report
 assert not outcome.raised
@@ -205,7 +304,7 @@ print("done")
 
 def test_an_engine_of_deepspeed(tmp_path):
     pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
-    (output,) = deepspeed_support.run_ranks(ENGINE, tmp_path, ranks=1)
+    (output,) = deepspeed_support.run_ranks(ENGINE.replace("OUT", str(tmp_path / "out")), tmp_path, ranks=1)
     assert "done" in output
 
 

@@ -181,8 +181,11 @@ class HuggingFace(Framework):
         callback = ng.integrations.NumGuardCallback(how.config or faulty.config, faulty.reports.append)
         settings = {"bf16": how.bf16, "max_grad_norm": how.clip or 0.0}
         trainer = hugging_face_trainer(faulty, folder, how.accumulate, [callback] * guarded, **settings)
-        trainer.train()
-        raised = callback.stopped_by is not None
+        raised = False
+        try:
+            trainer.train()
+        except ng.NumericsError as error:
+            raised = error is callback.stopped_by
         return Outcome(callback if guarded else None, raised, scheduled=trainer.lr_scheduler.last_epoch)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 import os
@@ -14,7 +15,7 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
-from hallo_numguard.core.errors import CheckpointFailed, InvalidInput
+from hallo_numguard.core.errors import CheckpointFailed, InvalidInput, NumericsError
 from hallo_numguard.core.records import StepRecord
 from hallo_numguard.files.keeper.health import health_problem, manifest_problem
 from hallo_numguard.files.keeper.store import Checkpoint, Meta, Store, write_meta
@@ -43,6 +44,8 @@ class CheckpointKeeper:
 
     Attributes:
         run: Run of the last `save`, for a guard that rolls it back; None before.
+        save_gates: Functions that return, for a run, the context of its `save` on every rank; entering it may raise
+            `NumericsError`. A guard that has this keeper adds one.
 
     Raises:
         InvalidInput: If a number is not positive.
@@ -58,6 +61,7 @@ class CheckpointKeeper:
         self._clean_steps: dict[Checkpoint, int] = {}  # since each unchecked checkpoint, the oldest first
         self._last: StepRecord | None = None
         self.run: Any = None
+        self.save_gates: list[Callable[[Any], contextlib.AbstractContextManager[None]]] = []
 
     def save(
         self,
@@ -84,7 +88,16 @@ class CheckpointKeeper:
             InvalidInput: If `run` cannot be saved, or `step` is missing.
             CheckpointFailed: On every rank, if writing failed; all other checkpoints stay unchanged. If DeepSpeed
                 fails on some ranks only, the others wait in DeepSpeed until its time-out.
+            NumericsError: On every rank, if the run is guarded, and what would be saved is not finite.
         """
+        with contextlib.ExitStack() as stack:
+            for gate in self.save_gates:
+                stack.enter_context(gate(run))
+            return self._save(run, step, loss, grad_norm, loss_scale)
+
+    def _save(
+        self, run: Any, step: int | None, loss: float | None, grad_norm: float | None, loss_scale: float | None
+    ) -> Checkpoint:
         target = target_for(run)
         step = self._step_of(target, step)
         begun = self._on_rank_0("begin", lambda: self._store.begin(step))
@@ -227,14 +240,18 @@ class CheckpointKeeper:
 
     def _on_all_ranks(self, what: str, work: Callable[[], object]) -> None:
         """Does something on every rank, and raises on all of them if one fails."""
-        problem = None
+        problem = refusal = None
         try:
             work()
+        except NumericsError as error:  # of a guard that does not have this keeper
+            refusal, problem = error, _in_words(error)
         except Exception as error:  # noqa: BLE001 - raised on every rank below
             problem = _in_words(error)
         problems = [problem] * _world_size()
         if _world_size() > 1:
             dist.all_gather_object(problems, problem)
+        if refusal is not None:
+            raise refusal
         for rank, problem in enumerate(problems):
             if problem is not None:
                 raise CheckpointFailed(f"could not {what} on rank {rank}: {problem}")

@@ -8,7 +8,8 @@ Two methods of the optimizer instance are wrapped, and decide everything:
   sync either. Optimizers that skip without calling it (bf16) are asked for `overflow` after the step.
 
 `backward` and `scale` of the engine are wrapped to keep a reference to the loss, `load_checkpoint` to scan the loaded
-weights, and `step`, with a keeper, to go back to a checkpoint after the step. The loss scaler is not wrapped: it is
+weights, `save_checkpoint` and `save_16bit_model` to check what they are about to write, and `step`, with a keeper, to
+go back to a checkpoint after the step. The loss scaler is not wrapped: it is
 pickled into checkpoints.
 """
 
@@ -29,7 +30,9 @@ from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.guard import Guard
 from hallo_numguard.guard.guarded_model import Forward, GuardedModel, ScannedPieces
 from hallo_numguard.guard.named_tensors import named_buffers
+from hallo_numguard.guard.save_gate import Save
 from hallo_numguard.guard.session import Session
+from hallo_numguard.integrations import engine_of
 from hallo_numguard.integrations.deepspeed.adapters import adapter_for
 from hallo_numguard.integrations.deepspeed.adapters.plain import clip
 from hallo_numguard.integrations.deepspeed.engine import (
@@ -42,6 +45,7 @@ from hallo_numguard.integrations.deepspeed.engine import (
 from hallo_numguard.integrations.deepspeed.monitor import monitor_sinks
 from hallo_numguard.integrations.deepspeed.version import release, version
 from hallo_numguard.integrations.patches import MethodPatches
+from hallo_numguard.integrations.save_gates import SaveGates
 
 _log = logging.getLogger("hallo_numguard")
 
@@ -55,6 +59,9 @@ class DeepSpeedGuard(Guard):
         engine: A `deepspeed.DeepSpeedEngine`.
         config, on_overflow: See `attach`.
         forward: Calls the model once more with the engine's arguments. Default: a call of `engine.module`.
+
+    Attributes:
+        saves: Checks before the engine saves.
     """
 
     def __init__(
@@ -92,8 +99,10 @@ class DeepSpeedGuard(Guard):
         for bug in self._adapter.known_bugs(release()):
             _log.warning("DeepSpeed %s %s", version(), bug)
         self._patches = MethodPatches()
+        self.saves = SaveGates(self._sessions, config.keeper, lambda run: engine_of(run) is engine)
         with contextlib.ExitStack() as undo:
             undo.callback(self.detach)
+            undo.callback(self.saves.remove)
             self._session.inspect_weights("attached")
             self._patch(goes_back=config.keeper is not None)
             self._replaces = config.mode == "replace" and self._replace_passes()
@@ -114,6 +123,9 @@ class DeepSpeedGuard(Guard):
         patches.observe(engine, "load_checkpoint", after=self._on_checkpoint_loaded)
         if hasattr(engine, "clip_fp32_gradients"):  # stage 0 in float32: a NaN norm makes every gradient NaN
             patches.wrap(engine, "clip_fp32_gradients", self._clip)
+        self.saves.add(engine, "save_checkpoint", lambda *_, **__: Save("DeepSpeedEngine.save_checkpoint", False, True))
+        # Below stage 3 nothing is reduced in it, so a script may call it on one rank alone.
+        self.saves.add(engine, "save_16bit_model", lambda *_, **__: Save("DeepSpeedEngine.save_16bit_model", True))
 
     def _replace_passes(self) -> bool:
         reason = self._adapter.reason_to_observe()
@@ -129,6 +141,7 @@ class DeepSpeedGuard(Guard):
     def detach(self) -> None:
         """Removes the guard. The engine is as it was before `attach`; reports and history stay readable."""
         self._patches.restore()
+        self.saves.leave()
         self._session.stop()
         _guarded_engines.discard(self._engine)
 

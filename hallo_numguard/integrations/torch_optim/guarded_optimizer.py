@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.guard.guard import Guard
 from hallo_numguard.guard.session import Session
+from hallo_numguard.integrations.save_gates import SaveGates, saves_part_of
 from hallo_numguard.integrations.torch_optim import grad_scaler as scalers
 from hallo_numguard.integrations.torch_optim.model_hooks import Named, inner
 from hallo_numguard.integrations.torch_optim.optimizer_guard import GradientCheck, OptimizerGuard
@@ -104,6 +105,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         # A scaler that hands itself over saves its pass over the gradients.
         warnings.filterwarnings("ignore", "GradScaler is going to stop passing itself", FutureWarning)
         self._guard = OptimizerGuard(optimizer, self._named, self._config, on_overflow)
+        self._saves = SaveGates(self._sessions, self._config.keeper, self._is_saved_by)
 
     @property
     def model(self) -> torch.nn.Module | None:
@@ -121,7 +123,13 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         if self._guard.active:
             self._guard.resolve_pending_step()
             self._guard.take_off()
+        self._saves.leave()
         return self._optimizer
+
+    def _is_saved_by(self, run: Any) -> bool:
+        """Whether a keeper saves this optimizer, or the model that it trains."""
+        parts = run.values() if isinstance(run, Mapping) else ()
+        return saves_part_of(run, self.model) or any(part is self or part is self._optimizer for part in parts)
 
     def watch_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """Records the loss, of one element, before its backward, and returns it: `watch_loss(loss).backward()`.
@@ -302,7 +310,8 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         """Adds a parameter group. With parameters that have no name yet the guard begins anew."""
         self._optimizer.add_param_group(param_group)
         if self._guard.active and not self._guard.all_named():
-            self.detach()
+            self._guard.resolve_pending_step()
+            self._guard.take_off()
             self._guard = OptimizerGuard(self._optimizer, self._named, self._config, self._on_overflow)
 
     def __getstate__(self) -> dict[str, Any]:

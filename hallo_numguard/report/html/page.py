@@ -54,9 +54,10 @@ def _banner(overflows: Sequence[Overflow]) -> dict[str, Any] | None:
     report = overflows[-1].report
     ranks = f", {report.world_size} ranks" if report.world_size > 1 else ""
     in_a_row = f" ({report.consecutive_skips} in a row)" if report.consecutive_skips > 1 else ""
+    when = f"After step {report.step}" if report.happened else f"Step {report.step} was {report.outcome}{in_a_row}"
     return {
         "outlook": _OUTLOOK[report.recoverable],
-        "step": f"Step {report.step} was {report.outcome}{in_a_row} at loss scale {report.loss_scale:g}{ranks}",
+        "step": f"{when} at loss scale {report.loss_scale:g}{ranks}",
         "rows": report.rows(),
     }
 

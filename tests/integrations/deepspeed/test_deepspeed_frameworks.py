@@ -81,9 +81,11 @@ def test_a_trainer_whose_model_is_damaged(trainer, tmp_path):
     guard = ng.attach(trainer)
     with torch.no_grad():
         trainer.model.projection.weight[0, 5] = float("nan")
-    trainer.train()  # returns
+    with pytest.raises(ng.NumericsError) as caught:
+        trainer.train()
     assert trainer.state.global_step == 1
-    report = guard.stopped_by.report
+    report = caught.value.report
+    assert guard.stopped_by is caught.value
     assert report.step == 1
     assert (report.first.name, report.first.index) == ("projection.weight", (0, 5))
     assert [finding.offender.name for finding in guard.findings] == ["projection.weight"]

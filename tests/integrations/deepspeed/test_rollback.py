@@ -166,7 +166,7 @@ def test_the_policy_needs_a_keeper_to_go_back_with():
 def test_damage_in_a_checkpoint_is_never_gone_back_to(attach):
     """A moment is damaged, saved, and reaches the weights a step later: that checkpoint is never healthy."""
     engine = support.make_engine("fp16", stage=2)
-    _, keeper = attach(engine)
+    _, keeper = attach(engine, on_bad_save="warn")  # by default it would not be saved at all
     support.train_step(engine, 1)
     good = keeper.save(engine)
     support.train_step(engine, 2)
