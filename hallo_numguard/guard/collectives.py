@@ -35,6 +35,7 @@ class Ranks:
         ready = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if ready else 0
         self.alone_because = ""
+        self._where = ""  # inside of `assembled`
         self._size = 1
         self._group = group
         self._rendezvous: Rendezvous | None = None
@@ -67,25 +68,28 @@ class Ranks:
     def assembled(self, where: str, alone_because: str = "") -> Iterator[None]:
         """Waits for the other ranks. If one does not come, everything inside is done by this rank alone.
 
+        Inside they meet before each reduction, which raises `PeerFailed` if one of them calls `fail(where)`.
+
         Args:
             where: Name of the place, the same on all ranks, and never used before.
             alone_because: Why the others are not expected; "" if they are.
         """
         if not alone_because and self._rendezvous is not None and not self._rendezvous.meet(where):
             alone_because = "not every rank has come to this step with bad gradients"
-        self.alone_because = alone_because if self._size > 1 else ""
+        before = self.alone_because, self._where
+        self.alone_because, self._where = (alone_because if self._size > 1 else ""), where
         try:
             yield
         finally:
-            self.alone_because = ""
+            self.alone_because, self._where = before
 
     def collectives_met(self, where: str) -> contextlib.AbstractContextManager[None]:
         """Makes ranks meet before each collective of the model inside; see `Rendezvous.collectives_met`."""
         return contextlib.nullcontext() if self._rendezvous is None else self._rendezvous.collectives_met(where)
 
     def fail(self, where: str) -> None:
-        """Says that this rank comes to no more collectives inside of `collectives_met(where)`."""
-        if self._rendezvous is not None:
+        """Says that this rank comes to no more collectives inside of `assembled` or `collectives_met` at that place."""
+        if self.size > 1 and self._rendezvous is not None:
             self._rendezvous.fail(where)
 
     def highest(self, value: int, device: torch.device) -> int:
@@ -153,6 +157,8 @@ class Ranks:
     def _reduce(self, tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType) -> torch.Tensor:
         tensor = tensor.contiguous()
         if self.size > 1:
+            if self._where and self._rendezvous is not None:
+                self._rendezvous.meet_before(self._where)
             dist.all_reduce(tensor, op=operation, group=self._group)
         return tensor
 

@@ -70,7 +70,7 @@ class Rendezvous:
             self._store.set(f"{self._name}/left", "yes")
 
     def fail(self, where: str) -> None:
-        """Says that this rank will not come to the collectives of `collectives_met(where)` any more."""
+        """Says that this rank will not come to the collectives at a place any more."""
         self._store.set(f"{self._name}/{where}/failed", "yes")
 
     @contextlib.contextmanager
@@ -83,17 +83,25 @@ class Rendezvous:
         Raises:
             PeerFailed: In place of a collective to which a rank does not come.
         """
-        self._collectives.clear()
         with _MetCollectives(self, where):
             yield
 
-    def meet_before(self, where: str, members: tuple[int, ...]) -> None:
-        """Waits for the ranks of a collective inside of `collectives_met`."""
+    def meet_before(self, where: str, members: tuple[int, ...] | None = None) -> None:
+        """Waits for the ranks of the next collective at a place.
+
+        Args:
+            where: Name of the place.
+            members: Global ranks that take part in it. Default: all of this guard.
+
+        Raises:
+            PeerFailed: If one of them does not come, or has called `fail(where)`.
+        """
+        members = members or self._members
         number = self._collectives[where, members]
         self._collectives[where, members] += 1
         place = f"{where}/{'-'.join(map(str, members))}/{number}"
         if not self._meet(place, len(members), f"{self._name}/{where}/failed"):
-            raise PeerFailed("another rank could not run the batch again")
+            raise PeerFailed("another rank does not come")
 
     def _meet(self, where: str, expected: int, failed: str | None) -> bool:
         store, state = self._store, f"{self._name}/{where}/state"

@@ -27,6 +27,7 @@ from hallo_numguard.core.records import Offender, StepRecord, Verdict
 from hallo_numguard.guard import policy
 from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.containment import Probes, contain_failures
+from hallo_numguard.guard.diagnosis import messages
 from hallo_numguard.guard.diagnosis.collect import BadStep, EvidenceCollector
 from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
 from hallo_numguard.guard.diagnosis.messages import summary
@@ -51,6 +52,7 @@ _log = logging.getLogger("hallo_numguard")
 P = ParamSpec("P")
 T = TypeVar("T")
 
+ALONE_AFTER_A_FAILURE = "the guard has failed on a rank"
 STATUS_FAILED = 2  # above 0 (finite) and 1 (not finite): the maximum over the ranks counts
 MAX_FINDINGS = 1000
 
@@ -162,6 +164,7 @@ class Session:
         """Records the gradients. No host sync."""
         pending = self._steps.pending
         pending.number, pending.scaling, pending.gradients = number, scaling, gradients
+        pending.is_scanned = True
         self._unclean = False
         loss = pending.losses[-1] if pending.losses else None
         self.probes.run("flight recorder", self._recorder.begin, number, scaling.scale, gradients, loss)
@@ -223,34 +226,42 @@ class Session:
             skipped: Whether the step is skipped, which it should be.
 
         Returns:
-            Exception that every rank has to raise once the step is dropped; None to go on. If the guard fails on any,
-            `failed` is set on all ranks.
+            Exception that every rank has to raise once the step is dropped; None to go on. If the guard fails on any
+            rank, all of them report the step without a cause.
         """
-        with self._ranks.assembled(f"step {serial}", self._steps.pending.alone_because):
-            return self._explain(skipped)
+        where = f"step {serial}"
+        with self._ranks.assembled(where, self._steps.pending.alone_because):
+            with contain_failures("diagnosis", "the step is skipped without a cause"):
+                return self._explain(skipped)
+            self._ranks.fail(where)  # reached after a contained failure only
+            return self._report_without_cause()
 
     def _explain(self, skipped: bool) -> BaseException | None:
         self._skipped = self._skipped + 1 if skipped else 0
+        if self._ranks.lowest(int(self._steps.pending.is_scanned), self._model.device) == 0:
+            return self._report_without_cause()
         step = self._bad_step()
-        view = self.essential("diagnosis", self._collector.scan, step)
-        if self._any_failed() or view is None:
-            return None
+        view = self._collector.scan(step)
         agreed = self._collector.agree(view)
-        evidence = self.essential(
-            "diagnosis", self._collector.evidence, step, agreed, self.last_report, self._rank_faults
-        )
-        if self._any_failed() or evidence is None:
-            return None
+        evidence = self._collector.evidence(step, agreed, self.last_report, self._rank_faults)
         replay = self._replay(evidence, step.losses)
         evidence = replace(evidence, replay=replay, alone_because=self._ranks.alone_because)
-        report = self.essential("diagnosis", self._judge, evidence)
-        if self._any_failed() or report is None:
-            return None
+        report = self._judge(evidence)
         self._collector.reported(view)
-        self.last_report, self.reported_at = report, next(_report_numbers)
         if report.verdict is Verdict.RANK_FAULT and report.first is not None and report.first.rank is not None:
             self._rank_faults[report.first.rank] = report.step
         bundle = self._take_bundle(report, evidence)
+        return self._act(report, bundle, may_settle=evidence.scaling.can_fall and evidence.loss is None)
+
+    def _report_without_cause(self) -> BaseException | None:
+        """Reports a bad step of which nothing else is known, because the guard has failed on this rank or another."""
+        pending = self._steps.pending
+        report = messages.unexplained(pending.number, pending.scaling, self._ranks.size, self._skipped)
+        with self._ranks.assembled("", ALONE_AFTER_A_FAILURE):
+            return self._act(report, None, may_settle=pending.scaling.can_fall)
+
+    def _act(self, report: OverflowReport, bundle: Bundle | None, may_settle: bool) -> BaseException | None:
+        self.last_report, self.reported_at = report, next(_report_numbers)
         self._unclean = report.recoverable is not True
         answer = policy.agree(
             report,
@@ -259,7 +270,7 @@ class Session:
             self._ranks,
             self._model.device,
             self.probes.run("checkpoint keeper", lambda: self._can_go_back) is True,
-            may_settle=evidence.scaling.can_fall and evidence.loss is None,
+            may_settle,
         )
         self._to_undo = report if answer.goes_back else None
         self.probes.run("report file", self._dump, report)
@@ -445,11 +456,6 @@ class Session:
             return work(*args, **kwargs)
         self.failed = True  # reached after a contained failure only
         return None
-
-    def _any_failed(self) -> bool:
-        """Agrees whether any rank has failed."""
-        self.failed = self._ranks.highest(int(self.failed), self._model.device) > 0
-        return self.failed
 
 
 def _near_limit(parameters: Sequence[NamedTensor]) -> float | None:

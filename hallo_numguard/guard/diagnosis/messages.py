@@ -10,6 +10,7 @@ from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Offender, Verdict
 from hallo_numguard.guard.diagnosis.catalog import CATALOG
 from hallo_numguard.guard.diagnosis.evidence import Evidence
+from hallo_numguard.guard.loss_scaling import LossScaling
 
 RANK_FAULT_MEMORY = 100  # steps in which a second fault of the same rank is not taken for chance
 
@@ -400,6 +401,25 @@ def false_alarm(seen: Evidence) -> OverflowReport:
         ["the framework calls this step an overflow; the guard found no non-finite gradient to account for it"],
         ("the framework's own check, which may have overflowed itself on large finite values",),
         "Look at the largest gradients (guard.history), and upgrade DeepSpeed if it is older than 0.19.8.",
+    )
+
+
+def unexplained(step: int, scaling: LossScaling, world_size: int, skipped: int) -> OverflowReport:
+    """The guard itself has failed, so that nothing else is known."""
+    return OverflowReport(
+        step=step,
+        loss_scale=scaling.scale,
+        verdict=Verdict.UNDETERMINED,
+        provisional=False,
+        recoverable=None,
+        first=None,
+        offenders=(),
+        evidence=("the gradients are not finite",),
+        not_checked=("everything else: the guard has failed on this rank or another, its error is in the log",),
+        advice="Report the guard's error. The step was skipped as any other with such gradients; the next bad one is "
+        "examined again.",
+        world_size=world_size,
+        consecutive_skips=skipped,
     )
 
 

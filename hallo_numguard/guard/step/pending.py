@@ -24,6 +24,7 @@ class PendingStep:
         number: Number of the step, from 1.
         scaling: State of the loss scaler.
         gradients: Scan of this rank's gradients.
+        is_scanned: Whether there is such a scan.
         losses: Losses of the micro-batches, detached.
         calls: Calls of the model, one per micro-batch.
         alone_because: Why this rank judges the step by itself; "" if it does not.
@@ -33,6 +34,7 @@ class PendingStep:
     number: int = 0
     scaling: LossScaling = UNSCALED
     gradients: ScannedPieces = field(default_factory=lambda: ScannedPieces(StatsTable.empty(), ()))
+    is_scanned: bool = False
     losses: list[torch.Tensor] = field(default_factory=list)
     calls: deque[ModelCall] = field(default_factory=lambda: deque(maxlen=MAX_CALLS))
     alone_because: str = ""
@@ -40,6 +42,7 @@ class PendingStep:
 
     def clear(self) -> None:
         """Releases the tensors: the step is over."""
+        self.is_scanned = False
         self.losses.clear()
         self.calls.clear()
         self.local_gradients.clear()
