@@ -62,7 +62,7 @@ class Rendezvous:
         Returns:
             Whether all have come: the same on all that have.
         """
-        return self._meet(where, len(self._members), None)
+        return self._meet(where, len(self._members), f"{self._name}/left")
 
     def leave(self) -> None:
         """Says that this rank will not come to a meeting any more."""
@@ -103,14 +103,14 @@ class Rendezvous:
         if not self._meet(place, len(members), f"{self._name}/{where}/failed"):
             raise PeerFailed("another rank does not come")
 
-    def _meet(self, where: str, expected: int, failed: str | None) -> bool:
+    def _meet(self, where: str, expected: int, given_up: str) -> bool:
+        """Waits until as many ranks as expected have come, or the key `given_up` is set."""
         store, state = self._store, f"{self._name}/{where}/state"
         if store.add(f"{self._name}/{where}/arrived", 1) == expected:
             return bool(store.compare_set(state, "", "all") == b"all")
         deadline, nap = time.monotonic() + self._wait, 0.0005
-        absent = [key for key in (f"{self._name}/left", failed) if key is not None]
         while not store.check([state]):
-            if time.monotonic() > deadline or any(store.check([key]) for key in absent):
+            if time.monotonic() > deadline or store.check([given_up]):
                 store.compare_set(state, "", "some")
                 break
             time.sleep(nap)
