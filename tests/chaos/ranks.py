@@ -1,0 +1,53 @@
+"""Starts the ranks of many tries, and collects what they say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+
+import pytest
+
+from deepspeed_support import free_port, start_rank
+
+WORKER = Path(__file__).with_name("worker.py")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of many tries.
+
+    Attributes:
+        made: Number of tries.
+        hit: Number of tries whose accident has happened on rank 0.
+        wrong: What a run has noticed of them, a line each.
+    """
+
+    made: int
+    hit: int
+    wrong: list[str]
+
+
+def run(world: int, seed: int, count: int, seconds: float) -> Outcome:
+    """Makes tries on some ranks; a rank that dies or hangs is what is wrong, with the end of what it has written."""
+    port = free_port()
+    with pytest.MonkeyPatch.context() as patch, TemporaryFile() as errors:
+        patch.setenv("CHAOS", f"{seed} {count} {seconds}")
+        streams = {"stdout": subprocess.PIPE, "stderr": errors}
+        processes = [start_rank(WORKER, rank, world, port, **streams) for rank in range(world)]
+        outputs = [process.communicate()[0] for process in processes]
+        errors.seek(0)
+        written = errors.read()[-6000:].decode(errors="replace")
+    wrong, made, hit = [], 0, 0
+    for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
+        for line in output.splitlines():
+            said = json.loads(line)
+            if "wrong" in said:
+                wrong.append(f"rank {rank} of {world}: {said['try']}: {said['wrong']}")
+            elif rank == 0:
+                made, hit = said["made"], said["hit"]
+        if process.returncode:
+            wrong.append(f"rank {rank} of {world} died or hung\n{written}")
+    return Outcome(made, hit, wrong)
