@@ -11,6 +11,7 @@ from torch import nn
 
 from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.guard.parameter_stats import Piece
+from hallo_numguard.guard.readable import UncheckedTensors
 from hallo_numguard.ops.table import StatsTable
 
 Forward = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
@@ -38,7 +39,7 @@ class GuardedModel:
 
     Attributes:
         parameters: Parameters in registration order.
-        buffers: Floating-point buffers in registration order.
+        buffers: Buffers of floating-point or complex numbers in registration order.
         sliced_gradients: Whether the ranks hold slices of the gradients; else each holds all of them.
         scan_state: Reads the optimizer's own tensors once: moments, master copies.
         sliced_state: Whether the ranks hold slices of the optimizer's tensors; else each holds all of them.
@@ -48,6 +49,7 @@ class GuardedModel:
         has_named_gradients: Whether such a call allows gradients with respect to single parameters.
         settings: The framework's configuration, for reproduction bundles.
         can_go_back: Returns whether the integration can call `go_back` when a step is over; the same on every rank.
+        unchecked: Tensors that scans have left out.
     """
 
     parameters: list[NamedTensor]
@@ -61,3 +63,9 @@ class GuardedModel:
     has_named_gradients: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
     can_go_back: Callable[[], bool] = lambda: False
+    unchecked: UncheckedTensors = field(default_factory=UncheckedTensors)
+
+    def note_unchecked(self) -> None:
+        """Notes the parameters and buffers inside of which nothing can be read."""
+        for item in (*self.parameters, *self.buffers):
+            self.unchecked.add_if_unread(item.name, item.held()[0])

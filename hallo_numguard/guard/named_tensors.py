@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from hallo_numguard.core.records import Offender
+from hallo_numguard.guard import readable
 from hallo_numguard.guard.parameter_stats import ParameterStats, Piece, by_parameter
-from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.ops.formats import dtype_name
 from hallo_numguard.ops.layout import unravel
 
@@ -37,10 +38,21 @@ class NamedTensor:
     shape: tuple[int, ...] | None = None
     slice: Callable[[], tuple[torch.Tensor, int] | tuple[torch.Tensor, int, int, int]] | None = None
 
+    @property
+    def whole_shape(self) -> tuple[int, ...]:
+        """Shape of the whole tensor; () of one that has no shape yet, or that is nested."""
+        if self.shape is not None:
+            return self.shape
+        return () if self.tensor.is_nested or is_lazy(self.tensor) else tuple(self.tensor.shape)
+
+    def held(self) -> tuple[torch.Tensor, int] | tuple[torch.Tensor, int, int, int]:
+        """Returns this rank's part of it, and its place in the whole tensor as in `slice`."""
+        return (self.tensor, 0) if self.slice is None else self.slice()
+
     def offender(self, stats: ParameterStats, position: int, rank: int | None) -> Offender:
         """Returns this tensor (or its gradient, of the same shape) as an offender."""
         nan, pos_inf, neg_inf = stats.counts[position].tolist()
-        shape = tuple(self.tensor.shape) if self.shape is None else self.shape
+        shape = self.whole_shape
         return Offender(
             kind=self.kind,
             name=self.name,
@@ -64,9 +76,9 @@ def named_parameters(model: nn.Module) -> list[NamedTensor]:
 
 
 def named_buffers(model: nn.Module) -> list[NamedTensor]:
-    """Returns the floating-point buffers in registration order, shared ones once."""
+    """Returns the buffers of floating-point or complex numbers in registration order, shared ones once."""
     buffers = model.named_buffers(remove_duplicate=False)
-    return _unique("buffer", ((name, value) for name, value in buffers if value.is_floating_point()))
+    return _unique("buffer", ((name, value) for name, value in buffers if not readable.holds_integers(value)))
 
 
 def _unique(kind: str, named: Iterable[tuple[str, torch.Tensor]]) -> list[NamedTensor]:
@@ -77,11 +89,11 @@ def _unique(kind: str, named: Iterable[tuple[str, torch.Tensor]]) -> list[NamedT
 
 
 def scan_tensors(tensors: Sequence[NamedTensor]) -> ParameterStats:
-    """Scans this rank's part of each tensor in one pass."""
-    held = [(item.tensor, 0) if item.slice is None else item.slice() for item in tensors]
-    table = multi_tensor_stats([tensor.detach() for tensor, *_ in held])
-    pieces = [Piece(position, *place) for position, (_, *place) in enumerate(held)]
-    return by_parameter(table, pieces, len(tensors))
+    """Scans this rank's part of each tensor in one pass; what cannot be read counts as finite."""
+    held = [item.held() for item in tensors]
+    found = readable.scan([tensor for tensor, *_ in held])
+    pieces = [Piece(owner, *held[owner][1:]) for owner in found.owners]
+    return by_parameter(found.table, pieces, len(tensors))
 
 
 class ToleratedNonfinites:

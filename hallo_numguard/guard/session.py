@@ -103,7 +103,7 @@ class Session:
         self._recorder = Recorder(config.history, [item.name for item in model.parameters], limit)
         sinks = [*sinks, *map(sink_for, config.sinks)]  # on every rank, so that all refuse an invalid one
         self._feed = Feed(sinks if ranks.rank == 0 else [])
-        self._batch = Batch(model.module, self._steps)
+        self._batch = Batch(model.module, self._steps, model.unchecked)
         self._local_gradients = LocalGradients(model.parameters, config.local_gradients, self._steps, self.probes)
         self._replayer = (
             Replayer(model.module, model.forward, self._batch, ranks, model.device, self._local_gradients)
@@ -137,6 +137,18 @@ class Session:
         self._local_gradients.stop()
         self._steps.pending.clear()
         self._ranks.leave()
+
+    def add_parameters(self, parameters: Sequence[NamedTensor]) -> None:
+        """Adds parameters that the optimizer trains from now on, to the list of `GuardedModel` too."""
+        self._model.parameters.extend(parameters)
+        self._recorder.add_names([item.name for item in parameters])
+        self._warnings.parameters_were_added()
+        self._local_gradients.parameters_were_added(len(parameters))
+        self._collector.stop()
+        self._collector = EvidenceCollector(
+            self._model, self._ranks, self._batch, self._recorder, self._local_gradients
+        )
+        self.inspect_weights("parameters were added")
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -187,6 +199,7 @@ class Session:
         self.probes.run("trackers", self._feed.write, records, len(self.findings))
         self.probes.run("checkpoint keeper", self._update_keeper, applied, records)
         self.probes.run("evidence", self._collector.step_is_over, applied)
+        self._note_unchecked()
         self.probes.run("scan of local gradients", self._local_gradients.step_is_over, applied)
         if not applied:
             self.probes.run("running statistics", self._restore_statistics)
@@ -408,6 +421,8 @@ class Session:
         self.save_gate.remember(when, [offender for offender, _ in found])
         for offender, is_mine in found:
             self._report_weight(offender, when, is_mine)
+        self._model.note_unchecked()
+        self._note_unchecked()
 
     def _report_weight(self, offender: Offender, when: str, is_mine: bool) -> None:
         message = f"{offender}, seen when {when}. {_OUTLOOK[offender.kind]}"
@@ -440,10 +455,15 @@ class Session:
             self.probes.run("report file", self._dump, report)
         return NumericsError(report)
 
+    def _note_unchecked(self) -> None:
+        finding = self._model.unchecked.finding()
+        if finding is not None:
+            self._note(finding)
+
     def _note(self, finding: Finding, is_mine: bool | None = None) -> None:
         self.findings.append(finding)
         del self.findings[:-MAX_FINDINGS]
-        is_loud = self._ranks.speaks if is_mine is None else is_mine
+        is_loud = finding.severity != "info" and (self._ranks.speaks if is_mine is None else is_mine)
         _log.log(logging.WARNING if is_loud else logging.INFO, "%s", finding)
 
     # -- failures of our own -----------------------------------------------------------------------------------------

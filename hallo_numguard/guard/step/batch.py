@@ -13,11 +13,12 @@ from hallo_numguard.core.records import Offender
 from hallo_numguard.guard.collectives import clip
 from hallo_numguard.guard.named_tensors import NamedTensor, scan_tensors
 from hallo_numguard.guard.parameter_stats import ParameterStats
+from hallo_numguard.guard.readable import UncheckedTensors, readable_tensors
 from hallo_numguard.guard.step.model_call import ModelCall
 from hallo_numguard.guard.step.pending import StepOwner
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.tracing.model_state import Snapshot, StateRecorder
-from hallo_numguard.tracing.nested import as_plain, contents_of_items, is_readable
+from hallo_numguard.tracing.nested import contents_of_items
 
 MAX_NAME_BYTES = 1000
 MAX_KEPT_BYTES = 2 << 30  # of a step: its batches, the model's outputs and their gradients
@@ -29,12 +30,14 @@ class Batch:
     Args:
         model: Module that is called; None if unknown.
         steps: Owner of the pending step.
+        unchecked: Takes the arguments inside of which nothing can be read.
     """
 
-    def __init__(self, model: nn.Module | None, steps: StepOwner) -> None:
+    def __init__(self, model: nn.Module | None, steps: StepOwner, unchecked: UncheckedTensors) -> None:
         self._model = model
         self._names = _argument_names(model)
         self._steps = steps
+        self._unchecked = unchecked
         self._tolerated: set[str] = set()
         self._state = None if model is None else StateRecorder(model)
 
@@ -91,9 +94,10 @@ class Batch:
         return [f"{prefixes[id(owner)]}.{key}".lstrip(".") for owner, key in restored if id(owner) in prefixes]
 
     def tensors(self, micro_batch: int) -> list[NamedTensor]:
-        """Returns the floating-point tensors of a call, named by the model's own argument names."""
-        found = self.calls[micro_batch].contents.tensors
-        return [NamedTensor("input", clip(name, MAX_NAME_BYTES), as_plain(x)) for name, x in found if is_readable(x)]
+        """Returns the tensors of a call that hold floating-point numbers, named by the model's own argument names."""
+        found = readable_tensors(self.calls[micro_batch].contents.tensors)
+        tensors = [NamedTensor("input", clip(name, MAX_NAME_BYTES), tensor) for name, tensor in found]
+        return [item for item in tensors if not self._unchecked.add_if_unread(f"input {item.name}", item.tensor)]
 
     def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, Any]]:
         named = [*zip(self._names, args, strict=False), *kwargs.items()]

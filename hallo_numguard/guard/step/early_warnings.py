@@ -20,6 +20,7 @@ from hallo_numguard.core.records import StepRecord
 from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.guard.parameter_stats import Piece
+from hallo_numguard.guard.readable import is_plain
 from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.ops.api import tensor_stats
 from hallo_numguard.ops.device import AsyncHostCopy
@@ -65,6 +66,11 @@ class EarlyWarnings:
         self._inputs: dict[str, _Range] = {}
         self._unchanged: dict[int, list[int]] = {}  # samples whose step did not change the parameter
         self._all_unchanged: list[int] = []
+
+    def parameters_were_added(self) -> None:
+        """Measures the updates of parameters that now follow the known ones as well."""
+        self._pending_samples.clear()  # of the known ones alone
+        self._updates = _Updates(self._parameters)
 
     def before_step(self, step: int, loss_scale: float, gradients: ScannedPieces) -> None:
         """Takes a sample, if one is due."""
@@ -240,7 +246,8 @@ class _Updates:
     Vectors are measured where they are of half precision: theirs may be lost when they are rounded.
 
     Attributes:
-        positions: Positions of the measured parameters among all.
+        positions: Positions of the measured parameters among all. Tensors that the kernels cannot read as they are have
+            none.
         is_matrix: Whether each of them is a matrix. Biases begin at 0, so the size of their change says nothing.
         half_vectors: Positions of the vectors.
         has_halves: Whether any is of half precision.
@@ -248,9 +255,9 @@ class _Updates:
 
     def __init__(self, parameters: Sequence[NamedTensor]) -> None:
         self._parameters = parameters
-        trained = [(at, item) for at, item in enumerate(parameters) if item.tensor.requires_grad]
+        trained = [(at, item) for at, item in enumerate(parameters) if item.tensor.requires_grad and is_plain(item.held()[0])]
         halves = {at for at, item in trained if item.tensor.dtype in (torch.float16, torch.bfloat16)}
-        matrices = {at for at, item in trained if len(item.tensor.shape if item.shape is None else item.shape) > 1}
+        matrices = {at for at, item in trained if len(item.whole_shape) > 1}
         self.positions = [at for at, _ in trained if at in matrices or at in halves]
         self.is_matrix = torch.tensor([at in matrices for at in self.positions], dtype=torch.bool)
         self.half_vectors = halves - matrices
@@ -273,7 +280,7 @@ class _Updates:
 
     def _read(self) -> tuple[torch.Tensor, Layout]:
         held = [self._parameters[position] for position in self.positions]
-        flats = [(item.tensor if item.slice is None else item.slice()[0]).detach() for item in held]
+        flats = [item.held()[0].detach() for item in held]
         parts = [flat.reshape(-1)[:UPDATE_SLICE].float() for flat in flats]
         offsets = [0]
         for part in parts:

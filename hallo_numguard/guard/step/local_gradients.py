@@ -7,11 +7,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 
+from hallo_numguard.guard import readable
 from hallo_numguard.guard.containment import Probes
 from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.guard.parameter_stats import ParameterStats, Piece, by_parameter
 from hallo_numguard.guard.step.pending import StepOwner
-from hallo_numguard.ops.api import tensor_stats
 from hallo_numguard.ops.table import StatsTable
 
 COOLDOWN_STEPS = 20  # clean steps after an alarm until the hooks come off
@@ -97,6 +97,11 @@ class LocalGradients:
         elif self._clean_steps >= COOLDOWN_STEPS:
             self.stop()
 
+    def parameters_were_added(self, count: int) -> None:
+        """Scans the last `count` parameters' gradients as well."""
+        if self._handles:
+            self._hook(len(self._parameters) - count)
+
     def stop(self) -> None:
         """Removes the hooks."""
         for handle in self._handles:
@@ -106,7 +111,10 @@ class LocalGradients:
     def _watch(self) -> None:
         if self._handles:
             return
-        for position, item in enumerate(self._parameters):
+        self._hook(0)
+
+    def _hook(self, begin: int) -> None:
+        for position, item in enumerate(self._parameters[begin:], begin):
             if item.tensor.requires_grad:
                 self._handles.append(item.tensor.register_hook(self._scan_hook(position)))
 
@@ -118,4 +126,6 @@ class LocalGradients:
         return scan
 
     def _scan(self, position: int, gradient: torch.Tensor) -> None:
-        self._steps.pending.local_gradients.append((tensor_stats(gradient.detach()), Piece(position, 0)))
+        found = readable.scan([gradient])
+        rows = (found.table[row : row + 1] for row in range(len(found.table)))
+        self._steps.pending.local_gradients += [(row, Piece(position, 0)) for row in rows]

@@ -40,13 +40,17 @@ class Recorder:
 
     def __init__(self, length: int, names: Sequence[str], limit: float | None) -> None:
         self._length = length
-        self._names = names
+        self._names = list(names)
         self._limit = limit
         self._rows: HostRing | None = None
         self._stamps: list[_Stamp] = []
         self._tables: deque[ScannedPieces] = deque()  # of the last steps
         self._written = 0
         self._returned = 0  # rows that `fresh` has returned
+
+    def add_names(self, names: Sequence[str]) -> None:
+        """Adds the names of parameters that follow the known ones."""
+        self._names += names
 
     def begin(self, step: int, loss_scale: float, gradients: ScannedPieces, loss: torch.Tensor | None) -> None:
         """Writes the figures that are known before the optimizer's step."""

@@ -65,8 +65,8 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
             has replaced `step`, as Accelerate does.
 
     Raises:
-        InvalidInput: If `optimizer` is no optimizer, trains nothing of the model, or unreadable tensors; if the model
-            is in FullyShardedDataParallel. By `step`: if a gradient is sparse.
+        InvalidInput: If `optimizer` is no optimizer, or trains nothing of the model; if the model is in
+            FullyShardedDataParallel.
 
     Cost: a scan of parameters, buffers and optimizer state now. A step: one pass over the gradients and, on a GPU, one
     wait for its result; with `clip_norm`, one multiplication if the norm is larger, none with a fused optimizer. On
@@ -170,7 +170,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
 
     @property
     def _device(self) -> torch.device:
-        return self._optimizer.param_groups[0]["params"][0].device
+        return self._guard.device
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -205,7 +205,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
             if divisor != 1.0 and self._divides:
                 result = self._step_fused(divisor)
             else:
-                _divide(check.gradients, divisor)
+                self._guard.divide(check.gradients, divisor)
                 result = self._optimizer.step()
         except BaseException:
             self._guard.done(applied=False)
@@ -265,7 +265,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
             check = self._guard.check()
             if check.bad:
                 raise _Skipped(loss)
-            _divide(check.gradients, self._divisor(check, 1.0))
+            self._guard.divide(check.gradients, self._divisor(check, 1.0))
             evaluations += 1
             return loss
 
@@ -307,12 +307,9 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         self._guard.state_was_loaded()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Adds a parameter group. With parameters that have no name yet the guard begins anew."""
+        """Adds a parameter group, whose parameters are guarded from now on."""
         self._optimizer.add_param_group(param_group)
-        if self._guard.active and not self._guard.all_named():
-            self._guard.resolve_pending_step()
-            self._guard.take_off()
-            self._guard = OptimizerGuard(self._optimizer, self._named, self._config, self._on_overflow)
+        self._guard.add_new_parameters()
 
     def __getstate__(self) -> dict[str, Any]:
         return self._optimizer.__getstate__()
@@ -340,10 +337,3 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
 def sync_is_costly(device: torch.device) -> bool:
     """Whether reading a result waits for all earlier work of the device."""
     return device.type != "cpu"
-
-
-@torch.no_grad()
-def _divide(gradients: list[torch.Tensor], divisor: float) -> None:
-    if divisor != 1.0 and gradients:
-        # The reciprocal in float32, as GradScaler has it: the same bits.
-        torch._foreach_mul_(gradients, float(torch.tensor(1.0 / divisor, dtype=torch.float32)))

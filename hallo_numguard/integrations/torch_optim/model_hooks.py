@@ -15,6 +15,7 @@ from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.guard import named_tensors
 from hallo_numguard.guard.guarded_model import Forward
 from hallo_numguard.guard.named_tensors import NamedTensor
+from hallo_numguard.integrations.torch_optim.parameter_gradients import trained
 from hallo_numguard.integrations.torch_optim.sharding import counts_here, is_sharded, local, place_of
 
 Named = nn.Module | Iterable[tuple[str, torch.Tensor]]
@@ -57,28 +58,18 @@ def named_parameters(named: Named, optimizer: torch.optim.Optimizer) -> list[Nam
     """Returns the parameters of the model, or of the list, and the optimizer's other parameters.
 
     Raises:
-        InvalidInput: If the optimizer trains none of them, or unreadable tensors.
+        InvalidInput: If the optimizer trains none of them.
     """
     if isinstance(named, nn.Module):
         found = named_tensors.named_parameters(inner(named))
     else:
         found = [NamedTensor("parameter", name, tensor) for name, tensor in named]
     known = {item.tensor for item in found}
-    trained = dict(_trained(optimizer))
-    if not known.intersection(trained):
+    names = dict(trained(optimizer))
+    if not known.intersection(names):
         raise InvalidInput("the optimizer trains no parameter of that model: give the model whose parameters it has")
-    found += [NamedTensor("parameter", name, tensor) for tensor, name in trained.items() if tensor not in known]
-    for item in found:
-        if not item.tensor.is_floating_point():
-            raise InvalidInput(f"{item.name} is {item.tensor.dtype}: the guard reads real floating-point numbers only")
+    found += [NamedTensor("parameter", name, tensor) for tensor, name in names.items() if tensor not in known]
     return [replace(item, slice=_slice(item.tensor)) if is_sharded(item.tensor) else item for item in found]
-
-
-def _trained(optimizer: torch.optim.Optimizer) -> Iterator[tuple[torch.Tensor, str]]:
-    """The optimizer's parameters by name: `param_names` of a group, or places in the groups."""
-    for number, group in enumerate(optimizer.param_groups):
-        names = group.get("param_names") or [f"param_groups[{number}][{at}]" for at in range(len(group["params"]))]
-        yield from zip(group["params"], names, strict=True)
 
 
 def _slice(tensor: torch.Tensor) -> Callable[[], tuple[torch.Tensor, int, int, int]]:

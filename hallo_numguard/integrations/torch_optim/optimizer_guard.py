@@ -17,6 +17,7 @@ from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.guarded_model import GuardedModel
 from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
 from hallo_numguard.guard.named_tensors import NamedTensor, named_buffers
+from hallo_numguard.guard.readable import UncheckedTensors, norm_by_torch
 from hallo_numguard.guard.session import Session
 from hallo_numguard.guard.step.pending import PendingStep
 from hallo_numguard.integrations.torch_optim.grad_scaler import scaling_of
@@ -30,7 +31,7 @@ from hallo_numguard.integrations.torch_optim.model_hooks import (
     named_parameters,
     refuse_flat_shards,
 )
-from hallo_numguard.integrations.torch_optim.parameter_gradients import Gradients, GradientScan
+from hallo_numguard.integrations.torch_optim.parameter_gradients import Gradients, GradientScan, totals_of
 from hallo_numguard.ops.device import AsyncHostCopy
 
 
@@ -66,6 +67,7 @@ class OptimizerGuard:
     Attributes:
         session: Reports, history and findings.
         active: Whether the guard is still on.
+        device: Device of the first parameter that the optimizer trains.
         went_back: Whether the last skipped step ended in a rollback to a checkpoint.
     """
 
@@ -77,16 +79,19 @@ class OptimizerGuard:
         on_overflow: OverflowCallback | None,
         observer: Callable[..., Observer] = CallObserver,
     ) -> None:
-        parameters = named_parameters(named, optimizer)
+        self._optimizer = optimizer
+        self._named = named if isinstance(named, nn.Module) else list(named)
+        self._parameters = parameters = named_parameters(self._named, optimizer)
         self._model = named if isinstance(named, nn.Module) else None
         if self._model is not None:
             refuse_flat_shards(self._model)
-        self._gradients = Gradients(optimizer, parameters)
+        self._unchecked = UncheckedTensors()
+        self._gradients = Gradients(optimizer, parameters, self._unchecked)
         self._calls: Observer | None = None
         if self._gradients.sharded:  # these are reduced before any hook would see them
             config = replace(config, local_gradients="never")
         self._keeper = config.keeper
-        self._device = parameters[0].tensor.device
+        self.device = next(parameter.device for _, parameter in self._gradients.trained())
         self._ranks = self._find_ranks()
         self._loss_is_told = False
         self._steps = 0
@@ -118,20 +123,28 @@ class OptimizerGuard:
             sliced_gradients=sharded,
             scan_state=self._gradients.scan_state,
             sliced_state=sharded,
-            device=self._device,
+            device=self.device,
             module=module,
             forward=None if self._calls is None else self._calls.forward,
             has_named_gradients=not sharded,
             can_go_back=self._can_go_back,
+            unchecked=self._unchecked,
         )
 
     def trained(self) -> list[tuple[str, torch.Tensor]]:
         """Returns the optimizer's parameters and their names."""
         return self._gradients.trained()
 
-    def all_named(self) -> bool:
-        """Returns whether all parameters of the optimizer have a name."""
-        return self._gradients.all_named()
+    def add_new_parameters(self) -> None:
+        """Guards the parameters that the optimizer trains since its groups have changed. Between two steps."""
+        if self.active and not self._gradients.all_named():
+            self.session.probes.run("addition of parameters", self._add_new_parameters)
+
+    def _add_new_parameters(self) -> None:
+        known = {item.tensor for item in self._parameters}
+        new = [item for item in named_parameters(self._named, self._optimizer) if item.tensor not in known]
+        self.session.add_parameters(new)  # which has this guard's list
+        self._gradients.parameters_were_added()
 
     def _can_go_back(self) -> bool:
         """Whether the script has saved its run. State dicts are written by rank 0 alone, so slices would be lost."""
@@ -201,11 +214,8 @@ class OptimizerGuard:
         Args:
             scale: Loss scale of a GradScaler, on any device, to be read with the rest. None if there is none.
             are_scaled: Whether the gradients are still scaled like the loss.
-
-        Raises:
-            InvalidInput: If a gradient is sparse.
         """
-        gradients = self._gradients.collect()
+        gradients = self._collect()
         scan = self._scan(gradients)
         totals = self._totals(gradients, scan)
         if self._gradients.sharded:
@@ -224,10 +234,26 @@ class OptimizerGuard:
         Returns:
             Number of gradients that are not finite, and the sum of the squares of all. float64 [2] on the device.
         """
-        gradients = self._gradients.collect()
+        gradients = self._collect()
         scan = self._scan(gradients)
         self._begin(scan, UNSCALED)
         return self._totals(gradients, scan)
+
+    def _collect(self) -> list[torch.Tensor]:
+        gradients = self.session.essential("search for the gradients", self._gradients.collect)
+        if gradients is not None and self._gradients.has_unknown:
+            self.add_new_parameters()
+            gradients = self.session.essential("search for the gradients", self._gradients.collect)
+        if gradients is not None:
+            return gradients
+        found = [] if self.sharded else [parameter.grad for _, parameter in self._gradients.trained()]
+        return [gradient for gradient in found if gradient is not None]
+
+    def divide(self, gradients: list[torch.Tensor], divisor: float) -> None:
+        """Divides the gradients of the last check."""
+        if divisor != 1.0:
+            # The reciprocal in float32, as GradScaler has it: the same bits.
+            self._gradients.multiply(gradients, float(torch.tensor(1.0 / divisor, dtype=torch.float32)))
 
     def _scan(self, gradients: list[torch.Tensor]) -> GradientScan | None:
         if not self.active:
@@ -239,7 +265,7 @@ class OptimizerGuard:
 
     def _totals(self, gradients: list[torch.Tensor], scan: GradientScan | None) -> torch.Tensor:
         totals = _totals_by_torch(gradients) if scan is None else scan.totals()
-        return totals.to(self._device)  # a rank that holds nothing has them on the CPU
+        return totals.to(self.device)  # a rank that holds nothing has them on the CPU
 
     def _begin(self, scan: GradientScan | None, scaling: LossScaling, are_scaled: bool = True) -> None:
         self._steps += 1
@@ -337,5 +363,5 @@ def _totals_by_torch(gradients: list[torch.Tensor]) -> torch.Tensor:
     """The same totals as `GradientScan.totals`, by torch alone."""
     if not gradients:
         return torch.zeros(2, dtype=torch.float64)
-    norms = torch.stack([torch.linalg.vector_norm(gradient.double()) for gradient in gradients])
-    return torch.stack([(~norms.isfinite()).sum(dtype=torch.float64), norms.square().sum()])
+    device = gradients[0].device
+    return torch.stack([totals_of(norm_by_torch(gradient).to(device)) for gradient in gradients]).sum(dim=0)

@@ -5,15 +5,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
-from hallo_numguard.core.errors import InvalidInput
+from hallo_numguard.guard import readable
 from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.guard.parameter_stats import PADDING, Piece
+from hallo_numguard.guard.readable import UncheckedTensors, is_plain
 from hallo_numguard.integrations.torch_optim.sharding import counts_here, is_sharded, local, place_of
 from hallo_numguard.ops.api import multi_tensor_stats
+from hallo_numguard.ops.table import StatsTable
+from hallo_numguard.tracing.nested import tensors_in
 
 Positions = Mapping[torch.Tensor, int]
 """Position in the guard's list, by parameter."""
@@ -25,17 +29,22 @@ class GradientScan:
 
     Attributes:
         pieces: Statistics, with the piece of a parameter behind each row.
-        owned: Gradients that count when ranks add up; None for all. bool [gradients].
+        owned: Rows that count when ranks add up; None for all. bool [rows].
+        unread: Norms of the gradients that have no row. 0-dim float64 each.
     """
 
     pieces: ScannedPieces
     owned: torch.Tensor | None
+    unread: Sequence[torch.Tensor] = ()
 
     def totals(self) -> torch.Tensor:
         """Returns the number of bad gradients, and the sum of the squares of all: float64 [2], without a host sync."""
         table = self.pieces.table
         squares = table.sumsq if self.owned is None else table.sumsq * self.owned
-        return torch.stack([(table.first_nonfinite >= 0).sum(dtype=torch.float64), squares.sum()])
+        totals = torch.stack([(table.first_nonfinite >= 0).sum(dtype=torch.float64), squares.sum()])
+        for norm in self.unread:
+            totals += totals_of(norm.to(totals.device))
+        return totals
 
 
 class Gradients:
@@ -43,43 +52,96 @@ class Gradients:
 
     Args:
         optimizer: Optimizer that trains them.
-        parameters: Parameters in the guard's order.
+        parameters: Parameters in the guard's order. Others may follow later: see `parameters_were_added`.
+        unchecked: Takes the gradients and state tensors inside of which nothing can be read.
+
+    Attributes:
+        sharded: Whether the parameters are DTensors.
+        has_unknown: Whether the gradients just collected are in part of parameters that are not in the guard's list.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[NamedTensor]) -> None:
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, parameters: Sequence[NamedTensor], unchecked: UncheckedTensors
+    ) -> None:
         self._optimizer = optimizer
         self._parameters = parameters
-        self._positions = {item.tensor: position for position, item in enumerate(parameters)}
+        self._unchecked = unchecked
+        self._positions: dict[torch.Tensor, int] = {}
         self._held: list[torch.Tensor] = []  # parameters that had a gradient
+        self.has_unknown = False
+        self._are_plain = True  # whether the kernels could read all of their gradients as they are
         self._pieces: list[Piece] = []
         self._owned: torch.Tensor | None = None
+        self.parameters_were_added()
         self.sharded = any(is_sharded(item.tensor) for item in parameters)
 
-    def collect(self) -> list[torch.Tensor]:
-        """Returns this rank's part of the gradients of the last backward passes. Reads no values.
+    def parameters_were_added(self) -> None:
+        """Takes the parameters that follow the known ones in the guard's list."""
+        self._positions = {item.tensor: position for position, item in enumerate(self._parameters)}
+        self._held = []
 
-        Raises:
-            InvalidInput: If one is sparse.
-        """
+    def collect(self) -> list[torch.Tensor]:
+        """Returns this rank's part of the gradients of the last backward passes. Reads no values."""
         held = [parameter for parameter in self._all() if parameter.grad is not None]
-        if list(map(id, held)) != list(map(id, self._held)):
-            self._remember(held)
         gradients = [parameter.grad for parameter in held if parameter.grad is not None]
-        return [local(gradient) for gradient in gradients] if self.sharded else gradients
+        if self.sharded:
+            gradients = [local(gradient) for gradient in gradients]
+        if list(map(id, held)) != list(map(id, self._held)):
+            self._remember(held, gradients)
+        return gradients
 
     def read(self, gradients: list[torch.Tensor]) -> GradientScan:
-        """Reads the gradients just collected, once. No host sync."""
-        return GradientScan(ScannedPieces(multi_tensor_stats(gradients), self._pieces), self._owned)
+        """Reads the gradients just collected, once. No host sync, unless one is sparse."""
+        if self._are_plain:
+            try:
+                return GradientScan(ScannedPieces(multi_tensor_stats(gradients), self._pieces), self._owned)
+            except Exception:  # whatever a subclass or a layout raises that this set of gradients had not before
+                self._are_plain = all(map(is_plain, gradients))
+                if self._are_plain:
+                    raise
+        return self._read_inside(gradients)
+
+    def _read_inside(self, gradients: list[torch.Tensor]) -> GradientScan:
+        """Reads the numbers inside of gradients of which not all are plain.
+
+        The norm of a wrapper subclass, or of what cannot be read at all, is torch's.
+        """
+        found = readable.scan(gradients)
+        rows = dict(zip(reversed(found.owners), reversed(range(len(found.owners))), strict=True))  # the first of each
+        for position, row in rows.items():
+            if readable.is_wrapper(gradients[position]):
+                _set_norm(found.table, row, found.owners.count(position), readable.norm_by_torch(gradients[position]))
+        for position in found.unread:
+            self._unchecked.add(f"gradient of {self._name(self._held[position])}", gradients[position])
+        pieces = [self._pieces[position] for position in found.owners]
+        unread = [position for position in found.unread if self._pieces[position] is not PADDING]
+        owned = None if self._owned is None else torch.tensor([piece is not PADDING for piece in pieces])
+        return GradientScan(
+            ScannedPieces(found.table, pieces),
+            None if owned is None else owned.to(found.table.packed.device),
+            [readable.norm_by_torch(gradients[position]) for position in unread],
+        )
+
+    def multiply(self, gradients: list[torch.Tensor], factor: float) -> None:
+        """Multiplies the gradients just collected."""
+        if self._are_plain and gradients:
+            torch._foreach_mul_(gradients, factor)
+        elif gradients:
+            for gradient in gradients:  # of a sparse one the values; a wrapper subclass has its own way
+                gradient.mul_(factor)
 
     def scan_state(self) -> ScannedPieces:
         """Reads the optimizer's moments once, one row per parameter and tensor. Not for the hot path."""
-        parts = list(_parts(self._optimizer, self._positions))
-        table = multi_tensor_stats([tensor for tensor, _ in parts])
-        return ScannedPieces(table, [self._piece(parameter) for _, parameter in parts])
+        parts = [part for part in _state_parts(self._optimizer) if part.parameter in self._positions]
+        found = readable.scan([part.tensor for part in parts])
+        for position in found.unread:
+            part = parts[position]
+            self._unchecked.add(f"{part.key} of {self._name(part.parameter)}", part.tensor)
+        return ScannedPieces(found.table, [self._state_piece(parts[position]) for position in found.owners])
 
     def trained(self) -> list[tuple[str, torch.Tensor]]:
         """Returns the optimizer's parameters and their names."""
-        return [(self._parameters[self._positions[parameter]].name, parameter) for parameter in self._all()]
+        return [(self._name(parameter), parameter) for parameter in self._all()]
 
     def all_named(self) -> bool:
         """Returns whether every parameter of the optimizer is in the guard's list."""
@@ -88,37 +150,65 @@ class Gradients:
     def _all(self) -> Iterator[torch.Tensor]:
         return itertools.chain.from_iterable(group["params"] for group in self._optimizer.param_groups)
 
-    def _remember(self, held: list[torch.Tensor]) -> None:
-        for parameter in held:
-            if parameter.grad is not None and parameter.grad.layout is not torch.strided:
-                name = self._parameters[self._positions[parameter]].name
-                raise InvalidInput(
-                    f"the gradient of {name} is sparse, which the guard cannot read: make the embedding with "
-                    "sparse=False, or give its weights an optimizer of their own that is not guarded"
-                )
+    def _name(self, parameter: torch.Tensor) -> str:
+        position = self._positions.get(parameter)
+        return dict(trained(self._optimizer))[parameter] if position is None else self._parameters[position].name
+
+    def _remember(self, held: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
         self._held = held
+        self._are_plain = all(map(is_plain, gradients))
+        self.has_unknown = not all(parameter in self._positions for parameter in held)
         self._pieces = [self._piece(parameter) for parameter in held]
         if self.sharded and held:
             owned = [piece is not PADDING for piece in self._pieces]
             self._owned = torch.tensor(owned, device=local(held[0]).device)
 
+    def _state_piece(self, part: _StatePart) -> Piece:
+        piece = self._piece(part.parameter)
+        step, rest = divmod(local(part.parameter).numel(), max(1, part.tensor.numel()))
+        if piece is PADDING or (step == 1 and not rest):
+            return piece
+        return Piece(piece.parameter, piece.start, 1, 0 if rest else step)  # a scale of several adjacent elements
+
     def _piece(self, parameter: torch.Tensor) -> Piece:
-        if self.sharded and not counts_here(parameter):
+        if parameter not in self._positions or (self.sharded and not counts_here(parameter)):
             return PADDING
         return Piece(self._positions[parameter], *place_of(parameter))
 
 
-def moments_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> list[torch.Tensor]:
-    """Returns the tensors of an optimizer's state that are as large as the parameter; a step count is not."""
-    return [
-        value
-        for value in optimizer.state.get(parameter, {}).values()
-        if isinstance(value, torch.Tensor) and value.shape == parameter.shape and value.is_floating_point()
-    ]
+class _StatePart(NamedTuple):
+    """A tensor of an optimizer's state, and the parameter that it belongs to."""
+
+    key: str
+    tensor: torch.Tensor
+    parameter: torch.Tensor
 
 
-def _parts(optimizer: torch.optim.Optimizer, positions: Positions) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def _state_parts(optimizer: torch.optim.Optimizer) -> Iterator[_StatePart]:
+    """The tensors of an optimizer's state with a number for each element of a parameter, or for several.
+
+    A step count is none, nor is a state of all parameters that is kept with the first (LBFGS).
+    """
     for parameter in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
-        if parameter in positions:
-            for moment in moments_of(optimizer, parameter):
-                yield local(moment).detach(), parameter
+        for name, value in optimizer.state.get(parameter, {}).items():
+            for key, tensor in tensors_in(str(name), value):
+                if tensor.shape == parameter.shape or (tensor.dim() > 0 and tensor.numel() <= parameter.numel()):
+                    yield _StatePart(key, local(tensor), parameter)
+
+
+def trained(optimizer: torch.optim.Optimizer) -> Iterator[tuple[torch.Tensor, str]]:
+    """Yields the optimizer's parameters and their names: `param_names` of a group, or places in the groups."""
+    for number, group in enumerate(optimizer.param_groups):
+        names = group.get("param_names") or [f"param_groups[{number}][{at}]" for at in range(len(group["params"]))]
+        yield from zip(group["params"], names, strict=False)
+
+
+def totals_of(norm: torch.Tensor) -> torch.Tensor:
+    """Returns what `GradientScan.totals` counts, for one gradient of that norm."""
+    return torch.stack([(~norm.isfinite()).to(torch.float64), norm.square()])
+
+
+def _set_norm(table: StatsTable, row: int, rows: int, norm: torch.Tensor) -> None:
+    """Gives a tensor of several rows a norm that is not that of the numbers read."""
+    table.sumsq[row : row + rows] = 0.0
+    table.sumsq[row] = norm.square().nan_to_num(0.0, 0.0, 0.0)
