@@ -91,6 +91,28 @@ def scan(tensors: Sequence[torch.Tensor]) -> Scan:
     return Scan(table, [owner for owner, _ in flat], [owner for owner, inside in enumerate(found) if not inside])
 
 
+class Reader:
+    """Scans lists of tensors whose kinds rarely change: no Python code for each, as long as the kernels take them all.
+
+    Attributes:
+        are_plain: Whether all tensors were plain so far. To be set where their kinds are known to have changed.
+    """
+
+    def __init__(self) -> None:
+        self.are_plain = True
+
+    def scan(self, tensors: Sequence[torch.Tensor]) -> Scan:
+        """Does what the function `scan` does."""
+        if self.are_plain:
+            try:
+                return Scan(multi_tensor_stats(tensors), range(len(tensors)), ())
+            except Exception:  # whatever a subclass or a layout raises that was not there before
+                self.are_plain = all(map(is_plain, tensors))
+                if self.are_plain:
+                    raise
+        return scan(tensors)
+
+
 def numbers_in(tensor: torch.Tensor) -> list[Numbers]:
     """Returns the floating-point numbers inside of a tensor; [] if there are none, or none that can be read."""
     try:
@@ -239,11 +261,11 @@ class UncheckedTensors:
         self._known: set[str] = set()
         self._fresh: dict[str, list[str]] = {}
 
-    def add(self, name: str, tensor: torch.Tensor) -> None:
-        """Adds a tensor inside of which nothing is read."""
+    def add(self, name: str, tensor: torch.Tensor, reason: str | None = None) -> None:
+        """Adds a tensor inside of which nothing is read, by default for `reason_unread`."""
         if name not in self._known:
             self._known.add(name)
-            self._fresh.setdefault(reason_unread(tensor), []).append(name)
+            self._fresh.setdefault(reason or reason_unread(tensor), []).append(name)
 
     def add_if_unread(self, name: str, tensor: torch.Tensor) -> bool:
         """Adds a tensor if nothing inside of it is read; returns whether that is so."""

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from hallo_numguard.core.errors import InvalidInput
+from hallo_numguard.guard.parameter_stats import NONE
+from hallo_numguard.ops.layout import unravel
 from hallo_numguard.tracing.rerun import is_rerunning
 
 KINDS = ("parameter", "buffer", "optimizer_state", "input", "activation", "gradient")
@@ -171,8 +173,9 @@ def _write_state(target: Any, parameter: Any, index: Sequence[int] | None, value
     place = _flat(tuple(getattr(parameter, "ds_shape", parameter.shape)), index)
     only_this = defaultdict(lambda: -1, {parameter: 0})
     for tensor, piece in adapter_for(optimizer, only_this).state_parts():
-        if piece.parameter == 0 and piece.start <= place < piece.start + tensor.numel():
-            tensor.data.view(-1)[place - piece.start] = value
+        is_here = piece.start <= place < piece.start + tensor.numel()
+        if piece.parameter == 0 and piece.run == NONE and is_here:  # else a scale of several elements
+            tensor.data[unravel(place - piece.start, tensor.shape)] = value
 
 
 def _with_bad_input(args: tuple[Any, ...], kwargs: dict[str, Any], index: Sequence[int] | None, value: float) -> Any:

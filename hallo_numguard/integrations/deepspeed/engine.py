@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -73,9 +73,24 @@ def overflow_check_disabled(engine: Any) -> bool:
     return "check_grad_overflow" in said and not config.check_grad_overflow
 
 
-def parameters_of(module: torch.nn.Module) -> list[NamedTensor]:
-    """Returns the parameters in registration order; under ZeRO stage 3, this rank's slices of them."""
-    return [_partitioned(item) for item in named_parameters(module)]
+def parameters_of(module: torch.nn.Module, groups: Iterable[Iterable[torch.Tensor]]) -> list[NamedTensor]:
+    """Returns the parameters in registration order, then those that only the optimizer has (learnt loss weights).
+
+    Under ZeRO stage 3, this rank's slices of them.
+
+    Args:
+        module: The model.
+        groups: The optimizer's parameters, by group.
+    """
+    found = named_parameters(module)
+    known = {item.tensor for item in found}
+    found += [
+        NamedTensor("parameter", f"param_groups[{number}][{place}]", parameter)
+        for number, group in enumerate(groups)
+        for place, parameter in enumerate(group)
+        if parameter not in known
+    ]
+    return [_partitioned(item) for item in found]
 
 
 def _partitioned(item: NamedTensor) -> NamedTensor:

@@ -33,7 +33,7 @@ from hallo_numguard.guard.named_tensors import named_buffers
 from hallo_numguard.guard.save_gate import Save
 from hallo_numguard.guard.session import Session
 from hallo_numguard.integrations import engine_of
-from hallo_numguard.integrations.deepspeed.adapters import adapter_for
+from hallo_numguard.integrations.deepspeed.adapters import adapter_class, adapter_for
 from hallo_numguard.integrations.deepspeed.adapters.plain import clip
 from hallo_numguard.integrations.deepspeed.engine import (
     call_module,
@@ -72,7 +72,8 @@ class DeepSpeedGuard(Guard):
         check_supported(engine)
         self._engine = engine
         self._optimizer = engine.optimizer
-        parameters = parameters_of(engine.module)
+        groups = adapter_class(engine.optimizer).parameter_groups(engine.optimizer)
+        parameters = parameters_of(engine.module, groups)
         self._adapter = adapter_for(engine.optimizer, {item.tensor: at for at, item in enumerate(parameters)})
         self._gradients = self._adapter.gradient_source()
         self._ranks = Ranks(getattr(self._optimizer, "dp_process_group", None))
@@ -87,6 +88,7 @@ class DeepSpeedGuard(Guard):
             forward=forward or functools.partial(call_module, engine),
             settings=settings_of(engine),
             can_go_back=lambda: True,
+            unchecked=self._adapter.unchecked,
         )
         self._session = Session(model, self._ranks, config, on_overflow, monitor_sinks(engine))
         self._checks_overflow = self._adapter.checks_overflow()  # else only the guard does
@@ -213,6 +215,8 @@ class DeepSpeedGuard(Guard):
         if not self._replaces or self._scanned_early is None or self._engine.mpu is not None:
             return original()
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+        if len(gradients) != len(self._scanned_early.table):  # the optimizer has others: DeepSpeed clips the model's
+            return original()
         return clip(self._scanned_early, gradients, float(self._engine.gradient_clipping()), self._ranks)
 
     # -- what they do ------------------------------------------------------------------------------------------------

@@ -12,12 +12,11 @@ import torch
 from hallo_numguard.guard import readable
 from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.named_tensors import NamedTensor
+from hallo_numguard.guard.optimizer_state import state_piece, state_tensors
 from hallo_numguard.guard.parameter_stats import PADDING, Piece
-from hallo_numguard.guard.readable import UncheckedTensors, is_plain
+from hallo_numguard.guard.readable import Reader, UncheckedTensors, is_plain
 from hallo_numguard.integrations.torch_optim.sharding import counts_here, is_sharded, local, place_of
-from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.ops.table import StatsTable
-from hallo_numguard.tracing.nested import tensors_in
 
 Positions = Mapping[torch.Tensor, int]
 """Position in the guard's list, by parameter."""
@@ -69,7 +68,7 @@ class Gradients:
         self._positions: dict[torch.Tensor, int] = {}
         self._held: list[torch.Tensor] = []  # parameters that had a gradient
         self.has_unknown = False
-        self._are_plain = True  # whether the kernels could read all of their gradients as they are
+        self._reader = Reader()
         self._pieces: list[Piece] = []
         self._owned: torch.Tensor | None = None
         self.parameters_were_added()
@@ -92,21 +91,16 @@ class Gradients:
 
     def read(self, gradients: list[torch.Tensor]) -> GradientScan:
         """Reads the gradients just collected, once. No host sync, unless one is sparse."""
-        if self._are_plain:
-            try:
-                return GradientScan(ScannedPieces(multi_tensor_stats(gradients), self._pieces), self._owned)
-            except Exception:  # whatever a subclass or a layout raises that this set of gradients had not before
-                self._are_plain = all(map(is_plain, gradients))
-                if self._are_plain:
-                    raise
-        return self._read_inside(gradients)
+        found = self._reader.scan(gradients)
+        if self._reader.are_plain:
+            return GradientScan(ScannedPieces(found.table, self._pieces), self._owned)
+        return self._inside(found, gradients)
 
-    def _read_inside(self, gradients: list[torch.Tensor]) -> GradientScan:
-        """Reads the numbers inside of gradients of which not all are plain.
+    def _inside(self, found: readable.Scan, gradients: list[torch.Tensor]) -> GradientScan:
+        """The scan of gradients of which not all are plain.
 
         The norm of a wrapper subclass, or of what cannot be read at all, is torch's.
         """
-        found = readable.scan(gradients)
         rows = dict(zip(reversed(found.owners), reversed(range(len(found.owners))), strict=True))  # the first of each
         for position, row in rows.items():
             if readable.is_wrapper(gradients[position]):
@@ -124,9 +118,9 @@ class Gradients:
 
     def multiply(self, gradients: list[torch.Tensor], factor: float) -> None:
         """Multiplies the gradients just collected."""
-        if self._are_plain and gradients:
+        if self._reader.are_plain and gradients:
             torch._foreach_mul_(gradients, factor)
-        elif gradients:
+        else:
             for gradient in gradients:  # of a sparse one the values; a wrapper subclass has its own way
                 gradient.mul_(factor)
 
@@ -156,7 +150,7 @@ class Gradients:
 
     def _remember(self, held: list[torch.Tensor], gradients: list[torch.Tensor]) -> None:
         self._held = held
-        self._are_plain = all(map(is_plain, gradients))
+        self._reader.are_plain = all(map(is_plain, gradients))
         self.has_unknown = not all(parameter in self._positions for parameter in held)
         self._pieces = [self._piece(parameter) for parameter in held]
         if self.sharded and held:
@@ -165,10 +159,7 @@ class Gradients:
 
     def _state_piece(self, part: _StatePart) -> Piece:
         piece = self._piece(part.parameter)
-        step, rest = divmod(local(part.parameter).numel(), max(1, part.tensor.numel()))
-        if piece is PADDING or (step == 1 and not rest):
-            return piece
-        return Piece(piece.parameter, piece.start, 1, 0 if rest else step)  # a scale of several adjacent elements
+        return piece if piece is PADDING else state_piece(piece, local(part.parameter).numel(), part.tensor.numel())
 
     def _piece(self, parameter: torch.Tensor) -> Piece:
         if parameter not in self._positions or (self.sharded and not counts_here(parameter)):
@@ -185,15 +176,9 @@ class _StatePart(NamedTuple):
 
 
 def _state_parts(optimizer: torch.optim.Optimizer) -> Iterator[_StatePart]:
-    """The tensors of an optimizer's state with a number for each element of a parameter, or for several.
-
-    A step count is none, nor is a state of all parameters that is kept with the first (LBFGS).
-    """
     for parameter in itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups):
-        for name, value in optimizer.state.get(parameter, {}).items():
-            for key, tensor in tensors_in(str(name), value):
-                if tensor.shape == parameter.shape or (tensor.dim() > 0 and tensor.numel() <= parameter.numel()):
-                    yield _StatePart(key, local(tensor), parameter)
+        for key, tensor in state_tensors(optimizer, parameter):
+            yield _StatePart(key, local(tensor), parameter)
 
 
 def trained(optimizer: torch.optim.Optimizer) -> Iterator[tuple[torch.Tensor, str]]:

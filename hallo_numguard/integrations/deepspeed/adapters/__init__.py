@@ -25,12 +25,11 @@ ADAPTERS: tuple[type[OptimizerAdapter], ...] = (
 )
 
 
-def adapter_for(optimizer: Any, positions: Positions) -> OptimizerAdapter:
-    """Returns the adapter of an engine's optimizer.
+def adapter_class(optimizer: Any) -> type[OptimizerAdapter]:
+    """Returns the class of adapters of an engine's optimizer.
 
     Args:
         optimizer: `engine.optimizer`.
-        positions: Position in the guard's list, by parameter.
 
     Raises:
         UnsupportedDeepSpeed: If the class is unknown, or configured in a way that the guard does not work with.
@@ -42,4 +41,17 @@ def adapter_for(optimizer: Any, positions: Positions) -> OptimizerAdapter:
             f"the guard does not know {type(optimizer).__name__}; it works with ZeRO stages 0 to 3 ({names})"
         )
     found.check_supported(optimizer)
-    return found(optimizer, positions)
+    return found
+
+
+def adapter_for(optimizer: Any, positions: Positions) -> OptimizerAdapter:
+    """Returns the adapter of an engine's optimizer.
+
+    Args:
+        optimizer: `engine.optimizer`.
+        positions: Position in the guard's list, by parameter.
+
+    Raises:
+        UnsupportedDeepSpeed: As `adapter_class`.
+    """
+    return adapter_class(optimizer)(optimizer, positions)

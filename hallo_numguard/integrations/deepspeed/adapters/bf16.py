@@ -24,6 +24,7 @@ class Bf16Adapter(OptimizerAdapter):
     """`BF16_Optimizer`: every rank holds all of the gradients, and a slice of the state."""
 
     class_names = ("BF16_Optimizer",)
+    groups_attribute = "bf16_groups"
     required_attributes = ("bf16_groups", "dp_process_group", "fp32_groups_gradients_flat")
     state_is_sliced = True
 
@@ -48,7 +49,7 @@ class Bf16Adapter(OptimizerAdapter):
 
     def state_parts(self) -> Iterator[Part]:
         """Yields this rank's slices of the moments and master copies."""
-        return linked_parts(self.optimizer.optimizer, self.optimizer.fp32_groups_flat_partition, self.positions)
+        return linked_parts(self, self.optimizer.fp32_groups_flat_partition)
 
     def replace_passes(self, patches: MethodPatches) -> None:
         """Replaces nothing: the norm is a function of DeepSpeed's module, which cannot be replaced on an instance."""

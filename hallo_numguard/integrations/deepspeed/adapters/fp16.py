@@ -17,8 +17,6 @@ from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import (
     OptimizerAdapter,
     Part,
     Release,
-    moments,
-    whole_parts,
 )
 from hallo_numguard.integrations.patches import MethodPatches
 
@@ -26,12 +24,13 @@ from hallo_numguard.integrations.patches import MethodPatches
 class _Fp16Adapter(OptimizerAdapter):
     """Common base: every rank holds all of the gradients and of the state."""
 
+    groups_attribute = "fp16_groups"
     required_attributes = ("_update_scale", "fp16_groups", "overflow")
     state_is_sliced = False
 
     def gradient_source(self) -> GradientSource:
         """Returns the whole `parameter.grad` of each parameter."""
-        return ParameterGradients(self.optimizer.fp16_groups, self.positions)
+        return ParameterGradients(lambda: self.optimizer.fp16_groups, self.positions)
 
     def loss_scaling(self) -> LossScaling:
         """Returns the state of the optimizer's loss scaler."""
@@ -69,7 +68,7 @@ class Fp16FusedAdapter(_Fp16Adapter):
         """Yields each parameter's part of the flat moments and master copies."""
         optimizer = self.optimizer
         for flat, parameters in zip(optimizer.fp32_groups_flat, optimizer.fp16_groups, strict=True):
-            tensors = [flat, *moments(optimizer.optimizer, flat)]
+            tensors = [flat, *self.flat_moments(optimizer.optimizer, flat)]
             begin = 0
             for parameter in parameters:
                 end = begin + parameter.numel()
@@ -88,4 +87,4 @@ class Fp16UnfusedAdapter(_Fp16Adapter):
         for masters, parameters in zip(self.optimizer.fp32_groups, self.optimizer.fp16_groups, strict=True):
             for master, parameter in zip(masters, parameters, strict=True):
                 position = self.positions[parameter]
-                yield from whole_parts(self.optimizer.optimizer, master, position, is_master=True)
+                yield from self.whole_parts(self.optimizer.optimizer, master, position, is_master=True)

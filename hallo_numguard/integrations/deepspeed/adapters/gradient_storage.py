@@ -14,8 +14,9 @@ import torch
 from hallo_numguard.core.errors import UnsupportedDeepSpeed
 from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.parameter_stats import PADDING, Piece
+from hallo_numguard.guard.readable import Reader
 from hallo_numguard.integrations.deepspeed.version import unknown_layout
-from hallo_numguard.ops.api import multi_tensor_stats, tensor_stats
+from hallo_numguard.ops.api import tensor_stats
 from hallo_numguard.ops.layout import Layout
 from hallo_numguard.ops.table import StatsTable
 
@@ -48,23 +49,32 @@ class GradientSource(Protocol):
 
 
 class ParameterGradients:
-    """`parameter.grad`, averaged over the ranks: stage 0."""
+    """`parameter.grad`, averaged over the ranks: stage 0.
+
+    Args:
+        groups: Returns the optimizer's parameters, by group.
+        positions: Position in the guard's list, by parameter. Of parameters that are not there, added to the optimizer
+            later, only the totals are known.
+    """
 
     is_sliced = False
 
-    def __init__(self, groups: Iterable[Sequence[torch.Tensor]], positions: Positions) -> None:
-        self._parameters = [parameter for group in groups for parameter in group]
-        self._positions = [positions[parameter] for parameter in self._parameters]
+    def __init__(self, groups: Callable[[], Iterable[Sequence[torch.Tensor]]], positions: Positions) -> None:
+        self._groups = groups
+        self._positions = positions
+        self._reader = Reader()
 
     def scan(self) -> ScannedPieces:
-        """Reads the gradients that exist."""
-        held = [
-            (parameter.grad, position)
-            for parameter, position in zip(self._parameters, self._positions, strict=True)
-            if parameter.grad is not None
-        ]
-        table = multi_tensor_stats([gradient for gradient, _ in held])
-        return ScannedPieces(table, [Piece(position, 0) for _, position in held])
+        """Reads the gradients that exist; sparse ones by their values."""
+        parameters = itertools.chain.from_iterable(self._groups())
+        held = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
+        found = self._reader.scan([gradient for _, gradient in held])
+        pieces = [self._piece(held[owner][0]) for owner in found.owners]
+        return ScannedPieces(found.table, pieces)
+
+    def _piece(self, parameter: torch.Tensor) -> Piece:
+        position = self._positions.get(parameter)
+        return PADDING if position is None else Piece(position, 0)
 
     def drop(self) -> None:
         """Does nothing: the optimizer has set the gradients to None."""

@@ -5,22 +5,24 @@ from __future__ import annotations
 import contextlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 
 from hallo_numguard.core.errors import UnsupportedDeepSpeed
+from hallo_numguard.guard import readable
 from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.loss_scaling import LossScaling
+from hallo_numguard.guard.optimizer_state import state_piece, state_tensors
 from hallo_numguard.guard.parameter_stats import Piece
+from hallo_numguard.guard.readable import UncheckedTensors, is_plain
 from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import GradientSource, Positions
 from hallo_numguard.integrations.deepspeed.version import is_instance_of, require
 from hallo_numguard.integrations.patches import MethodPatches
-from hallo_numguard.ops.api import multi_tensor_stats
 
 Part = tuple[torch.Tensor, Piece]
-"""A flat tensor, and the piece of a parameter that it belongs to."""
+"""A tensor, and the piece of a parameter that it belongs to."""
 
 Release = tuple[int, ...]
 
@@ -34,12 +36,15 @@ class OptimizerAdapter(ABC):
 
     Attributes:
         class_names: Names of the class, or of its bases.
+        groups_attribute: Attribute with the lists of parameters that it trains, one per group.
         required_attributes: Attributes without which the guard cannot work.
         unsupported_features: Features that the guard does not work with, by the attribute that is set for each.
         state_is_sliced: Whether the ranks hold slices of the optimizer's state; else each holds all of it.
+        unchecked: Takes the tensors of the state that are not read.
     """
 
     class_names: ClassVar[tuple[str, ...]]
+    groups_attribute: ClassVar[str]
     required_attributes: ClassVar[tuple[str, ...]]
     unsupported_features: ClassVar[Mapping[str, str]] = {
         "has_moe_layers": "mixture-of-experts layers",
@@ -52,6 +57,7 @@ class OptimizerAdapter(ABC):
         self.optimizer = optimizer
         self.positions = positions
         self.scan: ScannedPieces | None = None  # of the step under way
+        self.unchecked = UncheckedTensors()
 
     @classmethod
     def is_for(cls, optimizer: Any) -> bool:
@@ -67,6 +73,12 @@ class OptimizerAdapter(ABC):
                 raise UnsupportedDeepSpeed(f"the guard does not work with {feature} yet")
         if getattr(optimizer, "model_parallel_world_size", 1) > 1:
             raise UnsupportedDeepSpeed("the guard does not work with model parallelism yet")
+
+    @classmethod
+    def parameter_groups(cls, optimizer: Any) -> Iterable[Sequence[torch.Tensor]]:
+        """Returns the parameters that `optimizer` trains, by group."""
+        groups: Iterable[Sequence[torch.Tensor]] = getattr(optimizer, cls.groups_attribute)
+        return groups
 
     # -- gradients, loss scaling, state ------------------------------------------------------------------------------
 
@@ -97,8 +109,37 @@ class OptimizerAdapter(ABC):
         before, or memory was damaged.
         """
         parts = list(self.state_parts())
-        table = multi_tensor_stats([tensor.detach() for tensor, _ in parts])
-        return ScannedPieces(table, [piece for _, piece in parts])
+        found = readable.scan([tensor for tensor, _ in parts])
+        return ScannedPieces(found.table, [parts[owner][1] for owner in found.owners])
+
+    def flat_moments(self, optimizer: Any, flat: torch.Tensor) -> list[torch.Tensor]:
+        """Returns the tensors of a torch optimizer's state that are as large as a flat tensor; a step count is not."""
+        found = []
+        for name, value in optimizer.state.get(flat, {}).items():
+            if not isinstance(value, torch.Tensor) or value.numel() != flat.numel():
+                continue
+            if is_plain(value):
+                found.append(value)
+            elif not self.unchecked.add_if_unread(f"{name} of the flat parameters", value):
+                self.unchecked.add(f"{name} of the flat parameters", value, "their parts are not known by parameter")
+        return found
+
+    def whole_parts(self, optimizer: Any, key: torch.Tensor, position: int | None, is_master: bool) -> Iterator[Part]:
+        """Yields the state of a whole parameter, and `key` itself if it is a master copy.
+
+        Args:
+            optimizer: The torch optimizer inside.
+            key: Parameter of that optimizer.
+            position: Position in the guard's list; None if it is not there.
+            is_master: Whether `key` is a copy of the parameter.
+        """
+        if position is None:
+            return
+        if is_master:
+            yield key, Piece(position, 0)
+        for name, value in state_tensors(optimizer, key):
+            if not self.unchecked.add_if_unread(f"{name} of parameter {position}", value):
+                yield value, state_piece(Piece(position, 0), key.numel(), value.numel())
 
     # -- replace mode: the guard's pass over the gradients stands in for DeepSpeed's own -----------------------------
     #
@@ -125,38 +166,22 @@ class OptimizerAdapter(ABC):
         self.scan = None
 
 
-def moments(optimizer: Any, key: torch.Tensor) -> list[torch.Tensor]:
-    """Returns the tensors of a torch optimizer's state that are as large as `key`; a step count is not."""
-    return [
-        value
-        for value in optimizer.state.get(key, {}).values()
-        if isinstance(value, torch.Tensor) and value.numel() == key.numel() and value.is_floating_point()
-    ]
-
-
-def whole_parts(optimizer: Any, key: torch.Tensor, position: int, is_master: bool) -> Iterator[Part]:
-    """Yields the moments of a whole parameter, and `key` itself if it is a master copy."""
-    for tensor in ([key] if is_master else []) + moments(optimizer, key):
-        yield tensor.view(-1), Piece(position, 0)
-
-
-def linked_parts(optimizer: Any, flats: Any, positions: Positions) -> Iterator[Part]:
+def linked_parts(adapter: OptimizerAdapter, flats: Any) -> Iterator[Part]:
     """Yields state by DeepSpeed's links from parameters to fragments of flat master partitions.
 
     Args:
-        optimizer: The torch optimizer inside.
+        adapter: Adapter of an optimizer that has a torch optimizer inside.
         flats: Flat float32 partitions, one per parameter group.
-        positions: Position in the guard's list, by parameter.
 
     Source: deepspeed/utils/tensor_fragment.py.
     """
-    for parameter, position in positions.items():
+    for parameter, position in adapter.positions.items():
         link: Any = getattr(parameter, "_hp_mapping", None)
         if link is None:
             continue
         flat = flats[link.param_group_index]
         begin, size = int(link.hp_fragment_address.start), int(link.hp_fragment_address.numel)
-        for tensor in [flat, *moments(optimizer, flat)]:
+        for tensor in [flat, *adapter.flat_moments(adapter.optimizer.optimizer, flat)]:
             yield tensor.view(-1)[begin : begin + size], Piece(position, int(link.lp_fragment_address.start))
 
 

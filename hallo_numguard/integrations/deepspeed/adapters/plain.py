@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -16,7 +17,7 @@ from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
 from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import GradientSource, ParameterGradients
-from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import OptimizerAdapter, Part, whole_parts
+from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import OptimizerAdapter, Part
 from hallo_numguard.integrations.deepspeed.adapters.replaced_norms import norm_of
 from hallo_numguard.integrations.patches import MethodPatches
 
@@ -25,13 +26,18 @@ class PlainAdapter(OptimizerAdapter):
     """Any `torch.optim.Optimizer`: every rank holds all of the gradients and of the state."""
 
     class_names = ("Optimizer",)
+    groups_attribute = "param_groups"
     required_attributes = ("param_groups",)
     state_is_sliced = False
 
+    @classmethod
+    def parameter_groups(cls, optimizer: Any) -> Iterable[Sequence[torch.Tensor]]:
+        """Returns the parameters that `optimizer` trains, by group."""
+        return [group["params"] for group in optimizer.param_groups]
+
     def gradient_source(self) -> GradientSource:
         """Returns the whole `parameter.grad` of each parameter."""
-        groups = [group["params"] for group in self.optimizer.param_groups]
-        return ParameterGradients(groups, self.positions)
+        return ParameterGradients(lambda: self.parameter_groups(self.optimizer), self.positions)
 
     def loss_scaling(self) -> LossScaling:
         """Returns that nothing is scaled."""
@@ -39,8 +45,8 @@ class PlainAdapter(OptimizerAdapter):
 
     def state_parts(self) -> Iterator[Part]:
         """Yields the moments of each parameter."""
-        for parameter in itertools.chain.from_iterable(group["params"] for group in self.optimizer.param_groups):
-            yield from whole_parts(self.optimizer, parameter, self.positions[parameter], is_master=False)
+        for parameter in itertools.chain.from_iterable(self.parameter_groups(self.optimizer)):
+            yield from self.whole_parts(self.optimizer, parameter, self.positions.get(parameter), is_master=False)
 
     def replace_passes(self, patches: MethodPatches) -> None:
         """Replaces nothing here: the guard calls `clip` in place of the engine's clipping."""

@@ -43,6 +43,7 @@ class Zero12Adapter(OptimizerAdapter):
     """`DeepSpeedZeroOptimizer`: every rank holds slices of the reduced gradients."""
 
     class_names = ("DeepSpeedZeroOptimizer",)
+    groups_attribute = "bit16_groups"
     required_attributes = (
         "_update_scale",
         "averaged_gradients",
@@ -68,8 +69,7 @@ class Zero12Adapter(OptimizerAdapter):
 
     def state_parts(self) -> Iterator[Part]:
         """Yields this rank's slices of the moments and master copies."""
-        flats = self.optimizer.single_partition_of_fp32_groups
-        return linked_parts(self.optimizer.optimizer, flats, self.positions)
+        return linked_parts(self, self.optimizer.single_partition_of_fp32_groups)
 
     def checks_overflow(self) -> bool:
         """Returns whether overflows, or bad norms in their place, skip the step."""

@@ -23,7 +23,6 @@ from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import (
     OptimizerAdapter,
     Part,
     attribute_set,
-    moments,
     takes_bad_norm_for_overflow,
     zero_loss_scaling,
 )
@@ -37,6 +36,7 @@ class Zero3Adapter(OptimizerAdapter):
     """`DeepSpeedZeroOptimizer_Stage3`: every rank holds a slice of each parameter, its gradient and its state."""
 
     class_names = ("DeepSpeedZeroOptimizer_Stage3",)
+    groups_attribute = "fp16_groups"
     required_attributes = (
         "_update_scale",
         "dp_process_group",
@@ -79,7 +79,7 @@ class Zero3Adapter(OptimizerAdapter):
         for flat, parameters in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
             if flat is None:
                 continue
-            tensors = [flat, *moments(optimizer.optimizer, flat)]
+            tensors = [flat, *self.flat_moments(optimizer.optimizer, flat)]
             begin = 0
             for parameter in parameters:
                 mine = slice_of(parameter)
