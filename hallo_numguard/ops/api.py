@@ -101,3 +101,5 @@ def check_has_data(tensor: torch.Tensor, where: str = "") -> None:
         raise InvalidInput(f"expected a tensor{where}, got {type(tensor).__name__}")
     if tensor.is_meta:
         raise InvalidInput(f"expected a tensor with data{where}, got one on the meta device")
+    if tensor.is_nested:
+        raise InvalidInput(f"expected a dense tensor{where}, got a nested one; pass its components instead")

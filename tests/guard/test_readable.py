@@ -7,12 +7,11 @@ import math
 import pytest
 import torch
 from torch import nn
+from unusual_tensors import Frozen, Labelled, Opaque, Quantized
 
 from hallo_numguard.guard import readable
 from hallo_numguard.guard.named_tensors import NamedTensor, named_buffers, scan_tensors
 from hallo_numguard.guard.readable import UncheckedTensors
-
-from unusual_tensors import Frozen, Labelled, Opaque, Quantized
 
 NAN = float("nan")
 

@@ -60,6 +60,8 @@ class Opaque(torch.Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch.ops.aten.detach.default:
+            return cls(args[0].inner)
         raise NotImplementedError(f"{function} of an opaque tensor")
 
 
