@@ -417,11 +417,11 @@ class Session:
         self.probes.run("scan of the weights", self._inspect_weights, when)
 
     def _inspect_weights(self, when: str) -> None:
+        self._model.note_unchecked()
         found = list(self._collector.inspect())
         self.save_gate.remember(when, [offender for offender, _ in found])
         for offender, is_mine in found:
             self._report_weight(offender, when, is_mine)
-        self._model.note_unchecked()
         self._note_unchecked()
 
     def _report_weight(self, offender: Offender, when: str, is_mine: bool) -> None:

@@ -84,6 +84,11 @@ def trained_by(model: nn.Module) -> list[Any]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def adamw(groups: list[Any]) -> torch.optim.Optimizer:
+    """Returns an AdamW."""
+    return torch.optim.AdamW(groups, lr=1e-3)
+
+
 def make_engine(
     setup: str = "fp16",
     scale_power: int = 8,
@@ -91,6 +96,7 @@ def make_engine(
     offload: bool = False,
     model: nn.Module | None = None,
     groups_of: Callable[[nn.Module], list[Any]] = trained_by,
+    optimizer_of: Callable[[list[Any]], torch.optim.Optimizer] = adamw,
     **config: Any,
 ) -> Any:
     """Returns an engine.
@@ -104,6 +110,7 @@ def make_engine(
         offload: Whether the optimizer's state lies on the CPU.
         model: A `Model` if left out.
         groups_of: Makes the optimizer's parameters or groups of the model.
+        optimizer_of: Makes the optimizer of them.
         config: More of DeepSpeed's configuration.
     """
     single_process_environment()
@@ -133,7 +140,7 @@ def make_engine(
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if stage == 3:  # so that small parameters stay whole, and others do not
         settings["zero_optimization"]["stage3_param_persistence_threshold"] = 30
-    optimizer = torch.optim.AdamW(groups_of(model), lr=1e-3)
+    optimizer = optimizer_of(groups_of(model))
     with pytest.MonkeyPatch.context() as patch:
         if setup.endswith("_fused"):
             patch.setattr("deepspeed.runtime.engine.FusedAdam", torch.optim.AdamW)

@@ -75,6 +75,7 @@ class DeepSpeedGuard(Guard):
         groups = adapter_class(engine.optimizer).parameter_groups(engine.optimizer)
         parameters = parameters_of(engine.module, groups)
         self._adapter = adapter_for(engine.optimizer, {item.tensor: at for at, item in enumerate(parameters)})
+        self._adapter.names = [item.name for item in parameters]
         self._gradients = self._adapter.gradient_source()
         self._ranks = Ranks(getattr(self._optimizer, "dp_process_group", None))
         model = GuardedModel(
@@ -215,7 +216,9 @@ class DeepSpeedGuard(Guard):
         if not self._replaces or self._scanned_early is None or self._engine.mpu is not None:
             return original()
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-        if len(gradients) != len(self._scanned_early.table):  # the optimizer has others: DeepSpeed clips the model's
+        # DeepSpeed clips the model's parameters, which need not be the optimizer's, and leaves sparse gradients as
+        # they are.
+        if len(gradients) != len(self._scanned_early.table) or any(gradient.is_sparse for gradient in gradients):
             return original()
         return clip(self._scanned_early, gradients, float(self._engine.gradient_clipping()), self._ranks)
 

@@ -41,6 +41,7 @@ class OptimizerAdapter(ABC):
         unsupported_features: Features that the guard does not work with, by the attribute that is set for each.
         state_is_sliced: Whether the ranks hold slices of the optimizer's state; else each holds all of it.
         unchecked: Takes the tensors of the state that are not read.
+        names: Names of the parameters in the guard's list, for `unchecked`.
     """
 
     class_names: ClassVar[tuple[str, ...]]
@@ -58,6 +59,7 @@ class OptimizerAdapter(ABC):
         self.positions = positions
         self.scan: ScannedPieces | None = None  # of the step under way
         self.unchecked = UncheckedTensors()
+        self.names: Sequence[str] = ()
 
     @classmethod
     def is_for(cls, optimizer: Any) -> bool:
@@ -137,8 +139,9 @@ class OptimizerAdapter(ABC):
             return
         if is_master:
             yield key, Piece(position, 0)
+        parameter = self.names[position] if position < len(self.names) else f"parameter {position}"
         for name, value in state_tensors(optimizer, key):
-            if not self.unchecked.add_if_unread(f"{name} of parameter {position}", value):
+            if not self.unchecked.add_if_unread(f"{name} of {parameter}", value):
                 yield value, state_piece(Piece(position, 0), key.numel(), value.numel())
 
     # -- replace mode: the guard's pass over the gradients stands in for DeepSpeed's own -----------------------------
