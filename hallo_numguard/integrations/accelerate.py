@@ -28,6 +28,7 @@ from hallo_numguard.integrations.torch_optim.clipping import clip_by_wide_norm, 
 from hallo_numguard.integrations.torch_optim.grad_scaler import has_unscaled, scale_of
 from hallo_numguard.integrations.torch_optim.model_hooks import Named, inner
 from hallo_numguard.integrations.torch_optim.optimizer_guard import GradientCheck, OptimizerGuard
+from hallo_numguard.integrations.torch_optim.parameter_gradients import trained
 from hallo_numguard.integrations.torch_optim.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -246,16 +247,16 @@ def _plain(optimizer: Any) -> torch.optim.Optimizer:
 
 
 def _named(accelerator: Any, optimizer: torch.optim.Optimizer) -> Named:
-    """The model that the optimizer trains. Of several models the named parameters, without observed calls."""
-    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    models = [
-        model for model in accelerator._models if any(id(parameter) in trained for parameter in model.parameters())
-    ]
-    if not models:
+    """The model that the optimizer trains. Of several models, or none, named parameters, without observed calls."""
+    ids = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    models = [model for model in accelerator._models if any(id(parameter) in ids for parameter in model.parameters())]
+    if not accelerator._models:
         raise InvalidInput(
             "this Accelerator has prepared no model that its optimizer trains: call attach() after "
             "accelerator.prepare(model, optimizer)"
         )
+    if not models:  # loss weights with an optimizer of their own
+        return [(name, parameter) for parameter, name in trained(optimizer)]
     if len(models) == 1:
         return models[0]
     return [(f"{at}.{name}", tensor) for at, model in enumerate(models) for name, tensor in model.named_parameters()]
