@@ -139,7 +139,7 @@ class OptimizerAdapter(ABC):
             return
         if is_master:
             yield key, Piece(position, 0)
-        parameter = self.names[position] if position < len(self.names) else f"parameter {position}"
+        parameter = self.names[position] if 0 <= position < len(self.names) else f"parameter {position}"
         for name, value in state_tensors(optimizer, key):
             if not self.unchecked.add_if_unread(f"{name} of {parameter}", value):
                 yield value, state_piece(Piece(position, 0), key.numel(), value.numel())
