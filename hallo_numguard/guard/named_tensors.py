@@ -140,7 +140,7 @@ class ReadyOrder:
     def learn(self, parameters: Sequence[NamedTensor]) -> None:
         """Hooks every parameter that takes gradients, until `stop` is called."""
         for position, item in enumerate(parameters):
-            if item.tensor.requires_grad and item.tensor.is_leaf:
+            if item.tensor.requires_grad and item.tensor.is_leaf and not is_lazy(item.tensor):
                 self._handles.append(item.tensor.register_post_accumulate_grad_hook(self._recorder(position)))
 
     def stop(self) -> None:

@@ -36,6 +36,7 @@ Place = Callable[[torch.Tensor], torch.Tensor]
 MAX_DEPTH = 4  # of tensors inside of tensors
 MAX_NAMES = 3  # in a finding, of one reason
 HOLDS_INTEGERS = "they hold integers"
+NOT_INITIALIZED = "they are not initialized yet"
 
 _COMPRESSED = (torch.sparse_csr, torch.sparse_csc, torch.sparse_bsr, torch.sparse_bsc)
 
@@ -239,7 +240,7 @@ def reason_unread(tensor: torch.Tensor) -> str:
     if tensor.is_meta:
         return "they are on the meta device, without data"
     if is_lazy(tensor):
-        return "they are not initialized yet"
+        return NOT_INITIALIZED
     if holds_integers(tensor):
         return HOLDS_INTEGERS
     if type(tensor) not in (torch.Tensor, nn.Parameter):
@@ -277,11 +278,11 @@ class UncheckedTensors:
     def finding(self) -> Finding | None:
         """Returns the finding on what was added since the last; None if nothing was.
 
-        Integers cannot go non-finite: they alone are no more than an information.
+        Integers cannot go non-finite, and lazy parameters are read later: they alone are no more than an information.
         """
         if not self._fresh:
             return None
-        severity = "info" if set(self._fresh) == {HOLDS_INTEGERS} else "warning"
+        severity = "info" if set(self._fresh) <= {HOLDS_INTEGERS, NOT_INITIALIZED} else "warning"
         message = "; ".join(_not_checked(names, reason) for reason, names in self._fresh.items())
         self._fresh = {}
         return Finding("not_checked", message, severity=severity)

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from hallo_numguard.guard import readable
 from hallo_numguard.guard.containment import Probes
@@ -115,7 +116,7 @@ class LocalGradients:
 
     def _hook(self, begin: int) -> None:
         for position, item in enumerate(self._parameters[begin:], begin):
-            if item.tensor.requires_grad:
+            if item.tensor.requires_grad and not is_lazy(item.tensor):
                 self._handles.append(item.tensor.register_hook(self._scan_hook(position)))
 
     def _scan_hook(self, position: int) -> Callable[[torch.Tensor], None]:
