@@ -115,6 +115,7 @@ class Session:
         self._warnings = EarlyWarnings(model.parameters, self._batch, self._note)
         self._collector = EvidenceCollector(model, ranks, self._batch, self._recorder, self._local_gradients)
         self._skipped = 0  # steps in a row
+        self._alarms = 0  # findings that are more than an information
         self._unclean = False  # whether this step's gradients were not finite, and not because of the loss scale
         self._to_undo: OverflowReport | None = None
         self._rollbacks = 0
@@ -196,7 +197,7 @@ class Session:
         records = self.probes.run("flight recorder", self._recorder.fresh, wait=not applied) or []
         self.probes.run("early warnings", self._warnings.after_step, applied, records)
         self.probes.run("flight recorder", self._check_applied, records)
-        self.probes.run("trackers", self._feed.write, records, len(self.findings))
+        self.probes.run("trackers", self._feed.write, records, self._alarms)
         self.probes.run("checkpoint keeper", self._update_keeper, applied, records)
         self.probes.run("evidence", self._collector.step_is_over, applied)
         self._note_unchecked()
@@ -354,7 +355,7 @@ class Session:
             keeper.clean_step(last)
 
     def _write_figures(self, wait: bool) -> None:
-        self._feed.write(self._recorder.fresh(wait), len(self.findings))
+        self._feed.write(self._recorder.fresh(wait), self._alarms)
 
     def _check_applied(self, records: Sequence[StepRecord]) -> None:
         """Tells of steps that were applied though their gradients were not finite, and of which there is no report."""
@@ -462,6 +463,7 @@ class Session:
 
     def _note(self, finding: Finding, is_mine: bool | None = None) -> None:
         self.findings.append(finding)
+        self._alarms += finding.severity != "info"
         del self.findings[:-MAX_FINDINGS]
         is_loud = finding.severity != "info" and (self._ranks.speaks if is_mine is None else is_mine)
         _log.log(logging.WARNING if is_loud else logging.INFO, "%s", finding)

@@ -12,9 +12,9 @@ import torch
 from hallo_numguard.guard import readable
 from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.named_tensors import NamedTensor
-from hallo_numguard.guard.optimizer_state import state_piece, state_tensors
 from hallo_numguard.guard.parameter_stats import PADDING, Piece
 from hallo_numguard.guard.readable import Reader, UncheckedTensors, is_plain
+from hallo_numguard.guard.state_tensors import state_piece, state_tensors
 from hallo_numguard.integrations.torch_optim.sharding import counts_here, is_sharded, local, place_of
 from hallo_numguard.ops.table import StatsTable
 

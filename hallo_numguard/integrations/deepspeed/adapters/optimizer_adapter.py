@@ -14,9 +14,9 @@ from hallo_numguard.core.errors import UnsupportedDeepSpeed
 from hallo_numguard.guard import readable
 from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.loss_scaling import LossScaling
-from hallo_numguard.guard.optimizer_state import state_piece, state_tensors
 from hallo_numguard.guard.parameter_stats import Piece
 from hallo_numguard.guard.readable import UncheckedTensors, is_plain
+from hallo_numguard.guard.state_tensors import state_piece, state_tensors
 from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import GradientSource, Positions
 from hallo_numguard.integrations.deepspeed.version import is_instance_of, require
 from hallo_numguard.integrations.patches import MethodPatches
