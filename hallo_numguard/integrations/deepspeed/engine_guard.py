@@ -231,8 +231,19 @@ class DeepSpeedGuard(Guard):
         scaling = self._adapter.loss_scaling()
         step = int(self._engine.global_steps) + 1  # DeepSpeed counts a step when it is over
         scan = self._gradients.scan()
+        if self._gradients.has_unknown:
+            self._session.probes.run("addition of parameters", self._add_parameters)
+            scan = self._gradients.scan()
         self._session.before_step(step, scaling, scan)
         return scan
+
+    def _add_parameters(self) -> None:
+        """Guards the parameters of groups that were added to the optimizer."""
+        positions, groups = self._adapter.positions, self._adapter.parameter_groups(self._optimizer)
+        new = [item for item in parameters_of(self._engine.module, groups) if item.tensor not in positions]
+        self._session.add_parameters(new)
+        positions.update({item.tensor: len(positions) + place for place, item in enumerate(new)})
+        self._adapter.names += [item.name for item in new]
 
     @property
     def _overflowed(self) -> bool:

@@ -154,7 +154,9 @@ def test_a_group_that_is_added_later_is_checked(attach, low_rank):
     before = extra.detach().clone()
     train(engine, [3], extra=extra)
     assert guard.last_report.step == 3
+    assert [item.name for item in guard.last_report.offenders] == ["param_groups[1][0]"]
     assert torch.equal(extra, before)
+    assert [record.step for record in guard.history] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("kind", [("fp32", 0, False), ("fp16", 0, False), ("fp16", 2, False), ("fp32", 3, False)])

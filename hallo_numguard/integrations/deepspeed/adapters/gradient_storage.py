@@ -32,9 +32,11 @@ class GradientSource(Protocol):
 
     Attributes:
         is_sliced: Whether the ranks hold slices; else every rank holds all of them.
+        has_unknown: Whether the gradients just read are in part of parameters that are not in the guard's list.
     """
 
     is_sliced: bool
+    has_unknown: bool
 
     def scan(self) -> ScannedPieces:
         """Reads the gradients once, between the last backward of a step and the optimizer's step."""
@@ -53,11 +55,11 @@ class ParameterGradients:
 
     Args:
         groups: Returns the optimizer's parameters, by group.
-        positions: Position in the guard's list, by parameter. Of parameters that are not there, added to the optimizer
-            later, only the totals are known.
+        positions: Position in the guard's list, by parameter. The optimizer may get others later.
     """
 
     is_sliced = False
+    has_unknown = False
 
     def __init__(self, groups: Callable[[], Iterable[Sequence[torch.Tensor]]], positions: Positions) -> None:
         self._groups = groups
@@ -70,6 +72,7 @@ class ParameterGradients:
         held = [(parameter, parameter.grad) for parameter in parameters if parameter.grad is not None]
         found = self._reader.scan([gradient for _, gradient in held])
         pieces = [self._piece(held[owner][0]) for owner in found.owners]
+        self.has_unknown = PADDING in pieces
         return ScannedPieces(found.table, pieces)
 
     def _piece(self, parameter: torch.Tensor) -> Piece:
@@ -91,6 +94,8 @@ class FlatBuffers:
         copies: Returns other tensors that hold the same gradients.
         wait: Waits for copies that are still on their way to the buffers.
     """
+
+    has_unknown = False
 
     def __init__(
         self,

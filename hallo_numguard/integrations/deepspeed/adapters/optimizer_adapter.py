@@ -59,7 +59,7 @@ class OptimizerAdapter(ABC):
         self.positions = positions
         self.scan: ScannedPieces | None = None  # of the step under way
         self.unchecked = UncheckedTensors()
-        self.names: Sequence[str] = ()
+        self.names: list[str] = []
 
     @classmethod
     def is_for(cls, optimizer: Any) -> bool:

@@ -119,6 +119,7 @@ class PartitionLists:
     """Gradients without offload: scattered tensors, of the same sizes but at new addresses every step."""
 
     is_sliced = True
+    has_unknown = False
 
     def __init__(self, optimizer: Any, positions: Positions) -> None:
         self._optimizer = optimizer
