@@ -70,7 +70,7 @@ class Scan(NamedTuple):
 
 def is_plain(tensor: torch.Tensor) -> bool:
     """Returns whether the kernels can read a tensor as it is."""
-    return nested.is_readable(tensor) and not tensor.is_nested
+    return type(tensor) in (torch.Tensor, nn.Parameter) and nested.is_readable(tensor) and not tensor.is_nested
 
 
 def is_wrapper(tensor: Any) -> bool:
@@ -150,17 +150,12 @@ def _numbers_in_memory(tensor: torch.Tensor, depth: int) -> Iterator[Numbers]:
                 yield Numbers(numbers.values, _after(numbers.place, _line(1, start)))
             start += part.numel()
     elif tensor.is_complex():
-        pairs = torch.view_as_real(_plain_class(tensor).resolve_conj())
+        pairs = torch.view_as_real(nested.as_plain(tensor).resolve_conj())
         yield from (Numbers(numbers.values, lambda index: index // 2) for numbers in _numbers_in(pairs, depth - 1))
     elif tensor.is_floating_point():
-        yield from _numbers_in(_plain_class(tensor), 0)
+        yield from _numbers_in(nested.as_plain(tensor), 0)
     elif type(tensor) not in (torch.Tensor, nn.Parameter):
         yield from _spread(tensor, list(_attached(vars(tensor).values(), 2)), depth)
-
-
-def _plain_class(tensor: torch.Tensor) -> torch.Tensor:
-    with torch._C.DisableTorchFunctionSubclass():
-        return tensor.detach().as_subclass(torch.Tensor)
 
 
 def _numbers_of_sparse(tensor: torch.Tensor, depth: int) -> Iterator[Numbers]:
@@ -220,9 +215,9 @@ def norm_by_torch(tensor: torch.Tensor) -> torch.Tensor:
     return torch.tensor(norm, dtype=torch.float64, device=tensor.device)
 
 
-def readable_tensors_in(name: str, value: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields the tensors in a nested value that hold floating-point numbers, or may; nested tensors by component."""
-    for path, tensor in nested.tensors_in(name, value):
+def readable_tensors(named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the tensors that hold floating-point numbers, or may; nested tensors by component."""
+    for path, tensor in named:
         if is_plain(tensor):
             yield path, tensor
         elif tensor.is_nested and tensor.layout is torch.jagged:

@@ -149,6 +149,7 @@ class Session:
         self._collector = EvidenceCollector(
             self._model, self._ranks, self._batch, self._recorder, self._local_gradients
         )
+        self._collector.start()
         self.inspect_weights("parameters were added")
 
     # -- a step ------------------------------------------------------------------------------------------------------

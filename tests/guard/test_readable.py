@@ -102,10 +102,10 @@ def test_components_of_nested_tensors_are_read():
         found = readable.scan([nested])
         bad = found.table.first_nonfinite
         assert bad[bad >= 0].tolist() == [6]
-    names = [name for name, _ in readable.readable_tensors_in("x", torch.nested.nested_tensor(parts))]
+    names = [name for name, _ in readable.readable_tensors([("x", torch.nested.nested_tensor(parts))])]
     assert names == ["x[0]", "x[1]", "x[2]"]
     jagged = torch.nested.nested_tensor(parts, layout=torch.jagged)
-    assert [name for name, _ in readable.readable_tensors_in("x", jagged)] == ["x.values()"]
+    assert [name for name, _ in readable.readable_tensors([("x", jagged)])] == ["x.values()"]
 
 
 class Blocks(torch.Tensor):
