@@ -10,6 +10,7 @@ from torch import nn
 from unusual_tensors import EightBit, LowRank, Opaque, Quantized
 
 import hallo_numguard as ng
+from hallo_numguard.guard import containment
 
 NAN = float("nan")
 STEPS = 6
@@ -448,3 +449,41 @@ def test_a_first_group_without_parameters():
     optimizer = ng.GuardedOptimizer(torch.optim.AdamW(groups, fused=True), model)
     train(model, optimizer)
     assert len(optimizer.history) == STEPS
+
+
+@pytest.mark.contains_failures
+def test_a_failure_to_add_parameters_costs_their_names_alone(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("planted")
+
+    model, extra = made(LowRank), nn.Parameter(torch.ones(2))
+    inner = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+    optimizer = ng.GuardedOptimizer(inner, model)
+    train(model, optimizer, [1])
+    monkeypatch.setattr(optimizer._guard.session, "add_parameters", fail)
+    optimizer.add_param_group({"params": [extra]})
+    for step, factor in ((2, 1.0), (3, NAN)):
+        optimizer.zero_grad()
+        (model(batch(step)).square().mean() + factor * extra.sum()).backward()
+        optimizer.step()
+    assert [record.applied for record in optimizer.history] == [True, True, False]
+    assert extra.isfinite().all()
+    assert [probe for probe, _ in containment.contained] == ["addition of parameters"]
+
+
+@pytest.mark.contains_failures
+@pytest.mark.parametrize("clip_norm", [None, 0.1])
+def test_a_run_goes_on_if_the_gradients_cannot_be_listed(monkeypatch, clip_norm):
+    def fail(*_):
+        raise RuntimeError("planted")
+
+    model, plain = made(Recommender), made(Recommender)
+    optimizer = ng.GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, clip_norm=clip_norm)
+    train(model, optimizer, [1])
+    monkeypatch.setattr(optimizer._guard._gradients, "collect", fail)
+    train(model, optimizer, [2])
+    monkeypatch.undo()
+    train(plain, ng.GuardedOptimizer(torch.optim.SGD(plain.parameters(), lr=0.1), plain, clip_norm=clip_norm), [1, 2])
+    for left, right in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-9)
+    assert [probe for probe, _ in containment.contained] == ["search for the gradients"]
