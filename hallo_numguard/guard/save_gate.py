@@ -160,8 +160,8 @@ class SaveGate:
     def _weights(self, module: nn.Module | None) -> list[NamedTensor]:
         """The tensors to be written, as they are now: a module may have replaced its buffers."""
         if module is not None:
-            parameters = [item for item in named_parameters(module) if item.tensor.is_floating_point()]
-            return [*(self._items.get(item.tensor, item) for item in parameters), *_persistent_buffers(module)]
+            parameters = [self._items.get(item.tensor, item) for item in named_parameters(module)]
+            return [*parameters, *_persistent_buffers(module)]
         guarded = self._model.module
         return [*self._model.parameters, *([] if guarded is None else _persistent_buffers(guarded))]
 

@@ -255,7 +255,9 @@ class _Updates:
 
     def __init__(self, parameters: Sequence[NamedTensor]) -> None:
         self._parameters = parameters
-        trained = [(at, item) for at, item in enumerate(parameters) if item.tensor.requires_grad and is_plain(item.held()[0])]
+        trained = [
+            (at, item) for at, item in enumerate(parameters) if item.tensor.requires_grad and is_plain(item.held()[0])
+        ]
         halves = {at for at, item in trained if item.tensor.dtype in (torch.float16, torch.bfloat16)}
         matrices = {at for at, item in trained if len(item.whole_shape) > 1}
         self.positions = [at for at, _ in trained if at in matrices or at in halves]

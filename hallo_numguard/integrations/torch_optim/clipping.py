@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from hallo_numguard.guard.readable import is_plain
 from hallo_numguard.ops.api import multi_tensor_stats
 
 EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
@@ -26,8 +27,11 @@ def clip_by_wide_norm(gradients: Sequence[torch.Tensor], max_norm: float) -> tor
     """Clips finite gradients whose norm torch finds infinite, which it would multiply by 0. Synchronises.
 
     Returns:
-        Their norm in float64; None if torch's norm is finite, or a gradient is not: then nothing is done.
+        Their norm in float64; None if torch's norm is finite, or a gradient is not, or is no plain tensor: then nothing
+        is done.
     """
+    if not all(map(is_plain, gradients)):
+        return None
     norms = [torch.linalg.vector_norm(gradient).to(gradients[0].device) for gradient in gradients]
     if torch.linalg.vector_norm(torch.stack(norms)).isfinite():
         return None
