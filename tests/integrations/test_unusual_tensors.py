@@ -211,3 +211,16 @@ def test_a_lightning_module_with_frozen_integers_that_unfreezes_a_part(tmp_path)
         INTEGERS.replace("base", "net.base")
     ]
     assert all(parameter.isfinite().all() for parameter in trained(module))
+
+
+def test_saves_with_frozen_integers_pass_the_gate(tmp_path):
+    callback = ng.integrations.NumGuardCallback()
+    trainer = trainer_of(WithLoss(), tmp_path, [callback], save_strategy="steps", save_steps=2)
+    trainer.train()
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-5",
+    ]
+    assert callback.last_report is None
+    assert [finding.kind for finding in callback.findings] == ["not_checked"]
