@@ -125,9 +125,11 @@ class SaveGate:
         return self._ranks.size > 1 and not self.all_left
 
     def remember(self, when: str, offenders: Iterable[Offender]) -> None:
-        """Remembers what was not finite when the run was attached, or loaded."""
+        """Remembers what was not finite when the run was attached, or loaded: the offenders, and any buffer."""
         self._when = when
-        self._known = {(offender.kind, offender.name): _values(offender) for offender in offenders}
+        buffers = [] if self._model.module is None else _persistent_buffers(self._model.module)
+        found = [*offenders, *self._offenders(buffers)]
+        self._known = {(offender.kind, offender.name): _values(offender) for offender in found}
 
     @contextlib.contextmanager
     def passed(self, save: Save) -> Iterator[None]:
@@ -203,14 +205,16 @@ class SaveGate:
     def _read_weights(
         self, weights: Sequence[NamedTensor], last_report: OverflowReport | None
     ) -> tuple[list[Offender], list[Offender]]:
-        stats = scan_tensors(weights)
         legal: list[Offender] = []
         bad: list[Offender] = []
-        for position in stats.bad_positions():
-            offender = weights[position].offender(stats, position, self._ranks.rank)
+        for offender in self._offenders(weights):
             was_so = self._was_so(offender) and not is_blamed(offender, last_report)
             (legal if was_so or is_mask(offender) else bad).append(offender)
         return legal, bad
+
+    def _offenders(self, tensors: Sequence[NamedTensor]) -> list[Offender]:
+        stats = scan_tensors(tensors)
+        return [tensors[at].offender(stats, at, self._ranks.rank) for at in stats.bad_positions()]
 
     def _read_state(self, legal: dict[str, Offender]) -> tuple[list[Offender], list[Offender], int]:
         """Legal and bad tensors of the optimizer's state, and the number of all.

@@ -421,10 +421,10 @@ class Session:
     def _inspect_weights(self, when: str) -> None:
         self._model.note_unchecked()
         found = list(self._collector.inspect())
-        self.save_gate.remember(when, [offender for offender, _ in found])
         for offender, is_mine in found:
             self._report_weight(offender, when, is_mine)
         self._note_unchecked()
+        self.save_gate.remember(when, [offender for offender, _ in found])
 
     def _report_weight(self, offender: Offender, when: str, is_mine: bool) -> None:
         message = f"{offender}, seen when {when}. {_OUTLOOK[offender.kind]}"
