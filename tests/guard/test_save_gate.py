@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -189,6 +192,13 @@ def test_a_check_that_fails_saves_all_the_same(tmp_path):
     with torch.no_grad():
         run.model.norm.weight[3] = NAN
     assert len(run.save()) == 1
+
+
+def test_a_copy_of_a_keeper_has_no_guard(tmp_path):
+    run = Run(tmp_path)
+    assert len(run.keeper.save_gates) == 1
+    assert pickle.loads(pickle.dumps(run.keeper)).save_gates == []
+    assert len(copy.deepcopy(run.optimizer)._config.keeper.save_gates) == 2  # the same keeper, of both
 
 
 def test_the_keeper_of_another_run_is_left_alone(tmp_path):

@@ -242,6 +242,36 @@ print("done")
 """
 
 
+SHARDED = """
+import os
+import torch
+import lightning.pytorch as pl
+import hallo_numguard as ng
+from frameworks import FRAMEWORKS
+
+class Saves(pl.Callback):
+    def on_train_batch_end(self, trainer, module, *_):
+        if trainer.global_step == 2 and os.environ["RANK"] == "1":
+            with torch.no_grad():
+                module.net.norm.weight.to_local()[3] = float("nan")
+        trainer.save_checkpoint(f"OUT/{trainer.global_step}")
+
+lightning = FRAMEWORKS["lightning"]
+run = lightning.train(lightning.faulty("none", ranks=2), None, parallel="fsdp2", callbacks=[Saves()])
+assert run.raised
+first = run.guard.last_report.first
+assert (first.name, first.index, first.rank) == ("net.norm.weight", (11,), 1), first
+print("done")
+"""
+
+
+def test_a_slice_that_is_bad_on_one_rank_stops_both(tmp_path):
+    out = tmp_path / "out"
+    for output in deepspeed_support.run_ranks(SHARDED.replace("OUT", str(out)), tmp_path):
+        assert "done" in output
+    assert [path.name for path in out.iterdir()] == ["1"]
+
+
 def test_a_weight_that_is_bad_on_one_rank_stops_both_at_the_checkpoint(tmp_path):
     out = tmp_path / "out"
     for output in deepspeed_support.run_ranks(SAVING_RANKS.replace("OUT", str(out)), tmp_path):

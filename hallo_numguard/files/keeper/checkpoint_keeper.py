@@ -63,6 +63,10 @@ class CheckpointKeeper:
         self.run: Any = None
         self.save_gates: list[Callable[[Any], contextlib.AbstractContextManager[None]]] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has the same folder, and no guard."""
+        return {**vars(self), "save_gates": []}
+
     def save(
         self,
         run: Any,
