@@ -55,6 +55,7 @@ T = TypeVar("T")
 ALONE_AFTER_A_FAILURE = "the guard has failed on a rank"
 STATUS_FAILED = 2  # above 0 (finite) and 1 (not finite): the maximum over the ranks counts
 MAX_FINDINGS = 1000
+MAX_FAILURES = 3  # of essential parts, after which they are not tried any more
 
 _OUTLOOK = {
     "parameter": "If the model reads it, the first loss will be NaN, and no loss scale can mend that.",
@@ -67,15 +68,15 @@ _report_numbers = itertools.count()
 class Session:
     """Watches the steps of one model on this rank.
 
-    Each part is a probe that is contained on its own. Two are essential: if the scan of the gradients or the diagnosis
-    fails, `failed` is set.
+    Each part is a probe that is contained on its own. The scan of the gradients is essential: a step of which it fails
+    is checked by others, and `failed` is set when that comes again.
 
     Attributes:
         last_report: Report on the last step whose gradients were not finite, or None. Replaced by one that is no longer
             provisional when a later step was finite.
         reported_at: Serial number of that report among those of this process.
         findings: Findings other than overflows; see `Finding`. The last 1000.
-        failed: Whether an essential part failed: the integration takes the guard off.
+        failed: Whether an essential part has failed several times, and is not tried any more.
         probes: Parts that are not essential, each contained on its own.
         save_gate: Check before the run is saved.
     """
@@ -92,6 +93,7 @@ class Session:
         self.reported_at = -1
         self.findings: list[Finding] = []
         self.failed = False
+        self._failures = 0  # of essential parts
         self._model = model
         self._ranks = ranks
         self._config = config
@@ -184,6 +186,12 @@ class Session:
         self.probes.run("flight recorder", self._recorder.begin, number, scaling.scale, gradients, loss)
         self.probes.run("early warnings", self._warnings.before_step, number, scaling.scale, gradients)
 
+    def begin_unscanned(self, number: int, scaling: LossScaling) -> None:
+        """Begins a step whose gradients could not be scanned: others have to decide whether they are finite."""
+        pending = self._steps.pending
+        pending.number, pending.scaling, pending.is_scanned = number, scaling, False
+        self._unclean = False
+
     def swap_step(self, step: PendingStep | None = None) -> PendingStep:
         """Switches to another step, by default a new one; returns the previous one. See `StepOwner`.
 
@@ -193,15 +201,8 @@ class Session:
 
     def after_step(self, applied: bool) -> None:
         """Completes the step."""
-        self.probes.run("flight recorder", self._recorder.end, applied)
-        # A skipped step has been waited for, and may be the last one: what is on its way is worth waiting for as well.
-        records = self.probes.run("flight recorder", self._recorder.fresh, wait=not applied) or []
-        self.probes.run("early warnings", self._warnings.after_step, applied, records)
-        self.probes.run("flight recorder", self._check_applied, records)
-        self.probes.run("trackers", self._feed.write, records, self._alarms)
-        self.probes.run("checkpoint keeper", self._update_keeper, applied, records)
-        self.probes.run("evidence", self._collector.step_is_over, applied)
-        self._note_unchecked()
+        if self._steps.pending.is_scanned:
+            self._record(applied)
         self.probes.run("scan of local gradients", self._local_gradients.step_is_over, applied)
         if not applied:
             self.probes.run("running statistics", self._restore_statistics)
@@ -215,6 +216,17 @@ class Session:
                 _log.info("step %d is finite again: %s", pending.number, self.last_report.advice)
         self._skipped = 0
 
+    def _record(self, applied: bool) -> None:
+        """Records the figures of the step, and what follows from them."""
+        self.probes.run("flight recorder", self._recorder.end, applied)
+        # A skipped step has been waited for, and may be the last one: what is on its way is worth waiting for as well.
+        records = self.probes.run("flight recorder", self._recorder.fresh, wait=not applied) or []
+        self.probes.run("early warnings", self._warnings.after_step, applied, records)
+        self.probes.run("flight recorder", self._check_applied, records)
+        self.probes.run("trackers", self._feed.write, records, self._alarms)
+        self.probes.run("checkpoint keeper", self._update_keeper, applied, records)
+        self.probes.run("evidence", self._collector.step_is_over, applied)
+
     # -- an overflow: every rank comes here, and takes part in every reduction -------------------------------------
 
     def found_inf(self) -> bool:
@@ -223,10 +235,10 @@ class Session:
         For optimizers that do not check by themselves. Synchronises. A rank whose guard has failed takes part, and then
         `failed` is set on all of them.
         """
-        bad = self.essential(
-            "check of the gradients", lambda: bool(self._steps.pending.gradients.table.any_nonfinite())
-        )
-        status = STATUS_FAILED if self.failed else int(bool(bad))
+        pending, bad = self._steps.pending, None
+        if pending.is_scanned:
+            bad = self.essential("check of the gradients", lambda: bool(pending.gradients.table.any_nonfinite()))
+        status = STATUS_FAILED if bad is None else int(bad)
         agreed = self._ranks.highest(status, self._model.device)
         self.failed = agreed == STATUS_FAILED
         return agreed == 1
@@ -472,12 +484,13 @@ class Session:
     # -- failures of our own -----------------------------------------------------------------------------------------
 
     def essential(self, part: str, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | None:
-        """Returns what `work` returns; None if it fails, which sets `failed`, or if the guard has failed before."""
+        """Returns what `work` returns; None if it fails. After a few failures `failed` is set, and it is not tried."""
         if self.failed:
             return None
-        with contain_failures(part, "it will take itself off"):
+        with contain_failures(part, "this step is checked without it"):
             return work(*args, **kwargs)
-        self.failed = True  # reached after a contained failure only
+        self._failures += 1  # reached after a contained failure only
+        self.failed = self._failures >= MAX_FAILURES
         return None
 
 

@@ -29,6 +29,7 @@ from hallo_numguard.core.errors import InvalidInput, NumericsError
 from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.guard import Guard
 from hallo_numguard.guard.guarded_model import Forward, GuardedModel, ScannedPieces
+from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
 from hallo_numguard.guard.named_tensors import named_buffers
 from hallo_numguard.guard.save_gate import Save
 from hallo_numguard.guard.session import Session
@@ -225,11 +226,14 @@ class DeepSpeedGuard(Guard):
     # -- what they do ------------------------------------------------------------------------------------------------
 
     def _scan(self) -> ScannedPieces | None:
-        return self._session.essential("scan of the gradients", self._scan_gradients)
-
-    def _scan_gradients(self) -> ScannedPieces:
-        scaling = self._adapter.loss_scaling()
         step = int(self._engine.global_steps) + 1  # DeepSpeed counts a step when it is over
+        scaling = self._session.essential("search for the loss scale", self._adapter.loss_scaling) or UNSCALED
+        scan = self._session.essential("scan of the gradients", self._scan_gradients, step, scaling)
+        if scan is None:
+            self._session.begin_unscanned(step, scaling)
+        return scan
+
+    def _scan_gradients(self, step: int, scaling: LossScaling) -> ScannedPieces:
         scan = self._gradients.scan()
         if self._gradients.has_unknown:
             self._session.probes.run("addition of parameters", self._add_parameters)

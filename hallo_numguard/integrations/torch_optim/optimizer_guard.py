@@ -219,7 +219,7 @@ class OptimizerGuard:
         scan = self._scan(gradients)
         totals = self._totals(gradients, scan)
         if self._gradients.sharded:
-            totals = self._agree(totals)
+            totals = self._ranks.sum(totals)
         if scale is not None:
             totals = torch.cat([totals, scale.to(totals).reshape(1)])
         bad, squares, *scales = totals.tolist()
@@ -258,10 +258,7 @@ class OptimizerGuard:
     def _scan(self, gradients: list[torch.Tensor]) -> GradientScan | None:
         if not self.active:
             return None
-        scan = self.session.essential("scan of the gradients", self._gradients.read, gradients)
-        # Others may find an overflow, and would wait for this rank: until the guard is off, torch alone checks.
-        self._take_off_if_failed(everywhere=self._ranks.size == 1)
-        return scan
+        return self.session.essential("scan of the gradients", self._gradients.read, gradients)
 
     def _totals(self, gradients: list[torch.Tensor], scan: GradientScan | None) -> torch.Tensor:
         totals = _totals_by_torch(gradients) if scan is None else scan.totals()
@@ -269,22 +266,16 @@ class OptimizerGuard:
 
     def _begin(self, scan: GradientScan | None, scaling: LossScaling, are_scaled: bool = True) -> None:
         self._steps += 1
-        if scan is None or not self.active:
+        if not self.active:
+            return
+        self._under_way = True
+        if scan is None:  # torch alone has checked
+            self.session.begin_unscanned(self._steps, scaling)
             return
         pieces = scan.pieces
         if not are_scaled:  # all figures of a run are of scaled gradients
             pieces = replace(pieces, table=pieces.table.scaled(scaling.scale))
-        self._under_way = True
         self.session.before_step(self._steps, scaling, pieces)
-
-    def _agree(self, totals: torch.Tensor) -> torch.Tensor:
-        """Adds up the ranks' totals; if the guard of one has failed, all remove theirs. Every rank calls this."""
-        failed = totals.new_tensor([float(self.session.failed)])
-        *_, failures = summed = self._ranks.sum(torch.cat([totals, failed]))
-        if failures:
-            self.session.failed = True
-            self.take_off()
-        return summed[:2]
 
     def skip(self) -> None:
         """Explains the bad gradients, and goes back to a checkpoint if the policy says so.
@@ -298,7 +289,6 @@ class OptimizerGuard:
         if not self.active:
             return
         error = self.session.overflow(self._steps)
-        self._take_off_if_failed(everywhere=True)
         self.done(applied=False)
         if error is not None:
             raise error
@@ -344,10 +334,6 @@ class OptimizerGuard:
             self._under_way = False
             if self.active:
                 self.session.after_step(applied)
-
-    def _take_off_if_failed(self, everywhere: bool) -> None:
-        if self.session.failed and everywhere:
-            self.take_off()
 
 
 def _why_alone(reducer: Any) -> str:

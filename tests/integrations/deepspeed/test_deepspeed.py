@@ -103,13 +103,13 @@ def test_an_error_of_the_callback_reaches_the_user(make):
 
 
 @pytest.mark.contains_failures
-def test_a_failure_of_the_guard_is_logged_once_and_training_goes_on(make, caplog, monkeypatch):
+def test_a_failure_of_the_guard_is_logged_and_training_goes_on(make, caplog, monkeypatch):
     engine, guard = make("half")
     monkeypatch.setattr(guard._gradients, "scan", lambda: 1 / 0)
     with caplog.at_level(logging.ERROR, "hallo_numguard"):
-        for step in range(3):
+        for step in range(5):
             support.train_step(engine, step)
-    assert caplog.text.count("will take itself off") == 1
+    assert caplog.text.count("failed in its scan of the gradients") == 3  # after which it is not tried any more
     assert "step" not in vars(engine.optimizer)
 
 
