@@ -257,6 +257,9 @@ class UncheckedTensors:
         self._known: set[str] = set()
         self._fresh: dict[str, list[str]] = {}
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._known
+
     def add(self, name: str, tensor: torch.Tensor, reason: str | None = None) -> None:
         """Adds a tensor inside of which nothing is read, by default for `reason_unread`."""
         if name not in self._known:

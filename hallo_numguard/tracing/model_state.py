@@ -8,6 +8,7 @@ others.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import pickle
 import random
 import sys
@@ -46,11 +47,9 @@ class _Saved(ABC):
 
     Attributes:
         value: The value itself.
-        nbytes: Size of the copies, in bytes.
     """
 
     value: Any
-    nbytes = 0
 
     @abstractmethod
     def restored(self) -> Any:
@@ -135,36 +134,21 @@ def _as_bytes(state: Any) -> bytes:
     return bytes(state.numpy()) if isinstance(state, torch.Tensor) else pickle.dumps(state)
 
 
-class _Tensor(_Saved):
-    """A tensor, with a copy of its elements unless they take much memory: then its version has to do.
+class _LargeTensor(_Saved):
+    """A tensor that takes too much memory to be copied: its version has to do."""
 
-    Args:
-        value: The tensor.
-        copy: Flat copy of its elements, or None.
-    """
-
-    def __init__(self, value: torch.Tensor, copy: torch.Tensor | None) -> None:
+    def __init__(self, value: torch.Tensor) -> None:
         self.value = value
         self._version = version_of(value)
-        self._flat = copy
-        self.nbytes = 0 if copy is None else copy.nbytes
-
-    @property
-    def copy(self) -> torch.Tensor | None:
-        return None if self._flat is None else self._flat.view(self.value.shape)
 
     def restored(self) -> Any:
-        if self.copy is not None:
-            self.value.data.copy_(self.copy)  # no write that autograd counts: graphs that are kept stay valid
         return self.value
 
     def is_same(self, value: Any) -> bool:
-        if value is not self.value or version_of(value) != self._version:
-            return False
-        return self.copy is None or torch.equal(value, self.copy)
+        return value is self.value and version_of(value) == self._version
 
     def can_be_restored(self) -> bool:
-        return self.copy is not None or version_of(self.value) == self._version
+        return version_of(self.value) == self._version
 
 
 def version_of(tensor: torch.Tensor) -> int:
@@ -172,21 +156,58 @@ def version_of(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _flat_copies(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Copies the elements of many small tensors, with one launch per device and dtype."""
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for position, tensor in enumerate(tensors):
-        groups.setdefault((tensor.device, tensor.dtype), []).append(position)
-    copies: dict[int, torch.Tensor] = {}
-    for positions in groups.values():
-        flats = [tensors[position].detach().reshape(-1) for position in positions]
-        sizes = [flat.numel() for flat in flats]
-        copies.update(zip(positions, torch.cat(flats).split(sizes), strict=True))
-    return [copies[position] for position in range(len(tensors))]
+class _TensorGroup:
+    """Tensor attributes and buffers of one device and dtype, which are copied with one launch."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self.slots = slots
+        self.tensors: list[torch.Tensor] = [owner[key] for owner, key in slots]
+        self._addresses = [tensor.data_ptr() for tensor in self.tensors]
+        flats = [tensor.detach().view(-1) if tensor.is_contiguous() else None for tensor in self.tensors]
+        self._views = [flat for flat in flats if flat is not None]
+
+    def is_current(self) -> bool:
+        """Returns whether these are the tensors that the model holds now."""
+        return all(
+            tensor is owner.get(key) and tensor.data_ptr() == address
+            for (owner, key), tensor, address in zip(self.slots, self.tensors, self._addresses, strict=True)
+        )
+
+    def copy(self) -> _Copies:
+        """Copies their elements."""
+        if len(self._views) == len(self.tensors):
+            return _Copies(self, torch.cat(self._views))
+        return _Copies(self, torch.cat([tensor.detach().reshape(-1) for tensor in self.tensors]))
+
+
+class _Copies:
+    """The elements that the tensors of a group had."""
+
+    def __init__(self, group: _TensorGroup, flat: torch.Tensor) -> None:
+        self._group = group
+        self._flat = flat
+        self.nbytes = flat.nbytes
+
+    def items(self) -> Iterator[tuple[Owner, str, torch.Tensor, torch.Tensor]]:
+        """Yields owner, key, the tensor, and the copy of its elements."""
+        parts = self._flat.split([tensor.numel() for tensor in self._group.tensors])
+        for (owner, key), tensor, part in zip(self._group.slots, self._group.tensors, parts, strict=True):
+            yield owner, key, tensor, part.view(tensor.shape)
+
+
+def _groups_of(slots: Iterable[Slot]) -> list[_TensorGroup]:
+    """Groups tensors, each of them once."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Slot]] = {}
+    for owner, key in slots:
+        tensor = owner[key]
+        groups.setdefault((tensor.device, tensor.dtype), []).append((owner, key))
+    return [_TensorGroup(group) for group in groups.values()]
 
 
 def _saved(value: Any) -> _Saved | None:
-    """A value that is no tensor, as it is now; None for kinds that are not kept."""
+    """A value of which no elements are copied, as it is now; None for kinds that are not kept."""
+    if isinstance(value, torch.Tensor):
+        return _LargeTensor(value) if _is_state(value) else None
     if isinstance(value, _PLAIN_TYPES) or value is _ABSENT:
         return _Plain(value)
     if isinstance(value, tuple):
@@ -215,43 +236,42 @@ class Snapshot:
         slots: Attributes and buffers, as the dict that holds each and its key.
         others: Generators and containers, wherever they are held.
         whole: Whether large tensors are copied as well, and references kept to what cannot be copied.
+        copies: Copies of more tensors.
 
     Attributes:
         nbytes: Size of the copies, in bytes.
     """
 
-    def __init__(self, slots: Iterable[Slot], others: Iterable[Any] = (), whole: bool = False) -> None:
+    def __init__(
+        self,
+        slots: Iterable[Slot],
+        others: Iterable[Any] = (),
+        whole: bool = False,
+        copies: Sequence[_Copies] = (),
+    ) -> None:
         self._slots: list[tuple[Owner, str, _Saved]] = []
         self._others = [saved for saved in map(_saved, others) if saved is not None]
         self._present: set[tuple[int, str]] = set()
-        tensors: list[tuple[Owner, str, torch.Tensor]] = []
+        tensors: list[Slot] = []
         for owner, key in slots:
             value = owner.get(key, _ABSENT)
             self._present.add((id(owner), key))
-            if isinstance(value, torch.Tensor) and _is_state(value):
-                tensors.append((owner, key, value))
+            if _is_copied(value, whole):
+                tensors.append((owner, key))
                 continue
             saved = _saved(value) or (_Plain(value) if whole else None)
             if saved is not None:
                 self._slots.append((owner, key, saved))
-        self._add_tensors(tensors, whole)
-        self.nbytes = sum(saved.nbytes for *_, saved in self._slots)
+        self._copies = [*copies, *(group.copy() for group in _groups_of(tensors))]
+        self.nbytes = sum(copy.nbytes for copy in self._copies)
 
-    def _add_tensors(self, tensors: Sequence[tuple[Owner, str, torch.Tensor]], whole: bool) -> None:
-        small = [item for item in tensors if whole or item[2].nbytes <= MAX_COPY_BYTES]
-        copies = dict(
-            zip((id(value) for *_, value in small), _flat_copies([value for *_, value in small]), strict=True)
-        )
-        self._slots += [(owner, key, _Tensor(value, copies.get(id(value)))) for owner, key, value in tensors]
+    def _tensors(self) -> Iterator[tuple[Owner, str, torch.Tensor, torch.Tensor]]:
+        return itertools.chain.from_iterable(copy.items() for copy in self._copies)
 
     def add_new(self, slots: Iterable[Slot]) -> None:
         """Notes that those of these attributes that were not given before were not there."""
         missing = [(owner, key) for owner, key in slots if (id(owner), key) not in self._present]
         self._slots += [(owner, key, _Plain(_ABSENT)) for owner, key in missing]
-
-    def slots(self) -> list[Slot]:
-        """Returns the attributes and buffers that are saved."""
-        return [(owner, key) for owner, key, _ in self._slots]
 
     def can_be_restored(self) -> bool:
         """Returns whether all of it is at hand: large tensors are not copied."""
@@ -261,6 +281,9 @@ class Snapshot:
         """Sets the state."""
         for saved in self._others:
             saved.restored()
+        for owner, key, tensor, copy in self._tensors():
+            tensor.data.copy_(copy)  # no write that autograd counts: graphs that are kept stay valid
+            owner[key] = tensor
         for owner, key, saved in self._slots:
             value = saved.restored()
             if value is _ABSENT:
@@ -270,7 +293,17 @@ class Snapshot:
 
     def changed_slots(self) -> list[Slot]:
         """Returns the attributes and buffers that have another value now. May synchronise."""
-        return [(owner, key) for owner, key, saved in self._slots if not saved.is_same(owner.get(key, _ABSENT))]
+        tensors = [
+            (owner, key)
+            for owner, key, tensor, copy in self._tensors()
+            if owner.get(key) is not tensor or not torch.equal(tensor, copy)
+        ]
+        others = [(owner, key) for owner, key, saved in self._slots if not saved.is_same(owner.get(key, _ABSENT))]
+        return tensors + others
+
+    def large_slots(self) -> list[Slot]:
+        """Returns the attributes and buffers of which only the version is known."""
+        return [(owner, key) for owner, key, saved in self._slots if isinstance(saved, _LargeTensor)]
 
     def is_same_elsewhere(self) -> bool:
         """Returns whether all generators and containers are as they were."""
@@ -278,9 +311,7 @@ class Snapshot:
 
     def copy_of(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """Returns the elements that a tensor had; None if they were not copied."""
-        return next(
-            (saved.copy for *_, saved in self._slots if isinstance(saved, _Tensor) and saved.value is tensor), None
-        )
+        return next((copy for *_, held, copy in self._tensors() if held is tensor), None)
 
     def restore_poisoned(self) -> list[Slot]:
         """Sets the buffers that were finite and are not now, with all else that their modules have changed.
@@ -288,17 +319,22 @@ class Snapshot:
         Returns:
             These buffers. Synchronises.
         """
-        poisoned = [(owner, key) for owner, key, saved in self._slots if _is_poisoned(saved, owner.get(key))]
+        tensors = list(self._tensors())
+        poisoned = [(owner, key) for owner, key, _, copy in tensors if _is_poisoned(copy, owner.get(key))]
         owners = {id(owner) for owner, _ in poisoned}
-        for owner, key, saved in self._slots:
+        for owner, key, tensor, copy in tensors:
             if id(owner) in owners:
-                owner[key] = saved.restored()
+                tensor.data.copy_(copy)
+                owner[key] = tensor
         return poisoned
 
 
-def _is_poisoned(saved: _Saved, now: Any) -> bool:
-    before = saved.copy if isinstance(saved, _Tensor) else None
-    if before is None or not isinstance(now, torch.Tensor) or not before.is_floating_point():
+def _is_copied(value: Any, whole: bool) -> bool:
+    return isinstance(value, torch.Tensor) and _is_state(value) and (whole or value.nbytes <= MAX_COPY_BYTES)
+
+
+def _is_poisoned(before: torch.Tensor, now: Any) -> bool:
+    if not isinstance(now, torch.Tensor) or not before.is_floating_point():
         return False
     return bool(before.isfinite().all()) and not bool(now.isfinite().all())
 
@@ -335,6 +371,8 @@ class StateRecorder:
         self._learn_until = LEARNING_CALLS
         self._modes: set[bool] = set()  # training or not, as far as calls were seen
         self._volatile: dict[tuple[int, str], Slot] = {}
+        self._groups: list[_TensorGroup] | None = None  # of the volatile tensors; None: to be found anew
+        self._others: list[Slot] = []  # volatile, but no tensors that are copied
         self._draws = False  # from Python's or numpy's global generator
         self._learning: tuple[Snapshot, Snapshot] | None = None
 
@@ -360,7 +398,17 @@ class StateRecorder:
             held = Snapshot(_slots_of(self._module), [*others, *_global_generators()])
             self._learning = held, Snapshot((), _global_generators())
             return held
-        return Snapshot(self._volatile.values(), [*others, *(_global_generators() if self._draws else ())])
+        copies = [group.copy() for group in self._current_groups()]
+        return Snapshot(self._others, [*others, *(_global_generators() if self._draws else ())], copies=copies)
+
+    def _current_groups(self) -> list[_TensorGroup]:
+        if self._groups is None or not all(group.is_current() for group in self._groups):
+            present = [(owner, key) for owner, key in self._volatile.values() if key in owner]
+            tensors = [(owner, key) for owner, key in present if _is_copied(owner[key], False)]
+            copied = {(id(owner), key) for owner, key in tensors}
+            self._groups = _groups_of(tensors)
+            self._others = [slot for at, slot in self._volatile.items() if at not in copied]
+        return self._groups
 
     def after_call(self) -> None:
         """Notes what the call has changed, if it is one to learn from."""
@@ -368,15 +416,10 @@ class StateRecorder:
             return
         (held, generators), self._learning = self._learning, None
         held.add_new(_slots_of(self._module))
-        large = [slot for slot in held.slots() if _is_large(slot)]
-        for owner, key in (*held.changed_slots(), *large):
+        for owner, key in (*held.changed_slots(), *held.large_slots()):
             self._volatile[id(owner), key] = owner, key
+        self._groups = None
         self._draws = self._draws or not generators.is_same_elsewhere()
-
-
-def _is_large(slot: Slot) -> bool:
-    value = slot[0].get(slot[1])
-    return isinstance(value, torch.Tensor) and value.nbytes > MAX_COPY_BYTES
 
 
 @contextlib.contextmanager

@@ -317,7 +317,7 @@ class EvidenceCollector:
             input=bad_input,
             micro_batch=micro_batch,
             batch_known=view.batch_known,
-            tensors=len(self._weights),
+            tensors=sum(item.name not in self._model.unchecked for item in self._weights),
             loss=loss,
             loss_known=view.loss_known,
             loss_shown=step.loss_known,
