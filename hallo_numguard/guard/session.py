@@ -53,6 +53,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 ALONE_AFTER_A_FAILURE = "the guard has failed on a rank"
+STATUS_LEFT = -1  # off guard: the status of any other rank counts
 STATUS_FAILED = 2  # above 0 (finite) and 1 (not finite): the maximum over the ranks counts
 MAX_FINDINGS = 1000
 MAX_FAILURES = 3  # of essential parts, after which they are not tried any more
@@ -108,7 +109,9 @@ class Session:
         self._batch = Batch(model.module, self._steps, model.unchecked)
         self._local_gradients = LocalGradients(model.parameters, config.local_gradients, self._steps, self.probes)
         self._replayer = (
-            Replayer(model.module, model.forward, self._batch, ranks, model.device, self._local_gradients)
+            Replayer(
+                model.module, model.forward, model.recover, self._batch, ranks, model.device, self._local_gradients
+            )
             if model.module is not None and model.forward is not None
             else None
         )
@@ -242,6 +245,15 @@ class Session:
         agreed = self._ranks.highest(status, self._model.device)
         self.failed = agreed == STATUS_FAILED
         return agreed == 1
+
+    def answer(self) -> bool | None:
+        """Takes part in `found_inf` of the other ranks, when this one is not on guard any more.
+
+        Returns:
+            Whether any of them found gradients that are not finite; None if none is on guard any more.
+        """
+        agreed = self._ranks.highest(STATUS_LEFT, self._model.device)
+        return None if agreed == STATUS_LEFT else agreed == 1
 
     def overflow(self, serial: int, skipped: bool = True) -> BaseException | None:
         """Finds the origin and sets `last_report`. All ranks must call it in the same step.

@@ -100,7 +100,7 @@ class NumGuardCallback(Guard, TrainerCallback):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Attaches: the engine, or the prepared optimizer, exists by now."""
         if args.logging_nan_inf_filter and state.is_world_process_zero:
-            _log.warning(_FILTER)
+            _log.info(_FILTER)
         self.guard(_trainer_on_the_stack())
 
     def guard(self, trainer: Any) -> None:

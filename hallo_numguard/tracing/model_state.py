@@ -166,11 +166,15 @@ class _TensorGroup:
         flats = [tensor.detach().view(-1) if tensor.is_contiguous() else None for tensor in self.tensors]
         self._views = [flat for flat in flats if flat is not None]
 
+        self._sizes = [tensor.numel() for tensor in self.tensors]
+
     def is_current(self) -> bool:
         """Returns whether these are the tensors that the model holds now."""
         return all(
-            tensor is owner.get(key) and tensor.data_ptr() == address
-            for (owner, key), tensor, address in zip(self.slots, self.tensors, self._addresses, strict=True)
+            tensor is owner.get(key) and tensor.data_ptr() == address and tensor.numel() == size
+            for (owner, key), tensor, address, size in zip(
+                self.slots, self.tensors, self._addresses, self._sizes, strict=True
+            )
         )
 
     def copy(self) -> _Copies:
@@ -185,14 +189,16 @@ class _Copies:
 
     def __init__(self, group: _TensorGroup, flat: torch.Tensor) -> None:
         self._group = group
+        self._shapes = [tensor.shape for tensor in group.tensors]  # calls may resize them
         self._flat = flat
         self.nbytes = flat.nbytes
 
     def items(self) -> Iterator[tuple[Owner, str, torch.Tensor, torch.Tensor]]:
         """Yields owner, key, the tensor, and the copy of its elements."""
-        parts = self._flat.split([tensor.numel() for tensor in self._group.tensors])
-        for (owner, key), tensor, part in zip(self._group.slots, self._group.tensors, parts, strict=True):
-            yield owner, key, tensor, part.view(tensor.shape)
+        parts = self._flat.split([shape.numel() for shape in self._shapes])
+        held = zip(self._group.slots, self._group.tensors, self._shapes, parts, strict=True)
+        for (owner, key), tensor, shape, part in held:
+            yield owner, key, tensor, part.view(shape)
 
 
 def _groups_of(slots: Iterable[Slot]) -> list[_TensorGroup]:
@@ -282,7 +288,7 @@ class Snapshot:
         for saved in self._others:
             saved.restored()
         for owner, key, tensor, copy in self._tensors():
-            tensor.data.copy_(copy)  # no write that autograd counts: graphs that are kept stay valid
+            _write(tensor, copy)
             owner[key] = tensor
         for owner, key, saved in self._slots:
             value = saved.restored()
@@ -324,9 +330,17 @@ class Snapshot:
         owners = {id(owner) for owner, _ in poisoned}
         for owner, key, tensor, copy in tensors:
             if id(owner) in owners:
-                tensor.data.copy_(copy)
+                _write(tensor, copy)
                 owner[key] = tensor
         return poisoned
+
+
+def _write(tensor: torch.Tensor, copy: torch.Tensor) -> None:
+    """Writes in a way that autograd does not count: graphs that are kept stay valid."""
+    if tensor.shape == copy.shape:
+        tensor.data.copy_(copy)
+    else:
+        tensor.data = copy.clone()
 
 
 def _is_copied(value: Any, whole: bool) -> bool:

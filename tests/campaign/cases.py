@@ -202,7 +202,7 @@ def _differences(case: Case, seen: Seen) -> Iterable[str]:
 
 
 def _findings(seen: Seen) -> tuple[tuple[str, str], ...]:
-    """What was found, but for what is true of these models: of their statistics, and of norms that train in bfloat16."""
+    """What was found, but for what is true of some models: poisoned statistics, norms that train in bfloat16."""
     return tuple(finding for finding in seen.findings if finding[0] not in ("statistics_restored", "lost_update"))
 
 

@@ -17,6 +17,7 @@ from hallo_numguard.core.documents import decode
 from hallo_numguard.core.frames import Origin
 from hallo_numguard.core.records import Offender
 from hallo_numguard.guard.collectives import Ranks, clip
+from hallo_numguard.guard.containment import contain_failures
 from hallo_numguard.guard.diagnosis.evidence import Replayed
 from hallo_numguard.guard.guarded_model import Forward
 from hallo_numguard.guard.step.batch import Batch
@@ -87,6 +88,7 @@ class Replayer:
     Args:
         module: Module to be traced.
         forward: Calls the module as the framework does.
+        recover: Puts the framework's own state in order after a pass that has failed midway.
         batch: Calls of the pending step.
         ranks: Ranks among which gradients are reduced.
         device: Device on which ranks reduce small tensors.
@@ -97,6 +99,7 @@ class Replayer:
         self,
         module: nn.Module,
         forward: Forward,
+        recover: Callable[[], None],
         batch: Batch,
         ranks: Ranks,
         device: torch.device,
@@ -104,6 +107,7 @@ class Replayer:
     ) -> None:
         self._module = module
         self._forward = forward
+        self._recover = recover
         self._batch = batch
         self._ranks = ranks
         self._device = device
@@ -194,15 +198,24 @@ class Replayer:
         if failure_reason:
             return failure_reason
         call = self._batch.calls[micro_batch]
-        peers = self._next_peers()
+        captured: Captured | str
+        peers, failed = self._next_peers(), False
         try:
             with peers.collectives():
-                return capture(self._module, name, number, self._forward_of(call), call.seeds, call.contents)
+                captured = capture(self._module, name, number, self._forward_of(call), call.seeds, call.contents)
         except NotCaptured as error:
-            return str(error)
+            captured = str(error)
         except Exception as error:  # noqa: BLE001 - the model's own code; training goes on
             peers.failed()
-            return f"the batch could not be run again: {error}"
+            captured, failed = f"the batch could not be run again: {error}", True
+        if self._ranks.highest(int(failed), self._device):
+            self._recover_everywhere()
+        return captured
+
+    def _recover_everywhere(self) -> None:
+        """Puts the framework's own state in order, on all ranks alike, after a pass that has failed on one."""
+        with contain_failures("run of the batch again", "the framework's own state may be left in the middle of it"):
+            self._recover()
 
     def _next_peers(self) -> _Peers:
         """The other ranks in one more run; all ranks make the same runs."""
@@ -257,6 +270,8 @@ class Replayer:
             self._next_peers(),
         )
         answer = self._agree(attempt, micro_batch, factor)
+        if answer.match is Match.FAILED:
+            self._recover_everywhere()
         if answer.match is Match.DIFFERENT and not self._is_one_rank_different(answer):
             self._is_unrepeatable = True
             _log.info("a bad batch will not be run again: %s", NOT_THE_SAME)
@@ -315,7 +330,7 @@ def _origin_as_text(attempt: Attempt, rank: int) -> str | None:
 def _offender(origin: Origin, rank: int) -> Offender:
     tensor = origin.tensor
     is_weight = origin.kind == "gradient" and not tensor.name.startswith(("input", "output"))
-    name = f"{origin.name}.{tensor.name}".lstrip(".") if is_weight else origin.name
+    name = f"{origin.name}.{tensor.name}".lstrip(".") if is_weight else origin.name or tensor.name
     return Offender(
         kind=origin.kind,
         name=clip(name, MAX_NAME_BYTES),

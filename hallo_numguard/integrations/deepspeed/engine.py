@@ -31,6 +31,21 @@ def call_module(engine: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         return engine.module(*args, **kwargs)
 
 
+def recover(engine: Any) -> None:
+    """Releases what a pass that has failed midway has left gathered, or under way (ZeRO stage 3)."""
+    offload: Any = getattr(engine.optimizer, "parameter_offload", None)
+    if offload is None:
+        return
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    under_way = getattr(engine.module, "ds_inflight_param_registry", ())
+    parameters: Any = engine.module.parameters()
+    for parameter in parameters:
+        if parameter.ds_status == ZeroParamStatus.INFLIGHT and parameter not in under_way:
+            parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE  # its collective was never entered
+    offload.partition_all_parameters()
+
+
 class _ActivationsKept:
     """Stands in for DeepSpeed's own checkpointing, whose backward pass gives no gradients of single tensors."""
 

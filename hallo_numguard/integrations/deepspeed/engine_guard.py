@@ -41,6 +41,7 @@ from hallo_numguard.integrations.deepspeed.engine import (
     check_supported,
     overflow_check_disabled,
     parameters_of,
+    recover,
     settings_of,
 )
 from hallo_numguard.integrations.deepspeed.monitor import monitor_sinks
@@ -78,7 +79,9 @@ class DeepSpeedGuard(Guard):
         self._adapter = adapter_for(engine.optimizer, {item.tensor: at for at, item in enumerate(parameters)})
         self._adapter.names = [item.name for item in parameters]
         self._gradients = self._adapter.gradient_source()
-        self._ranks = Ranks(getattr(self._optimizer, "dp_process_group", None))
+        # Stage 0 has no group of its own: its clipping reduces over the engine's.
+        group = getattr(self._optimizer, "dp_process_group", None) or getattr(engine, "data_parallel_group", None)
+        self._ranks = Ranks(group)
         model = GuardedModel(
             parameters,
             named_buffers(engine.module),
@@ -88,6 +91,7 @@ class DeepSpeedGuard(Guard):
             device=torch.device(engine.device),
             module=engine.module,
             forward=forward or functools.partial(call_module, engine),
+            recover=functools.partial(recover, engine),
             settings=settings_of(engine),
             can_go_back=lambda: True,
             unchecked=self._adapter.unchecked,
@@ -103,6 +107,7 @@ class DeepSpeedGuard(Guard):
         for bug in self._adapter.known_bugs(release()):
             _log.warning("DeepSpeed %s %s", version(), bug)
         self._patches = MethodPatches()
+        self._answers = MethodPatches()  # after `detach`
         self.saves = SaveGates(self._sessions, config.keeper, lambda run: engine_of(run) is engine)
         with contextlib.ExitStack() as undo:
             undo.callback(self.detach)
@@ -143,11 +148,32 @@ class DeepSpeedGuard(Guard):
         return [self._session]
 
     def detach(self) -> None:
-        """Removes the guard. The engine is as it was before `attach`; reports and history stay readable."""
+        """Removes the guard. The engine is as it was before `attach`; reports and history stay readable.
+
+        Where only guards check gradients, and others may still wait for this rank, it answers them until all are off.
+        """
+        answers = not self._checks_overflow and self._ranks.size > 1 and self._engine in _guarded_engines
         self._patches.restore()
         self.saves.leave()
         self._session.stop()
         _guarded_engines.discard(self._engine)
+        if answers:
+            self._answers.wrap(self._optimizer, self._checking_method, self._answer)
+
+    @property
+    def _checking_method(self) -> str:
+        """Name of the optimizer's method in which the guard checks in DeepSpeed's place."""
+        return "_update_scale" if hasattr(self._optimizer, "_update_scale") else "step"
+
+    def _answer(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Takes part in the check of the ranks that are still on guard; skips what they skip."""
+        agreed = self._session.answer()
+        if agreed is None:
+            self._answers.restore()
+        if agreed and self._enforces:
+            self._session.essential("drop of the gradients", self._gradients.drop)
+            return None
+        return original(*args, **kwargs)
 
     # -- patches in place of, before and after DeepSpeed's methods -------------------------------------------------
 
@@ -159,7 +185,7 @@ class DeepSpeedGuard(Guard):
         scan, self._scanned_early = self._scanned_early or self._scan(), None
         if self._replaces:
             self._adapter.begin_step(scan)
-        if not self._checks_overflow and not hasattr(self._optimizer, "_update_scale"):
+        if not self._checks_overflow and self._checking_method == "step":
             self._skipped_here = self._found_by_guard()
         try:
             result = None if self._skipped_here else original(*args, **kwargs)

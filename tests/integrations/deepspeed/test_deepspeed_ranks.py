@@ -210,3 +210,69 @@ def test_damage_at_attach_in_one_ranks_slice_is_known_to_all(tmp_path):
 def test_what_clean_steps_were_seen_with_in_slices_of_both_ranks_is_not_blamed(tmp_path):
     for output in support.run_engines(SLICES.format(name="0.weight", poisons="(1.0, 1.0, torch.inf)"), tmp_path):
         assert "SAID undetermined loss [True, True, False]" in output
+
+
+UNEVEN = """
+from hallo_numguard.tracing.rerun import is_rerunning
+
+WARN = ng.Policy(on_unrecoverable="warn", max_consecutive_skips=1000)
+SMALL = {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+
+class Fails(support.Model):
+    def forward(self, tokens):
+        x = self.frozen(self.embedding(tokens))
+        if RANK == 1 and is_rerunning():
+            raise torch.OutOfMemoryError("planted")
+        x = x + self.output(torch.tanh(self.norm(self.hidden(x))))
+        return self.head(x)[..., :7]
+
+def is_finite_and_equal(engine):
+    mine = torch.cat([tensor.reshape(-1).float() for tensor in support.weights(engine).values()])
+    other = mine.clone()
+    deepspeed.comm.broadcast(other, 0)
+    return bool(mine.isfinite().all()) and torch.equal(mine, other)
+
+for zero in ({"stage": 2}, {"stage": 3}, {"stage": 3, **SMALL}):
+    torch.manual_seed(0)
+    engine = support.make_engine("fp16", scale_power=21, stage=zero["stage"], model=Fails(), zero_optimization=zero)
+    guard = ng.attach(engine, ng.GuardConfig(policy=WARN))
+    for step in range(6):
+        support.train_step(engine, step)
+    assert any("could not be run again" in line for line in guard.last_report.evidence), guard.last_report
+    assert is_finite_and_equal(engine), zero
+    guard.detach()
+
+def clipped():
+    engine = support.make_engine("fp32", stage=0, gradient_clipping=0.5)
+    return engine, ng.attach(engine, ng.GuardConfig(policy=WARN))
+
+engine, guard = clipped()
+support.train_step(engine, 0)
+if RANK == 0:
+    guard._gradients.scan = lambda: 1 / 0
+for step in range(1, 4):
+    support.train_step(engine, step)
+assert is_finite_and_equal(engine)
+
+engine, guard = clipped()
+support.train_step(engine, 0)
+if RANK == 0:
+    guard.detach()
+for step in range(1, 5):
+    if step == 2:
+        ng.inject(engine, "gradient", "hidden.weight", index=(20, 5), rank=1)
+    support.train_step(engine, step)
+assert is_finite_and_equal(engine)  # the rank that is off guard skips what the other skips
+assert (guard.last_report is None) == (RANK == 0)
+guard.detach()
+support.train_step(engine, 5)
+support.train_step(engine, 6)
+assert "step" not in vars(engine.optimizer)
+print("DONE")
+"""
+
+
+@pytest.mark.multiprocess
+def test_a_rank_that_fails_or_leaves_hangs_no_other(tmp_path):
+    for output in support.run_engines(UNEVEN, tmp_path, contains_failures=True):
+        assert "DONE" in output
