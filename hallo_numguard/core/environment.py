@@ -1,12 +1,21 @@
-"""Versions and host of a report's process, and loaded libraries that hide NaN. Imports none of them."""
+"""Versions and host of a report's process, loaded libraries that hide NaN, and the switch that disables guards.
+
+Imports none of the libraries.
+"""
 
 from __future__ import annotations
 
 import functools
+import logging
+import os
 import platform
 import sys
 from collections.abc import Mapping
 from importlib import metadata
+
+_log = logging.getLogger("hallo_numguard")
+
+DISABLE_VARIABLE = "HALLO_NUMGUARD_DISABLE"
 
 Environment = Mapping[str, str | int | tuple[str, ...] | None]
 """Facts by name, as `collect` returns them."""
@@ -42,6 +51,19 @@ def collect(rank: int | None = None) -> Environment:
         "rank": rank,
         "hides_nan": tuple(sentence for module, sentence in _HIDES_NAN.items() if module in sys.modules),
     }
+
+
+def guards_are_disabled() -> bool:
+    """Returns whether HALLO_NUMGUARD_DISABLE is set to anything but "" and "0". Logs that once a process."""
+    if os.environ.get(DISABLE_VARIABLE, "") in ("", "0"):
+        return False
+    _log_disabled()
+    return True
+
+
+@functools.cache
+def _log_disabled() -> None:
+    _log.warning("hallo_numguard is off, because %s is set: no run of this process is guarded", DISABLE_VARIABLE)
 
 
 def rows(environment: Environment) -> list[tuple[str, str]]:

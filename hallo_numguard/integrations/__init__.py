@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any, cast
 
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
+from hallo_numguard.core.environment import guards_are_disabled
 from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.integrations.oldest_versions import check_version
 
@@ -59,7 +60,7 @@ def attach(target: Any, config: GuardConfig | None = None, on_overflow: Overflow
         The guard, with `last_report`, `history`, `findings` and `detach()`. Where the policy says raise,
         `NumericsError` comes out of the step; a `transformers.Trainer` stops training, cleans up, and `train()` raises
         it. Until `detach()` the framework's saves raise it too where they would write what is not finite; see
-        `Policy.on_bad_save`.
+        `Policy.on_bad_save`. With HALLO_NUMGUARD_DISABLE=1 the guard of nothing: `target` is left alone.
 
     Raises:
         InvalidInput: If `target` is none of these, was not prepared, or is guarded already.
@@ -68,6 +69,10 @@ def attach(target: Any, config: GuardConfig | None = None, on_overflow: Overflow
     Cost: a scan of all parameters and buffers now; then one pass per step over this rank's gradients, in place of
     DeepSpeed's own passes; one pass over what is saved before each save.
     """
+    if guards_are_disabled():
+        from hallo_numguard.guard.guard import DisabledGuard
+
+        return DisabledGuard()
     config = config or GuardConfig()
     for (package, name), module in _BUILT_IN.items():
         if _is(target, package, name):

@@ -21,6 +21,7 @@ except ImportError:  # its older name
     from pytorch_lightning import Callback, LightningModule, Trainer  # type: ignore[assignment]  # the same classes
 
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
+from hallo_numguard.core.environment import guards_are_disabled
 from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.guard.guard import Guard
 from hallo_numguard.guard.guarded_model import Forward
@@ -79,7 +80,7 @@ class NumGuardCallback(Guard, Callback):
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         """Attaches: the engine and the optimizers exist by now, and a checkpoint has been loaded."""
         self._take_off()
-        if self._is_off:
+        if self._is_off or guards_are_disabled():
             return
         self._is_interrupted = False
         self._gate_saves(trainer)

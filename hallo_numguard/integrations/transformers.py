@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
+from hallo_numguard.core.environment import guards_are_disabled
 from hallo_numguard.core.errors import InvalidInput, NumericsError
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.guard.guard import Guard
@@ -99,6 +100,8 @@ class NumGuardCallback(Guard, TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         """Attaches: the engine, or the prepared optimizer, exists by now."""
+        if guards_are_disabled():
+            return
         if args.logging_nan_inf_filter and state.is_world_process_zero:
             _log.info(_FILTER)
         self.guard(_trainer_on_the_stack())

@@ -11,6 +11,7 @@ import torch
 from torch._compile import _disable_dynamo
 
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
+from hallo_numguard.core.environment import guards_are_disabled
 from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.guard.guard import Guard
 from hallo_numguard.guard.session import Session
@@ -49,7 +50,8 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
     A step whose gradients are not finite is skipped: the guard finds the cause, and acts by the policy. State and
     parameter groups are the wrapped optimizer's, unchanged: checkpoints of either load into the other. Hooks get the
     wrapped optimizer, and are not called for a skipped step. A copy (deepcopy, pickle) guards the parameters that are
-    copied with it, by the same names.
+    copied with it, by the same names. With HALLO_NUMGUARD_DISABLE=1 it passes every call on, but gradients are still
+    clipped to `clip_norm`, by torch, because the training counts on that.
 
     Args:
         optimizer: Any `torch.optim.Optimizer`.
@@ -78,6 +80,10 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
     param_groups = _shared("param_groups", "See torch.optim.Optimizer.")
     defaults = _shared("defaults", "See torch.optim.Optimizer.")
 
+    def __new__(cls, *_: Any, **__: Any) -> GuardedOptimizer:
+        """Makes one that does not guard, if guards are disabled."""
+        return super().__new__(_UnguardedOptimizer if cls is GuardedOptimizer and guards_are_disabled() else cls)
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -85,6 +91,20 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         config: GuardConfig | None = None,
         on_overflow: OverflowCallback | None = None,
         clip_norm: float | None = None,
+    ) -> None:
+        self._wrap(optimizer, model_or_named_parameters, config, on_overflow, clip_norm)
+        # A scaler that hands itself over saves its pass over the gradients.
+        warnings.filterwarnings("ignore", "GradScaler is going to stop passing itself", FutureWarning)
+        self._guard = OptimizerGuard(optimizer, self._named, self._config, on_overflow)
+        self._saves = SaveGates(self._sessions, self._config.keeper, self._is_saved_by)
+
+    def _wrap(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model_or_named_parameters: Named,
+        config: GuardConfig | None,
+        on_overflow: OverflowCallback | None,
+        clip_norm: float | None,
     ) -> None:
         # Optimizer.__init__ would make state and groups of its own, and call every hook a second time.
         if not isinstance(optimizer, torch.optim.Optimizer) or isinstance(optimizer, GuardedOptimizer):
@@ -98,14 +118,11 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         self._config = config or GuardConfig()
         self._on_overflow = on_overflow
         self._clip_norm = clip_norm
+        self._clips = clip_norm is not None
         if not isinstance(model_or_named_parameters, torch.nn.Module):
             model_or_named_parameters = list(model_or_named_parameters)
         self._named = model_or_named_parameters
         self.scaler: Any = None
-        # A scaler that hands itself over saves its pass over the gradients.
-        warnings.filterwarnings("ignore", "GradScaler is going to stop passing itself", FutureWarning)
-        self._guard = OptimizerGuard(optimizer, self._named, self._config, on_overflow)
-        self._saves = SaveGates(self._sessions, self._config.keeper, self._is_saved_by)
 
     @property
     def model(self) -> torch.nn.Module | None:
@@ -124,6 +141,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
             self._guard.resolve_pending_step()
             self._guard.take_off()
         self._saves.leave()
+        self._clips = False
         return self._optimizer
 
     def _is_saved_by(self, run: Any) -> bool:
@@ -161,12 +179,32 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         if grad_scaler is not None or "found_inf" in vars(self):
             return self._step_scaled(was_handed=grad_scaler is not None)
         if not self._guard.active:
-            return self._optimizer.step() if closure is None else self._optimizer.step(closure)
+            return self._step_unguarded(closure)
         if closure is not None:
             return self._step_with(closure)
         if self._divides and sync_is_costly(self._device):
             return self._step_without_sync()
         return self._finish(self._guard.check())
+
+    def _step_unguarded(self, closure: Closure | None) -> Any:
+        """Makes the step as the wrapped optimizer alone would; clips as torch does."""
+        if closure is None:
+            self._clip_by_torch()
+            return self._optimizer.step()
+        return self._optimizer.step(self._clipped(closure) if self._clips else closure)
+
+    def _clipped(self, closure: Closure) -> Closure:
+        def clipped() -> Any:
+            loss = closure()
+            self._clip_by_torch()
+            return loss
+
+        return clipped
+
+    def _clip_by_torch(self) -> None:
+        if self._clips and self._clip_norm is not None:
+            parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+            torch.nn.utils.clip_grad_norm_(parameters, self._clip_norm)
 
     @property
     def _device(self) -> torch.device:
@@ -318,12 +356,15 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         self._optimizer.__setstate__(state)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        rest = (self._config, self._on_overflow, self._clip_norm)
-        return GuardedOptimizer, (self._optimizer, self._guard.trained(), *rest)
+        return GuardedOptimizer, self._arguments()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> GuardedOptimizer:
-        optimizer, named = copy.deepcopy((self._optimizer, self._guard.trained()), memo)
-        return GuardedOptimizer(optimizer, named, self._config, self._on_overflow, self._clip_norm)
+        optimizer, named, *rest = self._arguments()
+        return GuardedOptimizer(*copy.deepcopy((optimizer, named), memo), *rest)
+
+    def _arguments(self) -> tuple[Any, ...]:
+        """Arguments of a copy, which has the optimizer's parameters by name."""
+        return self._optimizer, self._guard.trained(), self._config, self._on_overflow, self._clip_norm
 
     def __getattr__(self, name: str) -> Any:
         if name == "_optimizer":  # while it is constructed
@@ -332,6 +373,50 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
 
     def __repr__(self) -> str:
         return f"GuardedOptimizer({self._optimizer!r})"
+
+
+class _UnguardedOptimizer(GuardedOptimizer):
+    """What `GuardedOptimizer` makes if guards are disabled: passes calls on to the wrapped optimizer, and clips."""
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model_or_named_parameters: Named,
+        config: GuardConfig | None = None,
+        on_overflow: OverflowCallback | None = None,
+        clip_norm: float | None = None,
+    ) -> None:
+        self._wrap(optimizer, model_or_named_parameters, config, on_overflow, clip_norm)
+
+    def _sessions(self) -> Sequence[Session]:
+        return []
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return False  # a GradScaler unscales before `step`, and skips by itself
+
+    def detach(self) -> torch.optim.Optimizer:
+        self._clips = False
+        return self._optimizer
+
+    def watch_loss(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss
+
+    @_disable_dynamo
+    def step(self, closure: Closure | None = None, *, grad_scaler: Any = None) -> Any:
+        return self._step_unguarded(closure)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._optimizer.load_state_dict(state_dict)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self._optimizer.add_param_group(param_group)
+
+    def _arguments(self) -> tuple[Any, ...]:
+        named = self._named.named_parameters() if isinstance(self._named, torch.nn.Module) else self._named
+        trained = {parameter for group in self.param_groups for parameter in group["params"]}
+        kept = [(name, parameter) for name, parameter in named if parameter in trained]
+        return self._optimizer, kept, self._config, self._on_overflow, self._clip_norm
 
 
 def sync_is_costly(device: torch.device) -> bool:
