@@ -42,6 +42,7 @@ def collect(rank: int | None = None) -> Environment:
     Returns:
         Versions by distribution (None where it is not installed), "python", "cuda", "platform", "hostname", "rank",
         and "hides_nan": sentences on loaded modules that keep NaN out of their logs unless configured otherwise.
+        A guard adds "guard_failures": tracebacks of its own failures.
     """
     return {
         **versions(),
@@ -67,8 +68,12 @@ def _log_disabled() -> None:
 
 
 def rows(environment: Environment) -> list[tuple[str, str]]:
-    """Returns names and values for a display, without unknown ones."""
-    return [(name, str(value)) for name, value in environment.items() if name != "hides_nan" and value is not None]
+    """Returns names and values for a display, without unknown ones and long texts."""
+    return [
+        (name, str(value))
+        for name, value in environment.items()
+        if name not in ("hides_nan", "guard_failures") and value is not None
+    ]
 
 
 def hides_nan(environment: Environment) -> tuple[str, ...]:

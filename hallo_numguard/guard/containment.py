@@ -1,10 +1,12 @@
-"""Failures of the guard's own code: contained, logged once, and shown to the tests."""
+"""Failures of the guard's own code: contained, logged on one line, kept for reports, and shown to the tests."""
 
 from __future__ import annotations
 
 import logging
+import traceback
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
 _log = logging.getLogger("hallo_numguard")
@@ -13,6 +15,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 MAX_REMEMBERED = 100
+MAX_MESSAGE = 200  # characters
 
 contained: deque[tuple[str, Exception]] = deque(maxlen=MAX_REMEMBERED)
 """The last failures of this process with the probe that failed. The tests ask whether there are any."""
@@ -38,9 +41,26 @@ class contain_failures:
             return False
         contained.append((self._probe, error))
         _log.error(
-            "hallo_numguard failed in its %s: %s; training goes on", self._probe, self._consequence, exc_info=error
+            "hallo_numguard failed in its %s: %s; training goes on. %s",
+            self._probe,
+            self._consequence,
+            _in_a_line(error),
         )
+        _log.debug("the traceback of that failure", exc_info=error)
         return True
+
+
+def failures() -> tuple[str, ...]:
+    """Returns the failures of this process so far, each with its traceback: text for reports."""
+    return tuple(f"{probe}: {''.join(traceback.format_exception(error))}" for probe, error in contained)
+
+
+def _in_a_line(error: Exception) -> str:
+    """The kind of error, the beginning of its message, and the line that raised it."""
+    message = str(error).strip().partition("\n")[0][:MAX_MESSAGE]
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""
+    return f"{type(error).__name__}: {message}{where}"
 
 
 class Probes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,8 @@ from hallo_numguard.guard.collectives import Ranks
 
 _log = logging.getLogger("hallo_numguard")
 
+REMINDER_STEPS = 1000  # steps after which a report that comes again is logged as a whole
+
 _CALLBACK_FAILED = len(ACTIONS)  # more severe than any action: some rank is going to raise
 
 
@@ -24,6 +27,37 @@ class Answer(NamedTuple):
     goes_back: bool = False
 
 
+class Announcer:
+    """Logs reports: those that only repeat the one before on one line."""
+
+    def __init__(self) -> None:
+        self._last: OverflowReport | None = None  # that was logged as a whole
+        self._times = 0
+
+    def announce(self, report: OverflowReport, action: str) -> None:
+        """Logs a report after which training goes on."""
+        last, self._times = self._last, self._times + 1
+        if action == "continue":
+            _log.info("%s", report.headline())
+        elif last is not None and _says_the_same(report, last) and report.step - last.step < REMINDER_STEPS:
+            _log.warning("%s; same as step %d, %d times", report.headline(), last.step, self._times)
+            return
+        else:
+            _log.warning("%s", report)
+        self._last, self._times = (None if action == "continue" else report), 0
+
+
+def _says_the_same(left: OverflowReport, right: OverflowReport) -> bool:
+    return _gist(left) == _gist(right)
+
+
+def _gist(report: OverflowReport) -> tuple[object, ...]:
+    """What a report says, but for places and amounts."""
+    first = report.first
+    where = None if first is None else (first.kind, first.name, first.module, first.rank)
+    return report.verdict, report.recoverable, report.outcome, where, re.sub(r"\d+", "", report.advice)
+
+
 def agree(
     report: OverflowReport,
     policy: Policy,
@@ -31,6 +65,7 @@ def agree(
     ranks: Ranks,
     device: torch.device,
     can_go_back: bool,
+    announcer: Announcer,
     may_settle: bool = False,
 ) -> Answer:
     """Asks the callback and the policy, and takes the most severe answer of all ranks.
@@ -53,7 +88,7 @@ def agree(
     if action == "raise" or (action == "rollback" and not can_go_back):
         return Answer(NumericsError(report))
     if ranks.speaks:
-        _announce(report, action)
+        announcer.announce(report, action)
     return Answer(goes_back=action == "rollback")
 
 
@@ -62,10 +97,3 @@ def _choose(report: OverflowReport, policy: Policy, callback: OverflowCallback |
     if answer is not None:
         return check_action(answer, "what on_overflow returned")
     return policy.action_for(report, may_settle)
-
-
-def _announce(report: OverflowReport, action: str) -> None:
-    if action == "continue":
-        _log.info("%s", report.headline())
-    else:
-        _log.warning("%s", report)

@@ -19,14 +19,14 @@ import torch
 
 from hallo_numguard.core.atomic_files import write_whole
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
-from hallo_numguard.core.environment import collect
+from hallo_numguard.core.environment import Environment, collect
 from hallo_numguard.core.errors import CheckpointFailed, NumericsError
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Offender, StepRecord, Verdict
 from hallo_numguard.guard import policy
 from hallo_numguard.guard.collectives import Ranks
-from hallo_numguard.guard.containment import Probes, contain_failures
+from hallo_numguard.guard.containment import Probes, contain_failures, failures
 from hallo_numguard.guard.diagnosis import messages
 from hallo_numguard.guard.diagnosis.collect import BadStep, EvidenceCollector
 from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
@@ -119,6 +119,7 @@ class Session:
         self._bundles = Bundles(folder, model.module, self._replayer, ranks, model.device, model.settings)
         self._warnings = EarlyWarnings(model.parameters, self._batch, self._note)
         self._collector = EvidenceCollector(model, ranks, self._batch, self._recorder, self._local_gradients)
+        self._announcer = policy.Announcer()
         self._skipped = 0  # steps in a row
         self._alarms = 0  # findings that are more than an information
         self._unclean = False  # whether this step's gradients were not finite, and not because of the loss scale
@@ -309,6 +310,7 @@ class Session:
             self._ranks,
             self._model.device,
             self.probes.run("checkpoint keeper", lambda: self._can_go_back) is True,
+            self._announcer,
             may_settle,
         )
         self._to_undo = report if answer.goes_back else None
@@ -324,8 +326,11 @@ class Session:
         return BadStep(self._steps.pending, self._skipped, losses or stand_ins or [], bool(losses))
 
     def _judge(self, evidence: Evidence) -> OverflowReport:
-        history, environment = tuple(self._recorder.read()), collect(self._ranks.rank)
-        return replace(judge(evidence), history=history, environment=environment)
+        return replace(judge(evidence), history=tuple(self._recorder.read()), environment=self._environment())
+
+    def _environment(self) -> Environment:
+        failed = failures()
+        return {**collect(self._ranks.rank), **({"guard_failures": failed} if failed else {})}
 
     @property
     def _can_go_back(self) -> bool:
@@ -475,7 +480,7 @@ class Session:
             return None
         if self.last_report is None or report != replace(self.last_report, happened=report.happened):
             history = tuple(self.probes.run("flight recorder", self._recorder.read) or ())
-            environment = self.probes.run("environment", collect, self._ranks.rank) or {}
+            environment = self.probes.run("environment", self._environment) or {}
             report = replace(report, history=history, environment=environment)
             self.last_report, self.reported_at = report, next(_report_numbers)
             self.probes.run("report file", self._dump, report)

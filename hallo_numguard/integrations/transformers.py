@@ -32,10 +32,16 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("hallo_numguard")
 
+_LOGGED: dict[str, Callable[[str], bool]] = {
+    "few": lambda name: name in ("gradient_norm", "gradient_nonfinite", "skipped_in_a_row"),
+    "all": lambda _: True,
+    "none": lambda _: False,
+}
 _FOLDER = "numguard"  # in the Trainer's output folder
 _FILTER = (
     "TrainingArguments.logging_nan_inf_filter is on: the Trainer logs the average of earlier losses in place of one "
-    "that is NaN or Inf. numguard/loss is not filtered; logging_nan_inf_filter=False shows it in the Trainer's own too."
+    "that is NaN or Inf. logging_nan_inf_filter=False shows it; so does numguard/loss, which "
+    "NumGuardCallback(log_figures='all') logs."
 )
 
 
@@ -46,20 +52,23 @@ class NumGuardCallback(Guard, TrainerCallback):
     (`control.should_training_stop`): nothing is saved over earlier checkpoints, every callback is told that training
     has ended, and then `train()` raises the error, on every rank; in a trial of `hyperparameter_search` it returns, as
     the search goes on. The report is in `dump_dir`, by default `numguard` in the Trainer's output folder. The Trainer's
-    log rows get the figures `numguard/...` of the last step. Checkpoints and `save_model` refuse non-finite weights
-    until `detach`, so also after training.
+    log rows get three figures of the last step: `numguard/gradient_norm`, `numguard/gradient_nonfinite` and
+    `numguard/skipped_in_a_row`. Checkpoints and `save_model` refuse non-finite weights until `detach`, so also after
+    training.
 
     Args:
         config: Settings; see `GuardConfig`.
         on_overflow: Called with each `OverflowReport`; see `hallo_numguard.attach`.
         on_stop: What `train()` does in the end if the guard has stopped training: "raise" (default) raises the error;
             "return" returns, and only `stopped_by` tells.
+        log_figures: Figures that the Trainer's log rows get: "few" (default), "all" (what `GuardConfig.sinks` get), or
+            "none".
 
     Attributes:
         stopped_by: Error that stopped training, or None.
 
     Raises:
-        InvalidInput: If `on_stop` is neither.
+        InvalidInput: If `on_stop` or `log_figures` is none of these.
     """
 
     def __init__(
@@ -67,9 +76,12 @@ class NumGuardCallback(Guard, TrainerCallback):
         config: GuardConfig | None = None,
         on_overflow: OverflowCallback | None = None,
         on_stop: str = "raise",
+        log_figures: str = "few",
     ) -> None:
         if on_stop not in ("raise", "return"):
             raise InvalidInput(f"on_stop must be 'raise' or 'return', got {on_stop!r}")
+        if log_figures not in _LOGGED:
+            raise InvalidInput(f"log_figures must be 'few', 'all' or 'none', got {log_figures!r}")
         self.stopped_by: NumericsError | None = None
         self._config = config or GuardConfig()
         self._on_overflow = on_overflow
@@ -81,7 +93,7 @@ class NumGuardCallback(Guard, TrainerCallback):
         self._end = MethodPatches()  # of the last thing that training calls
         self._saves: SaveGates | None = None  # these stay on when training is over
         self._saving_trainer: Any = None
-        self._figures = _LastFigures()
+        self._figures = _LastFigures(log_figures)
 
     def _sessions(self) -> Sequence[Session]:
         return [] if self._guard is None else self._guard._sessions()
@@ -235,12 +247,19 @@ def _trainer_on_the_stack() -> Any:
 
 
 class _LastFigures:
-    def __init__(self) -> None:
+    """Keeps the figures of the last step.
+
+    Args:
+        which: "few", "all" or "none".
+    """
+
+    def __init__(self, which: str) -> None:
+        self._which = which
         self.last: dict[str, float] = {}
 
     def write(self, step: int, figures: Mapping[str, float]) -> None:
         """See `Sink`."""
-        self.last = {tag(name): value for name, value in figures.items()}
+        self.last = {tag(name): value for name, value in figures.items() if _LOGGED[self._which](name)}
 
     def report(self, report: OverflowReport) -> None:
         """See `Sink`."""

@@ -56,5 +56,6 @@ class Feed:
         except Exception as error:  # noqa: BLE001 - of trackers, networks and third parties; training goes on
             self._sinks.remove(sink)
             expected = isinstance(error, (ImportError, NumGuardError))
-            name = type(sink).__name__
-            _log.warning("%s gets no more figures; training goes on: %s", name, error, exc_info=not expected)
+            what = str(error) if expected else f"{type(error).__name__}: {error}"
+            _log.warning("%s gets no more figures; training goes on: %s", type(sink).__name__, what)
+            _log.debug("the traceback of that failure", exc_info=not expected)

@@ -33,8 +33,23 @@ def test_a_probe_that_fails_is_switched_off_alone(caplog: pytest.LogCaptureFixtu
             None,
             2,
         ]
-    assert caplog.text.count("failed in its first") == 1
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "hallo_numguard failed in its first: it is switched off, all else stays on guard; training goes on. "
+        f"RuntimeError: planted (test_containment.py:{fail.__code__.co_firstlineno + 1}, in fail)"
+    )
+    assert record.exc_info is None, "one line on the console"
     assert [probe for probe, _ in containment.contained] == ["first"]
+
+
+@pytest.mark.contains_failures
+def test_a_traceback_is_for_debugging(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG, "hallo_numguard"):
+        Probes().run("first", fail)
+    assert [(record.levelname, record.exc_info is not None) for record in caplog.records] == [
+        ("ERROR", False),
+        ("DEBUG", True),
+    ]
 
 
 def test_what_the_user_raises_to_end_the_run_is_not_contained() -> None:
@@ -76,4 +91,8 @@ def test_a_run_goes_on_without_the_part_and_the_next_nan_is_found(part: str, mon
         train_step()
     assert caught.value.report.first is not None
     assert caught.value.report.first.name == "2.weight"
+    failure = caught.value.report.environment["guard_failures"][0]
+    assert failure.startswith(f"{part}: Traceback (most recent call last)"), "whole in the report"
+    assert "RuntimeError: planted" in failure
+    assert ng.OverflowReport.from_json(caught.value.report.to_json()) == caught.value.report
     assert not torch.isnan(model[0].weight).any()

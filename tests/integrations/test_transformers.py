@@ -21,10 +21,29 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 pytestmark = pytest.mark.usefixtures("cpu_alone")
 
 
-def test_figures_join_what_the_trainer_logs(tmp_path):
+FEW = {"numguard/gradient_norm", "numguard/gradient_nonfinite", "numguard/skipped_in_a_row"}
+
+
+def of_the_guard(row):
+    return {name for name in row if name.startswith("numguard")}
+
+
+@pytest.mark.parametrize(("log_figures", "expected"), [("few", FEW), ("none", set())])
+def test_three_figures_join_what_the_trainer_logs(log_figures, expected, tmp_path):
+    trainer = hugging_face_trainer(support.Faulty("none", kind=support.WithLoss), tmp_path)
+    trainer.add_callback(ng.integrations.NumGuardCallback(log_figures=log_figures))
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert [of_the_guard(row) for row in rows] == [expected] * len(rows)
+    with pytest.raises(ng.InvalidInput, match="log_figures must be"):
+        ng.integrations.NumGuardCallback(log_figures="some")
+
+
+def test_all_figures_join_what_the_trainer_logs_where_they_are_asked_for(tmp_path):
     faulty = support.Faulty("none", kind=support.WithLoss)
     trainer = hugging_face_trainer(faulty, tmp_path, max_grad_norm=1e-3)
-    guard = ng.attach(trainer)
+    guard = ng.integrations.NumGuardCallback(log_figures="all")
+    trainer.add_callback(guard)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
     assert [row["step"] for row in rows] == [record.step for record in guard.history]
@@ -189,7 +208,7 @@ def test_the_filter_that_hides_nan_losses_is_named(tmp_path, caplog):
         caplog.clear()
         faulty = support.Faulty("forward", kind=support.WithLoss)
         trainer = hugging_face_trainer(faulty, tmp_path, logging_nan_inf_filter=filtered)
-        ng.attach(trainer)
+        trainer.add_callback(ng.integrations.NumGuardCallback(log_figures="all"))
         with caplog.at_level(logging.INFO, "hallo_numguard"):
             trainer.train()
         told[filtered] = any("logging_nan_inf_filter" in record.getMessage() for record in caplog.records)
@@ -294,7 +313,7 @@ assert trainer.state.global_step == 3
 assert (report.verdict, report.first.name, report.first.index, report.first.rank) == (
     "weights_nonfinite", faulty.model.frozen, (4, 2), 1
 ), report
-logged = [row for row in trainer.state.log_history if "numguard/loss" in row]
+logged = [row for row in trainer.state.log_history if "numguard/gradient_norm" in row]
 assert len(logged) == (3 if rank == 0 else 0), logged
 torch.distributed.destroy_process_group()
 print("done")

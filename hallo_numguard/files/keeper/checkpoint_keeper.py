@@ -184,8 +184,11 @@ class CheckpointKeeper:
                 return
             self._store.mark(checkpoint, "rejected", problem)
             _log.warning("checkpoint %s is not healthy: %s", checkpoint, problem)
-        except Exception:  # noqa: BLE001 - a full disk, a file that breaks a reader: training goes on
-            _log.exception("checkpoint %s could not be checked, and does not count as healthy", checkpoint)
+        except Exception as error:  # noqa: BLE001 - a full disk, a file that breaks a reader: training goes on
+            _log.error(
+                "checkpoint %s could not be checked, and does not count as healthy: %s", checkpoint, _in_words(error)
+            )
+            _log.debug("the traceback of that failure", exc_info=True)
 
     def latest_healthy(self) -> Checkpoint | None:
         """Returns the newest checkpoint that is healthy and unchanged since, or None.
