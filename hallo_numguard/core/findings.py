@@ -23,7 +23,7 @@ class Finding:
             "not_checked" (tensors that cannot be read, each named once).
         message: Sentence on what was expected, and what was found.
         step: Number of the step; None outside of a step.
-        name: Name of the tensor concerned, "" if there is none.
+        name: Name of the tensor concerned, or of the module with several; "" if there is none.
         offender: Non-finite tensor, if there is one.
         severity: "error" (training will fail, or silently do the wrong thing), "warning" or "info".
         file: Path of the file concerned, "" if there is none.

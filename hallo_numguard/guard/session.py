@@ -23,7 +23,7 @@ from hallo_numguard.core.environment import Environment, collect
 from hallo_numguard.core.errors import CheckpointFailed, NumericsError
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.core.overflow_report import OverflowReport
-from hallo_numguard.core.records import Offender, StepRecord, Verdict
+from hallo_numguard.core.records import StepRecord, Verdict
 from hallo_numguard.guard import policy
 from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.containment import Probes, contain_failures, failures
@@ -43,6 +43,7 @@ from hallo_numguard.guard.step.early_warnings import EarlyWarnings
 from hallo_numguard.guard.step.local_gradients import LocalGradients
 from hallo_numguard.guard.step.pending import PendingStep, StepOwner
 from hallo_numguard.guard.step.recorder import Recorder
+from hallo_numguard.guard.weight_findings import weight_findings
 from hallo_numguard.trackers.base import Sink
 from hallo_numguard.trackers.choose import sink_for
 from hallo_numguard.trackers.feed import Feed
@@ -58,11 +59,6 @@ STATUS_FAILED = 2  # above 0 (finite) and 1 (not finite): the maximum over the r
 MAX_FINDINGS = 1000
 MAX_FAILURES = 3  # of essential parts, after which they are not tried any more
 
-_OUTLOOK = {
-    "parameter": "If the model reads it, the first loss will be NaN, and no loss scale can mend that.",
-    "buffer": "If the forward pass reads it, the loss will be NaN.",
-    "optimizer_state": "The next step that is applied writes it into the weights.",
-}
 _report_numbers = itertools.count()
 
 
@@ -117,7 +113,7 @@ class Session:
         )
         folder = None if config.repro_dir is None else Path(config.repro_dir)
         self._bundles = Bundles(folder, model.module, self._replayer, ranks, model.device, model.settings)
-        self._warnings = EarlyWarnings(model.parameters, self._batch, self._note)
+        self._warnings = EarlyWarnings(model.parameters, self._batch, model.module, self._recorder.read, self._note)
         self._collector = EvidenceCollector(model, ranks, self._batch, self._recorder, self._local_gradients)
         self._announcer = policy.Announcer()
         self._skipped = 0  # steps in a row
@@ -297,6 +293,7 @@ class Session:
         """Reports a bad step of which nothing else is known, because the guard has failed on this rank or another."""
         pending = self._steps.pending
         report = messages.unexplained(pending.number, pending.scaling, self._ranks.size, self._skipped)
+        report = replace(report, environment=self.probes.run("environment", self._environment) or {})
         with self._ranks.assembled("", ALONE_AFTER_A_FAILURE):
             return self._act(report, None, may_settle=pending.scaling.can_fall)
 
@@ -450,14 +447,10 @@ class Session:
     def _inspect_weights(self, when: str) -> None:
         self._model.note_unchecked()
         found = list(self._collector.inspect())
-        for offender, is_mine in found:
-            self._report_weight(offender, when, is_mine)
+        for finding, is_mine in weight_findings(found, when, [*self._model.parameters, *self._model.buffers]):
+            self._note(finding, is_mine)
         self._note_unchecked()
         self.save_gate.remember(when, [offender for offender, _ in found])
-
-    def _report_weight(self, offender: Offender, when: str, is_mine: bool) -> None:
-        message = f"{offender}, seen when {when}. {_OUTLOOK[offender.kind]}"
-        self._note(Finding("nonfinite", message, name=offender.name, offender=offender), is_mine)
 
     def check_save(self, save: Save, is_on_guard: bool = True) -> NumericsError | None:
         """Reads what is about to be saved. All ranks call it if they make that save together; see `Save`.

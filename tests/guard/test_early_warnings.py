@@ -87,9 +87,176 @@ class Dead(nn.Module):
 def test_a_dead_layer():
     model, optimizer = make_optimizer(Dead())
     train(model, optimizer, 20)
-    found = [item for item in kinds(optimizer) if item[0] == "dead_gradient"]
-    assert ("dead_gradient", "hidden.weight", 8) in found
-    assert ("dead_gradient", "output.bias", 8) not in found
+    assert [item for item in kinds(optimizer) if item[0] == "dead_gradient"] == [
+        ("dead_gradient", "hidden", 8),
+        ("dead_gradient", "output.weight", 8),  # its input is zero
+    ]
+    message, _ = [item.message for item in optimizer.findings if item.kind == "dead_gradient"]
+    assert message == "step 8: 2 parameters of hidden had gradients of zero throughout in steps 1, 2, 4, 8"
+
+
+class Reference(nn.Module):
+    """A part whose output nothing reads takes part with weight 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.up_blocks = nn.ModuleList(
+            nn.Sequential(*(layer for _ in range(5) for layer in (nn.Linear(4, 4), nn.LayerNorm(4)))) for _ in range(2)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in (*self.down_blocks, self.up_blocks[0]):
+            x = x + block(x)
+        return x + self.up_blocks[1](x) * 0.0
+
+
+class WithReference(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.reference_unet = Reference()
+        self.output = nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(self.reference_unet(x))
+
+
+def test_findings_of_a_kind_are_one_line_a_module():
+    model, optimizer = make_optimizer(WithReference())
+    train(model, optimizer, 300)
+    assert [(item.name, item.message) for item in optimizer.findings if item.kind == "dead_gradient"] == [
+        (
+            "reference_unet.up_blocks.1",
+            "step 8: 20 parameters of reference_unet.up_blocks.1 had gradients of zero throughout in steps 1, 2, 4, 8",
+        )
+    ]
+
+
+def test_a_layer_in_every_block_is_one_line():
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(Dead() for _ in range(12))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return sum(layer(x) for layer in self.layers)
+
+    model, optimizer = make_optimizer(Blocks())
+    train(model, optimizer, 10)
+    assert [item for item in kinds(optimizer) if item[0] == "dead_gradient"] == [("dead_gradient", "layers", 8)]
+    assert "36 parameters of layers" in next(
+        item.message for item in optimizer.findings if item.kind == "dead_gradient"
+    )
+
+
+class Lora(nn.Module):
+    """A frozen layer with a low-rank addition whose second factor begins at zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base = nn.Linear(4, 4).requires_grad_(False)
+        self.lora_a = nn.Linear(4, 2, bias=False)
+        self.lora_b = nn.Linear(2, 4, bias=False)
+        self.head = nn.Linear(4, 1)
+        nn.init.zeros_(self.lora_b.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.base(x) + self.lora_b(self.lora_a(x)))
+
+
+class AdaLnZero(nn.Module):
+    """A block behind a gate, before an output that begins at zero too: gradients reach it in the third step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.modulation = nn.Linear(4, 4)
+        self.block = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 4))
+        self.final = nn.Linear(4, 1)
+        for layer in (self.modulation, self.final):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.final(x + self.modulation(x) * self.block(x))
+
+
+class TakesNoPart(nn.Module):
+    """A mask token, a table of embeddings and a norm's weight that no step reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, 4))
+        self.mask_tokens = nn.Parameter(torch.zeros(3, 4))
+        self.types = nn.Embedding(3, 4)
+        self.unused_norm = nn.LayerNorm(4)
+        self.layer = nn.Linear(4, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        unread = sum(parameter.sum() for name, parameter in self.named_parameters() if not name.startswith("layer"))
+        return self.layer(x) + 0.0 * unread
+
+
+class LayerDrop(nn.Module):
+    """Layers that most steps leave out: the last one takes part in step 3 only, of the first ten."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.head = nn.Linear(4, 1)
+        self.calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        for number, layer in enumerate(self.layers):
+            keep = float(self.calls % 3 == 0 if number == 2 else self.calls < 2 or number == 0)
+            x = x + keep * torch.tanh(layer(x))
+        return self.head(x)
+
+
+class Experts(nn.Module):
+    """One of the experts gets no token in the first steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 1) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(expert(x) * float(number < 3) for number, expert in enumerate(self.experts))
+
+
+@pytest.mark.parametrize("kind", [Lora, AdaLnZero, TakesNoPart, LayerDrop, Experts])
+@pytest.mark.parametrize("warmup", [1, 100])
+def test_what_takes_no_part_or_not_yet_is_not_dead(kind, warmup):
+    model, optimizer = make_optimizer(kind())
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer._optimizer, lambda number: min(1.0, (number + 1) / warmup))
+    for _ in range(70):
+        train(model, optimizer, 1)
+        schedule.step()
+    assert [item for item in kinds(optimizer) if item[0] != "lost_update"] == []
+
+
+def test_layers_that_explode_together_are_one_line():
+    model, optimizer = make_optimizer()
+    train(model, optimizer, 15)
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: gradient * 1e5)
+    train(model, optimizer, 1)
+    (found,) = [item for item in optimizer.findings if item.kind == "exploding_gradient"]
+    assert found.name == ""
+    assert found.message.endswith("4 parameters of the model are as far from theirs")
+
+
+def test_bad_weights_of_a_module_are_one_line():
+    model = WithReference()
+    with torch.no_grad():
+        for parameter in model.reference_unet.up_blocks[0].parameters():
+            parameter.fill_(float("nan"))
+        model.output.bias.fill_(float("inf"))
+    model, optimizer = make_optimizer(model)
+    first, second = optimizer.findings
+    assert (first.name, first.offender.name) == ("reference_unet.up_blocks.0", "reference_unet.up_blocks.0.0.weight")
+    assert first.message.startswith("20 parameters of reference_unet.up_blocks.0 are not finite, the first is ")
+    assert second.name == "output.bias"
 
 
 def test_an_exploding_layer():

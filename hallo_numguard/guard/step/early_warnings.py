@@ -10,18 +10,22 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from torch import nn
 
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.core.records import StepRecord
 from hallo_numguard.guard.guarded_model import ScannedPieces
+from hallo_numguard.guard.module_groups import by_module
 from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.guard.parameter_stats import Piece
 from hallo_numguard.guard.readable import is_plain
 from hallo_numguard.guard.step.batch import Batch
+from hallo_numguard.guard.step.dead_gradients import DeadGradients
 from hallo_numguard.ops.api import tensor_stats
 from hallo_numguard.ops.device import AsyncHostCopy
 from hallo_numguard.ops.layout import Layout
@@ -33,9 +37,10 @@ SPIKE_DEVIATIONS = 10.0  # robust standard deviations
 SAMPLE_INTERVAL = 1024
 UPDATE_SLICE = 1024  # elements of a parameter whose update is measured
 MAX_UPDATE_RATIO = 0.1  # healthy runs are near 0.001
-MIN_ZERO_SAMPLES = 3
+MIN_SAMPLES = 3
 NORM_SAMPLES_KEPT = 16  # samples of a parameter
-EXPLODING_RATIO = 1000.0
+EXPLODING_RATIO = 1000.0  # to the median of the samples before
+GROWTH_RATIO = 100.0  # to the largest: gradients behind a gate that begins at zero grow, but not at once
 INPUT_RANGE_RATIO = 10.0
 LOST_SAMPLES = 2  # samples in a row without any change of any weight
 LOST_SAMPLES_HALF = 4  # in half precision, where a learning rate that is still being warmed up may well be lost
@@ -48,10 +53,19 @@ class EarlyWarnings:
     Args:
         parameters: Parameters in the guard's order.
         batch: Calls of the pending step.
+        model: The model; None if unknown.
+        last_steps: Returns the last steps, with the figures of each parameter.
         on_finding: Called with each finding.
     """
 
-    def __init__(self, parameters: Sequence[NamedTensor], batch: Batch, on_finding: Callable[[Finding], None]) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[NamedTensor],
+        batch: Batch,
+        model: nn.Module | None,
+        last_steps: Callable[[], Sequence[StepRecord]],
+        on_finding: Callable[[Finding], None],
+    ) -> None:
         self._parameters = parameters
         self._batch = batch
         self._on_finding = on_finding
@@ -61,7 +75,7 @@ class EarlyWarnings:
         self._updates = _Updates(parameters)
         self._now: _Sample | None = None
         self._pending_samples: deque[_Sample] = deque()
-        self._zero_for: dict[int, list[int]] = {}  # samples in which a gradient was nothing but zeros
+        self._dead = DeadGradients(parameters, model, last_steps, partial(self._report, "dead_gradient"))
         self._norms: dict[int, deque[float]] = {}
         self._inputs: dict[str, _Range] = {}
         self._unchanged: dict[int, list[int]] = {}  # samples whose step did not change the parameter
@@ -122,33 +136,44 @@ class EarlyWarnings:
         self._batch.tolerate([name for name, row in zip(sample.names, rows, strict=True) if any(row[:3])])
         for name, (*_, absmax) in zip(sample.names, rows, strict=True):
             known = self._inputs.setdefault(name, _Range())
-            if known.samples >= MIN_ZERO_SAMPLES and absmax > INPUT_RANGE_RATIO * known.absmax > 0:
+            if known.samples >= MIN_SAMPLES and absmax > INPUT_RANGE_RATIO * known.absmax > 0:
                 self._warn(
                     "input_range", sample.step, f"input {name} reaches {absmax:.4g}, before {known.absmax:.4g}", name
                 )
             known.samples, known.absmax = known.samples + 1, max(known.absmax, absmax)
 
     def _check_gradients(self, sample: _Sample) -> None:
+        absmax: dict[int, float] = {}
+        exploding: dict[int, tuple[float, float]] = {}
         for piece, record in zip(sample.pieces, StatsTable(sample.gradients.read(), False).to_host(), strict=True):
             if piece.parameter < 0 or piece.start > 0:  # a slice from the middle may well be rows that are not used
                 continue
+            absmax[piece.parameter] = max(record.absmax, absmax.get(piece.parameter, 0.0))
             norm = math.sqrt(record.sumsq) / sample.loss_scale
-            self._check_gradient(sample.step, piece.parameter, record.absmax, norm)
+            usual, largest = self._norms_before(piece.parameter, norm)
+            if usual > 0 and norm > max(EXPLODING_RATIO * usual, GROWTH_RATIO * largest):
+                exploding[piece.parameter] = norm, usual
+        self._dead.check(sample.step, absmax)
+        self._tell_exploding(sample.step, exploding, absmax)
 
-    def _check_gradient(self, step: int, position: int, absmax: float, norm: float) -> None:
-        name = self._parameters[position].name
-        zero = self._zero_for.setdefault(position, [])
-        zero.append(step) if absmax == 0 else zero.clear()
-        if len(zero) >= MIN_ZERO_SAMPLES and step >= 1 << MIN_ZERO_SAMPLES:
-            steps = ", ".join(map(str, zero))
-            self._warn("dead_gradient", step, f"the gradient of {name} was zero throughout in steps {steps}", name)
+    def _norms_before(self, position: int, norm: float) -> tuple[float, float]:
+        """Adds a norm; returns the median and the largest of those before, 0 if they are too few."""
         norms = self._norms.setdefault(position, deque(maxlen=NORM_SAMPLES_KEPT))
-        if len(norms) > MIN_ZERO_SAMPLES and norm > EXPLODING_RATIO * statistics.median(norms) > 0:
-            usual = statistics.median(norms)
-            self._warn(
-                "exploding_gradient", step, f"the gradient of {name} has norm {norm:.4g}, {usual:.4g} is usual", name
-            )
+        before = (statistics.median(norms), max(norms)) if len(norms) > MIN_SAMPLES else (0.0, 0.0)
         norms.append(norm)
+        return before
+
+    def _tell_exploding(
+        self, step: int, exploding: Mapping[int, tuple[float, float]], known: Mapping[int, float]
+    ) -> None:
+        found = {self._parameters[position].name: figures for position, figures in exploding.items()}
+        for module, names in by_module(list(found), [self._parameters[at].name for at in known]).items():
+            worst = max(names, key=lambda name: found[name][0] / found[name][1])
+            norm, usual = found[worst]
+            what = f"the gradient of {worst} has norm {norm:.4g}, {usual:.4g} is usual"
+            if len(names) > 1:
+                what += f"; {len(names)} parameters of {module or 'the model'} are as far from theirs"
+            self._warn("exploding_gradient", step, what, names[0] if len(names) == 1 else module)
 
     def _check_updates(self, sample: _Sample) -> None:
         if sample.updates is None:
@@ -211,7 +236,10 @@ class EarlyWarnings:
     def _warn(self, kind: str, step: int, message: str, name: str = "") -> None:
         if step - self._said.get((kind, name), -COOLDOWN_STEPS) >= COOLDOWN_STEPS:
             self._said[kind, name] = step
-            self._on_finding(Finding(kind, f"step {step}: {message}", step, name))
+            self._report(kind, step, message, name)
+
+    def _report(self, kind: str, step: int, message: str, name: str = "") -> None:
+        self._on_finding(Finding(kind, f"step {step}: {message}", step, name))
 
 
 @dataclass
