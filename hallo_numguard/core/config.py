@@ -125,6 +125,8 @@ class GuardConfig:
             random state, the configuration, the report, the one bad call of the named module with its weights, and a
             script. Overflows of scale or reduction get none. Costs a pass over the batch for each bundle; at most 8
             bundles per run. None for no bundles.
+        dump_keep: Numbers of reports in `dump_dir` and of bundles in `repro_dir` that are kept: the first of each
+            verdict, and the last of all. Others that this run has written are deleted, on each rank its own.
         sinks: Trackers that get rank 0's figures of every step and the reports, each one of: a SummaryWriter of the
             run (torch.utils.tensorboard, tensorboardX); "wandb" or "mlflow", for the run that is active when the
             first step is over; "csv:<path>"; "name:text", for another package's entry point in the group
@@ -139,6 +141,7 @@ class GuardConfig:
     policy: Policy = field(default_factory=Policy)
     dump_dir: str | os.PathLike[str] | None = None
     repro_dir: str | os.PathLike[str] | None = None
+    dump_keep: tuple[int, int] = (3, 10)
     sinks: Sequence[Any] = ()
     keeper: Any = None
 
@@ -157,6 +160,8 @@ class GuardConfig:
             folder = getattr(self, name)
             if folder is not None and not isinstance(folder, (str, os.PathLike)):
                 raise InvalidInput(f"{name} must be the path of a folder, got {folder!r}")
+        if len(self.dump_keep) != 2 or not all(isinstance(number, int) and number >= 0 for number in self.dump_keep):
+            raise InvalidInput(f"dump_keep must be two numbers of files, as in (3, 10), got {self.dump_keep!r}")
         if not isinstance(self.sinks, (list, tuple)):
             raise InvalidInput(f"sinks must be a list, got {self.sinks!r}")
         if self.keeper is not None and not all(hasattr(self.keeper, name) for name in ("clean_step", "rollback")):

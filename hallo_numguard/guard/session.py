@@ -36,6 +36,7 @@ from hallo_numguard.guard.diagnosis.rules import confirm, judge, needs_replay
 from hallo_numguard.guard.guarded_model import GuardedModel, ScannedPieces
 from hallo_numguard.guard.loss_scaling import LossScaling
 from hallo_numguard.guard.named_tensors import NamedTensor
+from hallo_numguard.guard.report_files import ReportFiles
 from hallo_numguard.guard.repro.bundle import Bundle, Bundles
 from hallo_numguard.guard.save_gate import Save, SaveGate, is_mask, report_on
 from hallo_numguard.guard.step.batch import Batch
@@ -57,6 +58,7 @@ ALONE_AFTER_A_FAILURE = "the guard has failed on a rank"
 STATUS_LEFT = -1  # off guard: the status of any other rank counts
 STATUS_FAILED = 2  # above 0 (finite) and 1 (not finite): the maximum over the ranks counts
 MAX_FINDINGS = 1000
+MAX_LOSSES = 4096  # of a step
 MAX_FAILURES = 3  # of essential parts, after which they are not tried any more
 
 _report_numbers = itertools.count()
@@ -112,7 +114,9 @@ class Session:
             else None
         )
         folder = None if config.repro_dir is None else Path(config.repro_dir)
-        self._bundles = Bundles(folder, model.module, self._replayer, ranks, model.device, model.settings)
+        self._report_files = ReportFiles("the report", config.dump_keep)
+        bundle_files = ReportFiles("the bundle", config.dump_keep)
+        self._bundles = Bundles(folder, bundle_files, model.module, self._replayer, ranks, model.device, model.settings)
         self._warnings = EarlyWarnings(model.parameters, self._batch, model.module, self._recorder.read, self._note)
         self._collector = EvidenceCollector(model, ranks, self._batch, self._recorder, self._local_gradients)
         self._announcer = policy.Announcer()
@@ -166,7 +170,10 @@ class Session:
 
     def on_loss(self, loss: torch.Tensor) -> None:
         """Records a micro-batch's loss, before its backward."""
-        self._steps.pending.losses.append(loss.detach())
+        losses = self._steps.pending.losses
+        losses.append(loss.detach())
+        if len(losses) > MAX_LOSSES:  # passes that no step follows
+            del losses[: MAX_LOSSES // 2]
 
     def judge_alone(self, because: str) -> None:
         """Makes this rank judge the step by itself, as others have other gradients; "" for what is usual."""
@@ -413,15 +420,17 @@ class Session:
             return self._bundles.take(report, micro_batch, number)
 
     def _dump(self, report: OverflowReport) -> None:
-        """Writes the report into the user's folder. A failure to write is only logged."""
+        """Writes the report into the user's folder."""
         rank, first = self._ranks.rank, report.first
         if self._config.dump_dir is None or (rank != 0 and (first is None or first.rank != rank)):
             return
         path = Path(self._config.dump_dir) / f"overflow-step{report.step:08d}-rank{rank}.json"
-        try:
+
+        def write() -> Path:
             write_whole(path, report.to_json().encode())
-        except OSError as error:
-            _log.error("the report could not be written: %s", error)
+            return path
+
+        self._report_files.write(report.verdict.value, write)
 
     def _replay(self, evidence: Evidence, losses: Sequence[torch.Tensor]) -> Replayed | None:
         """Runs the batch again where that adds evidence; the same on every rank, which all see the same evidence."""

@@ -21,6 +21,7 @@ from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Verdict
 from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.diagnosis.replay import Replayer
+from hallo_numguard.guard.report_files import ReportFiles
 from hallo_numguard.guard.step.model_call import ModelCall
 from hallo_numguard.tracing.capture import Captured
 from hallo_numguard.tracing.nested import whole_bytes
@@ -51,6 +52,7 @@ class Bundles:
 
     Args:
         folder: Folder to write them to; None for none.
+        files: Writes them, and deletes older ones.
         module: The model.
         replayer: Runs passes of the step again; None if that is impossible.
         ranks: Ranks that take part.
@@ -61,6 +63,7 @@ class Bundles:
     def __init__(
         self,
         folder: Path | None,
+        files: ReportFiles,
         module: nn.Module | None,
         replayer: Replayer | None,
         ranks: Ranks,
@@ -68,6 +71,7 @@ class Bundles:
         settings: Mapping[str, Any],
     ) -> None:
         self._folder = folder
+        self._report_files = files
         self._module = module
         self._replayer = replayer
         self._ranks = ranks
@@ -95,15 +99,14 @@ class Bundles:
         return Bundle(self._replayer.call(micro_batch), captured)
 
     def write(self, report: OverflowReport, bundle: Bundle) -> None:
-        """Writes a bundle on the rank that is named, else on rank 0. A failure to write is only logged."""
+        """Writes a bundle on the rank that is named, else on rank 0."""
         rank = 0 if report.first is None or report.first.rank is None else report.first.rank
         if self._folder is None or self._ranks.rank != rank:
             return
-        try:
-            path = write_folder(self._folder / f"repro-step{report.step:08d}-rank{rank}", self._files(report, bundle))
-            _log.warning("to reproduce this in one process: python %s", path / "reproduce.py")
-        except OSError as error:
-            _log.error("the bundle could not be written: %s", error)
+        path, files = self._folder / f"repro-step{report.step:08d}-rank{rank}", self._files(report, bundle)
+        written = self._report_files.write(report.verdict.value, lambda: write_folder(path, files), list(files))
+        if written is not None:
+            _log.warning("to reproduce this in one process: python %s", written / "reproduce.py")
 
     def _reason_for_no_call(self, report: OverflowReport) -> str:
         """Why there is no single call to be captured, "" if there is one; the same on every rank."""
