@@ -10,11 +10,13 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 from torch._compile import _disable_dynamo
+from torch.fx import _symbolic_trace as symbolic_trace
 
 from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.guard import named_tensors
 from hallo_numguard.guard.guarded_model import Forward
 from hallo_numguard.guard.named_tensors import NamedTensor
+from hallo_numguard.integrations.patches import MethodPatches
 from hallo_numguard.integrations.torch_optim.parameter_gradients import trained
 from hallo_numguard.integrations.torch_optim.sharding import counts_here, is_sharded, local, place_of
 
@@ -96,6 +98,8 @@ class Observer(Protocol):
 class CallObserver:
     """Observes the calls of a model in training; a copy of the model (deepcopy, pickle) is not observed.
 
+    Calls that are traced or transformed are not observed: torch.func, torch.jit, torch.export, torch.fx.
+
     Args:
         model: The model, as the script calls it, or a wrapper that calls it.
         on_forward_start: Called with the arguments, before the call. Must not raise.
@@ -115,12 +119,12 @@ class CallObserver:
 
         @_disable_dynamo
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module is model and not self._muted:
+            if module is model and not self._muted and not _is_traced():
                 on_forward_start(args, kwargs)
 
         @_disable_dynamo
         def after(module: nn.Module, _: Any, output: Any) -> None:
-            if module is model and not self._muted:
+            if module is model and not self._muted and not _is_traced():
                 on_forward_end(output)
 
         # After every hook that changes the model's arguments; before every hook that changes its output.
@@ -128,6 +132,8 @@ class CallObserver:
             model.register_forward_pre_hook(_Hook(before), with_kwargs=True),
             model.register_forward_hook(_Hook(after)),
         ]
+        self._patches = MethodPatches()
+        self._patches.wrap(torch.jit, "script", _script_without_hooks)
 
     def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Calls the model unobserved, and eagerly if it was compiled."""
@@ -144,6 +150,7 @@ class CallObserver:
         """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
+        self._patches.restore()
 
     @contextlib.contextmanager
     def _mute(self) -> Iterator[None]:
@@ -154,15 +161,62 @@ class CallObserver:
             self._muted = False
 
 
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # torch >= 2.7
+_TRACING_MODES = (
+    torch._C._TorchDispatchModeKey.FAKE,
+    torch._C._TorchDispatchModeKey.PROXY,
+    torch._C._TorchDispatchModeKey.FUNCTIONAL,
+)
+
+
+def _is_traced() -> bool:
+    """Whether the present call is traced or transformed: its tensors hold no numbers, or those of several calls."""
+    return (
+        torch._C._functorch.peek_interpreter_stack() is not None
+        or torch.jit.is_tracing()
+        or any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING_MODES)
+        or getattr(symbolic_trace, "_is_fx_tracing_flag", False)
+    )
+
+
+_SCRIPT_FRAMES = 2  # of ours between the caller of torch.jit.script, whose names it resolves, and torch's own
+
+
+def _script_without_hooks(original: Callable[..., Any], obj: Any, *args: Any, **kwargs: Any) -> Any:
+    """torch.jit.script, which compiles every hook that it finds, without those of guards."""
+    kwargs["_frames_up"] = kwargs.get("_frames_up", 0) + _SCRIPT_FRAMES
+    modules = list(obj.modules()) if isinstance(obj, nn.Module) else []
+    with contextlib.ExitStack() as stack:
+        for module in modules:
+            for hooks in (module._forward_pre_hooks, module._forward_hooks):
+                if any(isinstance(hook, _Hook) for hook in hooks.values()):
+                    stack.callback(_replace, hooks, dict(hooks))
+                    _replace(hooks, {key: hook for key, hook in hooks.items() if not isinstance(hook, _Hook)})
+        return original(obj, *args, **kwargs)
+
+
+def _replace(hooks: dict[int, Any], contents: Mapping[int, Any]) -> None:
+    """Gives a module's hooks other contents, in their order."""
+    hooks.clear()
+    hooks.update(contents)
+
+
 class _Hook:
-    """A hook that stays behind when its module is copied or pickled."""
+    """A hook that stays behind when its module is copied or pickled.
+
+    A pickle refers to nothing of ours, so that it loads where this package is not installed: there the hook is the exit
+    of a null context, which takes any three arguments and returns None.
+    """
 
     def __init__(self, function: Callable[..., None] | None = None) -> None:
         self._function = function
 
     def __call__(self, *args: Any) -> None:
-        if self._function is not None:
+        if self._function is not None and not _is_exporting():
             self._function(*args)
 
-    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
-        return _Hook, ()
+    def __deepcopy__(self, _: dict[int, Any]) -> _Hook:
+        return _Hook()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (contextlib.nullcontext(), "__exit__")
