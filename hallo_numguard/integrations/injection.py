@@ -12,6 +12,7 @@ from torch import nn
 from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.guard.parameter_stats import NONE
 from hallo_numguard.ops.layout import unravel
+from hallo_numguard.tracing.nested import contents_of
 from hallo_numguard.tracing.rerun import is_rerunning
 
 KINDS = ("parameter", "buffer", "optimizer_state", "input", "activation", "gradient")
@@ -21,18 +22,19 @@ class Injection:
     """A fault that is planted, now or later. `remove()` takes back a fault that is still to come; damage done stays.
 
     Attributes:
-        planted: Whether the fault has been planted on this rank.
+        planted: Whether the fault has been planted on this rank: a value was changed.
     """
 
     def __init__(self) -> None:
         self.planted = False
-        self._handles: list[Any] = []
+        self._is_evaluating = False
+        self._handles: list[Any] = []  # of the forward pass
+        self._backward_handles: list[Any] = []
 
     def remove(self) -> None:
         """Removes every hook."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        _remove(self._handles)
+        _remove(self._backward_handles)
 
 
 def inject(
@@ -51,11 +53,12 @@ def inject(
         kind: Kind of fault. "parameter", "buffer" and "optimizer_state" (moments) stay damaged, as by a corrupted
             file; "input" (the first floating-point tensor of the batch) and "activation" (output of the module
             `where`) are bad in one step only, and "gradient" (of the parameter `where`, before the reduction) in one
-            backward pass, as by a fault of the hardware: not in a replay.
+            backward pass of that step, as by a fault of the hardware: not in a replay.
         where: Fully qualified name of the parameter, buffer or module; not for "input".
         index: Index of the element in the whole tensor's shape. Default: the first.
         value: Value of that element.
-        step: Number of the forward pass, counted from now; 1 is the next.
+        step: Number of the forward pass, counted from now; 1 is the next. Passes under `torch.no_grad()`, as in an
+            evaluation, do not count, and have no fault.
         rank: Global rank with the fault. Default: all.
 
     Returns:
@@ -77,12 +80,14 @@ def inject(
         nonlocal passes
         if is_rerunning():
             return None
+        injection._is_evaluating = not torch.is_grad_enabled()
+        if injection._is_evaluating:
+            return None
         passes += 1
         if passes == step:
-            injection.planted = True
             return plant(injection, args, kwargs)
         if passes > step:
-            injection.remove()
+            _remove(injection._handles)
         return None
 
     # An engine is called before its model is; by then ZeRO stage 3 has begun to gather what would be damaged.
@@ -98,84 +103,135 @@ def _planter(
     target: Any, model: nn.Module, kind: str, where: str | None, index: Sequence[int] | None, value: float
 ) -> Planter:
     if kind == "input":
-        return lambda _, args, kwargs: _with_bad_input(args, kwargs, index, value)
+
+        def plant_input(injection: Injection, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            changed = _with_bad_input(args, kwargs, index, value)
+            injection.planted = True
+            return changed
+
+        return plant_input
     if kind == "activation":
         module = _find(dict(model.named_modules()), "module", where)
 
         def plant_activation(injection: Injection, *_: Any) -> None:
             def change(*call: Any) -> Any:
-                return _first_changed(call[-1], index, value)[0]
+                if injection._is_evaluating:
+                    return None
+                output, changed = _first_changed(call[-1], index, value)
+                injection.planted |= changed
+                return output
 
             injection._handles.append(module.register_forward_hook(change, prepend=True))  # every other hook sees it
 
         return plant_activation
     if kind == "buffer":
         buffer = _find(dict(model.named_buffers()), "buffer", where)
-        return lambda *_: _write(buffer, index, value)
+        return _writer(lambda: _write(buffer, index, value))
     parameter = _find(dict(model.named_parameters()), "parameter", where)
     if kind == "gradient":
-
-        def plant_gradient(injection: Injection, *_: Any) -> None:
-            def once(gradient: torch.Tensor) -> torch.Tensor | None:
-                handle.remove()
-                return _changed(gradient, index, value)
-
-            hooks = dict(parameter._backward_hooks or {})
-            handle = parameter.register_hook(once)
-            injection._handles.append(handle)
-            for key, hook in hooks.items():  # behind ours, so that every one of them sees it
-                del parameter._backward_hooks[key]
-                parameter._backward_hooks[key] = hook
-
-        return plant_gradient
+        return lambda injection, *_: _plant_gradient(injection, model, parameter, index, value)
     if kind == "optimizer_state":
-        return lambda *_: _write_state(target, parameter, index, value)
-    return lambda *_: _write_parameter(parameter, index, value)
+        return _writer(lambda: _write_state(target, parameter, index, value))
+    return _writer(lambda: _write_parameter(parameter, index, value))
 
 
-def _write_parameter(parameter: Any, index: Sequence[int] | None, value: float) -> None:
+def _writer(write: Callable[[], bool]) -> Planter:
+    def plant(injection: Injection, *_: Any) -> None:
+        injection.planted = write()
+
+    return plant
+
+
+def _plant_gradient(
+    injection: Injection, model: nn.Module, parameter: Any, index: Sequence[int] | None, value: float
+) -> None:
+    """Changes the gradient once, in the first backward pass that comes through this call of the model."""
+    is_under_way = False
+
+    def begin(_: torch.Tensor) -> None:
+        nonlocal is_under_way
+        if not is_rerunning():
+            is_under_way = True
+            torch.autograd.Variable._execution_engine.queue_callback(end)
+
+    def end() -> None:
+        nonlocal is_under_way
+        is_under_way = False
+
+    def note_output(_: nn.Module, __: Any, output: Any) -> None:
+        nonlocal is_under_way
+        forward_handle.remove()
+        tensors = [tensor for _, tensor in contents_of("output", output).tensors if tensor.requires_grad]
+        injection._backward_handles += [tensor.register_hook(begin) for tensor in tensors]
+        is_under_way = not tensors  # then whatever backward pass is the next
+
+    def change(gradient: torch.Tensor) -> torch.Tensor | None:
+        if not is_under_way or is_rerunning():
+            return None
+        _remove(injection._backward_handles)
+        injection.planted = True
+        return _changed(gradient, index, value)
+
+    hooks = dict(parameter._backward_hooks or {})
+    forward_handle = model.register_forward_hook(note_output)
+    injection._backward_handles += [parameter.register_hook(change), forward_handle]
+    for key, hook in hooks.items():  # behind ours, so that every one of them sees it
+        del parameter._backward_hooks[key]
+        parameter._backward_hooks[key] = hook
+
+
+def _remove(handles: list[Any]) -> None:
+    while handles:
+        handles.pop().remove()
+
+
+def _write_parameter(parameter: Any, index: Sequence[int] | None, value: float) -> bool:
     from hallo_numguard.integrations.torch_optim.sharding import is_sharded
 
     if is_sharded(parameter):
-        _write_part(parameter, index, value)
-        return
+        return _write_part(parameter, index, value)
     if not hasattr(parameter, "ds_tensor"):
-        _write(parameter, index, value)
-        return
-    if parameter.numel() > 0:  # whole at the moment
+        return _write(parameter, index, value)
+    is_whole = parameter.numel() > 0  # at the moment
+    if is_whole:
         _write(parameter, index, value)
     from hallo_numguard.integrations.deepspeed.partition import slice_of
 
     mine = slice_of(parameter)  # ZeRO stage 3: every rank has a slice
     place = _flat(tuple(parameter.ds_shape), index) - mine.start
-    if 0 <= place < mine.real:
+    is_mine = 0 <= place < mine.real
+    if is_mine:
         parameter.ds_tensor.data.view(-1)[place] = value
+    return is_whole or is_mine
 
 
-def _write_part(tensor: Any, index: Sequence[int] | None, value: float) -> None:
+def _write_part(tensor: Any, index: Sequence[int] | None, value: float) -> bool:
     from hallo_numguard.integrations.torch_optim.sharding import find, local
 
     place = find(tensor, _flat(tuple(tensor.shape), index))
-    if place is not None:
-        local(tensor.detach()).view(-1)[place] = value
+    if place is None:
+        return False
+    local(tensor.detach()).view(-1)[place] = value
+    return True
 
 
-def _write_state(target: Any, parameter: Any, index: Sequence[int] | None, value: float) -> None:
+def _write_state(target: Any, parameter: Any, index: Sequence[int] | None, value: float) -> bool:
     from hallo_numguard.integrations.deepspeed.adapters import adapter_for
     from hallo_numguard.integrations.torch_optim.sharding import is_sharded
 
     optimizer = getattr(target, "optimizer", target)
     if is_sharded(parameter):
-        for sharded in optimizer.state[parameter].values():
-            if is_sharded(sharded):
-                _write_part(sharded, index, value)
-        return
+        moments = [moment for moment in optimizer.state[parameter].values() if is_sharded(moment)]
+        return any([_write_part(moment, index, value) for moment in moments])
     place = _flat(tuple(getattr(parameter, "ds_shape", parameter.shape)), index)
     only_this = defaultdict(lambda: -1, {parameter: 0})
+    is_written = False
     for tensor, piece in adapter_for(optimizer, only_this).state_parts():
         is_here = piece.start <= place < piece.start + tensor.numel()
         if piece.parameter == 0 and piece.run == NONE and is_here:  # else a scale of several elements
             tensor.data[unravel(place - piece.start, tensor.shape)] = value
+            is_written = True
+    return is_written
 
 
 def _with_bad_input(args: tuple[Any, ...], kwargs: dict[str, Any], index: Sequence[int] | None, value: float) -> Any:
@@ -210,8 +266,9 @@ def _changed(tensor: torch.Tensor, index: Sequence[int] | None, value: float) ->
     return torch.where(mask, torch.full_like(tensor, value), tensor)
 
 
-def _write(tensor: torch.Tensor, index: Sequence[int] | None, value: float) -> None:
+def _write(tensor: torch.Tensor, index: Sequence[int] | None, value: float) -> bool:
     tensor.data[_element(tensor, index)] = value
+    return True
 
 
 def _element(tensor: torch.Tensor, index: Sequence[int] | None) -> tuple[int, ...]:

@@ -173,7 +173,7 @@ def _is_traced() -> bool:
     """Whether the present call is traced or transformed: its tensors hold no numbers, or those of several calls."""
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
-        or torch.jit.is_tracing()
+        or torch._C._get_tracing_state() is not None
         or any(torch._C._get_dispatch_mode(key) is not None for key in _TRACING_MODES)
         or getattr(symbolic_trace, "_is_fx_tracing_flag", False)
     )
