@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable
 from typing import Any
 
 
 class MethodPatches:
-    """Replaces methods of instances, and puts them back."""
+    """Replaces methods of instances, and puts them back.
+
+    Attributes:
+        active: Whether the replacements run; else they only pass calls on.
+    """
 
     def __init__(self) -> None:
-        self._active = True
+        self.active = True
         self._undo: list[Callable[[], None]] = []
 
     def wrap(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
         """Makes `replacement(original, *args, **kwargs)` run in place of `owner.name(*args, **kwargs)`."""
-        original = getattr(owner, name)
-
-        @functools.wraps(original)  # learning-rate schedulers look at attributes of step
-        def patch(*args: Any, **kwargs: Any) -> Any:
-            if not self._active:
-                return original(*args, **kwargs)
-            return replacement(original, *args, **kwargs)
-
         original_attribute = vars(owner).get(name)
+        patch = _Patch(self, owner, name, replacement)
 
         def undo() -> None:
             if vars(owner).get(name) is not patch:
@@ -58,6 +56,34 @@ class MethodPatches:
 
     def restore(self) -> None:
         """Puts every method back."""
-        self._active = False
+        self.active = False
         while self._undo:
             self._undo.pop()()
+
+
+class _Patch:
+    """A replacement of a method. A copy or pickle of its owner has the method itself, and nothing of ours.
+
+    Args:
+        patches: Decides whether the replacement runs.
+        owner, name, replacement: See `MethodPatches.wrap`.
+    """
+
+    def __init__(self, patches: MethodPatches, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
+        original = getattr(owner, name)
+        functools.update_wrapper(self, original)  # learning-rate schedulers look at attributes of step
+        self._patches = patches
+        self._owner = owner
+        self._name = name
+        self._replacement = replacement
+        self._original = original
+        self._is_of_class = name not in vars(owner)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._patches.active:
+            return self._original(*args, **kwargs)
+        return self._replacement(self._original, *args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # While the copy of the owner is built, it has no attributes yet but those of its class.
+        return (getattr, (self._owner, self._name)) if self._is_of_class else (copy.copy, (self._original,))

@@ -14,6 +14,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import hallo_numguard as ng
 
+import deepspeed_support
+from frameworks import lightning_trainer
+
 
 def small(guarded=True, **settings):
     torch.manual_seed(0)
@@ -134,3 +137,52 @@ def test_a_pickle_of_a_guarded_model_loads_where_we_are_not_installed(local_grad
     assert loading.stdout == f"done {float(model[0].weight.detach().sum())}\n", loading.stderr
     step(model, optimizer)
     assert len(optimizer.history) == steps + 1, "the model itself is still guarded"
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_checkpoint_of_an_engine_refers_to_nothing_of_ours(stage, tmp_path):
+    pytest.importorskip("deepspeed", reason="DeepSpeed is not installed")
+    engine = deepspeed_support.make_engine("fp16", stage=stage)
+    guard = ng.attach(engine, ng.GuardConfig(local_gradients="always"))
+    deepspeed_support.train_step(engine, 0)
+    engine.save_checkpoint(str(tmp_path), tag="t")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path.name for path in files if b"hallo_numguard" in path.read_bytes()]
+    guard.detach()
+
+
+try:
+    from lightning.pytorch import LightningModule
+except ImportError:
+    LightningModule = nn.Module
+
+
+class Regression(LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+
+    def training_step(self, batch, batch_idx):
+        return self.layer(batch[0]).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def train_dataloader(self):
+        return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.ones(8, 4)), batch_size=2)
+
+
+def test_a_pickle_of_a_module_of_lightning_refers_to_nothing_of_ours(tmp_path):
+    pl = pytest.importorskip("lightning.pytorch", reason="lightning is not installed")
+    saved = tmp_path / "model.pt"
+
+    class Saves(pl.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            module.trainer, before = None, module.trainer  # which cannot be pickled
+            torch.save(module, saved)
+            module.trainer = before
+
+    trainer = lightning_trainer(pl, [ng.integrations.LightningNumGuardCallback(), Saves()], max_steps=2)
+    trainer.fit(Regression())
+    assert b"hallo_numguard" not in saved.read_bytes()
+    assert torch.load(saved, weights_only=False).training_step((torch.ones(2, 4),), 0).isfinite()
