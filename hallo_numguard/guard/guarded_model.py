@@ -43,6 +43,7 @@ class GuardedModel:
         sliced_gradients: Whether the ranks hold slices of the gradients; else each holds all of them.
         scan_state: Reads the optimizer's own tensors once: moments, master copies.
         sliced_state: Whether the ranks hold slices of the optimizer's tensors; else each holds all of them.
+        has_masters: Whether parameters in half precision are rounded copies of others, which take the updates.
         device: Device on which ranks reduce small tensors.
         module: Module whose forward is called in training, to name its arguments. None if its calls are not seen.
         forward: Calls the module once more, as the framework does; None if that is impossible.
@@ -62,6 +63,7 @@ class GuardedModel:
     module: nn.Module | None = None
     forward: Forward | None = None
     recover: Callable[[], None] = lambda: None
+    has_masters: bool = False
     has_named_gradients: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
     can_go_back: Callable[[], bool] = lambda: False

@@ -117,7 +117,9 @@ class Session:
         self._report_files = ReportFiles("the report", config.dump_keep)
         bundle_files = ReportFiles("the bundle", config.dump_keep)
         self._bundles = Bundles(folder, bundle_files, model.module, self._replayer, ranks, model.device, model.settings)
-        self._warnings = EarlyWarnings(model.parameters, self._batch, model.module, self._recorder.read, self._note)
+        self._warnings = EarlyWarnings(
+            model.parameters, self._batch, model.module, self._recorder.read, self._note, model.has_masters
+        )
         self._collector = EvidenceCollector(model, ranks, self._batch, self._recorder, self._local_gradients)
         self._announcer = policy.Announcer()
         self._skipped = 0  # steps in a row

@@ -42,6 +42,7 @@ NORM_SAMPLES_KEPT = 16  # samples of a parameter
 EXPLODING_RATIO = 1000.0  # to the median of the samples before
 GROWTH_RATIO = 100.0  # to the largest: gradients behind a gate that begins at zero grow, but not at once
 INPUT_RANGE_RATIO = 10.0
+MIN_REPRESENTATIVE = 3  # parameters of which only the first elements are measured
 LOST_SAMPLES = 2  # samples in a row without any change of any weight
 LOST_SAMPLES_HALF = 4  # in half precision, where a learning rate that is still being warmed up may well be lost
 COOLDOWN_STEPS = 100  # steps before the same warning comes again
@@ -56,6 +57,7 @@ class EarlyWarnings:
         model: The model; None if unknown.
         last_steps: Returns the last steps, with the figures of each parameter.
         on_finding: Called with each finding.
+        has_masters: Whether parameters in half precision are rounded copies of others, which take the updates.
     """
 
     def __init__(
@@ -65,7 +67,9 @@ class EarlyWarnings:
         model: nn.Module | None,
         last_steps: Callable[[], Sequence[StepRecord]],
         on_finding: Callable[[Finding], None],
+        has_masters: bool = False,
     ) -> None:
+        self._has_masters = has_masters
         self._parameters = parameters
         self._batch = batch
         self._on_finding = on_finding
@@ -199,10 +203,18 @@ class EarlyWarnings:
 
     def _check_for_lost_updates(self, sample: _Sample, change: torch.Tensor) -> None:
         """Warns of steps that were made, and changed nothing."""
-        unchanged = [at for at, size in zip(self._updates.positions, change.tolist(), strict=True) if size == 0]
-        if len(unchanged) < len(self._updates.positions):
+        absmax = StatsTable(sample.gradients.read(), False).absmax.tolist()
+        moving = {piece.parameter for piece, size in zip(sample.pieces, absmax, strict=True) if size > 0}
+        measured = moving.intersection(self._updates.positions)
+        size_of = dict(zip(self._updates.positions, change.tolist(), strict=True))
+        unchanged = {at for at in measured if size_of[at] == 0}
+        if self._has_masters and self._updates.has_halves:
+            return
+        if unchanged != measured:
             self._all_unchanged.clear()
-            self._check_for_stuck_vectors(sample, unchanged)
+            self._check_for_stuck_vectors(sample.step, unchanged)
+            return
+        if not self._updates.are_representative(measured):
             return
         self._all_unchanged.append(sample.step)
         samples = LOST_SAMPLES_HALF if self._updates.has_halves else LOST_SAMPLES
@@ -215,19 +227,17 @@ class EarlyWarnings:
                 "eps, and at clipping (a norm of Inf makes every gradient 0)",
             )
 
-    def _check_for_stuck_vectors(self, sample: _Sample, unchanged: Sequence[int]) -> None:
+    def _check_for_stuck_vectors(self, step: int, unchanged: set[int]) -> None:
         """Warns of vectors in half precision whose updates are always rounded away, such as weights of norms at 1."""
-        absmax = StatsTable(sample.gradients.read(), False).absmax.tolist()
-        moving = {piece.parameter for piece, size in zip(sample.pieces, absmax, strict=True) if size > 0}
-        stuck = moving.intersection(unchanged).intersection(self._updates.half_vectors)
-        self._unchanged = {at: [*self._unchanged.get(at, []), sample.step] for at in sorted(stuck)}
+        stuck = unchanged.intersection(self._updates.half_vectors)
+        self._unchanged = {at: [*self._unchanged.get(at, []), step] for at in sorted(stuck)}
         names = [self._parameters[at].name for at, steps in self._unchanged.items() if len(steps) >= LOST_SAMPLES_HALF]
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             dtype = str(self._parameters[min(self._unchanged)].tensor.dtype).removeprefix("torch.")
             self._warn(
                 "lost_update",
-                sample.step,
+                step,
                 f"{', '.join(names[:3])}{more} have gradients, and do not change: their updates are smaller than what "
                 f"{dtype} can add to them. Keep a master copy in float32 (autocast), or raise the learning rate",
                 names[0],
@@ -294,6 +304,11 @@ class _Updates:
         self.has_halves = bool(halves)
         self._before: torch.Tensor | None = None
         self._layout = Layout([0])
+
+    def are_representative(self, positions: set[int]) -> bool:
+        """Returns whether the first elements of these parameters stand for all: those of an embedding may be unused."""
+        sizes = [math.prod(self._parameters[at].whole_shape) for at in positions]
+        return len(sizes) >= MIN_REPRESENTATIVE or any(size <= UPDATE_SLICE for size in sizes)
 
     def begin(self) -> None:
         """Copies the elements before the step."""

@@ -88,6 +88,7 @@ class DeepSpeedGuard(Guard):
             sliced_gradients=self._gradients.is_sliced,
             scan_state=self._adapter.scan_state,
             sliced_state=self._adapter.state_is_sliced,
+            has_masters=self._adapter.has_masters,
             device=torch.device(engine.device),
             module=engine.module,
             forward=forward or functools.partial(call_module, engine),

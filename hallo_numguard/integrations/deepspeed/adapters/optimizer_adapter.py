@@ -40,6 +40,7 @@ class OptimizerAdapter(ABC):
         required_attributes: Attributes without which the guard cannot work.
         unsupported_features: Features that the guard does not work with, by the attribute that is set for each.
         state_is_sliced: Whether the ranks hold slices of the optimizer's state; else each holds all of it.
+        has_masters: Whether it keeps float32 copies of parameters in half precision, which take the updates.
         unchecked: Takes the tensors of the state that are not read.
         names: Names of the parameters in the guard's list, for `unchecked`.
     """
@@ -53,6 +54,7 @@ class OptimizerAdapter(ABC):
         "zenflow": "ZenFlow",
     }
     state_is_sliced: ClassVar[bool]
+    has_masters: ClassVar[bool] = True
 
     def __init__(self, optimizer: Any, positions: Positions) -> None:
         self.optimizer = optimizer

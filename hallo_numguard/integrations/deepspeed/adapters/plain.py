@@ -29,6 +29,7 @@ class PlainAdapter(OptimizerAdapter):
     groups_attribute = "param_groups"
     required_attributes = ("param_groups",)
     state_is_sliced = False
+    has_masters = False
 
     @classmethod
     def parameter_groups(cls, optimizer: Any) -> Iterable[Sequence[torch.Tensor]]:
