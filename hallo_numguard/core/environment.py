@@ -55,8 +55,8 @@ def collect(rank: int | None = None) -> Environment:
 
 
 def guards_are_disabled() -> bool:
-    """Returns whether HALLO_NUMGUARD_DISABLE is set to anything but "" and "0". Logs that once a process."""
-    if os.environ.get(DISABLE_VARIABLE, "") in ("", "0"):
+    """Returns whether HALLO_NUMGUARD_DISABLE says so: is set, and not to a word for no. Logs that once a process."""
+    if os.environ.get(DISABLE_VARIABLE, "").strip().lower() in ("", "0", "false", "no", "off"):
         return False
     _log_disabled()
     return True

@@ -120,7 +120,7 @@ def test_copies_and_state_are_the_wrapped_optimizers(monkeypatch):
     assert type(optimizer.detach()) is torch.optim.AdamW
 
 
-@pytest.mark.parametrize("value", ["", "0"])
+@pytest.mark.parametrize("value", ["", "0", "False"])
 def test_other_values_leave_the_guard_on(value, monkeypatch):
     monkeypatch.setenv(environment.DISABLE_VARIABLE, value)
     model = small()

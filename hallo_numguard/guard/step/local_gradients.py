@@ -120,6 +120,7 @@ class LocalGradients:
                 self._handles.append(item.tensor.register_hook(self._scan_hook(position)))
 
     def _scan_hook(self, position: int) -> Callable[[torch.Tensor], None]:
+        @torch.utils.hooks.unserializable_hook  # else torch.save warns of it
         def scan(gradient: torch.Tensor) -> None:
             if not self._is_muted:
                 self._probes.run("scan of local gradients", self._scan, position, gradient)

@@ -186,3 +186,16 @@ def test_a_pickle_of_a_module_of_lightning_refers_to_nothing_of_ours(tmp_path):
     trainer.fit(Regression())
     assert b"hallo_numguard" not in saved.read_bytes()
     assert torch.load(saved, weights_only=False).training_step((torch.ones(2, 4),), 0).isfinite()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_trained_tensor_that_is_no_parameter_is_saved_without_a_warning(tmp_path):
+    weight = torch.ones(4, 1, requires_grad=True)
+    optimizer = ng.GuardedOptimizer(
+        torch.optim.SGD([weight], lr=0.1), [("weight", weight)], ng.GuardConfig(local_gradients="always")
+    )
+    (torch.ones(3, 4) @ weight).sum().backward()
+    optimizer.step()
+    torch.save(weight, tmp_path / "weight.pt")
+    assert torch.equal(torch.load(tmp_path / "weight.pt"), weight)
+    assert torch.equal(copy.deepcopy(weight), weight)
