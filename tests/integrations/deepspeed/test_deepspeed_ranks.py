@@ -9,13 +9,13 @@ import deepspeed_support as support
 pytestmark = pytest.mark.multiprocess
 
 
-def run(body, tmp_path, setup="half", scale=8, **options):
+def run(body, setup="half", scale=8, **options):
     head = f"engine = support.make_engine({setup!r}, scale_power={scale})\n"
-    return support.run_engines(head + body, tmp_path, **options)
+    return support.run_engines(head + body, **options)
 
 
 @pytest.mark.parametrize("setup", ["fp16", "half"])
-def test_a_nan_on_one_rank_is_named_with_its_rank_on_all(tmp_path, setup):
+def test_a_nan_on_one_rank_is_named_with_its_rank_on_all(setup):
     body = """
 guard = ng.attach(engine)
 support.train_step(engine, 0)
@@ -27,11 +27,11 @@ except ng.NumericsError as error:
     first = error.report.first
     print("FOUND", first.name, first.index, first.rank, error.report.verdict, error.report.world_size)
 """
-    for output in run(body, tmp_path, setup):
+    for output in run(body, setup):
         assert "FOUND hidden.weight (3, 4) 1 weights_nonfinite 2" in output
 
 
-def test_slices_of_both_ranks_make_one_report_and_the_scale_settles(tmp_path):
+def test_slices_of_both_ranks_make_one_report_and_the_scale_settles():
     body = """
 reports = []
 guard = ng.attach(engine, on_overflow=reports.append)
@@ -44,13 +44,13 @@ assert all(o.nonfinite <= o.numel for r in reports for o in r.offenders)
 """
     lines = [
         [line for line in output.splitlines() if line.startswith(("REPORT", "SETTLED"))]
-        for output in run(body, tmp_path, "half", 30)
+        for output in run(body, "half", 30)
     ]
     assert lines[0] == lines[1]
     assert lines[0][1].startswith("SETTLED False")
 
 
-def test_a_callback_that_raises_on_one_rank_stops_both(tmp_path):
+def test_a_callback_that_raises_on_one_rank_stops_both():
     body = """
 def callback(report):
     if RANK == 1:
@@ -61,22 +61,23 @@ try:
 except (KeyError, ng.NumericsError) as error:
     print("STOPPED", type(error).__name__)
 """
-    zero, one = run(body, tmp_path, "half", 30)
+    zero, one = run(body, "half", 30)
     assert "STOPPED NumericsError" in zero
     assert "STOPPED KeyError" in one
 
 
-def test_a_guard_that_fails_on_one_rank_comes_off_on_both_and_training_goes_on(tmp_path):
+def test_where_the_diagnosis_fails_on_one_rank_both_report_without_a_cause_and_training_goes_on():
     body = """
 guard = ng.attach(engine)
 if RANK == 0:
     guard._session._collector.scan = lambda step: 1 / 0
 for step in range(25):
     support.train_step(engine, step)
-print("OFF", "step" not in vars(engine.optimizer), guard.last_report, engine.skipped_steps > 0)
+print("SAID", guard.last_report.verdict, "the guard has failed" in str(guard.last_report), engine.skipped_steps > 0)
+guard.detach()
 """
-    for output in run(body, tmp_path, "half", 30, contains_failures=True):
-        assert "OFF True None True" in output
+    for output in run(body, "half", 30, contains_failures=True):
+        assert "SAID undetermined True True" in output
 
 
 EVERY_KIND = """
@@ -104,12 +105,12 @@ for kind in KINDS:
 """
 
 
-def test_every_kind_of_optimizer_on_two_ranks(tmp_path):
+def test_every_kind_of_optimizer_on_two_ranks():
     """A NaN in one element of one rank's local gradient, then one in a weight; slices of two ranks make one report."""
     from deepspeed_support import KINDS, name_of
 
     gradient = [("hidden.weight", (20, 5), 1, None)]
-    for output in support.run_engines(EVERY_KIND, tmp_path):
+    for output in support.run_engines(EVERY_KIND):
         found = {line.split()[1]: line for line in output.splitlines() if line.startswith("KIND")}
         for kind in KINDS:
             owner = 1 if kind[1] == 3 else 0  # a slice is one rank's, a copy is the lowest rank's
@@ -125,7 +126,7 @@ parameter = dict(engine.module.named_parameters())["hidden.weight"]
 
 
 @pytest.mark.parametrize(("setup", "stage"), [("bf16", 2), ("bf16", 3), ("bf16_fp32", 1), ("bf16", 0)])
-def test_the_rank_whose_gradient_was_bad_before_the_reduction_is_named(tmp_path, setup, stage):
+def test_the_rank_whose_gradient_was_bad_before_the_reduction_is_named(setup, stage):
     body = """
 support.train_step(engine, 0)
 if RANK == 1:
@@ -136,13 +137,13 @@ for step in (1, 2):
     print("SAID", step, first.name, first.index, first.rank, guard.last_report.verdict)
 print("EVIDENCE", [line for line in guard.last_report.evidence if "before the reduction" in line])
 """
-    for output in support.run_engines(LOCAL.format(setup=setup, stage=stage, when="on_alarm") + body, tmp_path):
+    for output in support.run_engines(LOCAL.format(setup=setup, stage=stage, when="on_alarm") + body):
         assert "SAID 1 hidden.weight (20, 5) None undetermined" in output  # not checked before the reduction
         assert "SAID 2 hidden.weight (20, 5) 1 undetermined" in output  # a hook is no fault of the hardware
         assert "of 1 of 2 ranks were not finite (rank 1)" in output
 
 
-def test_a_sum_that_overflows_is_distinguished_from_gradients_that_do(tmp_path):
+def test_a_sum_that_overflows_is_distinguished_from_gradients_that_do():
     """Every rank's gradient is finite in float16, their sum is not. (ZeRO 1 to 3 divide before they add up.)"""
     body = """
 support.train_step(engine, 0)
@@ -155,12 +156,12 @@ support.train_step(engine, 2)
 print("APPLIED", [record.applied for record in guard.history])
 """
     head = LOCAL.format(setup="fp16", stage=0, when="always")
-    for output in support.run_engines(head + body, tmp_path):
+    for output in support.run_engines(head + body):
         assert "SAID reduction_overflow True reduction hidden.weight (20, 5)" in output
         assert "APPLIED [True, False, True]" in output
 
 
-def test_a_slow_rank_hangs_no_other(tmp_path):
+def test_a_slow_rank_hangs_no_other():
     body = """
 import time
 def callback(report):
@@ -170,11 +171,11 @@ for step in range(3):
     support.train_step(engine, step)
 print("SKIPPED", [r.applied for r in guard.history], guard.last_report.verdict)
 """
-    for output in run(body, tmp_path, "half", 30):
+    for output in run(body, "half", 30):
         assert "SKIPPED [False, False, False] scale_too_high" in output
 
 
-def test_ranks_that_answer_differently_do_the_most_severe_of_it(tmp_path):
+def test_ranks_that_answer_differently_do_the_most_severe_of_it():
     body = """
 guard = ng.attach(engine, on_overflow=lambda report: "raise" if RANK == 1 else "continue")
 try:
@@ -182,7 +183,7 @@ try:
 except ng.NumericsError as error:
     print("RAISED", error.report.verdict)
 """
-    for output in run(body, tmp_path, "half", 30):
+    for output in run(body, "half", 30):
         assert "RAISED scale_too_high" in output
 
 
@@ -202,13 +203,13 @@ print("SAID", guard.last_report.verdict, guard.last_report.first.name, [record.a
 """
 
 
-def test_damage_at_attach_in_one_ranks_slice_is_known_to_all(tmp_path):
-    for output in support.run_engines(SLICES.format(name="1.weight", poisons=[1.0]), tmp_path):
+def test_damage_at_attach_in_one_ranks_slice_is_known_to_all():
+    for output in support.run_engines(SLICES.format(name="1.weight", poisons=[1.0])):
         assert "SAID weights_nonfinite 1.weight [False]" in output
 
 
-def test_what_clean_steps_were_seen_with_in_slices_of_both_ranks_is_not_blamed(tmp_path):
-    for output in support.run_engines(SLICES.format(name="0.weight", poisons="(1.0, 1.0, torch.inf)"), tmp_path):
+def test_what_clean_steps_were_seen_with_in_slices_of_both_ranks_is_not_blamed():
+    for output in support.run_engines(SLICES.format(name="0.weight", poisons="(1.0, 1.0, torch.inf)")):
         assert "SAID undetermined loss [True, True, False]" in output
 
 
@@ -273,6 +274,6 @@ print("DONE")
 
 
 @pytest.mark.multiprocess
-def test_a_rank_that_fails_or_leaves_hangs_no_other(tmp_path):
-    for output in support.run_engines(UNEVEN, tmp_path, contains_failures=True):
+def test_a_rank_that_fails_or_leaves_hangs_no_other():
+    for output in support.run_engines(UNEVEN, contains_failures=True):
         assert "DONE" in output

@@ -234,8 +234,8 @@ for stage in (0, 2, 3):
 
 
 @pytest.mark.multiprocess
-def test_a_rank_that_was_wrong_once_is_named_and_stops_the_run_when_it_comes_back(tmp_path):
-    for output in support.run_engines(RANK_FAULT, tmp_path):
+def test_a_rank_that_was_wrong_once_is_named_and_stops_the_run_when_it_comes_back():
+    for output in support.run_engines(RANK_FAULT):
         for stage in (0, 2, 3):
             assert f"SAID {stage} rank_fault hidden.weight (20, 5) 1" in output
             assert f"STOPPED {stage} True" in output

@@ -58,7 +58,7 @@ print("all went back")
 
 @pytest.mark.multiprocess
 def test_two_ranks_go_back_together_though_one_was_damaged(tmp_path):
-    outputs = support.run_engines(RANKS.replace("FOLDER", str(tmp_path / "checkpoints")), tmp_path)
+    outputs = support.run_engines(RANKS.replace("FOLDER", str(tmp_path / "checkpoints")))
     assert all("all went back" in output for output in outputs)
 
 
