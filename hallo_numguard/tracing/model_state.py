@@ -390,10 +390,6 @@ class StateRecorder:
         self._draws = False  # from Python's or numpy's global generator
         self._learning: tuple[Snapshot, Snapshot] | None = None
 
-    def learn_again(self) -> None:
-        """Saves everything in the next calls: something has changed that was not known to."""
-        self._learn_until = self._calls + LEARNING_CALLS
-
     def before_call(self, arguments: Contents) -> Snapshot:
         """Saves the state that a call begins with.
 
@@ -404,16 +400,21 @@ class StateRecorder:
         """
         if self._module.training not in self._modes:
             self._modes.add(self._module.training)
-            self.learn_again()
+            self._learn_until = self._calls + LEARNING_CALLS
         self._calls += 1
         others = [*arguments.containers, *arguments.generators]
         self._learning = None
-        if self._calls <= self._learn_until or self._calls % LEARNING_INTERVAL == 0:
+        if self._is_due():
             held = Snapshot(_slots_of(self._module), [*others, *_global_generators()])
             self._learning = held, Snapshot((), _global_generators())
             return held
         copies = [group.copy() for group in self._current_groups()]
         return Snapshot(self._others, [*others, *(_global_generators() if self._draws else ())], copies=copies)
+
+    def _is_due(self) -> bool:
+        """Whether this call is one to learn from: an early one, and rarely a later one."""
+        is_power_of_two = self._calls & (self._calls - 1) == 0
+        return self._calls <= self._learn_until or is_power_of_two or self._calls % LEARNING_INTERVAL == 0
 
     def _current_groups(self) -> list[_TensorGroup]:
         if self._groups is None or not all(group.is_current() for group in self._groups):

@@ -63,7 +63,6 @@ class Attempt:
 
     Attributes:
         match: Comparison of the model's outputs with those before.
-        is_complete: Whether all of it was run: no rank has stopped it.
         origin: First non-finite place, or None: in the forward pass if only that was run, else in the backward.
         input_absmax: Largest finite absolute value in the inputs of the module of `origin`.
         gradient_absmax: Largest finite float16 absolute value among gradients of activations and parameters.
@@ -72,7 +71,6 @@ class Attempt:
     """
 
     match: Match = Match.SAME
-    is_complete: bool = False
     origin: Origin | None = None
     input_absmax: float = 0.0
     gradient_absmax: float = 0.0
@@ -107,16 +105,18 @@ def rerun(
         Result of the rerun. Buffers, attributes and random state are as before.
     """
     run = _Run(module, call, outputs, seeds, factor, arguments or contents_of("", ()), peers or Peers())
-    for part in [[]] if factor is None else _parts(module):
-        run.contained(run.go_forward)
-        is_over = run.agree() >= Match.DIFFERENT
-        if factor is not None and not is_over:
-            run.contained(run.go_backward, part)
+    try:
+        for part in [[]] if factor is None else _parts(module):
+            run.contained(run.go_forward)
             is_over = run.agree() >= Match.DIFFERENT
-        run.contained(run.finish)
-        if is_over:
-            return run.attempt
-    run.attempt.is_complete = True
+            if factor is not None and not is_over:
+                run.contained(run.go_backward, part)
+                is_over = run.agree() >= Match.DIFFERENT
+            run.contained(run.finish)
+            if is_over:
+                break
+    finally:  # an interrupt comes from anywhere
+        run.close()
     return run.attempt
 
 
@@ -151,11 +151,9 @@ class _Run:
     def contained(self, work: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         """Does a part of the work, unless an earlier one has failed."""
         if self.attempt.match is Match.FAILED:
-            self._pass.close()
             return
         try:
-            with self._peers.collectives():
-                work(*args, **kwargs)
+            work(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - the model's own code; training goes on
             self.attempt.match = Match.FAILED
             self._peers.failed()
@@ -173,23 +171,29 @@ class _Run:
         is_backward = self._factor is not None
         options = TraceOptions(is_backward, inputs=True, weights=True, stop_at_first=False, operations=not is_backward)
         self._trace = self._pass.enter_context(traced(self._module, options))
-        self._outputs = _outputs_of(self._call())
+        with self._peers.collectives():
+            self._outputs = _outputs_of(self._call())
         self.attempt.match = max(self.attempt.match, _compare(self._outputs, self._recorded))
         self.attempt.fingerprint.append(_statistics(self._outputs).packed.tolist())
 
     def go_backward(self, part: Sequence[torch.Tensor]) -> None:
         """Computes the gradients of some parameters."""
-        gradients = _backward(self._outputs, self._seeds, self._factor or 1.0, part)
+        with self._peers.collectives():
+            gradients = _backward(self._outputs, self._seeds, self._factor or 1.0, part)
         both = zip(part, gradients, strict=True)
         held = [(id(parameter), x) for parameter, x in both if x is not None and is_readable(x)]
         table = _statistics([gradient for _, gradient in held])
         self.attempt.parameter_absmax.update(zip((key for key, _ in held), table.absmax.tolist(), strict=True))
         self.attempt.fingerprint.append(table.packed.tolist())
 
-    def finish(self) -> None:
-        """Ends the pass, and reads its trace."""
+    def close(self) -> None:
+        """Ends the pass that is under way: everything is as before."""
         self._outputs = []
         self._pass.close()
+
+    def finish(self) -> None:
+        """Ends the pass, and reads its trace."""
+        self.close()
         if self._trace is not None:
             _add_trace(self.attempt, self._trace, self._factor is not None)
 

@@ -51,11 +51,6 @@ class Batch:
         """Whether there are calls, with arguments that have not changed since."""
         return bool(self.calls) and not any(call.changed for call in self.calls)
 
-    def learn_again(self) -> None:
-        """Records all of the model's state in the next calls: what a pass changes was not known."""
-        if self._state is not None:
-            self._state.learn_again()
-
     def add(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Keeps the arguments of a forward pass, if it is one of training."""
         if not torch.is_grad_enabled():
