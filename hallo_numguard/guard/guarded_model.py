@@ -47,7 +47,8 @@ class GuardedModel:
         device: Device on which ranks reduce small tensors.
         module: Module whose forward is called in training, to name its arguments. None if its calls are not seen.
         forward: Calls the module once more, as the framework does; None if that is impossible.
-        recover: Puts the framework's own state in order after such a call has failed midway.
+        recover: Puts the framework's own state in order after such a call, and its backward pass; called on all ranks,
+            and told whether it has failed midway on any.
         has_named_gradients: Whether such a call allows gradients with respect to single parameters.
         settings: The framework's configuration, for reproduction bundles.
         can_go_back: Returns whether the integration can call `go_back` when a step is over; the same on every rank.
@@ -62,7 +63,7 @@ class GuardedModel:
     device: torch.device
     module: nn.Module | None = None
     forward: Forward | None = None
-    recover: Callable[[], None] = lambda: None
+    recover: Callable[[bool], None] = lambda _: None
     has_masters: bool = False
     has_named_gradients: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)

@@ -88,7 +88,7 @@ class Replayer:
     Args:
         module: Module to be traced.
         forward: Calls the module as the framework does.
-        recover: Puts the framework's own state in order after a pass that has failed midway.
+        recover: Puts the framework's own state in order after a pass, and is told whether it has failed midway.
         batch: Calls of the pending step.
         ranks: Ranks among which gradients are reduced.
         device: Device on which ranks reduce small tensors.
@@ -99,7 +99,7 @@ class Replayer:
         self,
         module: nn.Module,
         forward: Forward,
-        recover: Callable[[], None],
+        recover: Callable[[bool], None],
         batch: Batch,
         ranks: Ranks,
         device: torch.device,
@@ -208,14 +208,13 @@ class Replayer:
         except Exception as error:  # noqa: BLE001 - the model's own code; training goes on
             peers.failed()
             captured, failed = f"the batch could not be run again: {error}", True
-        if self._ranks.highest(int(failed), self._device):
-            self._recover_everywhere()
+        self._recover_everywhere(self._ranks.highest(int(failed), self._device) == 1)
         return captured
 
-    def _recover_everywhere(self) -> None:
-        """Puts the framework's own state in order, on all ranks alike, after a pass that has failed on one."""
+    def _recover_everywhere(self, has_failed: bool) -> None:
+        """Puts the framework's own state in order after a pass, on all ranks alike."""
         with contain_failures("run of the batch again", "the framework's own state may be left in the middle of it"):
-            self._recover()
+            self._recover(has_failed)
 
     def _next_peers(self) -> _Peers:
         """The other ranks in one more run; all ranks make the same runs."""
@@ -270,8 +269,7 @@ class Replayer:
             self._next_peers(),
         )
         answer = self._agree(attempt, micro_batch, factor)
-        if answer.match is Match.FAILED:
-            self._recover_everywhere()
+        self._recover_everywhere(answer.match is Match.FAILED)
         if answer.match is Match.DIFFERENT and not self._is_one_rank_different(answer):
             self._is_unrepeatable = True
             _log.info("a bad batch will not be run again: %s", NOT_THE_SAME)

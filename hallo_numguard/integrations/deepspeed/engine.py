@@ -25,17 +25,38 @@ def check_supported(engine: Any) -> None:
 
 def call_module(engine: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     """Calls the model as the engine's forward does, but not through it, which would change later weights (ZeRO 3)."""
+    offload = getattr(engine.optimizer, "parameter_offload", None)
+    if offload is not None:  # a pass under a trace may read parameters in another order, which would be an error
+        _forget_order(offload)
     if engine.fp16_auto_cast():
         args = engine._cast_inputs_half(args)
     with _autocast(engine), _checkpointing_off():
         return engine.module(*args, **kwargs)
 
 
-def recover(engine: Any) -> None:
-    """Releases what a pass that has failed midway has left gathered, or under way (ZeRO stage 3)."""
+def recover(engine: Any, has_failed: bool) -> None:
+    """Makes ZeRO stage 3 forget a pass of the guard: the order of its modules, and what it has left gathered.
+
+    Args:
+        engine: The engine.
+        has_failed: Whether the pass has failed midway, on any rank.
+    """
     offload: Any = getattr(engine.optimizer, "parameter_offload", None)
     if offload is None:
         return
+    if has_failed:
+        _release_all(engine, offload)
+    _forget_order(offload)
+
+
+def _forget_order(offload: Any) -> None:
+    """Drops the recorded order of modules. The next forward pass records it anew, as the first one did."""
+    coordinator = offload.get_param_coordinator()
+    if not coordinator.is_invalid_trace():
+        coordinator._invalidate_trace()
+
+
+def _release_all(engine: Any, offload: Any) -> None:
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
     under_way = getattr(engine.module, "ds_inflight_param_registry", ())

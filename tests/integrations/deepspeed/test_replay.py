@@ -239,3 +239,29 @@ def test_a_rank_that_was_wrong_once_is_named_and_stops_the_run_when_it_comes_bac
         for stage in (0, 2, 3):
             assert f"SAID {stage} rank_fault hidden.weight (20, 5) 1" in output
             assert f"STOPPED {stage} True" in output
+
+
+def test_stage_3_trains_on_after_the_replay_of_a_model_that_reads_parameters_without_calling_their_module(attach):
+    class Attends(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Linear(8, 16)
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)  # reads the weights of its out_proj
+            self.last = nn.Linear(16, 1)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(x + self.attention(x, x, x, need_weights=False)[0])
+
+    torch.manual_seed(0)
+    engine = support.make_engine("fp16", scale_power=30, stage=3, model=Attends())
+    guard = attach(engine)
+    for step in range(30):
+        x = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(step)).half()
+        engine.backward(engine(x).float().square().mean())
+        engine.step()
+    assert guard.last_report.verdict is ng.Verdict.SCALE_TOO_HIGH
+    assert any("run again, this batch was finite" in line for line in guard.last_report.evidence), str(
+        guard.last_report
+    )
+    assert guard.history[-1].applied
