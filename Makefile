@@ -9,7 +9,7 @@ READY := $(VENV)/development $(VENV)/cuda
 OLDER_DEEPSPEED ?= 0.18.2 0.19.3
 FUZZ_SECONDS ?= 60
 
-.PHONY: demo test quick coverage lint bench campaign chaos fuzz older-deepspeed lock changelog clean
+.PHONY: demo test quick coverage lint bench campaign chaos healthy fuzz older-deepspeed lock changelog clean
 
 demo: $(VENV)/package
 	$(BIN)/python examples/demo.py
@@ -45,6 +45,10 @@ campaign: $(READY)
 # Something goes wrong in a random part of the guard, 100 times on one rank and on two; the tests do it for a minute.
 chaos: $(READY)
 	cd tests && PYTHONPATH=support $(abspath $(BIN))/python -m chaos --tries 100
+
+# What people train, guarded and not, for most of an hour; the tests run a part of it.
+healthy: $(READY)
+	cd tests && PYTHONPATH=support $(abspath $(BIN))/python -m healthy --markdown ../docs/healthy.md
 
 # Every reader of files, some minutes; needs atheris.
 fuzz: $(READY)

@@ -143,7 +143,7 @@ def make_engine(
     if offload:
         settings["zero_optimization"]["offload_optimizer"] = {"device": "cpu"}
     if stage == 3:  # so that small parameters stay whole, and others do not
-        settings["zero_optimization"]["stage3_param_persistence_threshold"] = 30
+        settings["zero_optimization"].setdefault("stage3_param_persistence_threshold", 30)
     optimizer = optimizer_of(groups_of(model))
     with pytest.MonkeyPatch.context() as patch:
         if setup.endswith("_fused"):
