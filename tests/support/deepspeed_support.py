@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import atexit
-import functools
-import json
 import os
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -214,67 +210,6 @@ def run_ranks(
         assert process.returncode == 0, output
         assert contains_failures or tells_failures.PREFIX not in output, output
     return outputs
-
-
-_HEAD = """
-import logging, os
-import deepspeed, torch
-import deepspeed_support as support
-import hallo_numguard as ng
-from deepspeed_support import KINDS, name_of, plant_in_gradient
-logging.disable(logging.CRITICAL)
-"""
-
-
-def run_engines(script: str, timeout: float = 200, contains_failures: bool = False) -> list[str]:
-    """Runs a script that makes engines in two processes, with the usual imports; see `run_ranks`.
-
-    The processes and their group live on for the next script: what a script patches it must put back.
-    """
-    return _engine_ranks().run(_HEAD + script, timeout, contains_failures)
-
-
-class _EngineRanks:
-    """Two ranks that run scripts, started again after one that failed or hung."""
-
-    def __init__(self) -> None:
-        self._processes: list[subprocess.Popen[str]] = []
-        atexit.register(self.stop)
-
-    def run(self, script: str, timeout: float, contains_failures: bool) -> list[str]:
-        if not self._processes:
-            port = free_port()
-            streams = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
-            self._processes = [start_rank(ENGINE_WORKER, rank, 2, port, **streams) for rank in range(2)]
-        for process in self._processes:
-            print(json.dumps(script), file=process.stdin, flush=True)
-        alarm = threading.Timer(timeout, self.stop)
-        alarm.start()
-        lines = [process.stdout.readline() if process.stdout else "" for process in self._processes]
-        alarm.cancel()
-        answers = [json.loads(line) if line else {"output": "it died or hung", "failed": True} for line in lines]
-        if any(answer["failed"] for answer in answers):
-            self.stop()  # the other may be anywhere
-        outputs = [answer["output"] for answer in answers]
-        for answer in answers:
-            assert not answer["failed"], "\n--- the other rank\n".join(outputs)
-            assert contains_failures or tells_failures.PREFIX not in answer["output"], answer["output"]
-        return outputs
-
-    def stop(self) -> None:
-        """Ends the processes."""
-        for process in self._processes:
-            process.kill()
-            process.wait()
-        self._processes = []
-
-
-@functools.cache
-def _engine_ranks() -> _EngineRanks:
-    return _EngineRanks()
-
-
-ENGINE_WORKER = Path(__file__).with_name("engine_worker.py")
 
 
 # setup, stage, offload, class of the optimizer

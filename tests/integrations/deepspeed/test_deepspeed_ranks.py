@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import pytest
-
-import deepspeed_support as support
+from engine_ranks import run_engines
 
 pytestmark = pytest.mark.multiprocess
 
 
 def run(body, setup="half", scale=8, **options):
     head = f"engine = support.make_engine({setup!r}, scale_power={scale})\n"
-    return support.run_engines(head + body, **options)
+    return run_engines(head + body, **options)
 
 
 @pytest.mark.parametrize("setup", ["fp16", "half"])
@@ -110,7 +109,7 @@ def test_every_kind_of_optimizer_on_two_ranks():
     from deepspeed_support import KINDS, name_of
 
     gradient = [("hidden.weight", (20, 5), 1, None)]
-    for output in support.run_engines(EVERY_KIND):
+    for output in run_engines(EVERY_KIND):
         found = {line.split()[1]: line for line in output.splitlines() if line.startswith("KIND")}
         for kind in KINDS:
             owner = 1 if kind[1] == 3 else 0  # a slice is one rank's, a copy is the lowest rank's
@@ -137,7 +136,7 @@ for step in (1, 2):
     print("SAID", step, first.name, first.index, first.rank, guard.last_report.verdict)
 print("EVIDENCE", [line for line in guard.last_report.evidence if "before the reduction" in line])
 """
-    for output in support.run_engines(LOCAL.format(setup=setup, stage=stage, when="on_alarm") + body):
+    for output in run_engines(LOCAL.format(setup=setup, stage=stage, when="on_alarm") + body):
         assert "SAID 1 hidden.weight (20, 5) None undetermined" in output  # not checked before the reduction
         assert "SAID 2 hidden.weight (20, 5) 1 undetermined" in output  # a hook is no fault of the hardware
         assert "of 1 of 2 ranks were not finite (rank 1)" in output
@@ -156,7 +155,7 @@ support.train_step(engine, 2)
 print("APPLIED", [record.applied for record in guard.history])
 """
     head = LOCAL.format(setup="fp16", stage=0, when="always")
-    for output in support.run_engines(head + body):
+    for output in run_engines(head + body):
         assert "SAID reduction_overflow True reduction hidden.weight (20, 5)" in output
         assert "APPLIED [True, False, True]" in output
 
@@ -204,12 +203,12 @@ print("SAID", guard.last_report.verdict, guard.last_report.first.name, [record.a
 
 
 def test_damage_at_attach_in_one_ranks_slice_is_known_to_all():
-    for output in support.run_engines(SLICES.format(name="1.weight", poisons=[1.0])):
+    for output in run_engines(SLICES.format(name="1.weight", poisons=[1.0])):
         assert "SAID weights_nonfinite 1.weight [False]" in output
 
 
 def test_what_clean_steps_were_seen_with_in_slices_of_both_ranks_is_not_blamed():
-    for output in support.run_engines(SLICES.format(name="0.weight", poisons="(1.0, 1.0, torch.inf)")):
+    for output in run_engines(SLICES.format(name="0.weight", poisons="(1.0, 1.0, torch.inf)")):
         assert "SAID undetermined loss [True, True, False]" in output
 
 
@@ -275,5 +274,5 @@ print("DONE")
 
 @pytest.mark.multiprocess
 def test_a_rank_that_fails_or_leaves_hangs_no_other():
-    for output in support.run_engines(UNEVEN, contains_failures=True):
+    for output in run_engines(UNEVEN, contains_failures=True):
         assert "DONE" in output

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from engine_ranks import run_engines
 
 import hallo_numguard as ng
 
@@ -86,7 +87,7 @@ for stage in (0, 2, 3):
 
 @pytest.mark.multiprocess
 def test_ranks_refuse_together_though_one_alone_is_bad(tmp_path):
-    for output in support.run_engines(SAVES.replace("OUT", str(tmp_path))):
+    for output in run_engines(SAVES.replace("OUT", str(tmp_path))):
         for stage in (0, 2, 3):
             assert f"REFUSED {stage} save_checkpoint hidden.weight (23, 1) 1 2" in output
             assert f"KEEPER {stage} hidden.weight" in output
@@ -173,6 +174,6 @@ except ng.NumericsError as error:
 
 @pytest.mark.multiprocess
 def test_a_rank_that_is_detached_alone_lets_no_other_wait(tmp_path):
-    for output in support.run_engines(LEAVING.replace("OUT", str(tmp_path / "out"))):
+    for output in run_engines(LEAVING.replace("OUT", str(tmp_path / "out"))):
         assert "REFUSED hidden.weight" in output
     assert tags(tmp_path / "out") == ["one", "three", "two"]

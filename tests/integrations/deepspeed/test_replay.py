@@ -7,6 +7,7 @@ import os
 import deepspeed
 import pytest
 import torch
+from engine_ranks import run_engines
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -235,7 +236,7 @@ for stage in (0, 2, 3):
 
 @pytest.mark.multiprocess
 def test_a_rank_that_was_wrong_once_is_named_and_stops_the_run_when_it_comes_back():
-    for output in support.run_engines(RANK_FAULT):
+    for output in run_engines(RANK_FAULT):
         for stage in (0, 2, 3):
             assert f"SAID {stage} rank_fault hidden.weight (20, 5) 1" in output
             assert f"STOPPED {stage} True" in output

@@ -7,6 +7,7 @@ import signal
 
 import pytest
 import torch
+from engine_ranks import run_engines
 
 import hallo_numguard as ng
 
@@ -58,7 +59,7 @@ print("all went back")
 
 @pytest.mark.multiprocess
 def test_two_ranks_go_back_together_though_one_was_damaged(tmp_path):
-    outputs = support.run_engines(RANKS.replace("FOLDER", str(tmp_path / "checkpoints")))
+    outputs = run_engines(RANKS.replace("FOLDER", str(tmp_path / "checkpoints")))
     assert all("all went back" in output for output in outputs)
 
 
