@@ -292,6 +292,7 @@ class Session:
         replay = self._replay(evidence, step.losses)
         evidence = replace(evidence, replay=replay, alone_because=self._ranks.alone_because)
         report = self._judge(evidence)
+        self.probes.run("evidence", self._note_unchecked)
         self._collector.reported(view)
         if report.verdict is Verdict.RANK_FAULT and report.first is not None and report.first.rank is not None:
             self._rank_faults[report.first.rank] = report.step

@@ -18,11 +18,14 @@ BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 needs_native = pytest.mark.skipif(extension() is None, reason="the extension was not built, and it is what is measured")
 
 
+_OF_RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # of other tests
+
+
 def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     clean = {
         name: value
         for name, value in os.environ.items()
-        if name not in (dispatch.BACKEND_VARIABLE, native.ISA_VARIABLE)
+        if name not in (dispatch.BACKEND_VARIABLE, native.ISA_VARIABLE, *_OF_RANKS)
     }
     return subprocess.run(
         [sys.executable, *arguments],

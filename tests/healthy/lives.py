@@ -58,7 +58,7 @@ WORLDS = {
 """Number of processes of each way to train."""
 
 STEPS = 300
-STEPS_IN_TESTS = 40
+STEPS_IN_TESTS = 25
 
 # family, way, dtype, why: not without a guard either, unless it is said
 UNFIT = (

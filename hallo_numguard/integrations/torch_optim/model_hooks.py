@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Protocol
+from weakref import WeakSet
 
 import torch
 from torch import nn
@@ -132,8 +133,7 @@ class CallObserver:
             model.register_forward_pre_hook(_Hook(before), with_kwargs=True),
             model.register_forward_hook(_Hook(after)),
         ]
-        self._patches = MethodPatches()
-        self._patches.wrap(torch.jit, "script", _script_without_hooks)
+        _script_patch.add(self)
 
     def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Calls the model unobserved, and eagerly if it was compiled."""
@@ -150,7 +150,7 @@ class CallObserver:
         """Removes the hooks."""
         for handle in self._handles:
             handle.remove()
-        self._patches.restore()
+        _script_patch.discard(self)
 
     @contextlib.contextmanager
     def _mute(self) -> Iterator[None]:
@@ -193,6 +193,31 @@ def _script_without_hooks(original: Callable[..., Any], obj: Any, *args: Any, **
                     stack.callback(_replace, hooks, dict(hooks))
                     _replace(hooks, {key: hook for key, hook in hooks.items() if not isinstance(hook, _Hook)})
         return original(obj, *args, **kwargs)
+
+
+class _ScriptPatch:
+    """One patch of torch.jit.script, however many models are observed, which goes with the last of them."""
+
+    def __init__(self) -> None:
+        self._observers: WeakSet[CallObserver] = WeakSet()
+        self._patches = MethodPatches()
+
+    def add(self, observer: CallObserver) -> None:
+        """Patches the function, if no other model is observed."""
+        if not self._observers:
+            self._patches.restore()  # after observers that nobody has stopped
+            self._patches = MethodPatches()
+            self._patches.wrap(torch.jit, "script", _script_without_hooks)
+        self._observers.add(observer)
+
+    def discard(self, observer: CallObserver) -> None:
+        """Puts the function back, if no other model is observed."""
+        self._observers.discard(observer)
+        if not self._observers:
+            self._patches.restore()
+
+
+_script_patch = _ScriptPatch()
 
 
 def _replace(hooks: dict[int, Any], contents: Mapping[int, Any]) -> None:

@@ -13,9 +13,16 @@ from torch.func import functional_call, functionalize, grad, vmap
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import hallo_numguard as ng
+from hallo_numguard.integrations.torch_optim.model_hooks import _ScriptPatch
 
 import deepspeed_support
 from frameworks import lightning_trainer
+
+
+@pytest.fixture
+def linear_of_torch(monkeypatch):
+    """ZeRO stage 3 replaces the function for good, by one that no transform takes."""
+    monkeypatch.setattr(nn.functional, "linear", torch._C._nn.linear)
 
 
 def small(guarded=True, **settings):
@@ -74,6 +81,7 @@ def flat(result):
     return list(result.values()) if isinstance(result, dict) else [result]
 
 
+@pytest.mark.usefixtures("linear_of_torch")
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("local_gradients", ["on_alarm", "always"])
 def test_transforms_of_a_guarded_model_are_those_of_a_plain_one(name, local_gradients):
@@ -102,10 +110,21 @@ def test_scripting_resolves_what_it_resolves_without_a_guard():
         return x + Number(3).x
 
     assert add(torch.zeros(1)).item() == 3
-    patched = torch.jit.script
     optimizer.detach()
-    assert torch.jit.script is not patched
-    assert "numguard" not in torch.jit.script.__module__
+
+
+def test_one_patch_of_scripting_serves_all_guards_and_goes_with_the_last():
+    first, second = (small()[1]._guard._calls for _ in range(2))
+    patch, before = _ScriptPatch(), torch.jit.script
+    patch.add(first)
+    patched = torch.jit.script
+    assert patched is not before
+    patch.add(second)
+    assert torch.jit.script is patched
+    patch.discard(first)
+    assert torch.jit.script is patched
+    patch.discard(second)
+    assert torch.jit.script is before
 
 
 LOAD = """
