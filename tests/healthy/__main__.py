@@ -10,6 +10,7 @@ from __future__ import annotations
 import fnmatch
 import re
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -185,7 +186,7 @@ def _said(results: Results) -> Iterator[str]:
 
 def _short(line: str) -> str:
     flat = " ".join(line.split()).replace("|", "\\|")
-    return flat if len(flat) <= SHOWN else f"{flat[:SHOWN]} ..."
+    return textwrap.shorten(flat, SHOWN, placeholder=" ...")
 
 
 if __name__ == "__main__":
