@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -83,7 +84,7 @@ class Ranks:
         finally:
             self.alone_because, self._where = before
 
-    def collectives_met(self, where: str) -> contextlib.AbstractContextManager[None]:
+    def collectives_met(self, where: str) -> contextlib.AbstractContextManager[Any]:
         """Makes ranks meet before each collective of the model inside; see `Rendezvous.collectives_met`."""
         return contextlib.nullcontext() if self._rendezvous is None else self._rendezvous.collectives_met(where)
 

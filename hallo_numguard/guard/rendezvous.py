@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,10 @@ class Rendezvous:
         Returns:
             Whether all have come: the same on all that have.
         """
-        return self._meet(where, len(self._members), f"{self._name}/left")
+        try:
+            return self._meet(where, len(self._members), f"{self._name}/left")
+        except RuntimeError:  # the store is gone: each rank for itself
+            return False
 
     def leave(self) -> None:
         """Says that this rank will not come to a meeting any more."""
@@ -71,11 +74,11 @@ class Rendezvous:
 
     def fail(self, where: str) -> None:
         """Says that this rank will not come to the collectives at a place any more."""
-        self._store.set(f"{self._name}/{where}/failed", "yes")
+        with contextlib.suppress(RuntimeError):
+            self._store.set(f"{self._name}/{where}/failed", "yes")
 
-    @contextlib.contextmanager
-    def collectives_met(self, where: str) -> Iterator[None]:
-        """Makes ranks meet before each collective inside: it is not entered if one of them fails.
+    def collectives_met(self, where: str) -> contextlib.AbstractContextManager[Any]:
+        """Returns a context in which ranks meet before each collective: it is not entered if one of them fails.
 
         Args:
             where: Name of the place, the same on all ranks, and never used before.
@@ -83,8 +86,7 @@ class Rendezvous:
         Raises:
             PeerFailed: In place of a collective to which a rank does not come.
         """
-        with _MetCollectives(self, where):
-            yield
+        return _MetCollectives(self, where)
 
     def meet_before(self, where: str, members: tuple[int, ...] | None = None) -> None:
         """Waits for the ranks of the next collective at a place.

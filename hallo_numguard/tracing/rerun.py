@@ -49,7 +49,7 @@ class Peers:
         """Returns the worst match of any rank. All of them call it after every forward and every backward pass."""
         return match
 
-    def collectives(self) -> contextlib.AbstractContextManager[None]:
+    def collectives(self) -> contextlib.AbstractContextManager[Any]:
         """Context of a pass, in which no collective waits for a rank that has failed."""
         return contextlib.nullcontext()
 

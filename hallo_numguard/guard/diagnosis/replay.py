@@ -72,7 +72,7 @@ class _Peers(Peers):
     def agree(self, match: Match) -> Match:
         return Match(self._ranks.highest(match, self._device))
 
-    def collectives(self) -> contextlib.AbstractContextManager[None]:
+    def collectives(self) -> contextlib.AbstractContextManager[Any]:
         return self._ranks.collectives_met(self._where)
 
     def failed(self) -> None:
