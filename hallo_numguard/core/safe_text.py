@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+MAX_NAMES = 3  # in a sentence
 MAX_SENTENCE = 1000  # characters
 
 
@@ -22,3 +25,9 @@ def shortened(text: str, width: int) -> str:
 def harmless(text: str, width: int = MAX_SENTENCE) -> str:
     """Returns `text` on one line, without control characters, no longer than `width`."""
     return printable(shortened(text, width))
+
+
+def listed(names: Sequence[str]) -> str:
+    """Returns the first three names, and how many more there are."""
+    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+    return ", ".join(names[:MAX_NAMES]) + more

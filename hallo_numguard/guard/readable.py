@@ -25,6 +25,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _python_dispatch
 
 from hallo_numguard.core.findings import Finding
+from hallo_numguard.core.safe_text import listed
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.ops.formats import dtype_name
 from hallo_numguard.ops.table import StatsTable
@@ -34,7 +35,6 @@ Place = Callable[[torch.Tensor], torch.Tensor]
 """Flat index in a tensor, from that in the numbers inside of it; 0-dim int64 both."""
 
 MAX_DEPTH = 4  # of tensors inside of tensors
-MAX_NAMES = 3  # in a finding, of one reason
 HOLDS_INTEGERS = "they hold integers"
 NOT_INITIALIZED = "they are not initialized yet"
 
@@ -287,7 +287,5 @@ class UncheckedTensors:
 
 
 def _not_checked(names: Sequence[str], reason: str) -> str:
-    listed = ", ".join(names[:MAX_NAMES])
-    more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
     count = "1 tensor is" if len(names) == 1 else f"{len(names)} tensors are"
-    return f"{count} not checked, because {reason}: {listed}{more}"
+    return f"{count} not checked, because {reason}: {listed(names)}"

@@ -24,13 +24,13 @@ from hallo_numguard.core.errors import CheckpointFailed, NumericsError
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import StepRecord, Verdict
+from hallo_numguard.core.safe_text import listed
 from hallo_numguard.guard import policy
 from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.containment import Probes, contain_failures, failures
 from hallo_numguard.guard.diagnosis import messages
 from hallo_numguard.guard.diagnosis.collect import BadStep, EvidenceCollector
 from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
-from hallo_numguard.guard.diagnosis.messages import summary
 from hallo_numguard.guard.diagnosis.replay import Replayer
 from hallo_numguard.guard.diagnosis.rules import confirm, judge, needs_replay
 from hallo_numguard.guard.guarded_model import GuardedModel, ScannedPieces
@@ -411,7 +411,7 @@ class Session:
         if names:
             number = self._steps.pending.number
             message = (
-                f"step {number}: the batch made running statistics non-finite ({summary(names)}); as the step was "
+                f"step {number}: the batch made running statistics non-finite ({listed(names)}); as the step was "
                 "skipped, they were put back to what they were before it"
             )
             self._note(Finding("statistics_restored", message, number, names[0]))

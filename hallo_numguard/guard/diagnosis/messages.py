@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Offender, Verdict
+from hallo_numguard.core.safe_text import listed
 from hallo_numguard.guard.diagnosis.catalog import CATALOG
 from hallo_numguard.guard.diagnosis.evidence import Evidence
 from hallo_numguard.guard.loss_scaling import LossScaling
@@ -67,7 +68,7 @@ def _common(seen: Evidence) -> list[str]:
     if seen.alone_because:
         lines.append(f"this rank has judged by itself: {seen.alone_because}")
     if seen.bystanders:
-        names = summary([f"{item.name} ({item.counts})" for item in seen.bystanders])
+        names = listed([f"{item.name} ({item.counts})" for item in seen.bystanders])
         lines.append(f"also not finite, but not shown to be the cause: {names}")
     if seen.bad_ranks and seen.world_size > 1:
         lines.append(_rank_line(seen, seen.bad_ranks))
@@ -111,7 +112,7 @@ def weights_nonfinite(seen: Evidence) -> OverflowReport:
     """A weight was bad before the step."""
     first = seen.suspects[0]
     bad = len(seen.suspects)
-    names = summary([item.name for item in seen.suspects])
+    names = listed([item.name for item in seen.suspects])
     are = "is" if bad == 1 else "are"
     tensors = plural(bad, "weight tensor")
     evidence = [
@@ -438,9 +439,3 @@ def _loss_text(seen: Evidence) -> str:
 def plural(count: int, noun: str) -> str:
     """Returns a count and its noun, in the plural where needed."""
     return f"{count} {noun}{'' if count == 1 else 's'}"
-
-
-def summary(names: Sequence[str]) -> str:
-    """Returns the first three names, and how many more there are."""
-    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return ", ".join(names[:3]) + more

@@ -19,6 +19,7 @@ from torch import nn
 
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.core.records import StepRecord
+from hallo_numguard.core.safe_text import listed
 from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.module_groups import by_module
 from hallo_numguard.guard.named_tensors import NamedTensor
@@ -233,12 +234,11 @@ class EarlyWarnings:
         self._unchanged = {at: [*self._unchanged.get(at, []), step] for at in sorted(stuck)}
         names = [self._parameters[at].name for at, steps in self._unchanged.items() if len(steps) >= LOST_SAMPLES_HALF]
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             dtype = str(self._parameters[min(self._unchanged)].tensor.dtype).removeprefix("torch.")
             self._warn(
                 "lost_update",
                 step,
-                f"{', '.join(names[:3])}{more} have gradients, and do not change: their updates are smaller than what "
+                f"{listed(names)} have gradients, and do not change: their updates are smaller than what "
                 f"{dtype} can add to them. Keep a master copy in float32 (autocast), or raise the learning rate",
                 names[0],
             )
