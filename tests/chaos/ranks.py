@@ -20,34 +20,32 @@ class Outcome:
     """What came of many tries.
 
     Attributes:
-        made: Number of tries.
         hit: Number of tries whose accident has happened on rank 0.
         wrong: What a run has noticed of them, a line each.
     """
 
-    made: int
     hit: int
     wrong: list[str]
 
 
-def run(world: int, seed: int, count: int, seconds: float) -> Outcome:
+def run(world: int, seed: int, count: int) -> Outcome:
     """Makes tries on some ranks; a rank that dies or hangs is what is wrong, with the end of what it has written."""
     port = free_port()
     with pytest.MonkeyPatch.context() as patch, TemporaryFile() as errors:
-        patch.setenv("CHAOS", f"{seed} {count} {seconds}")
+        patch.setenv("CHAOS", f"{seed} {count}")
         streams = {"stdout": subprocess.PIPE, "stderr": errors}
         processes = [start_rank(WORKER, rank, world, port, **streams) for rank in range(world)]
         outputs = [process.communicate()[0] for process in processes]
         errors.seek(0)
         written = errors.read()[-6000:].decode(errors="replace")
-    wrong, made, hit = [], 0, 0
+    wrong, hit = [], 0
     for rank, (process, output) in enumerate(zip(processes, outputs, strict=True)):
         for line in output.splitlines():
             said = json.loads(line)
             if "wrong" in said:
                 wrong.append(f"rank {rank} of {world}: {said['try']}: {said['wrong']}")
             elif rank == 0:
-                made, hit = said["made"], said["hit"]
+                hit = said["hit"]
         if process.returncode:
             wrong.append(f"rank {rank} of {world} died or hung\n{written}")
-    return Outcome(made, hit, wrong)
+    return Outcome(hit, wrong)
