@@ -73,9 +73,11 @@ class Verdict(str, Enum):
 
     SCALE_TOO_HIGH = "scale_too_high"
     WEIGHTS_NONFINITE = "weights_nonfinite"
+    UPDATE_NONFINITE = "update_nonfinite"
     OPTIMIZER_STATE_NONFINITE = "optimizer_state_nonfinite"
     INPUT_NONFINITE = "input_nonfinite"
     FORWARD_NONFINITE = "forward_nonfinite"
+    LOSS_NONFINITE = "loss_nonfinite"
     BACKWARD_NONFINITE = "backward_nonfinite"
     REDUCTION_OVERFLOW = "reduction_overflow"
     RANK_FAULT = "rank_fault"
@@ -106,6 +108,10 @@ class Offender:
         shape: Shape of the whole tensor.
         dtype: Dtype of the tensor, as "float16".
         aliases: Other names of the same tensor (tied weights).
+        operation: Name of the operation of torch that made it, as "aten.div.Tensor"; None if unknown.
+        line: Line of code that called that operation, or of which that operation is the backward pass, as
+            "train.py:12 in loss: x / y"; None if unknown.
+        sample: Position in the batch of the first non-finite element; None if unknown.
     """
 
     kind: str
@@ -121,6 +127,9 @@ class Offender:
     shape: tuple[int, ...]
     dtype: str
     aliases: tuple[str, ...] = ()
+    operation: str | None = None
+    line: str | None = None
+    sample: int | None = None
 
     @property
     def nonfinite(self) -> int:

@@ -23,6 +23,11 @@ CATALOG = {
     Verdict.WEIGHTS_NONFINITE: Entry(
         "a parameter or buffer (frozen ones too) made the loss, or the gradients, non-finite", False
     ),
+    Verdict.UPDATE_NONFINITE: Entry(
+        "weight and gradient were finite before the optimizer's update and the weight is not after it; step, parameter "
+        "group and settings are named",
+        False,
+    ),
     Verdict.OPTIMIZER_STATE_NONFINITE: Entry(
         "the same, and a moment or master copy of that weight is bad too: the optimizer wrote it", False
     ),
@@ -31,6 +36,9 @@ CATALOG = {
     ),
     Verdict.FORWARD_NONFINITE: Entry(
         "in the replay, a module with finite inputs and weights returned NaN or Inf; operation and line are named", None
+    ),
+    Verdict.LOSS_NONFINITE: Entry(
+        "made after the model, in code that computes the loss; also a loss that is not finite while gradients are", None
     ),
     Verdict.SCALE_TOO_HIGH: Entry("in the replay, the batch is finite at a lower loss scale, which is named", True),
     Verdict.BACKWARD_NONFINITE: Entry("the loss is finite, gradients are not at any scale; the module is named", None),
