@@ -81,6 +81,8 @@ class OverflowReport:
         settles_at: Loss scale at which steps are expected to be finite again; None if unknown.
         history: Steps of the flight recorder on the rank that holds this report, this one last.
         environment: Versions, host and rank of the process that made this report, and loaded libraries that hide NaN.
+        summary: The answer in one sentence, without a full stop; "" if there is none.
+        known_from: What has shown the cause, as "the batch, run again"; "" if it is not known.
         happened: Sentence on what happened, where it was something else than gradients that are not finite: a save that
             would have written non-finite values. "" otherwise.
     """
@@ -101,6 +103,8 @@ class OverflowReport:
     history: tuple[StepRecord, ...] = laid_out_as(_History, default=(), compare=False, repr=False)
     environment: Environment = field(default_factory=dict, compare=False, repr=False)
     happened: str = ""
+    summary: str = ""
+    known_from: str = ""
 
     @property
     def outcome(self) -> str:
@@ -112,32 +116,35 @@ class OverflowReport:
         if self.happened:
             return harmless(f"{self.happened} {self.verdict}")
         what = f"step {self.step} was {self.outcome}: {self.verdict}"
-        where = "" if self.first is None else f", {self.first}"
+        where = f", {self.summary}" if self.summary else ("" if self.first is None else f", {self.first}")
         return harmless(f"{what}{where} [loss scale {self.loss_scale:g}]")
 
     def rows(self) -> list[tuple[str, list[str]]]:
         """Returns the report as labelled rows of sentences, for any kind of display. Names are harmless text."""
         provisional = ", provisional" if self.provisional else ""
         meaning = "cause not proved" if self.verdict is Verdict.UNDETERMINED else _MEANING[self.recoverable]
+        known = f"; shown by {self.known_from}" if self.known_from else ""
         others = [str(item) for item in self.offenders if item != self.first]
         if len(others) > _MAX_OFFENDERS:
             others[_MAX_OFFENDERS:] = [f"... and {len(others) - _MAX_OFFENDERS} more"]
         table = [
             ("happened", [self.happened] if self.happened else []),
-            ("verdict", [f"{self.verdict} ({meaning}{provisional})"]),
+            ("what to do", [self.advice]),
+            ("verdict", [f"{self.verdict} ({meaning}{provisional}{known})"]),
             ("first", [] if self.first is None else [str(self.first)]),
+            ("operation", _operation(self.first)),
             ("evidence", self.evidence),
             ("not checked", ["; ".join(self.not_checked)] if self.not_checked else []),
             ("gradients", others),
-            ("what to do", [self.advice]),
         ]
         return [(label, list(map(harmless, sentences))) for label, sentences in table if sentences]
 
     def __str__(self) -> str:
         ranks = f", {self.world_size} ranks" if self.world_size > 1 else ""
         scale = f"loss scale {self.loss_scale:g}{ranks}"
-        in_step = f"Step {self.step} was {self.outcome}, its gradients are not finite ({scale})."
-        lines = [textwrap.fill(harmless(self.happened), _WIDTH) if self.happened else in_step]
+        what = f": {self.summary}" if self.summary else ", its gradients are not finite"
+        in_step = f"Step {self.step} was {self.outcome}{what} ({scale})."
+        lines = [textwrap.fill(harmless(self.happened or in_step), _WIDTH)]
         for label, sentences in self.rows()[bool(self.happened) :]:
             for position, sentence in enumerate(sentences):
                 lead = f"  {label if position == 0 else '':<12}"
@@ -165,3 +172,12 @@ class OverflowReport:
         if found != SCHEMA_VERSION:
             raise ValueError(f"not an overflow report of schema version {SCHEMA_VERSION}: got {found!r}")
         return decode(cls, document)
+
+
+def _operation(first: Offender | None) -> list[str]:
+    """The operation that made the first offender, and its line."""
+    if first is None or first.operation is None:
+        return []
+    line = f", {first.line}" if first.line else ""
+    sample = "" if first.sample is None else f", sample {first.sample}"
+    return [f"{first.operation}{sample}{line}"]

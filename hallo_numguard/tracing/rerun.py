@@ -6,6 +6,7 @@ import contextlib
 import enum
 import logging
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec
@@ -13,13 +14,16 @@ from typing import Any, ParamSpec
 import torch
 from torch import nn
 from torch.utils import checkpoint
+from torch.utils._python_dispatch import _disable_current_modes
 
 from hallo_numguard.core.frames import Origin
+from hallo_numguard.core.sources import Source
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.ops.table import StatsTable
 from hallo_numguard.tracing.model_state import state_restored
 from hallo_numguard.tracing.nested import Contents, as_plain, contents_of, is_readable, whole_bytes
 from hallo_numguard.tracing.tracer import Trace, TraceOptions, traced
+from hallo_numguard.tracing.watch import OperationWatch
 
 _log = logging.getLogger("hallo_numguard")
 
@@ -64,6 +68,7 @@ class Attempt:
     Attributes:
         match: Comparison of the model's outputs with those before.
         origin: First non-finite place, or None: in the forward pass if only that was run, else in the backward.
+        source: Operation, weight or input that what is not finite came from, if operations were watched.
         input_absmax: Largest finite absolute value in the inputs of the module of `origin`.
         gradient_absmax: Largest finite float16 absolute value among gradients of activations and parameters.
         parameter_absmax: Largest finite absolute value of each parameter's gradient, by the parameter's id.
@@ -72,6 +77,7 @@ class Attempt:
 
     match: Match = Match.SAME
     origin: Origin | None = None
+    source: Source | None = None
     input_absmax: float = 0.0
     gradient_absmax: float = 0.0
     parameter_absmax: dict[int, float] = field(default_factory=dict)
@@ -86,6 +92,7 @@ def rerun(
     factor: float | None,
     arguments: Contents | None = None,
     peers: Peers | None = None,
+    watches: bool = False,
 ) -> Attempt:
     """Runs a pass again.
 
@@ -100,11 +107,12 @@ def rerun(
         factor: Factor that the seeds are multiplied by; None for a forward pass only.
         arguments: Contents of the call's arguments.
         peers: The other ranks, which stop together with this one. Default: there are none.
+        watches: Whether every operation is watched, to find the source of what is not finite. Slow.
 
     Returns:
         Result of the rerun. Buffers, attributes and random state are as before.
     """
-    run = _Run(module, call, outputs, seeds, factor, arguments or contents_of("", ()), peers or Peers())
+    run = _Run(module, call, outputs, seeds, factor, arguments or contents_of("", ()), peers or Peers(), watches)
     try:
         for part in [[]] if factor is None else _parts(module):
             run.contained(run.go_forward)
@@ -135,8 +143,10 @@ class _Run:
         factor: float | None,
         arguments: Contents,
         peers: Peers,
+        watches: bool,
     ) -> None:
         self.attempt = Attempt()
+        self._watches = watches
         self._module = module
         self._call = call
         self._recorded = outputs
@@ -146,6 +156,7 @@ class _Run:
         self._peers = peers
         self._pass = contextlib.ExitStack()
         self._trace: Trace | None = None
+        self._watch: OperationWatch | None = None
         self._outputs: list[torch.Tensor] = []
 
     def contained(self, work: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
@@ -169,12 +180,29 @@ class _Run:
         self._pass = contextlib.ExitStack()
         self._pass.enter_context(undisturbed(self._module, self._arguments))
         is_backward = self._factor is not None
-        options = TraceOptions(is_backward, inputs=True, weights=True, stop_at_first=False, operations=not is_backward)
+        options = TraceOptions(is_backward, inputs=True, weights=True, stop_at_first=False, operations=False)
         self._trace = self._pass.enter_context(traced(self._module, options))
+        if self._watches:
+            modules = list(self._module.named_modules())
+            batch_size = batch_size_of(self._arguments)
+            self._watch = self._pass.enter_context(OperationWatch.on(modules, self._named, batch_size))
         with self._peers.collectives():
             self._outputs = _outputs_of(self._call())
-        self.attempt.match = max(self.attempt.match, _compare(self._outputs, self._recorded))
-        self.attempt.fingerprint.append(_statistics(self._outputs).packed.tolist())
+        with _disable_current_modes():
+            self.attempt.match = max(self.attempt.match, _compare(self._outputs, self._recorded))
+            self.attempt.fingerprint.append(_statistics(self._outputs).packed.tolist())
+            self._find_source(self._outputs)
+
+    def _named(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """Kind, name and tensor of what an operation may be given, as it is now."""
+        yield from (("input", name, tensor) for name, tensor in self._arguments.tensors)
+        yield from (("parameter", name, tensor) for name, tensor in self._module.named_parameters())
+        yield from (("buffer", name, tensor) for name, tensor in self._module.named_buffers())
+        yield from (("gradient", f"output[{position}]", tensor) for position, tensor in self._seeds.items())
+
+    def _find_source(self, tensors: Sequence[torch.Tensor | None]) -> None:
+        if self._watch is not None and self.attempt.source is None:
+            self.attempt.source = self._watch.source_of(tensors)
 
     def go_backward(self, part: Sequence[torch.Tensor]) -> None:
         """Computes the gradients of some parameters."""
@@ -182,9 +210,11 @@ class _Run:
             gradients = _backward(self._outputs, self._seeds, self._factor or 1.0, part)
         both = zip(part, gradients, strict=True)
         held = [(id(parameter), x) for parameter, x in both if x is not None and is_readable(x)]
-        table = _statistics([gradient for _, gradient in held])
-        self.attempt.parameter_absmax.update(zip((key for key, _ in held), table.absmax.tolist(), strict=True))
-        self.attempt.fingerprint.append(table.packed.tolist())
+        with _disable_current_modes():
+            table = _statistics([gradient for _, gradient in held])
+            self.attempt.parameter_absmax.update(zip((key for key, _ in held), table.absmax.tolist(), strict=True))
+            self.attempt.fingerprint.append(table.packed.tolist())
+            self._find_source(gradients)
 
     def close(self) -> None:
         """Ends the pass that is under way: everything is as before."""
@@ -196,6 +226,12 @@ class _Run:
         self.close()
         if self._trace is not None:
             _add_trace(self.attempt, self._trace, self._factor is not None)
+
+
+def batch_size_of(arguments: Contents) -> int | None:
+    """Returns the size of the first dimension that most of the tensors have; None without any."""
+    sizes = Counter(tensor.shape[0] for _, tensor in arguments.tensors if tensor.dim())
+    return sizes.most_common(1)[0][0] if sizes else None
 
 
 def _statistics(tensors: Sequence[torch.Tensor]) -> StatsTable:

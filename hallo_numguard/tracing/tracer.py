@@ -145,7 +145,6 @@ class _Tracer:
         self._result = result
         self._tape = tape
         self._options = options
-        self._unseen = _disable_current_modes if options.operations else contextlib.nullcontext
         self._open: list[TracedCall] = []
         self._times: Counter[str] = Counter()
         self._gradients_seen = 0
@@ -173,7 +172,7 @@ class _Tracer:
 
     def snapshot(self, tensors: Sequence[torch.Tensor]) -> list[TensorSnapshot]:
         """Scans tensors; ends the trace if only the first bad call is wanted."""
-        with self._unseen():  # our own operations are not traced
+        with _disable_current_modes():  # our own operations are not traced
             held = self._tape.snapshot(tensors)
         if self._options.stop_at_first and self._tape.bad > self._bad:  # a mask may hold -Inf, and is no origin
             self._bad = self._tape.bad

@@ -44,7 +44,7 @@ def test_only_what_is_undetermined_is_called_not_proved():
 def test_a_report_on_a_save_begins_with_what_happened():
     report = replace(support.hostile_report(), happened="save_model was about to write \x1b[2J.")
     text = str(report)
-    assert text.startswith("save_model was about to write \ufffd[2J.\n  verdict")
+    assert text.startswith("save_model was about to write \ufffd[2J.\n  what to do")
     assert "its gradients are not finite (" not in text
     assert report.headline().startswith("save_model was about to write")
     assert report.rows()[0] == ("happened", ["save_model was about to write \ufffd[2J."])

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hallo_numguard.core.records import Offender
+from hallo_numguard.core.sources import Source
 from hallo_numguard.guard.loss_scaling import LossScaling
 
 
@@ -17,6 +18,7 @@ class Replayed:
         failure_reason: Why there is no answer; "" if there is one.
         micro_batch: Position of the micro-batch that was run again last.
         origin: First place that turned non-finite, on the lowest rank where one did; None if none did.
+        source: Operation, weight or input that what is not finite came from; None if operations were not watched.
         details: Sentences about the origin.
         bad_ranks: Number of ranks on which the pass was not finite.
         differing_rank: Lowest rank on which the model's output differed from the original one.
@@ -33,6 +35,7 @@ class Replayed:
     failure_reason: str = ""
     micro_batch: int = 0
     origin: Offender | None = None
+    source: Source | None = None
     details: tuple[str, ...] = ()
     bad_ranks: int = 0
     differing_rank: int = 0
@@ -100,3 +103,13 @@ class Evidence:
     def answer(self) -> Replayed | None:
         """The result of the replay, if it has one."""
         return None if self.replay is None or self.replay.failure_reason else self.replay
+
+    @property
+    def source(self) -> Source | None:
+        """Where what is not finite came from, if that was followed."""
+        return None if self.answer is None else self.answer.source
+
+    @property
+    def known_from(self) -> str:
+        """What has shown the source."""
+        return "the batch, run again"

@@ -16,7 +16,7 @@ from hallo_numguard.guard.loss_scaling import LossScaling
 RANK_FAULT_MEMORY = 100  # steps in which a second fault of the same rank is not taken for chance
 
 
-def _report(
+def report(
     seen: Evidence,
     verdict: Verdict,
     first: Offender | None,
@@ -25,6 +25,17 @@ def _report(
     advice: str,
     settles_at: float | None = None,
 ) -> OverflowReport:
+    """Returns a report with the lines that all of them have.
+
+    Args:
+        seen: The evidence.
+        verdict: Cause of the overflow.
+        first: The first offender.
+        evidence: Sentences on the cause.
+        not_checked: Checks that a complete answer would have needed.
+        advice: Sentence on what to do.
+        settles_at: See `OverflowReport`.
+    """
     return OverflowReport(
         step=seen.step,
         loss_scale=seen.scaling.scale,
@@ -55,7 +66,9 @@ def _replay_lines(seen: Evidence) -> list[str]:
         nearly = ", though not bit for bit what it was before" if replay.is_close else ""
         return [f"the same batch, run again{on_every_rank}, was finite in every module{nearly}"]
     where = f"on {replay.bad_ranks} of {seen.world_size} ranks" if seen.world_size > 1 else "either"
-    lines = [f"the batch (micro-batch {replay.micro_batch}), run again, was not finite {where}", *replay.details]
+    lines = [f"the batch (micro-batch {replay.micro_batch}), run again, was not finite {where}"]
+    if replay.source is None:
+        lines += replay.details
     if replay.finite_unscaled:
         lines.append("the same batch without loss scaling was finite")
     elif replay.finite_unscaled is False:
@@ -116,7 +129,7 @@ def weights_nonfinite(seen: Evidence) -> OverflowReport:
     are = "is" if bad == 1 else "are"
     tensors = plural(bad, "weight tensor")
     evidence = [
-        f"{_the_loss(seen)} is not finite ({_loss_text(seen)}), and {tensors} of {seen.tensors} {are} not: {names}"
+        f"{the_loss(seen)} is not finite ({loss_text(seen)}), and {tensors} of {seen.tensors} {are} not: {names}"
     ]
     if seen.scaling.dynamic:
         overflows = seen.scaling.halvings_left + seen.scaling.patience
@@ -133,16 +146,16 @@ def weights_nonfinite(seen: Evidence) -> OverflowReport:
             f" A number too large for {first.dtype} also becomes Inf when it is converted, so look at the values in "
             f"the file's own dtype."
         )
-    return _report(seen, Verdict.WEIGHTS_NONFINITE, first, evidence, (), advice)
+    return report(seen, Verdict.WEIGHTS_NONFINITE, first, evidence, (), advice)
 
 
 def weight_in_backward(seen: Evidence, origin: Offender) -> OverflowReport:
     """A weight that the loss does not depend on made the gradients bad."""
-    return _report(
+    return report(
         seen,
         Verdict.WEIGHTS_NONFINITE,
         origin,
-        [f"{_the_loss(seen)} is finite, as it does not depend on what the bad weight makes; but 0 times NaN is NaN"],
+        [f"{the_loss(seen)} is finite, as it does not depend on what the bad weight makes; but 0 times NaN is NaN"],
         (),
         f"Repair {origin.name}: no loss scale can mend it.",
     )
@@ -150,12 +163,12 @@ def weight_in_backward(seen: Evidence, origin: Offender) -> OverflowReport:
 
 def optimizer_state_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
     """The optimizer wrote its non-finite state into a weight."""
-    return _report(
+    return report(
         seen,
         Verdict.OPTIMIZER_STATE_NONFINITE,
         first,
         [
-            f"{_the_loss(seen)} is not finite ({_loss_text(seen)}), nor is {seen.suspects[0]}",
+            f"{the_loss(seen)} is not finite ({loss_text(seen)}), nor is {seen.suspects[0]}",
             f"nor is the optimizer's state of {first.name} (a moment or the float32 master copy): {first.counts}",
             "steps with such gradients are skipped, so the state was bad before the weight",
         ],
@@ -173,7 +186,7 @@ def rank_fault(seen: Evidence) -> OverflowReport:
         rank, what = seen.replay.differing_rank, "returned something else, all finite"
     before = None if rank is None else seen.rank_faults.get(rank)
     comes_back = before is not None and seen.step - before <= RANK_FAULT_MEMORY
-    report = _report(
+    found = report(
         seen,
         Verdict.RANK_FAULT,
         replace(first, rank=rank),
@@ -187,12 +200,12 @@ def rank_fault(seen: Evidence) -> OverflowReport:
         f"Suspect the hardware of rank {rank}: look at its error counters and temperature, and run it without "
         "that device. If it comes back with another batch on the same rank, it is the hardware.",
     )
-    return replace(report, recoverable=False) if comes_back else report
+    return replace(found, recoverable=False) if comes_back else found
 
 
 def reduction_overflow(seen: Evidence) -> OverflowReport:
     """Gradients were finite on every rank, and their sum is not."""
-    return _report(
+    return report(
         seen,
         Verdict.REDUCTION_OVERFLOW,
         replace(seen.gradients[0], kind="reduction"),
@@ -212,10 +225,10 @@ def backward_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
     """The backward pass made the non-finite value, whatever the loss scale."""
     where = f"module {first.module}" if first.module else "the root module"
     proved = seen.answer is not None
-    evidence = [f"{_the_loss(seen)} is finite", _finite_weights(seen)]
+    evidence = [f"{the_loss(seen)} is finite", _finite_weights(seen)]
     if seen.scaling.scale <= 1.0:
         evidence.append(f"the loss scale is {seen.scaling.scale:g}: it cannot be too high")
-    return _report(
+    return report(
         seen,
         Verdict.BACKWARD_NONFINITE,
         first,
@@ -229,17 +242,17 @@ def backward_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
 def input_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
     """The model was called with a non-finite tensor."""
     sample = f", sample {first.index[0]}" if len(first.index) > 1 else ""
-    return _report(
+    return report(
         seen,
         Verdict.INPUT_NONFINITE,
         first,
         [
-            f"{_the_loss(seen)} is not finite ({_loss_text(seen)})",
+            f"{the_loss(seen)} is not finite ({loss_text(seen)})",
             _finite_weights(seen),
             f"what the model was called with is not: {first.name}{sample}, micro-batch {seen.micro_batch} of the step",
         ],
         (),
-        f"This step is lost, the next batch is not. Find the sample in the data{_on_rank(seen, first.rank)} and look "
+        f"This step is lost, the next batch is not. Find the sample in the data{on_rank(seen, first.rank)} and look "
         "at how it was read and normalised. The loss scale has no part in it: policy.keep_scale leaves it alone.",
     )
 
@@ -249,7 +262,7 @@ def loss_nonfinite(seen: Evidence, loss: Offender) -> OverflowReport:
     if seen.answer is not None:
         origin = seen.answer.origin
         return _loss_code(seen, loss) if origin is None else _forward_nonfinite(seen, origin)
-    return _report(
+    return report(
         seen,
         Verdict.UNDETERMINED,
         loss,
@@ -271,7 +284,7 @@ _FORWARD_KINDS = {
 def _forward_nonfinite(seen: Evidence, origin: Offender) -> OverflowReport:
     verdict = _FORWARD_KINDS.get(origin.kind, Verdict.FORWARD_NONFINITE)
     where = f"module {origin.name}" if origin.name else "the root module's own code"
-    rank = _on_rank(seen, origin.rank)
+    rank = on_rank(seen, origin.rank)
     if verdict is Verdict.WEIGHTS_NONFINITE:
         advice = f"Repair {origin.name}, or find out why this batch reads what no batch before has."
     elif verdict is Verdict.INPUT_NONFINITE:
@@ -282,24 +295,24 @@ def _forward_nonfinite(seen: Evidence, origin: Offender) -> OverflowReport:
             "can hold, run it in bfloat16 or float32, or clamp them; else look for a division, a square root, a "
             "logarithm or a row that is masked throughout. The loss scale acts later: lowering it does not help."
         )
-    return _report(seen, verdict, origin, _before_the_loss(seen), (), advice)
+    return report(seen, verdict, origin, _before_the_loss(seen), (), advice)
 
 
 def _loss_code(seen: Evidence, loss: Offender) -> OverflowReport:
-    return _report(
+    return report(
         seen,
         Verdict.UNDETERMINED,
         loss,
         _before_the_loss(seen),
         ("labels that the model was not called with",),
         "It was made after the model, where the loss is computed from what it returns: look there for a logarithm or a "
-        f"division, at the labels{_on_rank(seen, loss.rank)}, and at the dtype. Lowering the loss scale does not help.",
+        f"division, at the labels{on_rank(seen, loss.rank)}, and at the dtype. Lowering the loss scale does not help.",
     )
 
 
 def _before_the_loss(seen: Evidence) -> list[str]:
     finite_inputs = ["what the model was called with is finite"] if seen.batch_known else []
-    return [f"{_the_loss(seen)} is not finite ({_loss_text(seen)})", _finite_weights(seen), *finite_inputs]
+    return [f"{the_loss(seen)} is not finite ({loss_text(seen)})", _finite_weights(seen), *finite_inputs]
 
 
 def _unseen_batch(seen: Evidence) -> tuple[str, ...]:
@@ -310,14 +323,15 @@ def _unseen_loss(seen: Evidence) -> tuple[str, ...]:
     return () if seen.loss_shown else ("the loss: show it with watch_loss(loss), or engine.backward(loss)",)
 
 
-def _on_rank(seen: Evidence, rank: int | None) -> str:
+def on_rank(seen: Evidence, rank: int | None) -> str:
+    """Returns " of rank 3", where there are several."""
     return "" if rank is None or seen.world_size == 1 else f" of rank {rank}"
 
 
 def scale_too_high(seen: Evidence) -> OverflowReport:
     """At a lower loss scale the gradients would be finite."""
     left = plural(seen.scaling.halvings_left, "halving")
-    evidence = [f"{_the_loss(seen)} is finite", _finite_weights(seen), f"the loss scale is {seen.scaling}"]
+    evidence = [f"{the_loss(seen)} is finite", _finite_weights(seen), f"the loss scale is {seen.scaling}"]
     replayed = seen.replay.settles_at if seen.replay is not None else None
     settles_at = replayed or seen.proved_before or seen.settles_at
     if settles_at is None:
@@ -335,7 +349,7 @@ def scale_too_high(seen: Evidence) -> OverflowReport:
     if not seen.scaling.can_fall:
         remedy = "lower it" if settles_at is None else f"set it to {settles_at:g}"
         advice = f"The loss scale is fixed at {seen.scaling}: {remedy}."
-    report = _report(
+    found = report(
         seen,
         Verdict.SCALE_TOO_HIGH,
         seen.gradients[0] if seen.replay is None or seen.replay.origin is None else seen.replay.origin,
@@ -344,7 +358,7 @@ def scale_too_high(seen: Evidence) -> OverflowReport:
         advice if replayed else f"{advice} The verdict is provisional until a step is finite.",
         settles_at=settles_at,
     )
-    return report if seen.scaling.can_fall else replace(report, recoverable=None)
+    return found if seen.scaling.can_fall else replace(found, recoverable=None)
 
 
 def not_reproduced(seen: Evidence) -> OverflowReport:
@@ -354,12 +368,12 @@ def not_reproduced(seen: Evidence) -> OverflowReport:
     if seen.world_size > 1:
         sources += "; else the reduction, or one rank that was wrong once"
     hint = ' If it comes back, GuardConfig(local_gradients="always") tells which rank it is.'
-    return _report(
+    return report(
         seen,
         Verdict.UNDETERMINED,
         first,
         [
-            f"{_the_loss(seen)} is finite",
+            f"{the_loss(seen)} is finite",
             _finite_weights(seen),
             (
                 "the model's own call gave every parameter a finite gradient when it was run again: what is not finite "
@@ -373,7 +387,7 @@ def not_reproduced(seen: Evidence) -> OverflowReport:
 
 def gradients_nonfinite(seen: Evidence) -> OverflowReport:
     """Gradients are bad, for a reason that the evidence does not show."""
-    evidence = [f"{_the_loss(seen)} is finite" if seen.loss_known else "the loss was not seen"]
+    evidence = [f"{the_loss(seen)} is finite" if seen.loss_known else "the loss was not seen"]
     if seen.suspects:
         evidence.append(f"not finite: {', '.join(item.name for item in seen.suspects[:3])}")
     else:
@@ -382,7 +396,7 @@ def gradients_nonfinite(seen: Evidence) -> OverflowReport:
         evidence.append(f"the loss scale is {seen.scaling.scale:g} and does not change")
     elif not seen.scaling.can_fall:
         evidence.append(f"the loss scale is at its minimum, {seen.scaling.minimum:g}: it cannot be too high")
-    return _report(
+    return report(
         seen,
         Verdict.UNDETERMINED,
         seen.gradients[0],
@@ -395,7 +409,7 @@ def gradients_nonfinite(seen: Evidence) -> OverflowReport:
 
 def false_alarm(seen: Evidence) -> OverflowReport:
     """The framework reports an overflow that the guard cannot find."""
-    return _report(
+    return report(
         seen,
         Verdict.UNDETERMINED,
         seen.suspects[0] if seen.suspects else seen.loss,
@@ -424,11 +438,13 @@ def unexplained(step: int, scaling: LossScaling, world_size: int, skipped: int) 
     )
 
 
-def _the_loss(seen: Evidence) -> str:
+def the_loss(seen: Evidence) -> str:
+    """Returns what was looked at in place of the loss, or the loss."""
     return "the loss" if seen.loss_shown else "the model's output"
 
 
-def _loss_text(seen: Evidence) -> str:
+def loss_text(seen: Evidence) -> str:
+    """Returns what the loss holds, and on which rank."""
     if seen.loss is None:
         return "finite"
     rank = seen.loss.rank

@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from hallo_numguard.core.documents import decode
+from hallo_numguard.core.documents import decode, encode
 from hallo_numguard.core.frames import Origin
 from hallo_numguard.core.records import Offender
+from hallo_numguard.core.sources import Source
 from hallo_numguard.guard.collectives import Ranks, clip
 from hallo_numguard.guard.containment import contain_failures
 from hallo_numguard.guard.diagnosis.evidence import Replayed
@@ -52,6 +53,7 @@ class _Answer:
     differing_rank: int
     bad_ranks: int
     origin_text: str | None
+    source_text: str | None
     absmax_power: int  # minimum over the ranks: gradients fit if multiplied by 2 to this power
     gradient_sum: float  # over the ranks, of their largest gradient: no element of the reduction is larger
     as_recorded: bool  # gradients of all ranks that are not bad are those that were recorded before the reduction
@@ -131,7 +133,7 @@ class Replayer:
             return Replayed(failure_reason)
         found = Replayed()
         for position in suspects:
-            answer, attempt = self._run(position, None)
+            answer, attempt = self._run(position, None, watches=True)
             found = self._replayed(answer, position)
             if self._is_one_rank_different(answer):
                 return replace(found, is_one_ranks_fault=self._comes_out_the_same(position, None, attempt))
@@ -165,7 +167,8 @@ class Replayer:
             if answer.failure_reason:
                 return found
             if answer.bad_ranks:
-                return self._at_lower_scales(found, scale) if scale > 1 else found
+                found = self._at_lower_scales(found, scale) if scale > 1 else found
+                return found if found.finite_unscaled else self._watched(found, scale)
             gradient_sum += answer.gradient_sum
             are_as_recorded = are_as_recorded and answer.as_recorded and answer.match is Match.SAME
         is_certain = are_as_recorded and all(
@@ -233,6 +236,11 @@ class Replayer:
         _, attempt = self._run(micro_batch, factor)
         return self._ranks.lowest(int(attempt.fingerprint == before.fingerprint), self._device) == 1
 
+    def _watched(self, found: Replayed, scale: float) -> Replayed:
+        """Runs the micro-batch once more without loss scaling, and watches every operation."""
+        answer, _ = self._run(found.micro_batch, min(1.0, 1.0 / scale), watches=True)
+        return replace(found, source=self._replayed(answer, found.micro_batch).source)
+
     def _at_lower_scales(self, found: Replayed, scale: float) -> Replayed:
         unscaled, _ = self._run(found.micro_batch, 1.0 / scale)
         if unscaled.failure_reason:
@@ -257,7 +265,7 @@ class Replayer:
         reason = reasons[0] if reasons else ("" if 0 < count == len(calls) else "the batch was not seen")
         return self._ranks.first_text(reason or None, self._device) or ""
 
-    def _run(self, micro_batch: int, factor: float | None) -> tuple[_Answer, Attempt]:
+    def _run(self, micro_batch: int, factor: float | None, watches: bool = False) -> tuple[_Answer, Attempt]:
         call = self._batch.calls[micro_batch]
         attempt = rerun(
             self._module,
@@ -267,6 +275,7 @@ class Replayer:
             factor,
             call.contents,
             self._next_peers(),
+            watches,
         )
         answer = self._agree(attempt, micro_batch, factor)
         self._recover_everywhere(answer.match is Match.FAILED)
@@ -298,6 +307,7 @@ class Replayer:
             ranks.lowest(ranks.rank if differs else _NONE, device),
             ranks.total(int(bad), device),
             ranks.first_text(_origin_as_text(attempt, ranks.rank) if bad else None, device),
+            ranks.first_text(source_as_text(attempt.source, ranks.rank), device),
             ranks.lowest(room, device),
             float(ranks.sum(torch.tensor(largest, dtype=torch.float64, device=device))),
             ranks.lowest(int(as_recorded), device) == 1,
@@ -311,6 +321,8 @@ class Replayer:
             differing_rank=answer.differing_rank,
             is_close=answer.match is Match.CLOSE,
         )
+        if answer.source_text is not None:
+            found = replace(found, source=decode(Source, json.loads(answer.source_text)))
         if answer.origin_text is None:
             return found
         origin, details, number = json.loads(answer.origin_text)
@@ -323,6 +335,24 @@ def _origin_as_text(attempt: Attempt, rank: int) -> str | None:
     origin = attempt.origin
     parts = [asdict(_offender(origin, rank)), _details(origin, attempt.input_absmax), origin.call]
     return json.dumps(parts, ensure_ascii=False)
+
+
+def source_as_text(source: Source | None, rank: int) -> str | None:
+    """Returns a source of this rank as JSON that is short enough for the other ranks; None without one."""
+    if source is None:
+        return None
+    line = None if source.line is None else clip(source.line, MAX_LINE_BYTES)
+    short = replace(
+        source,
+        name=clip(source.name, MAX_NAME_BYTES),
+        line=line,
+        explanation=clip(source.explanation, MAX_LINE_BYTES),
+        fill=clip(source.fill, MAX_LINE_BYTES),
+        large=clip(source.large, MAX_LINE_BYTES),
+        hidden_by=tuple(clip(text, MAX_LINE_BYTES) for text in source.hidden_by),
+        rank=rank,
+    )
+    return json.dumps(encode(short), ensure_ascii=False)
 
 
 def _offender(origin: Origin, rank: int) -> Offender:

@@ -7,8 +7,10 @@ from dataclasses import replace
 
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Offender, Verdict
+from hallo_numguard.core.sources import Source
 from hallo_numguard.guard.diagnosis import messages
 from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
+from hallo_numguard.guard.diagnosis.source_messages import by_source
 
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4028e38}
 """Largest numbers of the dtypes that gradients are reduced in."""
@@ -36,6 +38,8 @@ def judge(seen: Evidence) -> OverflowReport:
         return messages.input_nonfinite(seen, seen.input)
     if _is_one_ranks_fault(seen):
         return messages.rank_fault(seen)
+    if seen.source is not None and _explains(seen, seen.source):
+        return by_source(seen, seen.source, seen.known_from)
     if seen.loss is not None:
         return messages.loss_nonfinite(seen, seen.loss)
     if _overflowed_in_the_reduction(seen):
@@ -49,6 +53,15 @@ def judge(seen: Evidence) -> OverflowReport:
     if _born_in_backward(seen):
         return messages.backward_nonfinite(seen, seen.gradients[0])
     return messages.gradients_nonfinite(seen)
+
+
+def _explains(seen: Evidence, source: Source) -> bool:
+    """Whether a source is the cause, and not the loss scale, by which gradients become too large for the dtype."""
+    if seen.loss is not None or source.phase == "forward" or not seen.scaling.can_fall or seen.scaling.scale <= 1.0:
+        return True
+    if seen.answer is not None and seen.answer.finite_unscaled is not None:
+        return not seen.answer.finite_unscaled
+    return bool(source.tensor.record.nan or source.explanation)
 
 
 def _judge_by_replay(seen: Evidence, replay: Replayed, origin: Offender) -> OverflowReport:

@@ -76,7 +76,7 @@ class ModelCall:
         if self.unknown:
             return
         tensors = [tensor for _, tensor in found.tensors if is_readable(tensor)]
-        self.outputs = [as_plain(tensor) for tensor in tensors]
+        self.outputs = [_kept(tensor) for tensor in tensors]
         self._output_versions = [version_of(tensor) for tensor in self.outputs]
         for position, tensor in enumerate(tensors):
             if tensor.requires_grad:
@@ -106,6 +106,12 @@ class ModelCall:
         before = self.seeds.get(position)
         gradient = as_plain(gradient)
         self.seeds[position] = gradient if before is None else before + gradient
+
+
+def _kept(output: torch.Tensor) -> torch.Tensor:
+    """The output; a copy if it is a single number, as training loops divide the loss in place."""
+    plain = as_plain(output)
+    return plain.clone() if plain.numel() == 1 else plain
 
 
 def _reason_unknown(found: Contents) -> str:
