@@ -52,6 +52,7 @@ class GuardedModel:
         has_named_gradients: Whether such a call allows gradients with respect to single parameters.
         settings: The framework's configuration, for reproduction bundles.
         can_go_back: Returns whether the integration can call `go_back` when a step is over; the same on every rank.
+        is_compiled: Returns whether calls of the module are compiled.
         unchecked: Tensors that scans have left out.
     """
 
@@ -68,6 +69,7 @@ class GuardedModel:
     has_named_gradients: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
     can_go_back: Callable[[], bool] = lambda: False
+    is_compiled: Callable[[], bool] = lambda: False
     unchecked: UncheckedTensors = field(default_factory=UncheckedTensors)
 
     def note_unchecked(self) -> None:

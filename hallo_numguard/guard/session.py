@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import nn
 
 from hallo_numguard.core.atomic_files import write_whole
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
@@ -32,13 +33,14 @@ from hallo_numguard.guard.diagnosis import messages
 from hallo_numguard.guard.diagnosis.collect import BadStep, EvidenceCollector
 from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
 from hallo_numguard.guard.diagnosis.replay import Replayer
-from hallo_numguard.guard.diagnosis.rules import confirm, judge, needs_replay
+from hallo_numguard.guard.diagnosis.rules import confirm, is_unexplained, judge, needs_replay
 from hallo_numguard.guard.guarded_model import GuardedModel, ScannedPieces
 from hallo_numguard.guard.loss_scaling import LossScaling
 from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.guard.report_files import ReportFiles
 from hallo_numguard.guard.repro.bundle import Bundle, Bundles
 from hallo_numguard.guard.save_gate import Save, SaveGate, is_mask, report_on
+from hallo_numguard.guard.step.armed import ARMED_STEPS, ArmedSteps
 from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.guard.step.early_warnings import EarlyWarnings
 from hallo_numguard.guard.step.local_gradients import LocalGradients
@@ -105,6 +107,7 @@ class Session:
         sinks = [*sinks, *map(sink_for, config.sinks)]  # on every rank, so that all refuse an invalid one
         self._feed = Feed(sinks if ranks.rank == 0 else [])
         self._batch = Batch(model.module, self._steps, model.unchecked)
+        self._armed = ArmedSteps(model.module or nn.Module(), model.is_compiled, self._steps)
         self._local_gradients = LocalGradients(model.parameters, config.local_gradients, self._steps, self.probes)
         self._replayer = (
             Replayer(
@@ -120,7 +123,7 @@ class Session:
         self._warnings = EarlyWarnings(
             model.parameters, self._batch, model.module, self._recorder.read, self._note, model.has_masters
         )
-        self._collector = EvidenceCollector(model, ranks, self._batch, self._recorder, self._local_gradients)
+        self._collector = self._new_collector()
         self._announcer = policy.Announcer()
         self._skipped = 0  # steps in a row
         self._alarms = 0  # findings that are more than an information
@@ -134,6 +137,11 @@ class Session:
             self._local_gradients.start()
             undo.pop_all()
 
+    def _new_collector(self) -> EvidenceCollector:
+        return EvidenceCollector(
+            self._model, self._ranks, self._batch, self._recorder, self._local_gradients, self._armed
+        )
+
     def history(self) -> list[StepRecord]:
         """Returns the flight recorder's steps, oldest first. Waits for rows that are still on their way."""
         return self._recorder.read()
@@ -144,6 +152,7 @@ class Session:
         self.probes.run("trackers", self._feed.close)
         self._collector.stop()
         self._local_gradients.stop()
+        self._armed.stop()
         self._steps.pending.clear()
         self._ranks.leave()
 
@@ -154,9 +163,7 @@ class Session:
         self._warnings.parameters_were_added()
         self._local_gradients.parameters_were_added(len(parameters))
         self._collector.stop()
-        self._collector = EvidenceCollector(
-            self._model, self._ranks, self._batch, self._recorder, self._local_gradients
-        )
+        self._collector = self._new_collector()
         self._collector.start()
         self.inspect_weights("parameters were added")
 
@@ -165,9 +172,11 @@ class Session:
     def on_forward_start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Records the arguments of a forward pass. Keeps references until the step is over."""
         self.probes.run("record of the batch", self._batch.add, args, kwargs)
+        self.probes.run("watch of the operations", self._armed.model_is_called)
 
     def on_forward_end(self, output: Any) -> None:
         """Records the output of the forward pass."""
+        self.probes.run("watch of the operations", self._armed.model_has_returned)
         self.probes.run("record of the batch", self._batch.note_output, output)
 
     def on_loss(self, loss: torch.Tensor) -> None:
@@ -187,6 +196,7 @@ class Session:
 
     def before_step(self, number: int, scaling: LossScaling, gradients: ScannedPieces) -> None:
         """Records the gradients. No host sync."""
+        self.probes.run("watch of the operations", self._armed.backward_is_over)
         pending = self._steps.pending
         pending.number, pending.scaling, pending.gradients = number, scaling, gradients
         pending.is_scanned = True
@@ -197,6 +207,7 @@ class Session:
 
     def begin_unscanned(self, number: int, scaling: LossScaling) -> None:
         """Begins a step whose gradients could not be scanned: others have to decide whether they are finite."""
+        self.probes.run("watch of the operations", self._armed.backward_is_over)
         pending = self._steps.pending
         pending.number, pending.scaling, pending.is_scanned = number, scaling, False
         self._unclean = False
@@ -215,6 +226,7 @@ class Session:
         self.probes.run("scan of local gradients", self._local_gradients.step_is_over, applied)
         if not applied:
             self.probes.run("running statistics", self._restore_statistics)
+        self.probes.run("watch of the operations", self._armed.step_is_over)
         self._steps.pending.clear()
         if not applied:
             return
@@ -292,6 +304,11 @@ class Session:
         replay = self._replay(evidence, step.losses)
         evidence = replace(evidence, replay=replay, alone_because=self._ranks.alone_because)
         report = self._judge(evidence)
+        is_open = is_unexplained(report)
+        if is_open or evidence.watched is not None:
+            self._armed.arm()
+        if is_open and self._armed.is_armed:
+            report = messages.with_armed_steps(report, ARMED_STEPS)
         self.probes.run("evidence", self._note_unchecked)
         self._collector.reported(view)
         if report.verdict is Verdict.RANK_FAULT and report.first is not None and report.first.rank is not None:

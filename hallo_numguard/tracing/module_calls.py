@@ -61,22 +61,24 @@ class ModuleCalls:
             handle.remove()
         self._handles.clear()
 
-    def _before(self, name: str) -> Callable[..., None]:
-        def before(module: nn.Module, _: Any) -> None:
-            self._stack.append(ModuleCall(name, type(module).__name__, self._times[name]))
-            self._times[name] += 1
-            self._note()
+    def enter(self, name: str, module: nn.Module) -> None:
+        """Begins a call of a module, as its hook does."""
+        self._stack.append(ModuleCall(name, type(module).__name__, self._times[name]))
+        self._times[name] += 1
+        self._note()
 
-        return before
+    def leave(self, name: str) -> None:
+        """Ends a call of a module."""
+        # A call whose own hooks have raised never comes here: what is above this one is over too.
+        while self._stack and self._stack.pop().name != name:
+            pass
+        self._note()
+
+    def _before(self, name: str) -> Callable[..., None]:
+        return lambda module, _: self.enter(name, module)
 
     def _after(self, name: str) -> Callable[..., None]:
-        def after(*_: Any) -> None:
-            # A call whose own hooks have raised never comes here: what is above this one is over too.
-            while self._stack and self._stack.pop().name != name:
-                pass
-            self._note()
-
-        return after
+        return lambda *_: self.leave(name)
 
     def _note(self) -> None:
         number = torch._C._autograd._get_sequence_nr()

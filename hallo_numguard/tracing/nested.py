@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import random
 import types
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any, NamedTuple
@@ -125,6 +126,12 @@ def _items(name: str, value: Any) -> list[tuple[str, Any]] | None:
     if attributes is None:
         return None
     return [(f"{name}.{key}", item) for key, item in list(attributes.items())]
+
+
+def batch_size_of(tensors: Iterable[torch.Tensor]) -> int | None:
+    """Returns the size of the first dimension that most of the tensors have; None without any."""
+    sizes = Counter(tensor.shape[0] for tensor in tensors if tensor.dim())
+    return sizes.most_common(1)[0][0] if sizes else None
 
 
 def is_generator(value: Any) -> bool:

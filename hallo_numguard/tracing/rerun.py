@@ -6,7 +6,6 @@ import contextlib
 import enum
 import logging
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec
@@ -184,8 +183,7 @@ class _Run:
         self._trace = self._pass.enter_context(traced(self._module, options))
         if self._watches:
             modules = list(self._module.named_modules())
-            batch_size = batch_size_of(self._arguments)
-            self._watch = self._pass.enter_context(OperationWatch.on(modules, self._named, batch_size))
+            self._watch = self._pass.enter_context(OperationWatch.on(modules, self._named))
         with self._peers.collectives():
             self._outputs = _outputs_of(self._call())
         with _disable_current_modes():
@@ -226,12 +224,6 @@ class _Run:
         self.close()
         if self._trace is not None:
             _add_trace(self.attempt, self._trace, self._factor is not None)
-
-
-def batch_size_of(arguments: Contents) -> int | None:
-    """Returns the size of the first dimension that most of the tensors have; None without any."""
-    sizes = Counter(tensor.shape[0] for _, tensor in arguments.tensors if tensor.dim())
-    return sizes.most_common(1)[0][0] if sizes else None
 
 
 def _statistics(tensors: Sequence[torch.Tensor]) -> StatsTable:

@@ -28,7 +28,7 @@ from hallo_numguard.ops.layout import unravel
 from hallo_numguard.tracing.code_lines import calling_line, is_recomputed, line_in_traceback
 from hallo_numguard.tracing.explanations import explain, large_arguments
 from hallo_numguard.tracing.module_calls import ModuleCall, ModuleCalls
-from hallo_numguard.tracing.nested import as_plain, is_readable
+from hallo_numguard.tracing.nested import as_plain, batch_size_of, is_readable
 
 _log = logging.getLogger("hallo_numguard")
 
@@ -116,21 +116,25 @@ class OperationWatch(TorchDispatchMode):
     Args:
         calls: The modules of the model that are being called.
         named: Returns the tensors whose names are known, at the moment of the question.
-        batch_size: Number of samples of the batch; None if unknown.
     """
 
-    def __init__(self, calls: ModuleCalls, named: NamedNow, batch_size: int | None = None) -> None:
+    def __init__(self, calls: ModuleCalls, named: NamedNow) -> None:
         super().__init__()
-        self.batch_size = batch_size
-        self._calls = calls
+        self.calls = calls
         self._named = named
         self._memory: dict[int, tuple[StorageWeakRef, _Found | None]] = {}  # None where it is finite
         self._found: list[_Found] = []
+        self._in_backward: list[_Found] = []  # sources of what operations of the backward pass have returned
         self._has_failed = False
 
     def source_of(self, tensors: Sequence[Any]) -> Source | None:
         """Returns the earliest source of what is not finite in these tensors; None if they are finite."""
         found = self._sources_of(_readable(tensors))
+        return self._hidden_cause(min(found, key=_place)).as_source() if found else None
+
+    def source_of_gradients(self) -> Source | None:
+        """Returns the earliest source of what operations of the backward pass have returned."""
+        found = self._in_backward
         return self._hidden_cause(min(found, key=_place)).as_source() if found else None
 
     def __torch_dispatch__(
@@ -147,19 +151,16 @@ class OperationWatch(TorchDispatchMode):
 
     @classmethod
     @contextlib.contextmanager
-    def on(
-        cls, modules: Iterable[tuple[str, nn.Module]], named: NamedNow, batch_size: int | None
-    ) -> Iterator[OperationWatch]:
+    def on(cls, modules: Iterable[tuple[str, nn.Module]], named: NamedNow) -> Iterator[OperationWatch]:
         """Watches what is done inside. Autograd keeps the lines of the forward pass meanwhile, for the backward pass.
 
         Args:
             modules: Modules whose calls are told, with their names.
             named: See `OperationWatch`.
-            batch_size: See `OperationWatch`.
         """
         calls = ModuleCalls(modules)
         try:
-            with torch.autograd.set_detect_anomaly(True, check_nan=False), cls(calls, named, batch_size) as watch:
+            with torch.autograd.set_detect_anomaly(True, check_nan=False), cls(calls, named) as watch:
                 yield watch
         finally:
             calls.stop()
@@ -187,6 +188,8 @@ class OperationWatch(TorchDispatchMode):
         if not bad:
             self._hide(operation)
         found = self._origin(operation, *bad[0]) if bad else None
+        if found is not None and found not in self._in_backward and torch._C._current_autograd_node() is not None:
+            self._in_backward.append(found)
         positions = {position for position, _ in bad}
         for position, tensor in enumerate(written):
             self._remember(tensor, found if position in positions else None)
@@ -254,12 +257,13 @@ class OperationWatch(TorchDispatchMode):
         """Phase, autograd node, line and module of the present operation."""
         node: Any = torch._C._current_autograd_node()
         if node is None or is_recomputed():
-            return "forward", "", calling_line(), self._calls.current
+            return "forward", "", calling_line(), self.calls.current
         line = line_in_traceback(node.metadata.get("traceback_") or ())
-        return "backward", node.name(), line, self._calls.of_node(node._sequence_nr())
+        return "backward", node.name(), line, self.calls.of_node(node._sequence_nr())
 
     def _sample(self, tensor: TensorRecord) -> int | None:
-        has_samples = self.batch_size is not None and tensor.shape[:1] == (self.batch_size,)
+        size = batch_size_of([held for kind, _, held in self._named() if kind == "input"])
+        has_samples = size is not None and tensor.shape[:1] == (size,)
         return tensor.index[0] if has_samples and tensor.index else None
 
     # -- memory ------------------------------------------------------------------------------------------------------

@@ -13,8 +13,10 @@ import torch
 from hallo_numguard.core.documents import decode
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Offender, Verdict
+from hallo_numguard.core.sources import Source
 from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.diagnosis.evidence import Evidence
+from hallo_numguard.guard.diagnosis.texts import source_as_text
 from hallo_numguard.guard.guarded_model import GuardedModel
 from hallo_numguard.guard.named_tensors import (
     NamedTensor,
@@ -23,6 +25,7 @@ from hallo_numguard.guard.named_tensors import (
     scan_tensors,
 )
 from hallo_numguard.guard.parameter_stats import NONE, ParameterStats, by_parameter
+from hallo_numguard.guard.step.armed import ArmedSteps
 from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.guard.step.local_gradients import LocalGradients
 from hallo_numguard.guard.step.pending import PendingStep
@@ -59,6 +62,7 @@ class RankView(NamedTuple):
         state: Statistics of the optimizer state, one row per parameter.
         before_reduction: Statistics of this rank's own gradients, one row per parameter.
         input: First bad tensor of the batch and its micro-batch, as JSON; None if there is none.
+        source: Where what is not finite came from, as JSON; None if the step was not watched.
         power: Base-2 logarithm of the loss scale at which the last finite steps would have fitted.
         is_sliced: Whether the rank holds slices of each row of `weights`. bool [weights + 1].
         loss_known: Whether there are losses, or stand-ins for them.
@@ -72,6 +76,7 @@ class RankView(NamedTuple):
     state: ParameterStats
     before_reduction: ParameterStats
     input: str | None
+    source: str | None
     power: int
     is_sliced: torch.Tensor
     loss_known: bool
@@ -108,6 +113,7 @@ class GlobalView(NamedTuple):
     loss_known: bool
     batch_known: bool
     input: str | None
+    source: str | None
     power: int
 
 
@@ -120,10 +126,17 @@ class EvidenceCollector:
         batch: Calls of the pending step.
         recorder: Flight recorder of the earlier steps.
         local_gradients: Scans of gradients before the reduction.
+        armed: What was seen of the operations of a step that was watched.
     """
 
     def __init__(
-        self, model: GuardedModel, ranks: Ranks, batch: Batch, recorder: Recorder, local_gradients: LocalGradients
+        self,
+        model: GuardedModel,
+        ranks: Ranks,
+        batch: Batch,
+        recorder: Recorder,
+        local_gradients: LocalGradients,
+        armed: ArmedSteps,
     ) -> None:
         self._model = model
         self._ranks = ranks
@@ -136,6 +149,7 @@ class EvidenceCollector:
         self._known: set[int] = set()
         self._order = ReadyOrder()
         self._local_gradients = local_gradients
+        self._armed = armed
 
     def start(self) -> None:
         """Puts hooks on the parameters for the first step: they show in which order gradients become ready."""
@@ -197,6 +211,7 @@ class EvidenceCollector:
             loss_known=ranks.lowest(int(view.loss_known), device) == 1,
             batch_known=ranks.lowest(int(view.batch_known), device) == 1,
             input=ranks.first_text(view.input, device),
+            source=ranks.first_text(view.source, device),
             power=ranks.lowest(view.power, device),
         )
 
@@ -214,6 +229,7 @@ class EvidenceCollector:
             state,
             before,
             batch,
+            source_as_text(self._armed.source(step.pending.losses), self._ranks.rank),
             self._settling_power(),
             is_sliced=self._sliced_weights(),
             loss_known=bool(step.losses),
@@ -327,6 +343,7 @@ class EvidenceCollector:
             settles_at=None if view.power == _UNKNOWN else min(2.0**view.power, step.pending.scaling.scale / 2),
             proved_before=_proved_before(before, step),
             rank_faults=dict(rank_faults),
+            watched=None if view.source is None else decode(Source, json.loads(view.source)),
         )
 
     def _can_be_origin(self, weights: ParameterStats, position: int, was_known: bool) -> bool:

@@ -73,6 +73,7 @@ class Evidence:
             present one if that is lower; None if no step was finite yet.
         proved_before: Loss scale at which a batch was finite that was skipped since the last step that was applied.
         rank_faults: Step of the last `rank_fault`, by rank.
+        watched: Where what is not finite came from, if the step was watched operation by operation; else None.
         replay: Result of running the batch again; None if it was not run.
         alone_because: Why this rank has judged by itself, without the others; "" if it has not.
     """
@@ -96,6 +97,7 @@ class Evidence:
     loss_shown: bool = True
     proved_before: float | None = None
     rank_faults: Mapping[int, int] = field(default_factory=dict)
+    watched: Source | None = None
     replay: Replayed | None = None
     alone_because: str = ""
 
@@ -107,9 +109,11 @@ class Evidence:
     @property
     def source(self) -> Source | None:
         """Where what is not finite came from, if that was followed."""
-        return None if self.answer is None else self.answer.source
+        replayed = None if self.answer is None else self.answer.source
+        return replayed or self.watched
 
     @property
     def known_from(self) -> str:
         """What has shown the source."""
-        return "the batch, run again"
+        is_replayed = self.answer is not None and self.answer.source is not None
+        return "the batch, run again" if is_replayed else "this step, which was watched operation by operation"

@@ -419,6 +419,12 @@ def false_alarm(seen: Evidence) -> OverflowReport:
     )
 
 
+def with_armed_steps(report: OverflowReport, steps: int) -> OverflowReport:
+    """Returns a report that says what the next steps will show."""
+    next_steps = f"The next {steps} steps are watched operation by operation: if it comes back, its line is named."
+    return replace(report, advice=f"{report.advice} {next_steps}")
+
+
 def unexplained(step: int, scaling: LossScaling, world_size: int, skipped: int) -> OverflowReport:
     """The guard itself has failed, so that nothing else is known."""
     return OverflowReport(

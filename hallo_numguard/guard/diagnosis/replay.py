@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from hallo_numguard.core.documents import decode, encode
+from hallo_numguard.core.documents import decode
 from hallo_numguard.core.frames import Origin
 from hallo_numguard.core.records import Offender
 from hallo_numguard.core.sources import Source
 from hallo_numguard.guard.collectives import Ranks, clip
 from hallo_numguard.guard.containment import contain_failures
 from hallo_numguard.guard.diagnosis.evidence import Replayed
+from hallo_numguard.guard.diagnosis.texts import MAX_LINE_BYTES, MAX_NAME_BYTES, source_as_text
 from hallo_numguard.guard.guarded_model import Forward
 from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.guard.step.local_gradients import LocalGradients
@@ -32,8 +33,6 @@ _log = logging.getLogger("hallo_numguard")
 
 LARGEST_HALF = float(torch.finfo(torch.float16).max)
 MAX_FURTHER_HALVINGS = 3  # below the scale that should be low enough
-MAX_NAME_BYTES = 300  # of a name sent to other ranks
-MAX_LINE_BYTES = 400
 _NONE = 1 << 20
 
 NOT_THE_SAME = (
@@ -335,24 +334,6 @@ def _origin_as_text(attempt: Attempt, rank: int) -> str | None:
     origin = attempt.origin
     parts = [asdict(_offender(origin, rank)), _details(origin, attempt.input_absmax), origin.call]
     return json.dumps(parts, ensure_ascii=False)
-
-
-def source_as_text(source: Source | None, rank: int) -> str | None:
-    """Returns a source of this rank as JSON that is short enough for the other ranks; None without one."""
-    if source is None:
-        return None
-    line = None if source.line is None else clip(source.line, MAX_LINE_BYTES)
-    short = replace(
-        source,
-        name=clip(source.name, MAX_NAME_BYTES),
-        line=line,
-        explanation=clip(source.explanation, MAX_LINE_BYTES),
-        fill=clip(source.fill, MAX_LINE_BYTES),
-        large=clip(source.large, MAX_LINE_BYTES),
-        hidden_by=tuple(clip(text, MAX_LINE_BYTES) for text in source.hidden_by),
-        rank=rank,
-    )
-    return json.dumps(encode(short), ensure_ascii=False)
 
 
 def _offender(origin: Origin, rank: int) -> Offender:

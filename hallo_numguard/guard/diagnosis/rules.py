@@ -15,9 +15,18 @@ from hallo_numguard.guard.diagnosis.source_messages import by_source
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4028e38}
 """Largest numbers of the dtypes that gradients are reduced in."""
 
+_OF_OPERATIONS = (
+    Verdict.FORWARD_NONFINITE,
+    Verdict.LOSS_NONFINITE,
+    Verdict.BACKWARD_NONFINITE,
+    Verdict.UNDETERMINED,
+)
+
 
 def needs_replay(seen: Evidence) -> bool:
     """Returns whether a replay would add evidence."""
+    if seen.watched is not None and _explains(seen, seen.watched):
+        return False
     if seen.loss is not None:
         return not seen.suspects and seen.input is None
     if not seen.gradients or _overflowed_in_the_reduction(seen):
@@ -72,6 +81,13 @@ def _judge_by_replay(seen: Evidence, replay: Replayed, origin: Offender) -> Over
     if replay.finite_unscaled is False or seen.scaling.scale <= 1.0:
         return messages.backward_nonfinite(seen, origin)
     return messages.gradients_nonfinite(seen)
+
+
+def is_unexplained(report: OverflowReport) -> bool:
+    """Returns whether the operation that the cause lies in is still to be found."""
+    if report.verdict is Verdict.SCALE_TOO_HIGH:
+        return report.provisional
+    return report.verdict in _OF_OPERATIONS and (report.first is None or report.first.operation is None)
 
 
 def confirm(report: OverflowReport, scale: float, skipped: int) -> OverflowReport:

@@ -80,9 +80,9 @@ def _evidence(seen: Evidence, source: Source) -> list[str]:
     if source.large and source.large not in _summary(source):
         lines.append(source.large)
     if source.hidden_by:
-        unseen = "" if is_loss_bad else ", so that the loss did not see it"
+        unseen = "" if is_loss_bad or not seen.loss_shown else ", so that the loss did not see it"
         lines.append(f"made finite afterwards by {'; '.join(source.hidden_by)}{unseen}")
-    elif not is_loss_bad and source.phase == "forward":
+    elif not is_loss_bad and seen.loss_shown and source.phase == "forward":
         lines.append("the loss did not see it, as it does not depend on it; but 0 times NaN or Inf is NaN")
     if source.module is None and source.kind == "operation":
         lines.append("that is outside of the model's call")

@@ -12,6 +12,7 @@ from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
 from hallo_numguard.guard.parameter_stats import Piece
 from hallo_numguard.guard.step.model_call import ModelCall
 from hallo_numguard.ops.table import StatsTable
+from hallo_numguard.tracing.watch import OperationWatch
 
 MAX_CALLS = 64  # of a step: forward passes that no step follows must not pile up
 
@@ -28,6 +29,7 @@ class PendingStep:
         losses: Losses of the micro-batches, detached.
         calls: Calls of the model, one per micro-batch.
         alone_because: Why this rank judges the step by itself; "" if it does not.
+        watch: What was seen of its operations, if it was armed.
         local_gradients: Statistics of each gradient before the reduction, and the parameter that it belongs to.
     """
 
@@ -38,6 +40,7 @@ class PendingStep:
     losses: list[torch.Tensor] = field(default_factory=list)
     calls: deque[ModelCall] = field(default_factory=lambda: deque(maxlen=MAX_CALLS))
     alone_because: str = ""
+    watch: OperationWatch | None = None
     local_gradients: list[tuple[StatsTable, Piece]] = field(default_factory=list)
 
     def clear(self) -> None:
@@ -47,6 +50,7 @@ class PendingStep:
         self.calls.clear()
         self.local_gradients.clear()
         self.alone_because = ""
+        self.watch = None
 
 
 class StepOwner:

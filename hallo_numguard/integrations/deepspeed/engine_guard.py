@@ -95,6 +95,7 @@ class DeepSpeedGuard(Guard):
             recover=functools.partial(recover, engine),
             settings=settings_of(engine),
             can_go_back=lambda: True,
+            is_compiled=lambda: bool(getattr(engine, "is_compiled", False)),
             unchecked=self._adapter.unchecked,
         )
         self._session = Session(model, self._ranks, config, on_overflow, monitor_sinks(engine))

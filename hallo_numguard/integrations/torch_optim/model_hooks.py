@@ -36,6 +36,14 @@ def inner(model: nn.Module) -> nn.Module:
             return found
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Returns whether torch.compile has wrapped the model, or what DistributedDataParallel calls in it."""
+    found: Any = model
+    while isinstance(found, nn.parallel.DistributedDataParallel):
+        found = found.module
+    return hasattr(found, "_orig_mod") or getattr(found, "_compiled_call_impl", None) is not None
+
+
 def distributed(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
     """Returns the DistributedDataParallel that `model` is, or that torch.compile has wrapped; None if there is none."""
     found: Any = model

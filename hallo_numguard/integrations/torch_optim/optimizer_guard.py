@@ -27,6 +27,7 @@ from hallo_numguard.integrations.torch_optim.model_hooks import (
     Observer,
     distributed,
     inner,
+    is_compiled,
     loss_in,
     named_parameters,
     refuse_flat_shards,
@@ -128,6 +129,7 @@ class OptimizerGuard:
             forward=None if self._calls is None else self._calls.forward,
             has_named_gradients=not sharded,
             can_go_back=self._can_go_back,
+            is_compiled=lambda: self._model is not None and is_compiled(self._model),
             unchecked=self._unchecked,
         )
 

@@ -1,0 +1,112 @@
+"""Armed steps: those that are watched operation by operation, because an earlier one stayed unexplained."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import nn
+
+from hallo_numguard.core.sources import Source
+from hallo_numguard.guard.step.pending import StepOwner
+from hallo_numguard.tracing.watch import OperationWatch
+
+ARMED_STEPS = 3  # after an unexplained one
+MAX_FRUITLESS = 3  # unexplained steps that were watched, after which no step is
+
+
+class ArmedSteps:
+    """Watches a step from the model's first call until the optimizer's step, the user's own code included.
+
+    Where what is not finite was there before the model's first call, the next steps are watched from the end of the
+    step before them. All ranks arm the same steps. Results are the same bits, and take several times as long.
+
+    Args:
+        module: The model.
+        is_compiled: Returns whether it is compiled, so that hooks on its modules would compile it again.
+        steps: Owner of the pending step.
+    """
+
+    def __init__(self, module: nn.Module, is_compiled: Callable[[], bool], steps: StepOwner) -> None:
+        self._module = module
+        self._is_compiled = is_compiled
+        self._steps = steps
+        self._left = 0
+        self._fruitless = 0
+        self._begins_early = False
+        self._on = contextlib.ExitStack()
+        self._watch: OperationWatch | None = None  # while it is on
+
+    @property
+    def is_armed(self) -> bool:
+        """Whether the next steps are watched."""
+        return self._left > 0
+
+    def arm(self) -> None:
+        """Arms the next steps."""
+        if self._fruitless < MAX_FRUITLESS:
+            self._left = ARMED_STEPS
+
+    def model_is_called(self) -> None:
+        """Begins to watch at the first call of an armed step."""
+        if torch.is_grad_enabled():
+            self._begin()
+        elif not self._steps.pending.calls:  # an evaluation, perhaps a long one
+            self._end()
+        if self._watch is not None:
+            self._watch.calls.enter("", self._module)
+
+    def model_has_returned(self) -> None:
+        """Tells that what follows is no part of the model's call."""
+        if self._watch is not None:
+            self._watch.calls.leave("")
+
+    def _begin(self) -> None:
+        # Modes end in the opposite order of their beginning, and one of the user's may end before ours.
+        if self._watch is not None or not self._left or torch._C._len_torch_dispatch_stack():
+            return
+        modules = [(name, module) for name, module in self._module.named_modules() if name]
+        if self._is_compiled() or any(getattr(module, "_compiled_call_impl", None) for _, module in modules):
+            modules = []
+        self._watch = self._on.enter_context(OperationWatch.on(modules, self._named))
+
+    def _end(self) -> OperationWatch | None:
+        watch, self._watch = self._watch, None
+        self._on.close()
+        return watch
+
+    def _named(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        """Kind, name and tensor of what an operation may be given, as it is now."""
+        for call in self._steps.pending.calls:
+            yield from (("input", name, tensor) for name, tensor in call.contents.tensors)
+        yield from (("parameter", name, tensor) for name, tensor in self._module.named_parameters())
+        yield from (("buffer", name, tensor) for name, tensor in self._module.named_buffers())
+
+    def backward_is_over(self) -> None:
+        """Stops watching; what was seen belongs to the pending step."""
+        if self._watch is not None:
+            self._steps.pending.watch = self._end()
+
+    def source(self, losses: Sequence[torch.Tensor]) -> Source | None:
+        """Returns what the step's losses or gradients have from this rank; None if they are finite, or not watched."""
+        watch = self._steps.pending.watch
+        if watch is None:
+            return None
+        found = watch.source_of(losses) or watch.source_of_gradients()
+        self._fruitless = 0 if found is not None else self._fruitless + 1
+        self._begins_early |= found is not None and found.kind == "outside"
+        return found
+
+    def step_is_over(self) -> None:
+        """Counts a step, if it was watched."""
+        self.backward_is_over()
+        if self._steps.pending.watch is not None:
+            self._left -= 1
+        if self._begins_early:
+            self._begin()
+
+    def stop(self) -> None:
+        """Ends for good."""
+        self._left = 0
+        self._end()
