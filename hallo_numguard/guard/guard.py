@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import StepRecord
 from hallo_numguard.guard.session import Session
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class Guard(ABC):
@@ -22,6 +26,27 @@ class Guard(ABC):
     @abstractmethod
     def detach(self) -> Any:
         """Removes the guard: everything is as it was before. Reports and history stay readable."""
+
+    def wrap_step(self, step: Callable[P, T]) -> Callable[P, T]:
+        """Returns the function with its calls recorded, so that one overflow is enough to name its cause in the loss.
+
+        After an overflow that the model alone does not explain, the function is called again, and every operation in it
+        and in its backward pass is watched. Without this, the steps after such an overflow are watched as they come.
+
+        Args:
+            step: Forward pass and loss as a function of the batch. Returns the loss, or a tuple or dict with the loss
+                first or as "loss". Makes no backward pass, and steps no optimizer.
+        """
+
+        @functools.wraps(step)
+        def recorded(*args: P.args, **kwargs: P.kwargs) -> T:
+            calls = [(session, session.on_step_start(step, args, kwargs)) for session in self._sessions()]
+            result = step(*args, **kwargs)
+            for session, call in calls:
+                session.on_step_end(call, result)
+            return result
+
+        return recorded
 
     @property
     def last_report(self) -> OverflowReport | None:

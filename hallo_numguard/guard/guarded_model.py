@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +53,7 @@ class GuardedModel:
         has_named_gradients: Whether such a call allows gradients with respect to single parameters.
         settings: The framework's configuration, for reproduction bundles.
         can_go_back: Returns whether the integration can call `go_back` when a step is over; the same on every rank.
+        called_directly: Context in which what wraps the module only calls it, as a repeated step must not be reduced.
         is_compiled: Returns whether calls of the module are compiled.
         unchecked: Tensors that scans have left out.
     """
@@ -69,6 +71,7 @@ class GuardedModel:
     has_named_gradients: bool = True
     settings: Mapping[str, Any] = field(default_factory=dict)
     can_go_back: Callable[[], bool] = lambda: False
+    called_directly: Callable[[], AbstractContextManager[Any]] = nullcontext
     is_compiled: Callable[[], bool] = lambda: False
     unchecked: UncheckedTensors = field(default_factory=UncheckedTensors)
 

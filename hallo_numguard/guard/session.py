@@ -33,7 +33,7 @@ from hallo_numguard.guard.diagnosis import messages
 from hallo_numguard.guard.diagnosis.collect import BadStep, EvidenceCollector
 from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
 from hallo_numguard.guard.diagnosis.replay import Replayer
-from hallo_numguard.guard.diagnosis.rules import confirm, is_unexplained, judge, needs_replay
+from hallo_numguard.guard.diagnosis.rules import confirm, is_unexplained, judge, needs_replay, needs_replay_of_step
 from hallo_numguard.guard.guarded_model import GuardedModel, ScannedPieces
 from hallo_numguard.guard.loss_scaling import LossScaling
 from hallo_numguard.guard.named_tensors import NamedTensor
@@ -44,9 +44,11 @@ from hallo_numguard.guard.step.armed import ARMED_STEPS, ArmedSteps
 from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.guard.step.early_warnings import EarlyWarnings
 from hallo_numguard.guard.step.local_gradients import LocalGradients
-from hallo_numguard.guard.step.pending import PendingStep, StepOwner
+from hallo_numguard.guard.step.pending import MAX_CALLS, PendingStep, StepOwner
 from hallo_numguard.guard.step.recorder import Recorder
+from hallo_numguard.guard.step.step_call import StepCall
 from hallo_numguard.guard.weight_findings import weight_findings
+from hallo_numguard.tracing.rerun import is_rerunning
 from hallo_numguard.trackers.base import Sink
 from hallo_numguard.trackers.choose import sink_for
 from hallo_numguard.trackers.feed import Feed
@@ -111,7 +113,15 @@ class Session:
         self._local_gradients = LocalGradients(model.parameters, config.local_gradients, self._steps, self.probes)
         self._replayer = (
             Replayer(
-                model.module, model.forward, model.recover, self._batch, ranks, model.device, self._local_gradients
+                model.module,
+                model.forward,
+                model.recover,
+                self._batch,
+                ranks,
+                model.device,
+                self._local_gradients,
+                model.called_directly,
+                model.has_named_gradients,
             )
             if model.module is not None and model.forward is not None
             else None
@@ -171,13 +181,38 @@ class Session:
 
     def on_forward_start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Records the arguments of a forward pass. Keeps references until the step is over."""
+        if is_rerunning():
+            return
         self.probes.run("record of the batch", self._batch.add, args, kwargs)
         self.probes.run("watch of the operations", self._armed.model_is_called)
 
     def on_forward_end(self, output: Any) -> None:
         """Records the output of the forward pass."""
+        if is_rerunning():
+            return
         self.probes.run("watch of the operations", self._armed.model_has_returned)
         self.probes.run("record of the batch", self._batch.note_output, output)
+
+    def on_step_start(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> StepCall | None:
+        """Records the call of a function that makes a step's loss, so that it can be repeated after an overflow."""
+        if not torch.is_grad_enabled() or is_rerunning():
+            return None
+        return self.probes.run("record of the step", self._add_step_call, function, args, kwargs)
+
+    def on_step_end(self, call: StepCall | None, result: Any) -> None:
+        """Records what the function has returned."""
+        if call is not None:
+            self.probes.run("record of the step", call.end, result)
+
+    def _add_step_call(
+        self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> StepCall:
+        pending = self._steps.pending
+        pending.step_calls.append(StepCall.begin(function, args, kwargs, len(pending.calls)))
+        del pending.step_calls[:-MAX_CALLS]
+        return pending.step_calls[-1]
 
     def on_loss(self, loss: torch.Tensor) -> None:
         """Records a micro-batch's loss, before its backward."""
@@ -456,16 +491,21 @@ class Session:
         """Runs the batch again where that adds evidence; the same on every rank, which all see the same evidence."""
         if self._replayer is None or not needs_replay(evidence):
             return None
-        if not evidence.loss_known:
-            return Replayed(self._replayer.reason_not_to_run())
-        if evidence.loss is None and not self._model.has_named_gradients:
-            return Replayed("the gradients of sharded parameters cannot be asked for by name")
         with self._local_gradients.muted():
-            if evidence.loss is not None:
-                found = self._replayer.rerun_bad_loss([bool(torch.isfinite(loss)) for loss in losses])
-            else:
-                found = self._replayer.rerun_bad_gradients(evidence.scaling.scale)
+            found = self._replay_of_model(evidence, self._replayer, losses)
+            if needs_replay_of_step(found):
+                step = self._replayer.rerun_step()
+                found = step if step is not None and step.source is not None else found
         return replace(found, origin=found.origin and self._collector.with_first_name(found.origin))
+
+    def _replay_of_model(self, evidence: Evidence, replayer: Replayer, losses: Sequence[torch.Tensor]) -> Replayed:
+        if not evidence.loss_known:
+            return Replayed(replayer.reason_not_to_run())
+        if evidence.loss is not None:
+            return replayer.rerun_bad_loss([bool(torch.isfinite(loss)) for loss in losses])
+        if not self._model.has_named_gradients:
+            return Replayed("the gradients of sharded parameters cannot be asked for by name")
+        return replayer.rerun_bad_gradients(evidence.scaling.scale)
 
     # -- weights outside of a step -----------------------------------------------------------------------------------
 

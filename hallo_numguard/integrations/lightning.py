@@ -28,7 +28,7 @@ from hallo_numguard.guard.guarded_model import Forward
 from hallo_numguard.guard.save_gate import Save
 from hallo_numguard.guard.session import Session
 from hallo_numguard.integrations import engine_of
-from hallo_numguard.integrations.patches import MethodPatches
+from hallo_numguard.integrations.patches import MethodPatches, replaced
 from hallo_numguard.integrations.save_gates import SaveGates, saves_part_of
 from hallo_numguard.integrations.torch_optim import GuardedOptimizer
 from hallo_numguard.integrations.torch_optim.grad_scaler import has_unscaled, scale_of
@@ -241,13 +241,10 @@ def _engine_forward(trainer: Any, module: LightningModule, engine: Any) -> Forwa
 
 @contextlib.contextmanager
 def _silence(module: LightningModule) -> Iterator[None]:
-    patches = MethodPatches()
-    for name in ("log", "log_dict"):
-        patches.wrap(module, name, lambda *_, **__: None)
-    try:
+    with contextlib.ExitStack() as stack:
+        for name in ("log", "log_dict"):
+            stack.enter_context(replaced(module, name, lambda *_, **__: None))
         yield
-    finally:
-        patches.restore()
 
 
 def _scaler_of(trainer: Trainer) -> Any:

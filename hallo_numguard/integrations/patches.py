@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -59,6 +60,17 @@ class MethodPatches:
         self.active = False
         while self._undo:
             self._undo.pop()()
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, replacement: Callable[..., Any]) -> Iterator[None]:
+    """Makes `replacement(*args, **kwargs)` run in place of `owner.name` inside."""
+    patches = MethodPatches()
+    patches.wrap(owner, name, lambda _, *args, **kwargs: replacement(*args, **kwargs))
+    try:
+        yield
+    finally:
+        patches.restore()
 
 
 class _Patch:

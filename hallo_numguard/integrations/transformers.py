@@ -25,6 +25,7 @@ from hallo_numguard.integrations import accelerate
 from hallo_numguard.integrations.patches import MethodPatches
 from hallo_numguard.integrations.save_gates import SaveGates
 from hallo_numguard.integrations.torch_optim.model_hooks import inner
+from hallo_numguard.tracing.rerun import is_rerunning
 from hallo_numguard.trackers.base import tag
 
 if TYPE_CHECKING:
@@ -131,6 +132,7 @@ class NumGuardCallback(Guard, TrainerCallback):
         self._patches.wrap(trainer.accelerator, "backward", self._unless_stopped)  # DeepSpeed steps in there
         self._patches.wrap(trainer.optimizer, "step", self._unless_stopped)
         self._patches.wrap(trainer, "log", self._log_figures)
+        self._patches.wrap(trainer, "compute_loss", self._compute_loss)
         if hasattr(trainer, "_maybe_log_save_evaluate"):
             self._patches.wrap(trainer, "_maybe_log_save_evaluate", self._unless_refused)
         self._end.restore()
@@ -201,7 +203,12 @@ class NumGuardCallback(Guard, TrainerCallback):
         # All ranks may call it, or one alone. The Trainer may have got another model since it trained.
         return Save("Trainer.save_model", True, module=inner(self._trainer.model))
 
+    def _compute_loss(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        return self.wrap_step(original)(*args, **kwargs)
+
     def _log_figures(self, original: Callable[..., Any], logs: dict[str, float], *args: Any, **kwargs: Any) -> Any:
+        if is_rerunning():  # a user's compute_loss may log
+            return None
         if "loss" in logs:  # of training: not those of an evaluation, nor the summary at the end
             logs.update(self._figures.last)
         return original(logs, *args, **kwargs)

@@ -287,6 +287,7 @@ def _compare(made: Sequence[torch.Tensor], recorded: Sequence[torch.Tensor]) -> 
 def _compare_one(now: torch.Tensor, before: torch.Tensor) -> Match:
     if now.shape != before.shape or now.dtype != before.dtype or now.device != before.device:
         return Match.DIFFERENT
+    closeness = _CLOSE.get(before.dtype, _CLOSE_HALF)
     now, before = now.double(), before.double()
     if torch.allclose(now, before, rtol=0.0, atol=0.0, equal_nan=True):
         return Match.SAME
@@ -294,7 +295,7 @@ def _compare_one(now: torch.Tensor, before: torch.Tensor) -> Match:
     rest_is_same = torch.allclose(now[~finite], before[~finite], rtol=0.0, atol=0.0, equal_nan=True)
     if not rest_is_same or not finite.any():
         return Match.DIFFERENT
-    tolerance = _CLOSE.get(before.dtype, _CLOSE_HALF) * before[finite].abs().max()
+    tolerance = closeness * before[finite].abs().max()
     return Match.CLOSE if bool(((now - before)[finite].abs() <= tolerance).all()) else Match.DIFFERENT
 
 

@@ -244,7 +244,7 @@ class OperationWatch(TorchDispatchMode):
         node, line = found.source["node"].lower(), found.source["line"]
         for earlier in self._found if node else ():
             is_same = earlier.source["line"] == line and node.startswith(_base_name(earlier.source["operation"]))
-            if is_same and earlier.hidden_by and not earlier.is_legal and earlier.source["phase"] == "forward":
+            if is_same and not earlier.is_legal and earlier.source["phase"] == "forward":
                 return earlier
         return found
 

@@ -29,6 +29,7 @@ class Replayed:
             gradients can be larger.
         settles_at: Highest loss scale at which the batch was finite when it was tried; None if none was tried.
         finite_unscaled: Whether the batch was finite without loss scaling; None if that was not tried.
+        is_whole_step: Whether it was not the model alone that was run again, but the function that makes the loss.
         number: Number of earlier calls of the origin's module in the same pass.
     """
 
@@ -44,6 +45,7 @@ class Replayed:
     gradient_sum: float = 0.0
     settles_at: float | None = None
     finite_unscaled: bool | None = None
+    is_whole_step: bool = False
     number: int = 0
 
 
@@ -115,5 +117,6 @@ class Evidence:
     @property
     def known_from(self) -> str:
         """What has shown the source."""
-        is_replayed = self.answer is not None and self.answer.source is not None
-        return "the batch, run again" if is_replayed else "this step, which was watched operation by operation"
+        if self.answer is None or self.answer.source is None:
+            return "this step, which was watched operation by operation"
+        return "the whole step, run again" if self.answer.is_whole_step else "the batch, run again"

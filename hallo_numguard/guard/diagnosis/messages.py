@@ -66,12 +66,13 @@ def _replay_lines(seen: Evidence) -> list[str]:
         nearly = ", though not bit for bit what it was before" if replay.is_close else ""
         return [f"the same batch, run again{on_every_rank}, was finite in every module{nearly}"]
     where = f"on {replay.bad_ranks} of {seen.world_size} ranks" if seen.world_size > 1 else "either"
-    lines = [f"the batch (micro-batch {replay.micro_batch}), run again, was not finite {where}"]
+    what = "step" if replay.is_whole_step else "batch"
+    lines = [f"the {what} (micro-batch {replay.micro_batch}), run again, was not finite {where}"]
     if replay.source is None:
         lines += replay.details
     if replay.finite_unscaled:
         lines.append("the same batch without loss scaling was finite")
-    elif replay.finite_unscaled is False:
+    elif replay.finite_unscaled is False and seen.scaling.scale != 1.0:
         lines.append("nor was it without loss scaling")
     return lines
 

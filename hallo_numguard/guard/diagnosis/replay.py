@@ -25,6 +25,7 @@ from hallo_numguard.guard.guarded_model import Forward
 from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.guard.step.local_gradients import LocalGradients
 from hallo_numguard.guard.step.model_call import ModelCall
+from hallo_numguard.guard.step.step_call import StepCall
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.tracing.capture import Captured, NotCaptured, capture
 from hallo_numguard.tracing.rerun import Attempt, Match, Peers, rerun
@@ -94,6 +95,8 @@ class Replayer:
         ranks: Ranks among which gradients are reduced.
         device: Device on which ranks reduce small tensors.
         local_gradients: Scans of gradients before the reduction.
+        called_directly: See `GuardedModel`.
+        has_named_gradients: See `GuardedModel`.
     """
 
     def __init__(
@@ -105,6 +108,8 @@ class Replayer:
         ranks: Ranks,
         device: torch.device,
         local_gradients: LocalGradients,
+        called_directly: Callable[[], contextlib.AbstractContextManager[Any]],
+        has_named_gradients: bool,
     ) -> None:
         self._module = module
         self._forward = forward
@@ -113,7 +118,10 @@ class Replayer:
         self._ranks = ranks
         self._device = device
         self._local_gradients = local_gradients
+        self._called_directly = called_directly
+        self._has_named_gradients = has_named_gradients
         self._is_unrepeatable = False
+        self._is_step_unrepeatable = False
         self._runs = 0
 
     def rerun_bad_loss(self, losses: Sequence[bool]) -> Replayed:
@@ -174,6 +182,53 @@ class Replayer:
             self._comes_out_the_same(micro_batch, 1.0, before) for micro_batch, before in enumerate(attempts)
         )
         return Replayed(micro_batch=count - 1, is_one_ranks_fault=is_certain, gradient_sum=gradient_sum)
+
+    def rerun_step(self) -> Replayed | None:
+        """Reruns the step's calls of the function that makes the loss, until one is not finite. All ranks call it.
+
+        Returns:
+            The result; None if there is no such function, or what it returns was not the same when it was run again.
+        """
+        count = self._ranks.lowest(len(self._batch.step_calls), self._device)
+        reason = self._reason_not_to_run_step(count)
+        if count == 0 or reason:
+            return Replayed(reason, is_whole_step=True) if reason else None
+        found = Replayed(is_whole_step=True)
+        for position in range(count):
+            answer = self._run_step(self._batch.step_calls[position], position)
+            found = replace(
+                self._replayed(answer, position), is_whole_step=True, finite_unscaled=not answer.source_text
+            )
+            if answer.failure_reason or answer.source_text:
+                break
+        return found
+
+    def _reason_not_to_run_step(self, count: int) -> str:
+        calls = list(self._batch.step_calls)[:count]
+        reasons = [call.reason_not_to_repeat for call in calls if call.reason_not_to_repeat]
+        if self._is_step_unrepeatable:  # the same on all ranks
+            reasons = [NOT_THE_SAME_BEFORE]
+        if self._ranks.alone_because:
+            reasons = ["the other ranks do not take part"]
+        return self._ranks.first_text(reasons[0] if reasons else None, self._device) or ""
+
+    def _run_step(self, call: StepCall, position: int) -> _Answer:
+        def repeat() -> Any:
+            if call.first_call < len(self._batch.calls):
+                self._batch.calls[call.first_call].state.restore()
+            call.random.restore()
+            with call.autocast.restored(), self._called_directly():
+                return call.repeat()
+
+        recorded = [] if call.loss is None else [call.loss]
+        seeds = {at: torch.ones_like(loss) for at, loss in enumerate(recorded)}
+        factor = 1.0 if self._has_named_gradients else None
+        peers = self._next_peers()
+        attempt = rerun(self._module, repeat, recorded, seeds, factor, call.contents, peers, watches=True)
+        answer = self._agree(attempt, position, factor)
+        self._recover_everywhere(answer.match is Match.FAILED)
+        self._is_step_unrepeatable = answer.match is Match.DIFFERENT
+        return answer
 
     def reason_not_to_run(self) -> str:
         """Why the step's passes are not run again: the same on all ranks, which must all call it."""

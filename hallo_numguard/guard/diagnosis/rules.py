@@ -34,6 +34,11 @@ def needs_replay(seen: Evidence) -> bool:
     return seen.proved_before is None or seen.scaling.scale <= seen.proved_before
 
 
+def needs_replay_of_step(found: Replayed) -> bool:
+    """Returns whether the model alone, run again, explains nothing, so that the rest of the step is left."""
+    return found.source is None and found.origin is None and not found.is_one_ranks_fault
+
+
 def judge(seen: Evidence) -> OverflowReport:
     """Returns the report on an overflow. Causes are tried in dataflow order: the earliest wins."""
     if seen.loss is not None and seen.suspects:

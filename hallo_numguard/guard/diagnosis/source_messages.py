@@ -41,7 +41,7 @@ def by_source(seen: Evidence, source: Source, known_from: str) -> OverflowReport
     report = messages.report(
         seen, verdict, _first(seen, source), _evidence(seen, source), (), _advice(seen, source, verdict)
     )
-    return replace(report, summary=_summary(source), known_from=known_from)
+    return replace(report, summary=_summary(seen, source), known_from=known_from)
 
 
 def what(source: Source) -> str:
@@ -51,12 +51,13 @@ def what(source: Source) -> str:
     return " and ".join(kind for kind in kinds if kind)
 
 
-def _summary(source: Source) -> str:
+def _summary(seen: Evidence, source: Source) -> str:
     sample = "" if source.sample is None else f", sample {source.sample}"
     if source.kind in ("parameter", "buffer"):
         return f"{source.kind} {source.name} holds {source.tensor.counts}"
     if source.kind == "input":
-        return f"{source.name}, which the model was called with, holds {source.tensor.counts}{sample}"
+        called = "the step" if seen.answer is not None and seen.answer.is_whole_step else "the model"
+        return f"{source.name}, which {called} was called with, holds {source.tensor.counts}{sample}"
     if source.kind == "outside":
         return f"a tensor that was there before the step holds {source.tensor.counts}{sample}, used in {_place(source)}"
     because = f": {source.explanation}" if source.explanation else (f": {source.large}" if source.large else "")
@@ -77,7 +78,7 @@ def _evidence(seen: Evidence, source: Source) -> list[str]:
     lines = [f"{messages.the_loss(seen)} is {state}"]
     if source.kind == "operation":
         lines.append(_made(source))
-    if source.large and source.large not in _summary(source):
+    if source.large and source.large not in _summary(seen, source):
         lines.append(source.large)
     if source.hidden_by:
         unseen = "" if is_loss_bad or not seen.loss_shown else ", so that the loss did not see it"

@@ -16,6 +16,7 @@ from hallo_numguard.guard.parameter_stats import ParameterStats
 from hallo_numguard.guard.readable import UncheckedTensors, readable_tensors
 from hallo_numguard.guard.step.model_call import ModelCall
 from hallo_numguard.guard.step.pending import StepOwner
+from hallo_numguard.guard.step.step_call import StepCall
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.tracing.model_state import Snapshot, StateRecorder
 from hallo_numguard.tracing.nested import contents_of_items
@@ -45,6 +46,11 @@ class Batch:
     def calls(self) -> Sequence[ModelCall]:
         """The calls that are kept."""
         return self._steps.pending.calls
+
+    @property
+    def step_calls(self) -> Sequence[StepCall]:
+        """Calls of the function that makes the loss."""
+        return self._steps.pending.step_calls
 
     @property
     def seen(self) -> bool:

@@ -11,6 +11,7 @@ from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
 from hallo_numguard.guard.parameter_stats import Piece
 from hallo_numguard.guard.step.model_call import ModelCall
+from hallo_numguard.guard.step.step_call import StepCall
 from hallo_numguard.ops.table import StatsTable
 from hallo_numguard.tracing.watch import OperationWatch
 
@@ -28,6 +29,7 @@ class PendingStep:
         is_scanned: Whether there is such a scan.
         losses: Losses of the micro-batches, detached.
         calls: Calls of the model, one per micro-batch.
+        step_calls: Calls of the function that makes the loss, if it is known.
         alone_because: Why this rank judges the step by itself; "" if it does not.
         watch: What was seen of its operations, if it was armed.
         local_gradients: Statistics of each gradient before the reduction, and the parameter that it belongs to.
@@ -39,6 +41,7 @@ class PendingStep:
     is_scanned: bool = False
     losses: list[torch.Tensor] = field(default_factory=list)
     calls: deque[ModelCall] = field(default_factory=lambda: deque(maxlen=MAX_CALLS))
+    step_calls: list[StepCall] = field(default_factory=list)
     alone_because: str = ""
     watch: OperationWatch | None = None
     local_gradients: list[tuple[StatsTable, Piece]] = field(default_factory=list)
@@ -48,6 +51,7 @@ class PendingStep:
         self.is_scanned = False
         self.losses.clear()
         self.calls.clear()
+        self.step_calls.clear()
         self.local_gradients.clear()
         self.alone_because = ""
         self.watch = None

@@ -46,7 +46,7 @@ from hallo_numguard.integrations.deepspeed.engine import (
 )
 from hallo_numguard.integrations.deepspeed.monitor import monitor_sinks
 from hallo_numguard.integrations.deepspeed.version import release, version
-from hallo_numguard.integrations.patches import MethodPatches
+from hallo_numguard.integrations.patches import MethodPatches, replaced
 from hallo_numguard.integrations.save_gates import SaveGates
 
 _log = logging.getLogger("hallo_numguard")
@@ -95,6 +95,7 @@ class DeepSpeedGuard(Guard):
             recover=functools.partial(recover, engine),
             settings=settings_of(engine),
             can_go_back=lambda: True,
+            called_directly=lambda: replaced(engine, "forward", lambda *a, **k: call_module(engine, a, k)),
             is_compiled=lambda: bool(getattr(engine, "is_compiled", False)),
             unchecked=self._adapter.unchecked,
         )

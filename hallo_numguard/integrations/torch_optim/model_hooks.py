@@ -52,6 +52,14 @@ def distributed(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
     return found if isinstance(found, nn.parallel.DistributedDataParallel) else None
 
 
+def reshard(model: nn.Module) -> None:
+    """Shards the parameters again, after a forward pass without the backward pass in which FSDP2 would do so."""
+    parts: Iterable[Any] = model.modules()
+    for part in parts:
+        if hasattr(part, "unshard") and hasattr(part, "reshard"):
+            part.reshard()
+
+
 def refuse_flat_shards(model: nn.Module) -> None:
     """Raises InvalidInput for the first FSDP, whose ranks hold pieces of flat tensors without names."""
     if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
@@ -148,10 +156,7 @@ class CallObserver:
         model = inner(self._model)
         with self._mute():
             output = model(*args, **kwargs)
-        parts: Iterable[Any] = model.modules()
-        for part in parts:
-            if hasattr(part, "unshard") and hasattr(part, "reshard"):  # FSDP2 waits for a backward pass to do so
-                part.reshard()
+        reshard(model)
         return output
 
     def stop(self) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from hallo_numguard.guard.named_tensors import NamedTensor, named_buffers
 from hallo_numguard.guard.readable import UncheckedTensors, norm_by_torch
 from hallo_numguard.guard.session import Session
 from hallo_numguard.guard.step.pending import PendingStep
+from hallo_numguard.integrations.patches import replaced
 from hallo_numguard.integrations.torch_optim.grad_scaler import scaling_of
 from hallo_numguard.integrations.torch_optim.model_hooks import (
     CallObserver,
@@ -31,6 +33,7 @@ from hallo_numguard.integrations.torch_optim.model_hooks import (
     loss_in,
     named_parameters,
     refuse_flat_shards,
+    reshard,
 )
 from hallo_numguard.integrations.torch_optim.parameter_gradients import Gradients, GradientScan, totals_of
 from hallo_numguard.ops.device import AsyncHostCopy
@@ -89,6 +92,7 @@ class OptimizerGuard:
         self._unchecked = UncheckedTensors()
         self._gradients = Gradients(optimizer, parameters, self._unchecked)
         self._calls: Observer | None = None
+        self._reducer: Callable[[], Any] = lambda: None  # a DistributedDataParallel around the model
         if self._gradients.sharded:  # these are reduced before any hook would see them
             config = replace(config, local_gradients="never")
         self._keeper = config.keeper
@@ -129,9 +133,21 @@ class OptimizerGuard:
             forward=None if self._calls is None else self._calls.forward,
             has_named_gradients=not sharded,
             can_go_back=self._can_go_back,
+            called_directly=self._called_directly,
             is_compiled=lambda: self._model is not None and is_compiled(self._model),
             unchecked=self._unchecked,
         )
+
+    @contextlib.contextmanager
+    def _called_directly(self) -> Iterator[None]:
+        """Context in which DistributedDataParallel does not wait for a backward pass that reduces."""
+        reducer = self._reducer()
+        if reducer is None and self._model is not None:
+            reducer = distributed(self._model)
+        with contextlib.nullcontext() if reducer is None else replaced(reducer, "forward", reducer.module):
+            yield
+        if self._model is not None:
+            reshard(self._model)
 
     def trained(self) -> list[tuple[str, torch.Tensor]]:
         """Returns the optimizer's parameters and their names."""
@@ -175,6 +191,7 @@ class OptimizerGuard:
         reducer: Any = DistributedDataParallel._get_active_ddp_module()
         if reducer is None or self._model is None or inner(reducer) is not inner(self._model):
             return
+        self._reducer = weakref.ref(reducer)
         if self._ranks.size == 1:
             self._ranks.join(reducer.process_group)
         self.session.judge_alone(_why_alone(reducer))
