@@ -48,6 +48,7 @@ class GuardedModel:
         device: Device on which ranks reduce small tensors.
         module: Module whose forward is called in training, to name its arguments. None if its calls are not seen.
         forward: Calls the module once more, as the framework does; None if that is impossible.
+        forward_compiled: Does the same, compiled as the original call if that was; None if it never is.
         recover: Puts the framework's own state in order after such a call, and its backward pass; called on all ranks,
             and told whether it has failed midway on any.
         has_named_gradients: Whether such a call allows gradients with respect to single parameters.
@@ -66,6 +67,7 @@ class GuardedModel:
     device: torch.device
     module: nn.Module | None = None
     forward: Forward | None = None
+    forward_compiled: Forward | None = None
     recover: Callable[[bool], None] = lambda _: None
     has_masters: bool = False
     has_named_gradients: bool = True

@@ -112,17 +112,7 @@ class Session:
         self._armed = ArmedSteps(model.module or nn.Module(), model.is_compiled, self._steps)
         self._local_gradients = LocalGradients(model.parameters, config.local_gradients, self._steps, self.probes)
         self._replayer = (
-            Replayer(
-                model.module,
-                model.forward,
-                model.recover,
-                self._batch,
-                ranks,
-                model.device,
-                self._local_gradients,
-                model.called_directly,
-                model.has_named_gradients,
-            )
+            Replayer(model, model.module, model.forward, self._batch, ranks, self._local_gradients)
             if model.module is not None and model.forward is not None
             else None
         )

@@ -191,6 +191,7 @@ class _TrainingStepObserver:
 
     Attributes:
         forward: Repeats a call; None if that would step an optimizer.
+        forward_compiled: The same, as the module compiles what it calls by itself.
     """
 
     def __init__(
@@ -210,6 +211,7 @@ class _TrainingStepObserver:
         self._patches = MethodPatches()
         self._patches.observe(module, "training_step", self._on_start, on_forward_end)
         self.forward = self._forward if module.automatic_optimization else None
+        self.forward_compiled = self.forward
 
     def stop(self) -> None:
         """Stops observing."""

@@ -40,8 +40,10 @@ class Match(enum.IntEnum):
     """The same bits."""
     CLOSE = 1
     """The same pattern of non-finite values, and nearly the same numbers: other kernels, or another order of sums."""
-    DIFFERENT = 2
-    FAILED = 3
+    ALIKE = 2
+    """The same pattern of non-finite values, and other numbers: what a compiled model draws, an eager one does not."""
+    DIFFERENT = 3
+    FAILED = 4
     """The pass raised an exception."""
 
 
@@ -92,6 +94,7 @@ def rerun(
     arguments: Contents | None = None,
     peers: Peers | None = None,
     watches: bool = False,
+    is_compiled: bool = False,
 ) -> Attempt:
     """Runs a pass again.
 
@@ -107,11 +110,13 @@ def rerun(
         arguments: Contents of the call's arguments.
         peers: The other ranks, which stop together with this one. Default: there are none.
         watches: Whether every operation is watched, to find the source of what is not finite. Slow.
+        is_compiled: Whether the original call was compiled, so that its random numbers were others.
 
     Returns:
         Result of the rerun. Buffers, attributes and random state are as before.
     """
     run = _Run(module, call, outputs, seeds, factor, arguments or contents_of("", ()), peers or Peers(), watches)
+    run.is_compiled = is_compiled
     try:
         for part in [[]] if factor is None else _parts(module):
             run.contained(run.go_forward)
@@ -145,6 +150,7 @@ class _Run:
         watches: bool,
     ) -> None:
         self.attempt = Attempt()
+        self.is_compiled = False
         self._watches = watches
         self._module = module
         self._call = call
@@ -187,7 +193,10 @@ class _Run:
         with self._peers.collectives():
             self._outputs = _outputs_of(self._call())
         with _disable_current_modes():
-            self.attempt.match = max(self.attempt.match, _compare(self._outputs, self._recorded))
+            match = _compare(self._outputs, self._recorded)
+            if match is Match.DIFFERENT and self.is_compiled and _have_one_pattern(self._outputs, self._recorded):
+                match = Match.ALIKE
+            self.attempt.match = max(self.attempt.match, match)
             self.attempt.fingerprint.append(_statistics(self._outputs).packed.tolist())
             self._find_source(self._outputs)
 
@@ -299,6 +308,28 @@ def _compare_one(now: torch.Tensor, before: torch.Tensor) -> Match:
     return Match.CLOSE if bool(((now - before)[finite].abs() <= tolerance).all()) else Match.DIFFERENT
 
 
+def _have_one_pattern(made: Sequence[torch.Tensor], recorded: Sequence[torch.Tensor]) -> bool:
+    """Whether the same elements of the outputs are not finite."""
+    if not recorded or [tensor.shape for tensor in made] != [tensor.shape for tensor in recorded]:
+        return False
+    both = zip(made, recorded, strict=True)
+    return all(torch.equal(as_plain(now).isfinite(), before.isfinite()) for now, before in both)
+
+
+def rerun_compiled(
+    module: nn.Module, call: Callable[[], Any], outputs: Sequence[torch.Tensor], arguments: Contents, peers: Peers
+) -> Match:
+    """Repeats a call of a compiled model, compiled, and compares its outputs; see `rerun`."""
+    run = _Run(module, call, outputs, {}, None, arguments, peers, watches=False)
+
+    def go_forward() -> None:
+        with undisturbed(module, arguments, is_eager=False), peers.collectives():
+            run.attempt.match = _compare(_outputs_of(call()), outputs)
+
+    run.contained(go_forward)
+    return run.agree()
+
+
 _reruns = 0  # under way
 
 
@@ -308,12 +339,12 @@ def is_rerunning() -> bool:
 
 
 @contextlib.contextmanager
-def undisturbed(module: nn.Module, arguments: Contents | None = None) -> Iterator[None]:
+def undisturbed(module: nn.Module, arguments: Contents | None = None, is_eager: bool = True) -> Iterator[None]:
     """Leaves the model, the arguments and all generators as they were: training must not notice the pass.
 
     Checkpointed blocks keep their activations, because a backward pass that computes them anew (reentrant
-    checkpointing) gives no gradients of single tensors. Compiled parts are run eagerly, and hooks of the user on
-    parameters are not called: a pass that is not one of training must not be counted by them.
+    checkpointing) gives no gradients of single tensors. Compiled parts are run eagerly, unless `is_eager` is False, and
+    hooks of the user on parameters are not called: a pass that is not one of training must not be counted by them.
     """
     global _reruns
     contents = contents_of("", ()) if arguments is None else arguments
@@ -321,7 +352,7 @@ def undisturbed(module: nn.Module, arguments: Contents | None = None) -> Iterato
         state_restored(module, contents),
         _without_recomputation(),
         _without_parameter_hooks(module),
-        _eager(module),
+        _eager(module) if is_eager else contextlib.nullcontext(),
         torch.enable_grad(),
     ):
         _reruns += 1

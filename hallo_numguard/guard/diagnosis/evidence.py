@@ -30,6 +30,7 @@ class Replayed:
         settles_at: Highest loss scale at which the batch was finite when it was tried; None if none was tried.
         finite_unscaled: Whether the batch was finite without loss scaling; None if that was not tried.
         is_whole_step: Whether it was not the model alone that was run again, but the function that makes the loss.
+        only_compiled: Whether the model gave the same again, compiled, and something else eagerly.
         number: Number of earlier calls of the origin's module in the same pass.
     """
 
@@ -46,6 +47,7 @@ class Replayed:
     settles_at: float | None = None
     finite_unscaled: bool | None = None
     is_whole_step: bool = False
+    only_compiled: bool = False
     number: int = 0
 
 

@@ -60,9 +60,11 @@ def _replay_lines(seen: Evidence) -> list[str]:
     on_every_rank = " on every rank" if seen.world_size > 1 else ""
     if seen.loss is not None and replay.is_one_ranks_fault:
         return []
+    if replay.only_compiled:
+        return []
     if replay.failure_reason:
         return [f"no answer from running the batch again: {replay.failure_reason}"]
-    if replay.origin is None:
+    if replay.origin is None and replay.source is None:
         nearly = ", though not bit for bit what it was before" if replay.is_close else ""
         return [f"the same batch, run again{on_every_rank}, was finite in every module{nearly}"]
     where = f"on {replay.bad_ranks} of {seen.world_size} ranks" if seen.world_size > 1 else "either"
@@ -260,6 +262,8 @@ def input_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
 
 def loss_nonfinite(seen: Evidence, loss: Offender) -> OverflowReport:
     """The loss is bad, and the model's inputs are not."""
+    if seen.answer is not None and seen.answer.only_compiled:
+        return only_compiled(seen, loss)
     if seen.answer is not None:
         origin = seen.answer.origin
         return _loss_code(seen, loss) if origin is None else _forward_nonfinite(seen, origin)
@@ -273,6 +277,25 @@ def loss_nonfinite(seen: Evidence, loss: Offender) -> OverflowReport:
         + " non-finite value arose in the forward pass or in the loss; the loss scale acts later, so lowering it will "
         "hardly help. Check the labels of this batch, or run the forward pass in float32 or bfloat16.",
     )
+
+
+def only_compiled(seen: Evidence, loss: Offender) -> OverflowReport:
+    """The compiled model is not finite, and the same model run eagerly is."""
+    found = report(
+        seen,
+        Verdict.FORWARD_NONFINITE,
+        loss,
+        [
+            *_before_the_loss(seen),
+            "the same batch, run again with the compiled model, gave the same; run again eagerly, it was finite",
+        ],
+        ("the operation in the compiled code",),
+        'Compile with backend="aot_eager": if that is finite, the kernels of Inductor are the cause, which keep other '
+        "digits between operations than eager ones (torch._inductor.config.emulate_precision_casts = True makes them "
+        "alike). torch.compiler.disable leaves a function out, by which the place is found.",
+    )
+    summary = "the compiled model made it; run eagerly, the same batch is finite"
+    return replace(found, summary=summary, known_from="both runs")
 
 
 _FORWARD_KINDS = {

@@ -21,14 +21,14 @@ from hallo_numguard.guard.collectives import Ranks, clip
 from hallo_numguard.guard.containment import contain_failures
 from hallo_numguard.guard.diagnosis.evidence import Replayed
 from hallo_numguard.guard.diagnosis.texts import MAX_LINE_BYTES, MAX_NAME_BYTES, source_as_text
-from hallo_numguard.guard.guarded_model import Forward
+from hallo_numguard.guard.guarded_model import Forward, GuardedModel
 from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.guard.step.local_gradients import LocalGradients
 from hallo_numguard.guard.step.model_call import ModelCall
 from hallo_numguard.guard.step.step_call import StepCall
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.tracing.capture import Captured, NotCaptured, capture
-from hallo_numguard.tracing.rerun import Attempt, Match, Peers, rerun
+from hallo_numguard.tracing.rerun import Attempt, Match, Peers, rerun, rerun_compiled
 
 _log = logging.getLogger("hallo_numguard")
 
@@ -41,6 +41,9 @@ NOT_THE_SAME = (
     "back"
 )
 NOT_THE_SAME_BEFORE = "run again in an earlier step, the model returned something else, so it is not run again any more"
+OTHER_NUMBERS = (
+    "run again eagerly it was finite, with other random numbers than those that the compiled model has drawn"
+)
 NO_SEEDS = "no gradient has reached what the model returned: the loss was made of something else"
 
 
@@ -88,38 +91,30 @@ class Replayer:
     its weights.
 
     Args:
-        module: Module to be traced.
+        model: The guarded model.
+        module: Its module.
         forward: Calls the module as the framework does.
-        recover: Puts the framework's own state in order after a pass, and is told whether it has failed midway.
         batch: Calls of the pending step.
         ranks: Ranks among which gradients are reduced.
-        device: Device on which ranks reduce small tensors.
         local_gradients: Scans of gradients before the reduction.
-        called_directly: See `GuardedModel`.
-        has_named_gradients: See `GuardedModel`.
     """
 
     def __init__(
         self,
+        model: GuardedModel,
         module: nn.Module,
         forward: Forward,
-        recover: Callable[[bool], None],
         batch: Batch,
         ranks: Ranks,
-        device: torch.device,
         local_gradients: LocalGradients,
-        called_directly: Callable[[], contextlib.AbstractContextManager[Any]],
-        has_named_gradients: bool,
     ) -> None:
+        self._model = model
         self._module = module
         self._forward = forward
-        self._recover = recover
         self._batch = batch
         self._ranks = ranks
-        self._device = device
+        self._device = model.device
         self._local_gradients = local_gradients
-        self._called_directly = called_directly
-        self._has_named_gradients = has_named_gradients
         self._is_unrepeatable = False
         self._is_step_unrepeatable = False
         self._runs = 0
@@ -142,6 +137,8 @@ class Replayer:
         for position in suspects:
             answer, attempt = self._run(position, None, watches=True)
             found = self._replayed(answer, position)
+            if answer.match is Match.DIFFERENT and self._is_compiled and self._repeats_compiled(position):
+                return Replayed(micro_batch=position, only_compiled=True)
             if self._is_one_rank_different(answer):
                 return replace(found, is_one_ranks_fault=self._comes_out_the_same(position, None, attempt))
             if found.failure_reason or found.origin is not None:
@@ -173,6 +170,8 @@ class Replayer:
             found = self._replayed(answer, micro_batch)
             if answer.failure_reason:
                 return found
+            if answer.match is Match.ALIKE and not answer.bad_ranks:
+                return Replayed(OTHER_NUMBERS)
             if answer.bad_ranks:
                 found = self._at_lower_scales(found, scale) if scale > 1 else found
                 return found if found.finite_unscaled else self._watched(found, scale)
@@ -217,12 +216,12 @@ class Replayer:
             if call.first_call < len(self._batch.calls):
                 self._batch.calls[call.first_call].state.restore()
             call.random.restore()
-            with call.autocast.restored(), self._called_directly():
+            with call.autocast.restored(), self._model.called_directly():
                 return call.repeat()
 
         recorded = [] if call.loss is None else [call.loss]
         seeds = {at: torch.ones_like(loss) for at, loss in enumerate(recorded)}
-        factor = 1.0 if self._has_named_gradients else None
+        factor = 1.0 if self._model.has_named_gradients else None
         peers = self._next_peers()
         attempt = rerun(self._module, repeat, recorded, seeds, factor, call.contents, peers, watches=True)
         answer = self._agree(attempt, position, factor)
@@ -271,7 +270,7 @@ class Replayer:
     def _recover_everywhere(self, has_failed: bool) -> None:
         """Puts the framework's own state in order after a pass, on all ranks alike."""
         with contain_failures("run of the batch again", "the framework's own state may be left in the middle of it"):
-            self._recover(has_failed)
+            self._model.recover(has_failed)
 
     def _next_peers(self) -> _Peers:
         """The other ranks in one more run; all ranks make the same runs."""
@@ -330,6 +329,7 @@ class Replayer:
             call.contents,
             self._next_peers(),
             watches,
+            self._is_compiled,
         )
         answer = self._agree(attempt, micro_batch, factor)
         self._recover_everywhere(answer.match is Match.FAILED)
@@ -338,14 +338,26 @@ class Replayer:
             _log.info("a bad batch will not be run again: %s", NOT_THE_SAME)
         return answer, attempt
 
-    def _forward_of(self, call: ModelCall) -> Callable[[], Any]:
-        def forward() -> Any:
+    @property
+    def _is_compiled(self) -> bool:
+        return self._model.forward_compiled is not None and self._model.is_compiled()
+
+    def _repeats_compiled(self, micro_batch: int) -> bool:
+        """Whether a micro-batch, run again as compiled as it was, gives on every rank what it gave."""
+        call, compiled = self._batch.calls[micro_batch], self._model.forward_compiled
+        forward = self._forward_of(call, compiled)
+        match = rerun_compiled(self._module, forward, call.outputs or (), call.contents, self._next_peers())
+        self._recover_everywhere(match is Match.FAILED)
+        return match <= Match.CLOSE
+
+    def _forward_of(self, call: ModelCall, forward: Forward | None = None) -> Callable[[], Any]:
+        def repeat() -> Any:
             call.state.restore()
             call.random.restore()
             with call.autocast.restored():
-                return self._forward(call.args, call.kwargs)
+                return (forward or self._forward)(call.args, call.kwargs)
 
-        return forward
+        return repeat
 
     def _agree(self, attempt: Attempt, micro_batch: int, factor: float | None) -> _Answer:
         ranks, device = self._ranks, self._device

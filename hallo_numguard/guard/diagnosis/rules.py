@@ -92,7 +92,7 @@ def is_unexplained(report: OverflowReport) -> bool:
     """Returns whether the operation that the cause lies in is still to be found."""
     if report.verdict is Verdict.SCALE_TOO_HIGH:
         return report.provisional
-    return report.verdict in _OF_OPERATIONS and (report.first is None or report.first.operation is None)
+    return report.verdict in _OF_OPERATIONS and not report.known_from
 
 
 def confirm(report: OverflowReport, scale: float, skipped: int) -> OverflowReport:

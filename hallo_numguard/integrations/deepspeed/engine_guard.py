@@ -92,6 +92,7 @@ class DeepSpeedGuard(Guard):
             device=torch.device(engine.device),
             module=engine.module,
             forward=forward or functools.partial(call_module, engine),
+            forward_compiled=forward or functools.partial(call_module, engine),
             recover=functools.partial(recover, engine),
             settings=settings_of(engine),
             can_go_back=lambda: True,

@@ -108,6 +108,10 @@ class Observer(Protocol):
     def forward(self) -> Forward | None:
         """Repeats a call, unobserved; None if that is impossible."""
 
+    @property
+    def forward_compiled(self) -> Forward | None:
+        """Does the same, compiled if the model is; None if that is impossible."""
+
     def stop(self) -> None:
         """Stops observing."""
 
@@ -158,6 +162,11 @@ class CallObserver:
             output = model(*args, **kwargs)
         reshard(model)
         return output
+
+    def forward_compiled(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Calls the model unobserved, as it is."""
+        with self._mute():
+            return self._model(*args, **kwargs)
 
     def stop(self) -> None:
         """Removes the hooks."""

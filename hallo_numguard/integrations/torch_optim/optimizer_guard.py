@@ -131,6 +131,7 @@ class OptimizerGuard:
             device=self.device,
             module=module,
             forward=None if self._calls is None else self._calls.forward,
+            forward_compiled=None if self._calls is None else self._calls.forward_compiled,
             has_named_gradients=not sharded,
             can_go_back=self._can_go_back,
             called_directly=self._called_directly,
