@@ -93,6 +93,12 @@ class _Operation:
         """Name without namespace and overload."""
         return str(self.func._schema.name.partition("::")[2])
 
+    @property
+    def is_of_weights(self) -> bool:
+        """Whether it computes with something that gradients flow to, which no mask is made of."""
+        values = tree_leaves((self.args, self.kwargs))
+        return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
+
     def read_arguments(self) -> list[torch.Tensor]:
         args = self.args[1:] if self.name in _OVERWRITES else self.args
         return _readable(tree_leaves((args, self.kwargs)))
@@ -359,7 +365,7 @@ def _tensor_record(name: str, tensor: torch.Tensor, record: Record) -> TensorRec
 def _is_written_on_purpose(operation: _Operation, result: torch.Tensor, record: Record) -> bool:
     if record.nan or record.pos_inf:
         return False
-    return operation.name in _FILLS or _is_mask(result, record, "")
+    return operation.name in _FILLS or (not operation.is_of_weights and _is_mask(result, record, ""))
 
 
 def _is_mask(tensor: torch.Tensor, record: Record, kind: str) -> bool:
