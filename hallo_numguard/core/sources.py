@@ -25,6 +25,7 @@ class Source:
         tensor: The tensor, at that moment.
         sample: Position in the batch of its first non-finite element; None if unknown.
         explanation: Sentence on what the operation was given there; "" if nothing is known.
+        is_singular: Whether the operation has no finite value there, whatever its arguments are scaled by.
         fill: What has written the Inf, on purpose as into a mask, of which the operation made NaN; "" if nothing has.
         large: Sentence on the largest numbers that it was given; "" if they were not large.
         hidden_by: Operations with their lines that made finite values of what followed from it, in order.
@@ -44,6 +45,7 @@ class Source:
     tensor: TensorRecord
     sample: int | None = None
     explanation: str = ""
+    is_singular: bool = False
     fill: str = ""
     large: str = ""
     hidden_by: tuple[str, ...] = ()

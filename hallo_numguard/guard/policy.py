@@ -54,7 +54,7 @@ def _says_the_same(left: OverflowReport, right: OverflowReport) -> bool:
 def _gist(report: OverflowReport) -> tuple[object, ...]:
     """What a report says, but for places and amounts."""
     first = report.first
-    where = None if first is None else (first.kind, first.name, first.module, first.rank)
+    where = None if first is None else (first.kind, first.name, first.module, first.rank, first.operation, first.line)
     return report.verdict, report.recoverable, report.outcome, where, re.sub(r"\d+", "", report.advice)
 
 

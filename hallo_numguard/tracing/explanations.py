@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -12,11 +12,28 @@ _LARGE = {torch.float16: 1e3, torch.bfloat16: 1e30, torch.float32: 1e30, torch.f
 """Numbers of which a few products, or sums of products, leave the range of the dtype."""
 
 Index = tuple[int, ...]
-Explanation = Callable[[Sequence[Any], Mapping[str, Any], torch.Tensor, Index], str]
 
 
-def explain(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: torch.Tensor, index: Index) -> str:
-    """Returns what the operation was given at the first non-finite element of its result; "" if that tells nothing.
+class Explanation(NamedTuple):
+    """What an operation was given where its result is not finite.
+
+    Attributes:
+        text: Sentence; "" if nothing is known.
+        is_singular: Whether the operation has no finite value there, or none at all, however small a factor of its
+            arguments is.
+    """
+
+    text: str = ""
+    is_singular: bool = False
+
+
+Explain = Callable[[Sequence[Any], Mapping[str, Any], torch.Tensor, Index], Explanation]
+
+
+def explain(
+    name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: torch.Tensor, index: Index
+) -> Explanation:
+    """Returns what the operation was given at the first non-finite element of its result.
 
     Args:
         name: Name of the operation, without namespace and overload.
@@ -27,10 +44,10 @@ def explain(name: str, args: Sequence[Any], kwargs: Mapping[str, Any], result: t
     """
     explanation = _EXPLANATIONS.get(name.removesuffix("_") if not name.startswith("_") else name)
     if explanation is None:
-        return ""
+        return Explanation()
     with contextlib.suppress(Exception):  # an argument of another form than was thought of
         return explanation(args, kwargs, result, index)
-    return ""
+    return Explanation()
 
 
 def large_arguments(
@@ -63,82 +80,89 @@ def _number(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _div(args: Sequence[Any], _: Mapping[str, Any], result: torch.Tensor, index: Index) -> str:
+def _div(args: Sequence[Any], _: Mapping[str, Any], result: torch.Tensor, index: Index) -> Explanation:
     divisor = _at(args[1], result, index)
     dividend = None if args[0] is result or _shares_memory(args[0], result) else _at(args[0], result, index)
     if divisor == 0:
-        return f"{'a number' if dividend is None else _number(dividend)} was divided by 0"
-    return "" if dividend is None else f"{_number(dividend)} was divided by {_number(divisor)}"
+        return Explanation(f"{'a number' if dividend is None else _number(dividend)} was divided by 0", True)
+    return Explanation("" if dividend is None else f"{_number(dividend)} was divided by {_number(divisor)}")
 
 
 def _shares_memory(value: Any, result: torch.Tensor) -> bool:
     return isinstance(value, torch.Tensor) and value.data_ptr() == result.data_ptr()
 
 
-def _function_of(what: str) -> Explanation:
-    """The explanation of a function of one number."""
+def _function_of(what: str, grows: bool) -> Explain:
+    """The explanation of a function of one number.
 
-    def explanation(args: Sequence[Any], _: Mapping[str, Any], result: torch.Tensor, index: Index) -> str:
+    Args:
+        what: Words before the number.
+        grows: Whether the function has a finite value everywhere, which may be too large for the dtype.
+    """
+
+    def explanation(args: Sequence[Any], _: Mapping[str, Any], result: torch.Tensor, index: Index) -> Explanation:
         if _shares_memory(args[0], result):
-            return ""
-        return f"{what} {_number(_at(args[0], result, index))}"
+            return Explanation("", not grows)
+        return Explanation(f"{what} {_number(_at(args[0], result, index))}", not grows)
 
     return explanation
 
 
-def _pow(args: Sequence[Any], _: Mapping[str, Any], result: torch.Tensor, index: Index) -> str:
+def _pow(args: Sequence[Any], _: Mapping[str, Any], result: torch.Tensor, index: Index) -> Explanation:
     exponent = _at(args[1], result, index)
     if _shares_memory(args[0], result):
-        return f"a power with exponent {_number(exponent)}"
-    return f"{_number(_at(args[0], result, index))} to the power of {_number(exponent)}"
+        return Explanation(f"a power with exponent {_number(exponent)}")
+    base = _at(args[0], result, index)
+    is_singular = base < 0 or (base == 0 and exponent < 0)
+    return Explanation(f"{_number(base)} to the power of {_number(exponent)}", is_singular)
 
 
-def _softmax(args: Sequence[Any], _: Mapping[str, Any], result: torch.Tensor, index: Index) -> str:
+def _softmax(args: Sequence[Any], _: Mapping[str, Any], result: torch.Tensor, index: Index) -> Explanation:
     scores, dim = args[0], int(args[1])
     row = tuple(slice(None) if at == dim % scores.dim() else place for at, place in enumerate(index))
     values = scores[row]
     where = ", ".join(":" if isinstance(at, slice) else str(at) for at in row)
     if bool((values == -torch.inf).all()):
-        return f"row [{where}] is masked throughout (-Inf in all of its {values.numel()} places)"
+        return Explanation(f"row [{where}] is masked throughout (-Inf in all of its {values.numel()} places)", True)
     if bool((values == torch.inf).any()):
-        return f"row [{where}] holds +Inf"
-    return ""
+        return Explanation(f"row [{where}] holds +Inf", True)
+    return Explanation()
 
 
-def _mean(args: Sequence[Any], _: Mapping[str, Any], result: torch.Tensor, index: Index) -> str:
-    return "it is the mean of no element" if args[0].numel() == 0 else ""
+def _mean(args: Sequence[Any], _: Mapping[str, Any], result: torch.Tensor, index: Index) -> Explanation:
+    return Explanation("it is the mean of no element", True) if args[0].numel() == 0 else Explanation()
 
 
-def _deviation(args: Sequence[Any], kwargs: Mapping[str, Any], result: torch.Tensor, index: Index) -> str:
+def _deviation(args: Sequence[Any], kwargs: Mapping[str, Any], result: torch.Tensor, index: Index) -> Explanation:
     values = args[0]
     count = values.numel() // max(1, result.numel())
-    return f"it was taken of {count} value{'' if count == 1 else 's'} each" if count <= 1 else ""
+    return Explanation(f"it was taken of {count} value{'' if count == 1 else 's'} each" if count <= 1 else "", True)
 
 
-def _nll(args: Sequence[Any], _: Mapping[str, Any], result: torch.Tensor, index: Index) -> str:
+def _nll(args: Sequence[Any], _: Mapping[str, Any], result: torch.Tensor, index: Index) -> Explanation:
     target, ignored = args[1], int(args[4])
     if target.numel() == 0:
-        return "there is no label"
+        return Explanation("there is no label", True)
     if bool((target == ignored).all()):
-        return f"all {target.numel()} labels are {ignored}, which is ignored: the mean of no element"
-    return ""
+        return Explanation(f"all {target.numel()} labels are {ignored}, which is ignored: the mean of no element", True)
+    return Explanation()
 
 
-def _ctc(args: Sequence[Any], _: Mapping[str, Any], result: torch.Tensor, index: Index) -> str:
+def _ctc(args: Sequence[Any], _: Mapping[str, Any], result: torch.Tensor, index: Index) -> Explanation:
     at = index[0] if index else 0
     lengths = [list(map(int, value)) for value in args[2:4]]
-    return f"utterance {at}: {lengths[0][at]} frames, and {lengths[1][at]} labels"
+    return Explanation(f"utterance {at}: {lengths[0][at]} frames, and {lengths[1][at]} labels", True)
 
 
-def _cast(args: Sequence[Any], _: Mapping[str, Any], result: torch.Tensor, index: Index) -> str:
+def _cast(args: Sequence[Any], _: Mapping[str, Any], result: torch.Tensor, index: Index) -> Explanation:
     value = float(args[0][index])
-    dtype = str(result.dtype).removeprefix("torch.")
-    return f"{_number(value)} is too large for {dtype}, whose largest number is {torch.finfo(result.dtype).max:.5g}"
+    dtype, largest = str(result.dtype).removeprefix("torch."), torch.finfo(result.dtype).max
+    return Explanation(f"{_number(value)} is too large for {dtype}, whose largest number is {largest:.5g}")
 
 
-def _normalisation(args: Sequence[Any], _: Mapping[str, Any], result: torch.Tensor, index: Index) -> str:
+def _normalisation(args: Sequence[Any], _: Mapping[str, Any], result: torch.Tensor, index: Index) -> Explanation:
     eps = next((value for value in reversed(args) if isinstance(value, float)), None)
-    return f"its eps is {eps:g}" if eps is not None and eps < 1e-12 else ""
+    return Explanation(f"its eps is {eps:g}" if eps is not None and eps < 1e-12 else "", True)
 
 
 _FUNCTIONS = {
@@ -167,8 +191,10 @@ _FUNCTIONS = {
     "special_ndtri": "ndtri of",
 }
 
-_EXPLANATIONS: dict[str, Explanation] = {
-    **{name: _function_of(what) for name, what in _FUNCTIONS.items()},
+_GROWING = ("exp", "exp2", "expm1", "sinh", "cosh", "square", "tan")
+
+_EXPLANATIONS: dict[str, Explain] = {
+    **{name: _function_of(what, name in _GROWING) for name, what in _FUNCTIONS.items()},
     "div": _div,
     "true_divide": _div,
     "pow": _pow,

@@ -221,6 +221,7 @@ class OperationWatch(TorchDispatchMode):
             return operation.sources[0]
         phase, node, line, call = self._where()
         tensor = _tensor_record("output" if position == 0 else f"output[{position}]", result, record)
+        explanation = explain(operation.name, operation.args, operation.kwargs, result, tensor.index)
         made = self._new(
             is_legal=not operation.sources and _is_written_on_purpose(operation, result, record),
             kind="operation",
@@ -234,7 +235,8 @@ class OperationWatch(TorchDispatchMode):
             call=0 if call is None else call.call,
             tensor=tensor,
             sample=self._sample(tensor),
-            explanation=explain(operation.name, operation.args, operation.kwargs, result, tensor.index),
+            explanation=explanation.text,
+            is_singular=explanation.is_singular,
             large=large_arguments(operation.given, self._name_of, result.dtype),
         )
         if operation.sources:

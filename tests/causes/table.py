@@ -1,7 +1,7 @@
 """The table of causes: functions that are finite, and have finite gradients, until one sample of a batch is special.
 
-Each takes activations y [batch, features] and a dial [batch, 1], which is 1 for an ordinary sample and 0 for the special
-one. What it computes with depends on y, so that gradients flow through it.
+Each takes activations y [batch, features] and a dial [batch, 1], which is 1 for an ordinary sample and 0 for the
+special one. What it computes with depends on y, so that gradients flow through it.
 """
 
 from __future__ import annotations

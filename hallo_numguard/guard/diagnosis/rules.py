@@ -75,7 +75,7 @@ def _explains(seen: Evidence, source: Source) -> bool:
         return True
     if seen.answer is not None and seen.answer.finite_unscaled is not None:
         return not seen.answer.finite_unscaled
-    return bool(source.tensor.record.nan or source.explanation)
+    return source.is_singular
 
 
 def _judge_by_replay(seen: Evidence, replay: Replayed, origin: Offender) -> OverflowReport:

@@ -69,6 +69,8 @@ def _place(source: Source) -> str:
         return source.module
     if source.module == "":
         return "the model's own code" + (f" ({source.line})" if source.line else "")
+    if source.line is None and source.phase == "backward":
+        return "code that was called before the model in this step"  # lines are kept from the model's first call on
     return f"code outside of the model ({source.line})" if source.line else "code outside of the model"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from hallo_numguard.core.sources import Source
 from hallo_numguard.guard.step.pending import StepOwner
@@ -19,8 +20,8 @@ MAX_FRUITLESS = 3  # unexplained steps that were watched, after which no step is
 class ArmedSteps:
     """Watches a step from the model's first call until the optimizer's step, the user's own code included.
 
-    Where what is not finite was there before the model's first call, the next steps are watched from the end of the
-    step before them. All ranks arm the same steps. Results are the same bits, and take several times as long.
+    All ranks arm the same steps. Results are the same bits, and take several times as long. Inside of a compiled model
+    nothing is seen.
 
     Args:
         module: The model.
@@ -34,8 +35,8 @@ class ArmedSteps:
         self._steps = steps
         self._left = 0
         self._fruitless = 0
-        self._begins_early = False
         self._on = contextlib.ExitStack()
+        self._pause = contextlib.ExitStack()
         self._watch: OperationWatch | None = None  # while it is on
 
     @property
@@ -54,11 +55,17 @@ class ArmedSteps:
             self._begin()
         elif not self._steps.pending.calls:  # an evaluation, perhaps a long one
             self._end()
-        if self._watch is not None:
-            self._watch.calls.enter("", self._module)
+        if self._watch is None:
+            return
+        self._watch.calls.enter("", self._module)
+        self._pause.close()
+        if self._is_compiled() and torch._C._len_torch_dispatch_stack() == 1:
+            # Inside of a mode torch would call it eagerly, and other random numbers would be drawn.
+            self._pause.enter_context(_disable_current_modes())
 
     def model_has_returned(self) -> None:
         """Tells that what follows is no part of the model's call."""
+        self._pause.close()
         if self._watch is not None:
             self._watch.calls.leave("")
 
@@ -73,6 +80,7 @@ class ArmedSteps:
 
     def _end(self) -> OperationWatch | None:
         watch, self._watch = self._watch, None
+        self._pause.close()
         self._on.close()
         return watch
 
@@ -95,7 +103,6 @@ class ArmedSteps:
             return None
         found = watch.source_of(losses) or watch.source_of_gradients()
         self._fruitless = 0 if found is not None else self._fruitless + 1
-        self._begins_early |= found is not None and found.kind == "outside"
         return found
 
     def step_is_over(self) -> None:
@@ -103,8 +110,6 @@ class ArmedSteps:
         self.backward_is_over()
         if self._steps.pending.watch is not None:
             self._left -= 1
-        if self._begins_early:
-            self._begin()
 
     def stop(self) -> None:
         """Ends for good."""
