@@ -1,0 +1,54 @@
+"""Names of the operations between a model's output and a loss, from the graph that autograd has kept."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+MAX_NODES = 10_000
+_MAKES_NOTHING = frozenset(
+    """accumulategrad add alias asstrided cat clone copyslices copy detach expand flatten index permute reshape select
+    slice split squeeze stack sub sum t tobackward tocopy transpose unbind unsafeview unsqueeze view""".split()
+)
+_OFTEN = ("div", "log", "sqrt", "rsqrt", "pow", "exp", "norm", "std", "var", "softmax", "logsoftmax", "nllloss", "acos")
+"""Nodes whose operations are often the cause, the most frequent first."""
+
+
+def names_after(loss: Any, numbers: Iterable[int]) -> list[str]:
+    """Returns the names of the operations that made a loss of a model's outputs, the likeliest to make NaN first.
+
+    Autograd numbers its nodes as it makes them, so those made after the model's outputs are the caller's.
+
+    Args:
+        loss: Autograd node of the loss; None if it has none.
+        numbers: Numbers of the nodes of the model's outputs.
+    """
+    after = max(numbers, default=-1)
+    names: Counter[str] = Counter()
+    waiting, seen = [loss] if loss is not None else [], {loss}
+    while waiting and len(seen) < MAX_NODES:
+        node = waiting.pop()
+        number = node._sequence_nr()
+        if number <= after or _base(node) == "accumulategrad":
+            continue
+        names[_base(node)] += 1
+        new = [following for following, _ in node.next_functions if following is not None and following not in seen]
+        seen.update(new)
+        waiting += new
+    found = [name for name in names if name not in _MAKES_NOTHING]
+    return sorted(found, key=lambda name: _OFTEN.index(name) if name in _OFTEN else len(_OFTEN))
+
+
+def node_number(tensor: torch.Tensor) -> int | None:
+    """Returns the number of the node that made a tensor; None without one."""
+    return None if tensor.grad_fn is None else int(tensor.grad_fn._sequence_nr())
+
+
+def _base(node: Any) -> str:
+    """The name of a node without its end: "div" for DivBackward0."""
+    name = node.name().rpartition("::")[2]
+    return re.sub(r"backward\d*$", "", name.lower())
