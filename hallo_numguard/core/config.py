@@ -84,12 +84,13 @@ class Policy:
             if not callable(action):
                 check_action(action, f"policy.actions[{verdict}]")
 
-    def action_for(self, report: OverflowReport, may_settle: bool = False) -> str:
+    def action_for(self, report: OverflowReport, may_settle: bool = False, in_a_row: int = 0) -> str:
         """Returns the name of the action for `report`.
 
         Args:
             report: Report on the overflow.
             may_settle: Whether a lower loss scale is still to be tried, which may end the overflows.
+            in_a_row: Number of reported steps in a row, this one included, that were applied and not skipped.
         """
         chosen = self.actions.get(report.verdict)
         if callable(chosen):
@@ -102,7 +103,8 @@ class Policy:
             return self.on_unrecoverable
         if report.recoverable and report.verdict is not Verdict.INPUT_NONFINITE:
             return "continue"
-        is_too_often = report.consecutive_skips >= self.max_consecutive_skips and not may_settle
+        bad_steps = max(report.consecutive_skips, in_a_row)
+        is_too_often = bad_steps >= self.max_consecutive_skips and not may_settle
         return "raise" if is_too_often else "warn"
 
 

@@ -67,16 +67,17 @@ def agree(
     can_go_back: bool,
     announcer: Announcer,
     may_settle: bool = False,
+    in_a_row: int = 0,
 ) -> Answer:
     """Asks the callback and the policy, and takes the most severe answer of all ranks.
 
     If the run cannot go back to a checkpoint, or not once more, "rollback" is "raise". `may_settle` tells whether a
-    lower loss scale is still to be tried.
+    lower loss scale is still to be tried, `in_a_row` counts reported steps in a row that were applied all the same.
     """
     error: BaseException | None = None
     severity = 0
     try:
-        severity = ACTIONS.index(_choose(report, policy, callback, may_settle))
+        severity = ACTIONS.index(_choose(report, policy, callback, may_settle, in_a_row))
     except BaseException as failure:  # noqa: BLE001 - user code; raised again below, when no rank waits for another
         error, severity = failure, _CALLBACK_FAILED
     agreed = ranks.highest(severity, device)
@@ -92,8 +93,10 @@ def agree(
     return Answer(goes_back=action == "rollback")
 
 
-def _choose(report: OverflowReport, policy: Policy, callback: OverflowCallback | None, may_settle: bool) -> str:
+def _choose(
+    report: OverflowReport, policy: Policy, callback: OverflowCallback | None, may_settle: bool, in_a_row: int
+) -> str:
     answer = callback(report) if callback is not None else None
     if answer is not None:
         return check_action(answer, "what on_overflow returned")
-    return policy.action_for(report, may_settle)
+    return policy.action_for(report, may_settle, in_a_row)

@@ -32,6 +32,7 @@ from hallo_numguard.guard.containment import Probes, contain_failures, failures
 from hallo_numguard.guard.diagnosis import messages
 from hallo_numguard.guard.diagnosis.collect import BadStep, EvidenceCollector
 from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
+from hallo_numguard.guard.diagnosis.loss_messages import BadLoss, loss_report, short_line
 from hallo_numguard.guard.diagnosis.replay import Replayer
 from hallo_numguard.guard.diagnosis.rules import confirm, is_unexplained, judge, needs_replay, needs_replay_of_step
 from hallo_numguard.guard.guarded_model import GuardedModel, ScannedPieces
@@ -44,6 +45,7 @@ from hallo_numguard.guard.step.armed import ARMED_STEPS, ArmedSteps
 from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.guard.step.early_warnings import EarlyWarnings
 from hallo_numguard.guard.step.local_gradients import LocalGradients
+from hallo_numguard.guard.step.nonfinite_losses import in_words, look_at, loss_offender
 from hallo_numguard.guard.step.pending import MAX_CALLS, PendingStep, StepOwner
 from hallo_numguard.guard.step.recorder import Recorder
 from hallo_numguard.guard.step.step_call import StepCall
@@ -126,6 +128,8 @@ class Session:
         self._collector = self._new_collector()
         self._announcer = policy.Announcer()
         self._skipped = 0  # steps in a row
+        self._bad_losses = 0  # applied steps in a row
+        self._error: BaseException | None = None  # after a step that was applied
         self._alarms = 0  # findings that are more than an information
         self._unclean = False  # whether this step's gradients were not finite, and not because of the loss scale
         self._to_undo: OverflowReport | None = None
@@ -204,10 +208,18 @@ class Session:
         del pending.step_calls[:-MAX_CALLS]
         return pending.step_calls[-1]
 
-    def on_loss(self, loss: torch.Tensor) -> None:
-        """Records a micro-batch's loss, before its backward."""
-        losses = self._steps.pending.losses
+    def on_loss(self, loss: torch.Tensor, is_scaled: bool = False, of_backward: bool = False) -> None:
+        """Records a micro-batch's loss.
+
+        Args:
+            loss: The loss.
+            is_scaled: Whether it is multiplied by the loss scale.
+            of_backward: Whether a backward pass from it has reached the model.
+        """
+        pending = self._steps.pending
+        losses = pending.losses
         losses.append(loss.detach())
+        pending.losses_are_scaled, pending.losses_of_backward = is_scaled, of_backward
         if len(losses) > MAX_LOSSES:  # passes that no step follows
             del losses[: MAX_LOSSES // 2]
 
@@ -217,7 +229,22 @@ class Session:
 
     def forget_losses(self) -> None:
         """Forgets the losses of this step: the recorded values were none."""
-        self._steps.pending.losses.clear()
+        self._steps.pending.forget_losses()
+
+    @property
+    def has_losses(self) -> bool:
+        """Whether this step has losses so far."""
+        return bool(self._steps.pending.losses)
+
+    @property
+    def seeds_seen(self) -> int:
+        """Number of gradients that have arrived at what the model has returned, in all steps so far."""
+        return self._batch.seeds_seen
+
+    @property
+    def sees_seeds(self) -> bool:
+        """Whether a gradient that reaches the calls of this step is seen where it arrives."""
+        return self._batch.sees_seeds
 
     def before_step(self, number: int, scaling: LossScaling, gradients: ScannedPieces) -> None:
         """Records the gradients. No host sync."""
@@ -226,8 +253,10 @@ class Session:
         pending.number, pending.scaling, pending.gradients = number, scaling, gradients
         pending.is_scanned = True
         self._unclean = False
-        loss = pending.losses[-1] if pending.losses else None
-        self.probes.run("flight recorder", self._recorder.begin, number, scaling.scale, gradients, loss)
+        self.probes.run("record of the loss", pending.unscale_losses)
+        recorder = self._recorder.begin
+        losses, counts = pending.losses, pending.losses_of_backward
+        self.probes.run("flight recorder", recorder, number, scaling.scale, gradients, losses, counts)
         self.probes.run("early warnings", self._warnings.before_step, number, scaling.scale, gradients)
 
     def begin_unscanned(self, number: int, scaling: LossScaling) -> None:
@@ -269,6 +298,7 @@ class Session:
         records = self.probes.run("flight recorder", self._recorder.fresh, wait=not applied) or []
         self.probes.run("early warnings", self._warnings.after_step, applied, records)
         self.probes.run("flight recorder", self._check_applied, records)
+        self.probes.run("check of the losses", self._check_losses, records, applied)
         self.probes.run("trackers", self._feed.write, records, self._alarms)
         self.probes.run("checkpoint keeper", self._update_keeper, applied, records)
         self.probes.run("evidence", self._collector.step_is_over, applied)
@@ -349,7 +379,9 @@ class Session:
         with self._ranks.assembled("", ALONE_AFTER_A_FAILURE):
             return self._act(report, None, may_settle=pending.scaling.can_fall)
 
-    def _act(self, report: OverflowReport, bundle: Bundle | None, may_settle: bool) -> BaseException | None:
+    def _act(
+        self, report: OverflowReport, bundle: Bundle | None, may_settle: bool, in_a_row: int = 0
+    ) -> BaseException | None:
         self.last_report, self.reported_at = report, next(_report_numbers)
         self._unclean = report.recoverable is not True
         answer = policy.agree(
@@ -361,6 +393,7 @@ class Session:
             self.probes.run("checkpoint keeper", lambda: self._can_go_back) is True,
             self._announcer,
             may_settle,
+            in_a_row,
         )
         self._to_undo = report if answer.goes_back else None
         self.probes.run("report file", self._dump, report)
@@ -434,7 +467,9 @@ class Session:
             keeper.clean_step(last)
 
     def _write_figures(self, wait: bool) -> None:
-        self._feed.write(self._recorder.fresh(wait), self._alarms)
+        records = self._recorder.fresh(wait)
+        self.probes.run("check of the losses", self._check_losses, records, False)
+        self._feed.write(records, self._alarms)
 
     def _check_applied(self, records: Sequence[StepRecord]) -> None:
         """Tells of steps that were applied though their gradients were not finite, and of which there is no report."""
@@ -446,6 +481,45 @@ class Session:
                     "the framework has not checked them, or not these"
                 )
                 self._note(Finding("bad_step_applied", message, row.step))
+
+    def _check_losses(self, records: Sequence[StepRecord], may_raise: bool) -> None:
+        """Tells of steps that were applied with a loss that was not finite, though their gradients were.
+
+        A loss is a rank's own, so that nothing is reduced here, and nothing raised where there are several ranks.
+        """
+        bad = self._recorder.bad_losses
+        for row in records:
+            if row.applied and row.step in bad and not row.nonfinite:
+                self._bad_losses += 1
+                self._tell_of_loss(row, may_raise)
+            elif row.applied and row.loss is not None:
+                self._bad_losses = 0
+
+    def _tell_of_loss(self, row: StepRecord, may_raise: bool) -> None:
+        pending, rank = self._steps.pending, self._ranks.rank
+        if pending.number == row.step and pending.losses:
+            bad, loss = look_at(pending, self._batch, rank)
+        else:
+            value = math.nan if row.loss is None or math.isfinite(row.loss) else row.loss
+            bad, loss = BadLoss(value=in_words(value)), loss_offender(value, "float64", rank)
+        report = loss_report(row, bad, self._bad_losses, loss, self._ranks.size)
+        report = replace(report, history=tuple(self._recorder.read()), environment=self._environment())
+        line = short_line(row, bad, self._bad_losses)
+        self._note(Finding("loss_nonfinite", line, row.step, "loss", report.first), is_mine=False)  # the report is loud
+        if self.last_report is not None and self.last_report.step > row.step:
+            _log.warning("%s", report.headline())
+        elif may_raise and self._ranks.size == 1:
+            self._error = self._act(report, None, may_settle=False, in_a_row=self._bad_losses) or self._error
+        else:
+            self._unclean = True
+            self.last_report, self.reported_at = report, next(_report_numbers)
+            self._announcer.announce(report, "warn")
+            self.probes.run("report file", self._dump, report)
+
+    def take_error(self) -> BaseException | None:
+        """Returns what is to be raised after a step that was applied, once."""
+        error, self._error = self._error, None
+        return error
 
     def _restore_statistics(self) -> None:
         """Puts back the running statistics that the skipped step's batch has made non-finite, on this rank."""

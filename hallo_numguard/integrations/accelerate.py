@@ -81,6 +81,7 @@ class AcceleratorGuard(Guard):
             self._patches.observe(accelerator, "backward", self._on_backward)
             for steps in self._steps:
                 self._patches.wrap(steps.optimizer, "step", steps.step)
+                self._patches.observe(steps.optimizer, "zero_grad", steps.before_clearing)
             self.saves.add(accelerator, "save_state", self._state_save)
             self.saves.add(accelerator, "save_model", _model_save)
             _guarded.add(accelerator)
@@ -179,6 +180,11 @@ class _Steps:
             self._check = None
             self.guard.done(applied=False)
         self.guard.on_loss(loss)
+
+    def before_clearing(self, *_: Any, **__: Any) -> None:
+        """Forgets the losses, if the gradients are about to be cleared."""
+        if self._accelerator.sync_gradients:
+            self.guard.gradients_were_cleared()
 
     def before_clipping(self, parameters: Iterable[torch.Tensor]) -> None:
         """Checks the gradients, if they are complete and those of `parameters`."""

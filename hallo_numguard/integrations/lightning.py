@@ -164,9 +164,8 @@ class NumGuardCallback(Guard, Callback):
         return Save("Trainer.save_checkpoint", bool(weights_only), None if self._is_interrupted else True)
 
     def _steps_are_over(self, trainer: Trainer) -> None:
-        for guard in self._under_way:
-            guard.done(applied=True)
-        self._under_way.clear()
+        while self._under_way:
+            self._under_way.pop(0).done(applied=True)
         if self._scale_to_keep is not None:
             _scaler_of(trainer).update(self._scale_to_keep)
             self._scale_to_keep = None

@@ -25,7 +25,7 @@ class SlowRows(HostRing):
 def record(recorder, steps):
     for step in steps:
         table = multi_tensor_stats([torch.full((4,), float(step))])
-        recorder.begin(step, 1.0, ScannedPieces(table, [Piece(0, 0)]), None)
+        recorder.begin(step, 1.0, ScannedPieces(table, [Piece(0, 0)]))
         recorder.end(applied=True)
 
 

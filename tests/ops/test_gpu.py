@@ -128,7 +128,7 @@ def test_no_host_sync(backend: str) -> None:
     def step() -> None:
         table = ng.tensor_stats(flat, layout)
         table.total_norm(), table.found_inf(), table.norm()
-        recorder.begin(0, 1.0, ScannedPieces(table, [Piece(0, 0), Piece(1, 0)]), loss)
+        recorder.begin(0, 1.0, ScannedPieces(table, [Piece(0, 0), Piece(1, 0)]), [loss])
         recorder.end(applied=True)
         ng.multi_tensor_stats(short)
         ng.multi_tensor_stats(long)

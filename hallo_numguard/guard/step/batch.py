@@ -14,7 +14,7 @@ from hallo_numguard.guard.collectives import clip
 from hallo_numguard.guard.named_tensors import NamedTensor, scan_tensors
 from hallo_numguard.guard.parameter_stats import ParameterStats
 from hallo_numguard.guard.readable import UncheckedTensors, readable_tensors
-from hallo_numguard.guard.step.model_call import ModelCall
+from hallo_numguard.guard.step.model_call import ModelCall, SeedCounter
 from hallo_numguard.guard.step.pending import StepOwner
 from hallo_numguard.guard.step.step_call import StepCall
 from hallo_numguard.ops.api import multi_tensor_stats
@@ -41,6 +41,7 @@ class Batch:
         self._unchecked = unchecked
         self._tolerated: set[str] = set()
         self._state = None if model is None else StateRecorder(model)
+        self._arrivals = SeedCounter()
 
     @property
     def calls(self) -> Sequence[ModelCall]:
@@ -57,13 +58,23 @@ class Batch:
         """Whether there are calls, with arguments that have not changed since."""
         return bool(self.calls) and not any(call.changed for call in self.calls)
 
+    @property
+    def seeds_seen(self) -> int:
+        """Number of gradients that have arrived at outputs of the model so far."""
+        return self._arrivals.count
+
+    @property
+    def sees_seeds(self) -> bool:
+        """Whether gradients that reach the model arrive at outputs that are waited at."""
+        return bool(self.calls) and all(call.is_hooked for call in self.calls)
+
     def add(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Keeps the arguments of a forward pass, if it is one of training."""
         if not torch.is_grad_enabled():
             return
         contents = contents_of_items(self._named(args, kwargs))
         state = Snapshot(()) if self._state is None else self._state.before_call(contents)
-        self._steps.pending.calls.append(ModelCall(args, kwargs, contents, state))
+        self._steps.pending.calls.append(ModelCall(args, kwargs, contents, state, arrivals=self._arrivals))
 
     def note_output(self, output: Any) -> None:
         """Records the output of the last call; forgets the oldest calls where all take much memory."""

@@ -15,6 +15,13 @@ from hallo_numguard.tracing.rng_and_autocast import Autocast, RandomState
 
 
 @dataclass(eq=False)
+class SeedCounter:
+    """Number of gradients that have arrived at outputs of the model, of all calls so far."""
+
+    count: int = 0
+
+
+@dataclass(eq=False)
 class ModelCall:
     """One forward pass of a training step, with all that it takes to repeat it.
 
@@ -27,6 +34,8 @@ class ModelCall:
         outputs: Floating-point tensors that the model returned, detached. None if they are unknown, see `unknown`.
         seeds: Gradients with respect to the outputs that backward passes have given so far, by position.
         unknown: Why the call cannot be repeated and compared; "" if it can.
+        arrivals: Counter of the gradients that arrive at outputs.
+        is_hooked: Whether gradients are waited for at any output.
     """
 
     args: tuple[Any, ...]
@@ -38,6 +47,8 @@ class ModelCall:
     outputs: list[torch.Tensor] | None = None
     seeds: dict[int, torch.Tensor] = field(default_factory=dict)
     unknown: str = "it is not over"
+    arrivals: SeedCounter = field(default_factory=SeedCounter)
+    is_hooked: bool = False
     _versions: list[int] = field(default_factory=list)
     _output_versions: list[int] = field(default_factory=list)
 
@@ -81,6 +92,7 @@ class ModelCall:
         for position, tensor in enumerate(tensors):
             if tensor.requires_grad:
                 tensor.register_hook(self._seed(position))
+                self.is_hooked = True
 
     def forget(self) -> None:
         """Releases everything: this call can no longer be repeated."""
@@ -91,6 +103,7 @@ class ModelCall:
 
     def _seed(self, position: int) -> Callable[[torch.Tensor], None]:
         def arrived(gradient: torch.Tensor) -> None:
+            self.arrivals.count += 1
             with contain_failures("record of the batch", "this step will not be run again"):
                 self._add_seed(position, gradient)
 

@@ -28,6 +28,8 @@ class PendingStep:
         gradients: Scan of this rank's gradients.
         is_scanned: Whether there is such a scan.
         losses: Losses of the micro-batches, detached.
+        losses_are_scaled: Whether they are still multiplied by the loss scale.
+        losses_of_backward: Whether backward was called on them, so that they are what the gradients come from.
         calls: Calls of the model, one per micro-batch.
         step_calls: Calls of the function that makes the loss, if it is known.
         alone_because: Why this rank judges the step by itself; "" if it does not.
@@ -40,16 +42,29 @@ class PendingStep:
     gradients: ScannedPieces = field(default_factory=lambda: ScannedPieces(StatsTable.empty(), ()))
     is_scanned: bool = False
     losses: list[torch.Tensor] = field(default_factory=list)
+    losses_are_scaled: bool = False
+    losses_of_backward: bool = False
     calls: deque[ModelCall] = field(default_factory=lambda: deque(maxlen=MAX_CALLS))
     step_calls: list[StepCall] = field(default_factory=list)
     alone_because: str = ""
     watch: OperationWatch | None = None
     local_gradients: list[tuple[StatsTable, Piece]] = field(default_factory=list)
 
+    def forget_losses(self) -> None:
+        """Forgets the losses: they are not those of this step."""
+        self.losses.clear()
+        self.losses_are_scaled = self.losses_of_backward = False
+
+    def unscale_losses(self) -> None:
+        """Divides the losses by the loss scale, if they are multiplied by it. No host sync."""
+        if self.losses_are_scaled and self.scaling.scale != 1.0:
+            self.losses[:] = [loss / self.scaling.scale for loss in self.losses]
+        self.losses_are_scaled = False
+
     def clear(self) -> None:
         """Releases the tensors: the step is over."""
         self.is_scanned = False
-        self.losses.clear()
+        self.forget_losses()
         self.calls.clear()
         self.step_calls.clear()
         self.local_gradients.clear()

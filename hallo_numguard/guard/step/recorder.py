@@ -14,7 +14,7 @@ from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.ops.device import HostRing
 
 MAX_TABLE_BYTES = 64 << 20  # beyond it only totals of the steps are kept
-_NONFINITE, _ABSMAX, _SUMSQ, _LOSS = range(4)
+_NONFINITE, _ABSMAX, _SUMSQ, _LOSS, _LOSSES = range(5)
 
 
 @dataclass
@@ -24,6 +24,7 @@ class _Stamp:
     step: int
     loss_scale: float
     has_loss: bool
+    losses: int = 0  # of backward passes
     applied: bool = False
 
 
@@ -36,6 +37,10 @@ class Recorder:
         length: Number of steps to keep.
         names: Names of the parameters.
         limit: See `StepRecord.limit`.
+
+    Attributes:
+        bad_losses: Steps whose loss was not finite, of several micro-batches any, among those returned last. Only
+            losses that a backward pass has begun at count.
     """
 
     def __init__(self, length: int, names: Sequence[str], limit: float | None) -> None:
@@ -47,24 +52,43 @@ class Recorder:
         self._tables: deque[ScannedPieces] = deque()  # of the last steps
         self._written = 0
         self._returned = 0  # rows that `fresh` has returned
+        self.bad_losses: set[int] = set()
 
     def add_names(self, names: Sequence[str]) -> None:
         """Adds the names of parameters that follow the known ones."""
         self._names += names
 
-    def begin(self, step: int, loss_scale: float, gradients: ScannedPieces, loss: torch.Tensor | None) -> None:
-        """Writes the figures that are known before the optimizer's step."""
+    def begin(
+        self,
+        step: int,
+        loss_scale: float,
+        gradients: ScannedPieces,
+        losses: Sequence[torch.Tensor] = (),
+        are_of_backward: bool = False,
+    ) -> None:
+        """Writes the figures that are known before the optimizer's step.
+
+        Args:
+            step: Number of the step.
+            loss_scale: Loss scale.
+            gradients: Scan of the gradients.
+            losses: Losses of the micro-batches.
+            are_of_backward: Whether backward passes have begun at them.
+        """
         table = gradients.table
         if self._rows is None:
-            self._rows = HostRing(self._length, 4, table.packed.device)
+            self._rows = HostRing(self._length, 5, table.packed.device)
         row = self._rows.row(self._written)
         row[_NONFINITE] = table.nonfinite_counts.sum()
         row[_ABSMAX] = table.absmax.amax() if len(table) else 0.0
         row[_SUMSQ] = table.sumsq.sum()
-        if loss is not None:
-            row[_LOSS] = loss.detach().reshape(())
+        if losses:
+            row[_LOSS] = losses[-1].detach().reshape(())
+        counted = len(losses) if are_of_backward else 0
+        if counted > 1:
+            row[_LOSSES] = _sum(losses, row)
         self._rows.send(self._written)
-        self._stamps.append(_Stamp(step, loss_scale, loss is not None))
+        self._stamps.append(_Stamp(step, loss_scale, bool(losses), counted))
         del self._stamps[: -self._length]
         self._written += 1
         self._tables.append(gradients)
@@ -95,13 +119,17 @@ class Recorder:
     def _records(self, begin: int, wait: bool) -> list[StepRecord]:
         """The steps from an ordinal number on, up to the first whose row has not arrived."""
         records: list[StepRecord] = []
+        self.bad_losses = set()
         for number in range(begin, self._written):
             row = None if self._rows is None else self._rows.read(number, wait)
             if row is None:
                 break
             behind = number - self._written
             gradients = self._tables[behind] if -behind <= len(self._tables) else None
-            records.append(self._step_record(self._stamps[behind], row, gradients))
+            stamp = self._stamps[behind]
+            if stamp.losses and not math.isfinite(row[_LOSS if stamp.losses == 1 else _LOSSES]):
+                self.bad_losses.add(stamp.step)
+            records.append(self._step_record(stamp, row, gradients))
         return records
 
     def _step_record(self, stamp: _Stamp, row: list[float], gradients: ScannedPieces | None) -> StepRecord:
@@ -116,6 +144,14 @@ class Recorder:
             limit=self._limit,
             parameters={} if gradients is None else _GradientRecords(self._names, gradients),
         )
+
+
+def _sum(losses: Sequence[torch.Tensor], row: torch.Tensor) -> torch.Tensor:
+    """The sum of losses, which is not finite if one of them is not: two launches where all are alike."""
+    numbers = [loss.detach().reshape(()) for loss in losses]
+    if len({(number.dtype, number.device) for number in numbers}) > 1:
+        numbers = [number.to(row) for number in numbers]
+    return torch.stack(numbers).sum(dtype=row.dtype)
 
 
 class _GradientRecords(Mapping[str, GradientRecord]):

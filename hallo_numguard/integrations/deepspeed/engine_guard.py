@@ -34,6 +34,7 @@ from hallo_numguard.guard.named_tensors import named_buffers
 from hallo_numguard.guard.save_gate import Save
 from hallo_numguard.guard.session import Session
 from hallo_numguard.integrations import engine_of
+from hallo_numguard.integrations.backward_calls import LossObserver
 from hallo_numguard.integrations.deepspeed.adapters import adapter_class, adapter_for
 from hallo_numguard.integrations.deepspeed.adapters.plain import clip
 from hallo_numguard.integrations.deepspeed.engine import (
@@ -116,6 +117,7 @@ class DeepSpeedGuard(Guard):
         with contextlib.ExitStack() as undo:
             undo.callback(self.detach)
             undo.callback(self.saves.remove)
+            self._losses = LossObserver(self._session)
             self._session.inspect_weights("attached")
             self._patch(goes_back=config.keeper is not None)
             self._replaces = config.mode == "replace" and self._replace_passes()
@@ -159,6 +161,7 @@ class DeepSpeedGuard(Guard):
         answers = not self._checks_overflow and self._ranks.size > 1 and self._engine in _guarded_engines
         self._patches.restore()
         self.saves.leave()
+        self._losses.stop()
         self._session.stop()
         _guarded_engines.discard(self._engine)
         if answers:
@@ -204,6 +207,7 @@ class DeepSpeedGuard(Guard):
                 self._explain()
             self._session.essential("drop of the gradients", self._gradients.drop)
         self._session.after_step(applied=not self._overflowed)
+        self._to_raise = self._to_raise or self._session.take_error()
         if self._to_raise is not None:
             error, self._to_raise = self._to_raise, None
             raise error
@@ -237,7 +241,7 @@ class DeepSpeedGuard(Guard):
 
     def _on_backward(self, loss: Any, *_: Any, **__: Any) -> None:
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-            self._session.on_loss(loss)
+            self._losses.show(loss, is_certain=True)
 
     def _on_checkpoint_loaded(self, _: Any) -> None:
         self._session.inspect_weights("loaded from a checkpoint")
@@ -264,6 +268,7 @@ class DeepSpeedGuard(Guard):
         return scan
 
     def _scan_gradients(self, step: int, scaling: LossScaling) -> ScannedPieces:
+        self._session.probes.run("record of the loss", self._losses.begin_step)
         scan = self._gradients.scan()
         if self._gradients.has_unknown:
             self._session.probes.run("addition of parameters", self._add_parameters)

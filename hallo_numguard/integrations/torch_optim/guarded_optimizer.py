@@ -155,7 +155,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         Not needed if the model returns the loss, alone or as `loss` of its output, or a closure does. Without a loss,
         the model's output shows whether the non-finite value arose before the backward pass.
         """
-        self._guard.on_loss(loss)
+        self._guard.on_loss(loss, is_certain=True)
         return loss
 
     # -- torch.optim.Optimizer -----------------------------------------------------------------------------------------
@@ -333,6 +333,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Sets the gradients to None or zero; see torch.optim.Optimizer."""
+        self._guard.gradients_were_cleared()
         self._optimizer.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
@@ -405,6 +406,9 @@ class _UnguardedOptimizer(GuardedOptimizer):
     @_disable_dynamo
     def step(self, closure: Closure | None = None, *, grad_scaler: Any = None) -> Any:
         return self._step_unguarded(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._optimizer.zero_grad(set_to_none)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._optimizer.load_state_dict(state_dict)

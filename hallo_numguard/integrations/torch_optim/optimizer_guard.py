@@ -21,6 +21,7 @@ from hallo_numguard.guard.named_tensors import NamedTensor, named_buffers
 from hallo_numguard.guard.readable import UncheckedTensors, norm_by_torch
 from hallo_numguard.guard.session import Session
 from hallo_numguard.guard.step.pending import PendingStep
+from hallo_numguard.integrations.backward_calls import LossObserver
 from hallo_numguard.integrations.patches import replaced
 from hallo_numguard.integrations.torch_optim.grad_scaler import scaling_of
 from hallo_numguard.integrations.torch_optim.model_hooks import (
@@ -98,7 +99,6 @@ class OptimizerGuard:
         self._keeper = config.keeper
         self.device = next(parameter.device for _, parameter in self._gradients.trained())
         self._ranks = self._find_ranks()
-        self._loss_is_told = False
         self._steps = 0
         self._under_way = False
         self._put_aside: tuple[AsyncHostCopy, PendingStep] | None = None
@@ -110,6 +110,8 @@ class OptimizerGuard:
                 undo.callback(self._calls.stop)
             self.session = Session(self._described(parameters), self._ranks, config, on_overflow)
             undo.callback(self.session.stop)
+            self._losses = LossObserver(self.session, self._own_parameters)
+            undo.callback(self._losses.stop)
             self.session.inspect_weights("the optimizer was guarded")
             undo.pop_all()
 
@@ -169,11 +171,15 @@ class OptimizerGuard:
         """Whether the script has saved its run. State dicts are written by rank 0 alone, so slices would be lost."""
         return self._keeper.run is not None and not self._gradients.sharded
 
+    def _own_parameters(self) -> list[torch.Tensor]:
+        return [parameter for _, parameter in self._gradients.trained()]
+
     def take_off(self) -> None:
         """Removes the guard. Reports and history stay readable."""
         self.active = False
         if self._calls is not None:
             self._calls.stop()
+        self._losses.stop()
         self.session.stop()
 
     @property
@@ -199,27 +205,34 @@ class OptimizerGuard:
 
     def _on_forward_end(self, output: Any) -> None:
         self.session.on_forward_end(output)
-        if not self._loss_is_told:
-            self.session.probes.run("record of the loss", self._find_loss, output)
+        self.session.probes.run("record of the loss", self._find_loss, output)
 
     def _find_loss(self, output: Any) -> None:
         loss = loss_in(output)
         if loss is not None:
-            self.session.on_loss(loss)
+            self._losses.find(loss)
 
-    def on_loss(self, loss: torch.Tensor) -> None:
-        """Records a micro-batch's loss, before its backward; it replaces the loss taken from the model's output."""
-        if not self._loss_is_told:
-            self._loss_is_told = True
-            self.session.forget_losses()
+    def on_loss(self, loss: torch.Tensor, is_certain: bool = False) -> None:
+        """Records a micro-batch's loss, before it is scaled and its backward pass is made.
+
+        Args:
+            loss: The loss.
+            is_certain: Whether it is this guard's, and not that of another optimizer.
+        """
         if self.active:
-            self.session.on_loss(loss)
+            self._losses.show(loss, is_certain)
+
+    def gradients_were_cleared(self) -> None:
+        """Forgets the losses of the gradients that are no more."""
+        if self.active:
+            self.session.forget_losses()
 
     def on_closure_result(self, loss: Any) -> None:
         """Records the result of a closure: if it is a loss, no other counts."""
         if self.active and isinstance(loss, torch.Tensor) and loss.numel() == 1:
             self.session.forget_losses()
-            self.session.on_loss(loss)
+            self._losses.forget()
+            self.session.on_loss(loss, of_backward=True)
 
     def state_was_loaded(self) -> None:
         """Scans weights and optimizer state that were loaded."""
@@ -289,6 +302,7 @@ class OptimizerGuard:
         if not self.active:
             return
         self._under_way = True
+        self.session.probes.run("record of the loss", self._losses.begin_step)
         if scan is None:  # torch alone has checked
             self.session.begin_unscanned(self._steps, scaling)
             return
@@ -349,11 +363,25 @@ class OptimizerGuard:
             self.session.swap_step(None if self.went_back else now)
 
     def done(self, applied: bool) -> None:
-        """Completes the step that was checked last."""
+        """Completes the step that was checked last.
+
+        Raises:
+            NumericsError: If the step was applied with a loss that is not finite, and the policy says so.
+        """
         if self._under_way:
             self._under_way = False
             if self.active:
                 self.session.after_step(applied)
+                if applied:
+                    self._act_on_loss()
+
+    def _act_on_loss(self) -> None:
+        """Does what the policy says of a step that was applied with a loss that is not finite."""
+        error = self.session.take_error()
+        if error is not None:
+            raise error
+        if self.session.goes_back:
+            self._go_back()
 
 
 def _why_alone(reducer: Any) -> str:

@@ -190,12 +190,6 @@ FAULTS = (*support.FAULTS[1:], "loss")
 def test_a_planted_fault_is_named(name, fault, setup):
     run = Run(support.Faulty(fault, name), setup)
     run.steps(range(1, STEPS + 1))
-    if fault == "loss" and "unseen" in setup:  # unknowable: the output of the model is finite
-        report = run.faulty.reports[0]
-        assert report.verdict == ("scale_too_high" if setup.startswith("fp16") else "undetermined")
-        assert "the model's output is finite" in report.evidence
-        assert any("watch_loss" in line for line in report.not_checked)
-        return
     assert run.problems() == []
 
 

@@ -1,0 +1,150 @@
+"""Reports on steps whose loss is not finite though their gradients are, in sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hallo_numguard.core.overflow_report import OverflowReport
+from hallo_numguard.core.records import Offender, StepRecord, Verdict
+from hallo_numguard.core.safe_text import listed
+
+
+@dataclass(frozen=True)
+class BadLoss:
+    """A loss that was not finite in a step that was applied.
+
+    Attributes:
+        micro_batches: Positions of the losses that were not finite; () if the losses are not there any more.
+        count: Number of losses of the step; 0 if they are not there any more.
+        value: The loss, or the first bad one, as "NaN".
+        output: What the model returned that was not finite, if it is more than one number; None if nothing was, or if
+            that is not known.
+        outputs_known: Whether all that the model returned is still there, and was looked at.
+        input: First tensor that the model was called with that was not finite.
+        inputs_known: Whether all that the model was called with is still there, unchanged, and was looked at.
+        labels: Labels of which every element is the same ignored number: name, number and how many elements.
+        is_scaled: Whether the loss scale may have made it infinite.
+    """
+
+    micro_batches: tuple[int, ...] = ()
+    count: int = 0
+    value: str = "not finite"
+    output: Offender | None = None
+    outputs_known: bool = False
+    input: Offender | None = None
+    inputs_known: bool = False
+    labels: tuple[tuple[str, int, int], ...] = ()
+    is_scaled: bool = False
+
+
+def loss_report(row: StepRecord, bad: BadLoss, in_a_row: int, loss: Offender, world_size: int) -> OverflowReport:
+    """Returns the report on a step that was applied with a loss that is not finite.
+
+    Args:
+        row: Figures of the step.
+        bad: What is known of the loss.
+        in_a_row: Number of such steps in a row, this one included.
+        loss: The loss as an offender.
+        world_size: Number of ranks.
+    """
+    here = f" on rank {loss.rank}" if world_size > 1 else ""
+    return OverflowReport(
+        step=row.step,
+        loss_scale=row.loss_scale,
+        verdict=Verdict.LOSS_NONFINITE,
+        provisional=False,
+        recoverable=None,
+        first=bad.output or loss,
+        offenders=(),
+        evidence=tuple(_evidence(row, bad, in_a_row)),
+        not_checked=tuple(_not_checked(bad)),
+        advice=_advice(row, bad),
+        world_size=world_size,
+        consecutive_skips=0,
+        happened=f"Step {row.step} was applied with a loss that is {bad.value}{here}, its gradients are finite.",
+    )
+
+
+def _evidence(row: StepRecord, bad: BadLoss, in_a_row: int) -> list[str]:
+    lines = [
+        "every gradient of the step is 0" if row.absmax == 0 else f"all gradients are finite, up to {row.absmax:.4g}"
+    ]
+    if bad.count > 1:
+        places = listed([str(place) for place in bad.micro_batches])
+        lines.insert(
+            0, f"{len(bad.micro_batches)} of {bad.count} losses of the step are not finite: micro-batch {places}"
+        )
+    if bad.is_scaled:
+        lines.append("the loss was multiplied by the loss scale before it was seen")
+    lines += [
+        f"{name}, with which the model was called: every one of its {count} elements is {number}"
+        for name, number, count in bad.labels
+    ]
+    if bad.output is not None:
+        lines.append(f"what the model returned is not finite: {bad.output}")
+    elif bad.outputs_known:
+        lines.append("no NaN or +Inf in what the model returned, but for the loss")
+    if bad.input is not None:
+        lines.append(f"what the model was called with is not finite: {bad.input}")
+    elif bad.inputs_known:
+        lines.append("no NaN or +Inf in what the model was called with")
+    lines.append(
+        "the step was applied, as gradients that are 0 change weights only by momentum and weight decay"
+        if row.absmax == 0
+        else "the step was applied, as its gradients are finite"
+    )
+    if in_a_row > 1:
+        lines.append(f"{in_a_row} steps in a row with such a loss")
+    return lines
+
+
+def _not_checked(bad: BadLoss) -> Sequence[str]:
+    missing = []
+    if not bad.outputs_known:
+        missing.append("what the model returned")
+    if not bad.inputs_known:
+        missing.append("what the model was called with")
+    if not bad.labels:
+        missing.append("labels that the model was not called with")
+    return missing
+
+
+def _advice(row: StepRecord, bad: BadLoss) -> str:
+    if bad.labels and bad.value == "NaN":
+        name, number, _ = bad.labels[0]
+        ignored = "-100, which losses of torch ignore" if number == -100 else f"{number}: if that is ignored"
+        return (
+            f"Every label is {ignored}, so that the mean is 0 / 0. Look for samples whose answer was cut off (a prompt "
+            f"that fills the context), and drop such batches, or divide by at least 1 (see {name})."
+        )
+    if bad.output is not None:
+        return (
+            "The forward pass made it before the loss was computed, and no gradient has shown it. Look in the model "
+            "for a logarithm, a power or a root of a negative number, for a division by 0, and for numbers too large "
+            f"for {bad.output.dtype}; hallo_numguard.trace names the operation."
+        )
+    if row.absmax == 0:
+        return (
+            "No valid label? A mean over no element is 0 / 0, and its gradients are 0: look at the labels of the batch "
+            "(all ignored, as -100), and at masks and weights of the loss that are 0 throughout."
+        )
+    return (
+        "Something that the gradients do not show made the loss so: look at the terms of the loss one by one, for a "
+        "logarithm or a division in a term that is detached or constant, and for one of several losses that is not "
+        "finite."
+    )
+
+
+def short_line(row: StepRecord, bad: BadLoss, in_a_row: int) -> str:
+    """Returns the finding on such a step, in one line."""
+    gradients = "finite (all zero)" if row.absmax == 0 else "finite"
+    cause = ""
+    if bad.labels:
+        cause = f": every element of {bad.labels[0][0]} is {bad.labels[0][1]}"
+    elif bad.output is not None:
+        cause = "; what the model returned is not finite either"
+    elif row.absmax == 0:
+        cause = ": no valid label?"
+    again = f" ({in_a_row} steps in a row)" if in_a_row > 1 else ""
+    return f"step {row.step}: loss {bad.value}, gradients {gradients}{cause}{again}"
