@@ -32,7 +32,8 @@ from hallo_numguard.guard.containment import Probes, contain_failures, failures
 from hallo_numguard.guard.diagnosis import messages
 from hallo_numguard.guard.diagnosis.collect import BadStep, EvidenceCollector
 from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
-from hallo_numguard.guard.diagnosis.loss_messages import BadLoss, loss_report, short_line
+from hallo_numguard.guard.diagnosis.loss_messages import BadLoss, loss_report, short_line, uncleared_line
+from hallo_numguard.guard.diagnosis.nonfinite_losses import in_words, look_at, loss_offender
 from hallo_numguard.guard.diagnosis.replay import Replayer
 from hallo_numguard.guard.diagnosis.rules import confirm, is_unexplained, judge, needs_replay, needs_replay_of_step
 from hallo_numguard.guard.guarded_model import GuardedModel, ScannedPieces
@@ -45,7 +46,6 @@ from hallo_numguard.guard.step.armed import ARMED_STEPS, ArmedSteps
 from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.guard.step.early_warnings import EarlyWarnings
 from hallo_numguard.guard.step.local_gradients import LocalGradients
-from hallo_numguard.guard.step.nonfinite_losses import in_words, look_at, loss_offender
 from hallo_numguard.guard.step.pending import MAX_CALLS, PendingStep, StepOwner
 from hallo_numguard.guard.step.recorder import Recorder
 from hallo_numguard.guard.step.step_call import StepCall
@@ -129,6 +129,9 @@ class Session:
         self._announcer = policy.Announcer()
         self._skipped = 0  # steps in a row
         self._bad_losses = 0  # applied steps in a row
+        self._uncleared: tuple[int, int] | None = (
+            None  # bad step whose gradients stayed, and the last one that kept them
+        )
         self._error: BaseException | None = None  # after a step that was applied
         self._alarms = 0  # findings that are more than an information
         self._unclean = False  # whether this step's gradients were not finite, and not because of the loss scale
@@ -213,13 +216,14 @@ class Session:
 
         Args:
             loss: The loss.
-            is_scaled: Whether it is multiplied by the loss scale.
+            is_scaled: Whether it is the root of a backward pass, multiplied by the loss scale if there is one.
             of_backward: Whether a backward pass from it has reached the model.
         """
         pending = self._steps.pending
         losses = pending.losses
         losses.append(loss.detach())
-        pending.losses_are_scaled, pending.losses_of_backward = is_scaled, of_backward
+        pending.losses_are_scaled = pending.losses_are_roots = is_scaled
+        pending.losses_of_backward = of_backward
         if len(losses) > MAX_LOSSES:  # passes that no step follows
             del losses[: MAX_LOSSES // 2]
 
@@ -404,8 +408,13 @@ class Session:
 
     def _bad_step(self) -> BadStep:
         losses = self._steps.pending.losses
-        stand_ins = None if losses else self.probes.run("record of the batch", self._batch.stand_ins_for_losses)
-        return BadStep(self._steps.pending, self._skipped, losses or stand_ins or [], bool(losses))
+        if not all(bool(torch.isfinite(loss)) for loss in losses):
+            return BadStep(self._steps.pending, self._skipped, losses, True)
+        # A finite loss may not depend on all that the model has returned.
+        outputs = self.probes.run("record of the batch", self._batch.stand_ins_for_losses) or []
+        if not losses or (self._steps.pending.losses_are_roots and any(bool(number.isnan()) for number in outputs)):
+            return BadStep(self._steps.pending, self._skipped, outputs, False)
+        return BadStep(self._steps.pending, self._skipped, losses, True)
 
     def _judge(self, evidence: Evidence) -> OverflowReport:
         return replace(judge(evidence), history=tuple(self._recorder.read()), environment=self._environment())
@@ -515,6 +524,28 @@ class Session:
             self.last_report, self.reported_at = report, next(_report_numbers)
             self._announcer.announce(report, "warn")
             self.probes.run("report file", self._dump, report)
+
+    def on_uncleared_gradients(self, step: int) -> NumericsError | None:
+        """Tells that a backward pass adds to gradients that were not finite before, as nobody has cleared them.
+
+        Args:
+            step: Number of the step under way.
+
+        Returns:
+            Error to raise when the script next calls us; None to go on.
+        """
+        report = self.last_report
+        if report is None:
+            return None
+        if self._uncleared is None or self._uncleared[1] != step - 1:
+            self._uncleared = step - 1, step - 1
+        since, self._uncleared = self._uncleared[0], (self._uncleared[0], step)
+        count = step - since
+        self._note(Finding("gradients_not_cleared", uncleared_line(step, since, count), step, severity="error"))
+        if self._ranks.size > 1:  # each rank counts by itself
+            return None
+        action = self._config.policy.action_for(report, in_a_row=count + 1)
+        return NumericsError(report) if action == "raise" and report.recoverable is not False else None
 
     def take_error(self) -> BaseException | None:
         """Returns what is to be raised after a step that was applied, once."""

@@ -31,11 +31,18 @@ class LossObserver:
     Args:
         session: Session that records the losses.
         trained: Returns the parameters of the guarded optimizer. Not needed where all losses shown are the guard's.
+        on_backward: Called before each backward pass. Must not raise.
     """
 
-    def __init__(self, session: Session, trained: Callable[[], Iterable[torch.Tensor]] = tuple) -> None:
+    def __init__(
+        self,
+        session: Session,
+        trained: Callable[[], Iterable[torch.Tensor]] = tuple,
+        on_backward: Callable[[], None] = lambda: None,
+    ) -> None:
         self._session = session
         self._trained = trained
+        self._on_backward = on_backward
         self._shown: list[torch.Tensor] = []
         self._is_certain = False
         self._steps = 0  # of the guard, so far
@@ -77,6 +84,7 @@ class LossObserver:
 
     def before(self) -> None:
         """A backward pass begins."""
+        self._on_backward()
         self._before = self._steps, self._session.seeds_seen
 
     def after(self, roots: Sequence[torch.Tensor]) -> None:

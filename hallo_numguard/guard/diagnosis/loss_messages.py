@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Offender, StepRecord, Verdict
 from hallo_numguard.core.safe_text import listed
+from hallo_numguard.guard.diagnosis.evidence import Evidence
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def _evidence(row: StepRecord, bad: BadLoss, in_a_row: int) -> list[str]:
     if bad.output is not None:
         lines.append(f"what the model returned is not finite: {bad.output}")
     elif bad.outputs_known:
-        lines.append("no NaN or +Inf in what the model returned, but for the loss")
+        lines.append("no NaN or +Inf in what the model returned, the loss left out")
     if bad.input is not None:
         lines.append(f"what the model was called with is not finite: {bad.input}")
     elif bad.inputs_known:
@@ -148,3 +149,25 @@ def short_line(row: StepRecord, bad: BadLoss, in_a_row: int) -> str:
         cause = ": no valid label?"
     again = f" ({in_a_row} steps in a row)" if in_a_row > 1 else ""
     return f"step {row.step}: loss {bad.value}, gradients {gradients}{cause}{again}"
+
+
+def scaled_together(seen: Evidence) -> list[str]:
+    """Returns a sentence where nothing but NaN is left in several gradients, though the loss is finite."""
+    names = [item.name for item in seen.gradients]
+    is_total = len(names) > 1 and all(item.nan == item.numel for item in seen.gradients)
+    if not is_total or seen.loss is not None or not seen.loss_known:
+        return []
+    line = (
+        f"every element of these {len(names)} gradients is NaN, as after a multiplication by a norm that is NaN "
+        "(clipping before the guard has read them): then none of them shows where it began"
+    )
+    return [line]
+
+
+def uncleared_line(step: int, since: int, count: int) -> str:
+    """Returns the finding on gradients that nobody has cleared after a bad step, in one line."""
+    again = "" if count == 1 else f" ({count} steps so far)"
+    return (
+        f"step {step}: gradients are not finite before the backward pass: since step {since} they were never cleared, "
+        f"so that whatever is added to them is lost. Call zero_grad() also where no step is made{again}"
+    )

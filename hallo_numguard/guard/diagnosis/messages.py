@@ -11,6 +11,7 @@ from hallo_numguard.core.records import Offender, Verdict
 from hallo_numguard.core.safe_text import listed
 from hallo_numguard.guard.diagnosis.catalog import CATALOG
 from hallo_numguard.guard.diagnosis.evidence import Evidence
+from hallo_numguard.guard.diagnosis.loss_messages import scaled_together
 from hallo_numguard.guard.loss_scaling import LossScaling
 
 RANK_FAULT_MEMORY = 100  # steps in which a second fault of the same rank is not taken for chance
@@ -80,7 +81,7 @@ def _replay_lines(seen: Evidence) -> list[str]:
 
 
 def _common(seen: Evidence) -> list[str]:
-    lines = [_gradient_line(seen)]
+    lines = [_gradient_line(seen), *scaled_together(seen)]
     if seen.alone_because:
         lines.append(f"this rank has judged by itself: {seen.alone_because}")
     if seen.bystanders:

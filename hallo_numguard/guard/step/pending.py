@@ -29,6 +29,7 @@ class PendingStep:
         is_scanned: Whether there is such a scan.
         losses: Losses of the micro-batches, detached.
         losses_are_scaled: Whether they are still multiplied by the loss scale.
+        losses_are_roots: Whether they are the roots of backward passes, and were not shown by a framework or a script.
         losses_of_backward: Whether backward was called on them, so that they are what the gradients come from.
         calls: Calls of the model, one per micro-batch.
         step_calls: Calls of the function that makes the loss, if it is known.
@@ -43,6 +44,7 @@ class PendingStep:
     is_scanned: bool = False
     losses: list[torch.Tensor] = field(default_factory=list)
     losses_are_scaled: bool = False
+    losses_are_roots: bool = False
     losses_of_backward: bool = False
     calls: deque[ModelCall] = field(default_factory=lambda: deque(maxlen=MAX_CALLS))
     step_calls: list[StepCall] = field(default_factory=list)
@@ -53,7 +55,7 @@ class PendingStep:
     def forget_losses(self) -> None:
         """Forgets the losses: they are not those of this step."""
         self.losses.clear()
-        self.losses_are_scaled = self.losses_of_backward = False
+        self.losses_are_scaled = self.losses_are_roots = self.losses_of_backward = False
 
     def unscale_losses(self) -> None:
         """Divides the losses by the loss scale, if they are multiplied by it. No host sync."""

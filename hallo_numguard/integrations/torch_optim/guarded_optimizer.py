@@ -96,6 +96,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         # A scaler that hands itself over saves its pass over the gradients.
         warnings.filterwarnings("ignore", "GradScaler is going to stop passing itself", FutureWarning)
         self._guard = OptimizerGuard(optimizer, self._named, self._config, on_overflow)
+        self._guard.looks_before_clipping = clip_norm is None  # which needs the norm of what the script has left
         self._saves = SaveGates(self._sessions, self._config.keeper, self._is_saved_by)
 
     def _wrap(
@@ -175,7 +176,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
             NumericsError: If the policy says so.
         """
         if grad_scaler is not None:
-            self.scaler = grad_scaler
+            self.scaler = self._guard.scaler = grad_scaler
         if grad_scaler is not None or "found_inf" in vars(self):
             return self._step_scaled(was_handed=grad_scaler is not None)
         if not self._guard.active:

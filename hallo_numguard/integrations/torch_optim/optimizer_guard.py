@@ -23,7 +23,7 @@ from hallo_numguard.guard.session import Session
 from hallo_numguard.guard.step.pending import PendingStep
 from hallo_numguard.integrations.backward_calls import LossObserver
 from hallo_numguard.integrations.patches import replaced
-from hallo_numguard.integrations.torch_optim.grad_scaler import scaling_of
+from hallo_numguard.integrations.torch_optim.grad_scaler import scale_of, scaling_of
 from hallo_numguard.integrations.torch_optim.model_hooks import (
     CallObserver,
     Named,
@@ -37,6 +37,7 @@ from hallo_numguard.integrations.torch_optim.model_hooks import (
     reshard,
 )
 from hallo_numguard.integrations.torch_optim.parameter_gradients import Gradients, GradientScan, totals_of
+from hallo_numguard.integrations.torch_optim.unmade_steps import UnmadeSteps
 from hallo_numguard.ops.device import AsyncHostCopy
 
 
@@ -74,6 +75,8 @@ class OptimizerGuard:
         active: Whether the guard is still on.
         device: Device of the first parameter that the optimizer trains.
         went_back: Whether the last skipped step ended in a rollback to a checkpoint.
+        looks_before_clipping: Whether the gradients are read before torch clips them, and not after it.
+        scaler: The GradScaler of the steps; None if none is known.
     """
 
     def __init__(
@@ -101,8 +104,12 @@ class OptimizerGuard:
         self._ranks = self._find_ranks()
         self._steps = 0
         self._under_way = False
+        self._is_bad = False  # the check under way
         self._put_aside: tuple[AsyncHostCopy, PendingStep] | None = None
         self.went_back = False
+        self.looks_before_clipping = True
+        self.scaler: Any = None
+        self._late: Exception | None = None
         self.active = True
         with contextlib.ExitStack() as undo:
             if self._model is not None:
@@ -110,7 +117,9 @@ class OptimizerGuard:
                 undo.callback(self._calls.stop)
             self.session = Session(self._described(parameters), self._ranks, config, on_overflow)
             undo.callback(self.session.stop)
-            self._losses = LossObserver(self.session, self._own_parameters)
+            self._unmade = self._watch_for_unmade_steps()
+            undo.callback(self._unmade.stop)
+            self._losses = LossObserver(self.session, self._own_parameters, self._unmade.before_backward)
             undo.callback(self._losses.stop)
             self.session.inspect_weights("the optimizer was guarded")
             undo.pop_all()
@@ -180,6 +189,7 @@ class OptimizerGuard:
         if self._calls is not None:
             self._calls.stop()
         self._losses.stop()
+        self._unmade.stop()
         self.session.stop()
 
     @property
@@ -190,6 +200,8 @@ class OptimizerGuard:
     # -- observation of the model -------------------------------------------------------------------------------------
 
     def _on_forward_start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if torch.is_grad_enabled():
+            self._no_step_was_made()
         self.session.probes.run("search for the process group", self._look_at_reducer)
         self.session.on_forward_start(args, kwargs)
 
@@ -224,8 +236,12 @@ class OptimizerGuard:
 
     def gradients_were_cleared(self) -> None:
         """Forgets the losses of the gradients that are no more."""
-        if self.active:
-            self.session.forget_losses()
+        if not self.active:
+            return
+        self._no_step_was_made()
+        self._unmade.gradients_were_cleared()
+        self.session.forget_losses()
+        self._raise_late()
 
     def on_closure_result(self, loss: Any) -> None:
         """Records the result of a closure: if it is a loss, no other counts."""
@@ -257,7 +273,8 @@ class OptimizerGuard:
             totals = torch.cat([totals, scale.to(totals).reshape(1)])
         bad, squares, *scales = totals.tolist()
         self._begin(scan, scaling_of(scales[0]) if scales else UNSCALED, are_scaled)
-        return GradientCheck(gradients, bad > 0, math.sqrt(squares), scales[0] if scales else 1.0)
+        self._is_bad = bad > 0
+        return GradientCheck(gradients, self._is_bad, math.sqrt(squares), scales[0] if scales else 1.0)
 
     def check_without_sync(self) -> torch.Tensor:
         """Reads the gradients, which are no DTensors, and leaves it to the optimizer to apply them if they are finite.
@@ -291,6 +308,11 @@ class OptimizerGuard:
     def _scan(self, gradients: list[torch.Tensor]) -> GradientScan | None:
         if not self.active:
             return None
+        self._raise_late()
+        early = self.session.probes.run("look before clipping", self._unmade.scan_of, gradients)
+        return early or self._read(gradients)
+
+    def _read(self, gradients: list[torch.Tensor]) -> GradientScan | None:
         return self.session.essential("scan of the gradients", self._gradients.read, gradients)
 
     def _totals(self, gradients: list[torch.Tensor], scan: GradientScan | None) -> torch.Tensor:
@@ -323,11 +345,59 @@ class OptimizerGuard:
         if not self.active:
             return
         error = self.session.overflow(self._steps)
+        self.session.probes.run("look before clipping", self._remember_bad_gradients)
         self.done(applied=False)
         if error is not None:
             raise error
         if self.session.goes_back:
             self._go_back()
+
+    # -- steps that the script leaves out ------------------------------------------------------------------------------
+
+    def _watch_for_unmade_steps(self) -> UnmadeSteps:
+        return UnmadeSteps(
+            self._collect,
+            self._read,
+            lambda: self.active and self.looks_before_clipping and not self._under_way and not self.sharded,
+            self._on_unmade_step,
+            self._on_uncleared,
+            self._raise_late,
+            self.session.probes,
+        )
+
+    def _remember_bad_gradients(self) -> None:
+        if not self.sharded:
+            self._unmade.step_was_bad(self._collect())
+
+    def _on_unmade_step(self, scan: GradientScan) -> None:
+        """Explains a step that the script has left out. What the policy raises is raised later, at a call of ours."""
+        scaling = UNSCALED if self.scaler is None else scaling_of(float(scale_of(self.scaler)))
+        self._begin(scan, scaling, are_scaled=False)
+        self._leave_step_out()
+
+    def _no_step_was_made(self) -> None:
+        """The gradients are about to be cleared, or added to: explains a step that was left out after a bad check."""
+        if self._under_way and self._is_bad and not self.sharded:
+            self.session.probes.run("look before clipping", self._leave_step_out)
+        self._unmade.no_step_was_made()
+
+    def _leave_step_out(self) -> None:
+        if self._unmade.is_uncleared:
+            self._remember_bad_gradients()
+            self.done(applied=False)
+            return
+        try:
+            self.skip()
+        except Exception as error:  # noqa: BLE001 - of the policy, or the user's own
+            self._late = error
+
+    def _on_uncleared(self) -> None:
+        self._late = self.session.on_uncleared_gradients(self._steps + 1) or self._late
+
+    def _raise_late(self) -> None:
+        error, self._late = self._late, None
+        if error is not None:
+            raise error
 
     def _go_back(self) -> None:
         """Loads the script's saved parts, in whatever order, and scans them when all are there."""

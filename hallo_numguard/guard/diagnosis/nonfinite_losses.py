@@ -10,9 +10,10 @@ import torch
 
 from hallo_numguard.core.records import Offender
 from hallo_numguard.guard.diagnosis.loss_messages import BadLoss
-from hallo_numguard.guard.named_tensors import NamedTensor, dtype_name, scan_tensors
+from hallo_numguard.guard.named_tensors import NamedTensor, scan_tensors
 from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.guard.step.pending import PendingStep
+from hallo_numguard.ops.formats import dtype_name
 
 _LABELS = re.compile(r"(^|[^a-z])(labels?|targets?|y)($|[^a-z])", re.IGNORECASE)
 _IGNORED = -100  # what torch's losses ignore by default
