@@ -73,9 +73,8 @@ def _evidence(row: StepRecord, bad: BadLoss, in_a_row: int) -> list[str]:
     ]
     if bad.count > 1:
         places = listed([str(place) for place in bad.micro_batches])
-        lines.insert(
-            0, f"{len(bad.micro_batches)} of {bad.count} losses of the step are not finite: micro-batch {places}"
-        )
+        share = f"{len(bad.micro_batches)} of {bad.count} losses of the step"
+        lines.insert(0, f"{share} are not finite: number {places}, counted from 0")
     if bad.is_scaled:
         lines.append("the loss was multiplied by the loss scale before it was seen")
     lines += [
