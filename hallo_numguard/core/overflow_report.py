@@ -1,4 +1,4 @@
-"""Report on a step whose gradients were not finite: as a record, as a JSON document, as text."""
+"""Report on a step whose gradients, or whose loss, were not finite: as a record, as a JSON document, as text."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class _History:
 
 @dataclass(frozen=True)
 class OverflowReport:
-    """Report on a step whose gradients were not finite.
+    """Report on a step whose gradients, or whose loss, were not finite.
 
     Attributes:
         step: Number of the step, from 1, as DeepSpeed counts.
@@ -84,7 +84,7 @@ class OverflowReport:
         summary: The answer in one sentence, without a full stop; "" if there is none.
         known_from: What has shown the cause, as "the batch, run again"; "" if it is not known.
         happened: Sentence on what happened, where it was something else than gradients that are not finite: a save that
-            would have written non-finite values. "" otherwise.
+            would have written non-finite values, a loss that was not finite. "" otherwise.
     """
 
     step: int

@@ -50,7 +50,7 @@ class Guard(ABC):
 
     @property
     def last_report(self) -> OverflowReport | None:
-        """The report on the last step whose gradients were not finite, or None.
+        """The report on the last step whose gradients, or whose loss, were not finite, or None.
 
         Replaced by one that is no longer provisional when a later step was finite.
         """

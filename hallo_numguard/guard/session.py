@@ -77,7 +77,7 @@ class Session:
     is checked by others, and `failed` is set when that comes again.
 
     Attributes:
-        last_report: Report on the last step whose gradients were not finite, or None. Replaced by one that is no longer
+        last_report: Report on the last step whose gradients or loss were not finite, or None. Replaced by one that is no longer
             provisional when a later step was finite.
         reported_at: Serial number of that report among those of this process.
         findings: Findings other than overflows; see `Finding`. The last 1000.

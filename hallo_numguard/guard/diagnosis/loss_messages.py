@@ -113,10 +113,11 @@ def _not_checked(bad: BadLoss) -> Sequence[str]:
 def _advice(row: StepRecord, bad: BadLoss) -> str:
     if bad.labels and bad.value == "NaN":
         name, number, _ = bad.labels[0]
-        ignored = "-100, which losses of torch ignore" if number == -100 else f"{number}: if that is ignored"
+        default = ", which losses of torch ignore" if number == -100 else ""
         return (
-            f"Every label is {ignored}, so that the mean is 0 / 0. Look for samples whose answer was cut off (a prompt "
-            f"that fills the context), and drop such batches, or divide by at least 1 (see {name})."
+            f"Every element of {name} is {number}{default}: if these are the labels, and {number} is ignored, the mean "
+            "is 0 / 0. Look for samples whose answer was cut off (a prompt that fills the context), and drop such "
+            "batches, or divide by at least 1."
         )
     if bad.output is not None:
         return (

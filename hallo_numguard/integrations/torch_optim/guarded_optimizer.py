@@ -153,8 +153,8 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
     def watch_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """Records the loss, of one element, before its backward, and returns it: `watch_loss(loss).backward()`.
 
-        Not needed if the model returns the loss, alone or as `loss` of its output, or a closure does. Without a loss,
-        the model's output shows whether the non-finite value arose before the backward pass.
+        Not needed where `backward` is called on the loss, multiplied or divided by constants at most: the guard sees
+        that. Shown losses are what `history` has.
         """
         self._guard.on_loss(loss, is_certain=True)
         return loss

@@ -86,15 +86,14 @@ class UnmadeSteps:
     def before_norm(self, gradients: Sequence[torch.Tensor]) -> None:
         """See `ClipObserver`."""
         self._is_ours = False
-        if gradients and self._may_look():
+        if gradients and self._bad is None and self._may_look():  # bad ones were explained already
             self._probes.run("look before clipping", self._look, gradients)
         if self._is_ours:
             self._raise_late()
 
     def _look(self, gradients: Sequence[torch.Tensor]) -> None:
         mine = self._collect()
-        ids = {id(gradient) for gradient in mine}
-        self._is_ours = any(id(gradient) in ids for gradient in gradients)
+        self._is_ours = bool(mine) and (gradients[0] is mine[0] or _have_common(gradients, mine))
         if not self._is_ours or (self._early is not None and self._early.is_of(mine)):
             return
         scan = self._scan(mine)
@@ -154,6 +153,11 @@ class UnmadeSteps:
     def is_uncleared(self) -> bool:
         """Whether the gradients of this step were added to some that were not finite."""
         return self._is_uncleared
+
+
+def _have_common(gradients: Sequence[torch.Tensor], mine: Sequence[torch.Tensor]) -> bool:
+    ids = set(map(id, mine))
+    return any(id(gradient) in ids for gradient in gradients)
 
 
 def _versions(gradients: Sequence[torch.Tensor]) -> list[int]:
