@@ -52,7 +52,8 @@ class Policy:
             "rollback" goes back, "raise" raises `NumericsError` once the framework has dropped the step's gradients.
         max_consecutive_skips: Number of skipped steps in a row after which the guard raises, unless a lower loss scale
             is still to be tried or `actions` says otherwise. Frameworks that do not scale the loss skip in silence.
-            Steps that are applied with a loss that is not finite count too, where there is one rank. A `rank_fault` that comes back on the same rank within 100 steps is unrecoverable.
+            Steps that are applied with a loss that is not finite count too, where there is one rank. A `rank_fault`
+            that comes back on the same rank within 100 steps is unrecoverable.
         keep_scale: Whether the loss scale stays where lowering it cannot help: the loss was non-finite before scaling.
         max_rollbacks: Number of rollbacks of one guard. After these it raises, as it does without a healthy checkpoint.
         enforce: Whether a step with non-finite gradients is skipped also where the framework's own configuration

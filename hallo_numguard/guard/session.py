@@ -65,6 +65,7 @@ STATUS_LEFT = -1  # off guard: the status of any other rank counts
 STATUS_FAILED = 2  # above 0 (finite) and 1 (not finite): the maximum over the ranks counts
 MAX_FINDINGS = 1000
 MAX_LOSSES = 4096  # of a step
+MAX_LOSS_REPLAYS = 10  # of steps in a row that are applied with a bad loss
 MAX_FAILURES = 3  # of essential parts, after which they are not tried any more
 
 _report_numbers = itertools.count()
@@ -77,8 +78,8 @@ class Session:
     is checked by others, and `failed` is set when that comes again.
 
     Attributes:
-        last_report: Report on the last step whose gradients or loss were not finite, or None. Replaced by one that is no longer
-            provisional when a later step was finite.
+        last_report: Report on the last step whose gradients or loss were not finite, or None. Replaced by one that is
+            no longer provisional when a later step was finite.
         reported_at: Serial number of that report among those of this process.
         findings: Findings other than overflows; see `Finding`. The last 1000.
         failed: Whether an essential part has failed several times, and is not tried any more.
@@ -132,6 +133,7 @@ class Session:
         self._uncleared: tuple[int, int] | None = (
             None  # bad step whose gradients stayed, and the last one that kept them
         )
+        self._loss_replay: Replayed | None = None  # of the step under way, if its loss is bad and its gradients are not
         self._error: BaseException | None = None  # after a step that was applied
         self._alarms = 0  # findings that are more than an information
         self._unclean = False  # whether this step's gradients were not finite, and not because of the loss scale
@@ -262,6 +264,27 @@ class Session:
         losses, counts = pending.losses, pending.losses_of_backward
         self.probes.run("flight recorder", recorder, number, scaling.scale, gradients, losses, counts)
         self.probes.run("early warnings", self._warnings.before_step, number, scaling.scale, gradients)
+        self.probes.run("check of the losses", self._replay_bad_loss)
+
+    def _replay_bad_loss(self) -> None:
+        """Runs the batch of a bad loss again before its step changes the weights, where gradients are finite.
+
+        Only where the loss is there without a wait, on the CPU, or the step before had such a loss; and only by a rank
+        that is alone, as a loss is its own.
+        """
+        self._loss_replay = None
+        pending = self._steps.pending
+        if not pending.losses_of_backward or self._ranks.size > 1 or self._replayer is None:
+            return
+        is_here = self._bad_losses > 0 or all(loss.device.type == "cpu" for loss in pending.losses)
+        if not is_here or self._bad_losses >= MAX_LOSS_REPLAYS:
+            return
+        finite = [math.isfinite(loss) for loss in pending.losses]
+        if all(finite) or bool(pending.gradients.table.any_nonfinite()):
+            return
+        with self._local_gradients.muted():
+            found = self._replayer.rerun_bad_loss(finite)
+        self._loss_replay = replace(found, origin=found.origin and self._collector.with_first_name(found.origin))
 
     def begin_unscanned(self, number: int, scaling: LossScaling) -> None:
         """Begins a step whose gradients could not be scanned: others have to decide whether they are finite."""
@@ -508,6 +531,7 @@ class Session:
         pending, rank = self._steps.pending, self._ranks.rank
         if pending.number == row.step and pending.losses:
             bad, loss = look_at(pending, self._batch, rank)
+            bad = replace(bad, replay=self._loss_replay)
         else:
             value = math.nan if row.loss is None or math.isfinite(row.loss) else row.loss
             bad, loss = BadLoss(value=in_words(value)), loss_offender(value, "float64", rank)

@@ -140,8 +140,10 @@ def test_a_model_whose_output_is_not_finite_is_named_though_its_gradients_are():
     action, logp = model(torch.randn(32, 3) * 3)
     (logp.mean() + action.mean()).backward()
     optimizer.step()
-    assert optimizer.last_report.verdict == "loss_nonfinite"
-    assert (optimizer.last_report.first.kind, optimizer.last_report.first.shape) == ("activation", (32,))
+    report = optimizer.last_report
+    assert (report.verdict, report.outcome) == ("forward_nonfinite", "applied all the same")
+    assert (report.first.kind, report.first.module) == ("activation", "")
+    assert seen(optimizer) == [("loss_nonfinite", 1)]
 
 
 def test_what_is_no_loss_of_the_step_is_not_counted():

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Offender, StepRecord, Verdict
 from hallo_numguard.core.safe_text import listed
-from hallo_numguard.guard.diagnosis.evidence import Evidence
+from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class BadLoss:
         inputs_known: Whether all that the model was called with is still there, unchanged, and was looked at.
         labels: Labels of which every element is the same ignored number: name, number and how many elements.
         is_scaled: Whether the loss scale may have made it infinite.
+        replay: Result of running the batch again; None if it was not run.
     """
 
     micro_batches: tuple[int, ...] = ()
@@ -37,6 +38,17 @@ class BadLoss:
     inputs_known: bool = False
     labels: tuple[tuple[str, int, int], ...] = ()
     is_scaled: bool = False
+    replay: Replayed | None = None
+
+    @property
+    def origin(self) -> Offender | None:
+        """The place in the model where it was made; None if the replay has not shown it."""
+        return None if self.replay is None or self.replay.failure_reason else self.replay.origin
+
+    @property
+    def is_of_the_model(self) -> bool:
+        """Whether the forward pass has made it, in a call that returns more than the loss."""
+        return self.output is not None and self.origin is not None and self.origin.kind == "activation"
 
 
 def loss_report(row: StepRecord, bad: BadLoss, in_a_row: int, loss: Offender, world_size: int) -> OverflowReport:
@@ -53,10 +65,10 @@ def loss_report(row: StepRecord, bad: BadLoss, in_a_row: int, loss: Offender, wo
     return OverflowReport(
         step=row.step,
         loss_scale=row.loss_scale,
-        verdict=Verdict.LOSS_NONFINITE,
+        verdict=Verdict.FORWARD_NONFINITE if bad.is_of_the_model else Verdict.LOSS_NONFINITE,
         provisional=False,
         recoverable=None,
-        first=bad.output or loss,
+        first=(bad.origin if bad.is_of_the_model else bad.output) or loss,
         offenders=(),
         evidence=tuple(_evidence(row, bad, in_a_row)),
         not_checked=tuple(_not_checked(bad)),
@@ -89,6 +101,7 @@ def _evidence(row: StepRecord, bad: BadLoss, in_a_row: int) -> list[str]:
         lines.append(f"what the model was called with is not finite: {bad.input}")
     elif bad.inputs_known:
         lines.append("no NaN or +Inf in what the model was called with")
+    lines += _replay_lines(bad)
     lines.append(
         "the step was applied, as gradients that are 0 change weights only by momentum and weight decay"
         if row.absmax == 0
@@ -99,13 +112,23 @@ def _evidence(row: StepRecord, bad: BadLoss, in_a_row: int) -> list[str]:
     return lines
 
 
+def _replay_lines(bad: BadLoss) -> list[str]:
+    if bad.replay is None:
+        return []
+    if bad.replay.failure_reason:
+        return [f"no answer from running the batch again: {bad.replay.failure_reason}"]
+    if bad.origin is None:
+        return ["the same batch, run again, was finite in every module: the loss was made so after the model"]
+    return [f"the batch (micro-batch {bad.replay.micro_batch}), run again, was not finite either", *bad.replay.details]
+
+
 def _not_checked(bad: BadLoss) -> Sequence[str]:
     missing = []
     if not bad.outputs_known:
         missing.append("what the model returned")
     if not bad.inputs_known:
         missing.append("what the model was called with")
-    if not bad.labels:
+    if not bad.labels and not bad.is_of_the_model:
         missing.append("labels that the model was not called with")
     return missing
 
@@ -118,6 +141,12 @@ def _advice(row: StepRecord, bad: BadLoss) -> str:
             f"Every element of {name} is {number}{default}: if these are the labels, and {number} is ignored, the mean "
             "is 0 / 0. Look for samples whose answer was cut off (a prompt that fills the context), and drop such "
             "batches, or divide by at least 1."
+        )
+    if bad.is_of_the_model and bad.origin is not None:
+        where = f"module {bad.origin.name}" if bad.origin.module else "the root module's own code"
+        return (
+            f"The forward pass made it in {where}, and no gradient has shown it. Look there for a logarithm, a power "
+            f"or a root of a negative number, for a division by 0, and for numbers too large for {bad.origin.dtype}."
         )
     if bad.output is not None:
         return (

@@ -86,10 +86,14 @@ class UnmadeSteps:
     def before_norm(self, gradients: Sequence[torch.Tensor]) -> None:
         """See `ClipObserver`."""
         self._is_ours = False
-        if gradients and self._bad is None and self._may_look():  # bad ones were explained already
+        if gradients and self._may_look() and not self._is_explained(gradients[0]):
             self._probes.run("look before clipping", self._look, gradients)
         if self._is_ours:
             self._raise_late()
+
+    def _is_explained(self, gradient: torch.Tensor) -> bool:
+        """Whether it belongs to a bad step that is over, and has not changed since: Lightning clips after it."""
+        return any(one is gradient and gradient._version == version for one, version in self._bad or ())
 
     def _look(self, gradients: Sequence[torch.Tensor]) -> None:
         mine = self._collect()
