@@ -431,13 +431,24 @@ class Session:
 
     def _bad_step(self) -> BadStep:
         losses = self._steps.pending.losses
-        if not all(bool(torch.isfinite(loss)) for loss in losses):
+        if not all(map(math.isfinite, losses)) and not self._has_harmless_roots():
             return BadStep(self._steps.pending, self._skipped, losses, True)
         # A finite loss may not depend on all that the model has returned.
         outputs = self.probes.run("record of the batch", self._batch.stand_ins_for_losses) or []
-        if not losses or (self._steps.pending.losses_are_roots and any(bool(number.isnan()) for number in outputs)):
+        is_unlike = self._steps.pending.losses_are_roots and any(map(math.isnan, outputs))
+        if is_unlike or not all(map(math.isfinite, losses)) or not losses:
             return BadStep(self._steps.pending, self._skipped, outputs, False)
         return BadStep(self._steps.pending, self._skipped, losses, True)
+
+    def _has_harmless_roots(self) -> bool:
+        """Whether losses are infinite in their own dtype alone, as after a multiplication by a loss scale.
+
+        The gradients that they have given to the model's outputs are finite.
+        """
+        pending = self._steps.pending
+        if not pending.losses_are_roots or any(map(math.isnan, pending.losses)):
+            return False
+        return self.probes.run("record of the batch", self._batch.seeds_are_finite) is True
 
     def _judge(self, evidence: Evidence) -> OverflowReport:
         return replace(judge(evidence), history=tuple(self._recorder.read()), environment=self._environment())

@@ -63,12 +63,12 @@ class LossObserver:
         """
         if not is_certain and self._shown and not self._is_certain:
             self._shown.clear()  # of a pass that was not made
-        self._shown.append(loss.detach())
+        self._shown += _values([loss])
         self._is_certain = is_certain
 
     def find(self, loss: torch.Tensor) -> None:
         """Takes a loss that the model has returned. It counts if no backward pass is seen before the step."""
-        self._found.append(loss.detach())
+        self._found += _values([loss])
 
     def begin_step(self) -> None:
         """Records what was shown and found in this step, if no backward pass was seen in it."""

@@ -187,9 +187,9 @@ def test_a_model_whose_output_is_hard_to_read_goes_on(kind):
     (plain, _), (guarded, reports) = trained(False), trained(True)
     assert differences(plain, guarded) == []
     assert len(reports) > 10
-    assert {report.verdict for report in reports} == {"undetermined" if kind == "iterator" else "scale_too_high"}
+    assert {report.verdict for report in reports} == {"scale_too_high"}
     if kind == "iterator":
-        assert "the loss was not seen" in reports[0].evidence
+        assert "the loss is finite" in reports[0].evidence
         assert "the model's output cannot be looked through: output" in str(reports[0]).replace("\n              ", " ")
 
 

@@ -523,3 +523,35 @@ assert torch.equal(weights, other)
 
 def test_a_loss_of_one_rank_stops_no_other(tmp_path):
     run_ranks(RANKS, tmp_path)
+
+
+ENGINES = """
+import logging
+import torch
+from torch import nn
+import deepspeed_support as support
+import hallo_numguard as ng
+
+logging.disable(logging.CRITICAL)
+torch.manual_seed(0)
+config = ng.GuardConfig(policy=ng.Policy(max_consecutive_skips=2))
+engine = support.make_engine("fp16", stage=STAGE, model=nn.Sequential(nn.Embedding(64, 16), nn.Linear(16, 64)))
+guard = ng.attach(engine, config)
+rank = torch.distributed.get_rank()
+for step in range(1, 7):
+    inputs = torch.randint(0, 64, (4, 8))
+    labels = torch.full_like(inputs, -100) if rank == 1 and 2 <= step <= 5 else inputs
+    loss = nn.functional.cross_entropy(engine(inputs).flatten(0, 1).float(), labels.flatten())
+    engine.backward(loss)
+    engine.step()
+found = [finding.step for finding in guard.findings if finding.kind == "loss_nonfinite"]
+assert found == ([] if rank == 0 else [2, 3, 4, 5]), found
+assert (guard.last_report is None) == (rank == 0)
+assert engine.skipped_steps == 0
+guard.detach()
+"""
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_a_loss_of_one_rank_of_an_engine(stage, tmp_path):
+    run_ranks(ENGINES.replace("STAGE", str(stage)), tmp_path)

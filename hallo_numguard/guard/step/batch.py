@@ -124,6 +124,12 @@ class Batch:
             return []
         return [_as_number(call.outputs or ()) for call in self.calls]
 
+    def seeds_are_finite(self) -> bool:
+        """Returns whether gradients have arrived at the outputs of every call, all of them finite. Synchronises."""
+        seeds = [seed for call in self.calls for seed in call.seeds.values()]
+        has_all = bool(self.calls) and all(call.seeds for call in self.calls)
+        return has_all and not bool(multi_tensor_stats(seeds).found_inf())
+
     def tolerate(self, names: Sequence[str]) -> None:
         """Ignores these inputs from now on: they held non-finite values in a clean step."""
         self._tolerated.update(names)
