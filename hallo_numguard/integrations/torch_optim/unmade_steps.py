@@ -20,18 +20,25 @@ class EarlyScan:
     Attributes:
         gradients: The gradients.
         scan: Their statistics.
-        norm: The norm that torch has found.
+        asked: Gradients of which torch has computed the norm.
+        norm: That norm.
         versions: Versions of the gradients, after the last change that clipping has made to them.
     """
 
     gradients: list[torch.Tensor]
     scan: GradientScan
     versions: list[int]
+    asked: Sequence[torch.Tensor]
     norm: torch.Tensor | None = None
 
     def is_of(self, gradients: Sequence[torch.Tensor]) -> bool:
         """Whether these are the gradients, with no change since but by clipping."""
         return list(map(id, gradients)) == list(map(id, self.gradients)) and self.versions == _versions(gradients)
+
+    def is_all_of(self, gradients: Sequence[torch.Tensor]) -> bool:
+        """Whether no other gradients are among these."""
+        ids = set(map(id, self.gradients))
+        return all(id(gradient) in ids for gradient in gradients)
 
 
 class UnmadeSteps:
@@ -101,7 +108,7 @@ class UnmadeSteps:
         if not self._is_ours or (self._early is not None and self._early.is_of(mine)):
             return
         scan = self._scan(mine)
-        self._early = None if scan is None else EarlyScan(mine, scan, _versions(mine))
+        self._early = None if scan is None else EarlyScan(mine, scan, _versions(mine), gradients)
 
     def after_norm(self, norm: torch.Tensor) -> None:
         """See `ClipObserver`."""
@@ -128,8 +135,12 @@ class UnmadeSteps:
         early, self._early = self._early, None
         if early is None or early.norm is None or math.isfinite(float(early.norm)):
             return
+        is_bad = bool(early.scan.pieces.table.any_nonfinite())
+        if not is_bad and not early.is_all_of(early.asked):
+            return  # another optimizer's gradients have made the norm so
         self._on_unmade(early.scan)
-        self.step_was_bad(early.gradients)
+        if is_bad:
+            self.step_was_bad(early.gradients)
 
     def step_was_bad(self, gradients: Sequence[torch.Tensor]) -> None:
         """Remembers gradients that are not finite, to notice if nobody clears them."""
