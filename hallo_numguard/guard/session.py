@@ -224,6 +224,7 @@ class Session:
         pending = self._steps.pending
         losses = pending.losses
         losses.append(loss.detach())
+        pending.loss_node = loss.grad_fn
         pending.losses_are_scaled = pending.losses_are_roots = is_scaled
         pending.losses_of_backward = of_backward
         if len(losses) > MAX_LOSSES:  # passes that no step follows
@@ -283,7 +284,7 @@ class Session:
         if all(finite) or bool(pending.gradients.table.any_nonfinite()):
             return
         with self._local_gradients.muted():
-            found = self._replayer.rerun_bad_loss(finite)
+            found = self._with_step(self._replayer, self._replayer.rerun_bad_loss(finite))
         self._loss_replay = replace(found, origin=found.origin and self._collector.with_first_name(found.origin))
 
     def begin_unscanned(self, number: int, scaling: LossScaling) -> None:
@@ -542,7 +543,9 @@ class Session:
         pending, rank = self._steps.pending, self._ranks.rank
         if pending.number == row.step and pending.losses:
             bad, loss = look_at(pending, self._batch, rank)
-            bad = replace(bad, replay=self._loss_replay)
+            bad = replace(bad, replay=self._loss_replay, watched=self._armed.source(pending.losses))
+            if bad.source is None:
+                self._armed.arm()
         else:
             value = math.nan if row.loss is None or math.isfinite(row.loss) else row.loss
             bad, loss = BadLoss(value=in_words(value)), loss_offender(value, "float64", rank)
@@ -622,11 +625,14 @@ class Session:
         if self._replayer is None or not needs_replay(evidence):
             return None
         with self._local_gradients.muted():
-            found = self._replay_of_model(evidence, self._replayer, losses)
-            if needs_replay_of_step(found):
-                step = self._replayer.rerun_step()
-                found = step if step is not None and step.source is not None else found
+            found = self._with_step(self._replayer, self._replay_of_model(evidence, self._replayer, losses))
         return replace(found, origin=found.origin and self._collector.with_first_name(found.origin))
+
+    @staticmethod
+    def _with_step(replayer: Replayer, found: Replayed) -> Replayed:
+        """Runs the whole step again where the model alone explains nothing. Returns what explains more."""
+        step = replayer.rerun_step() if needs_replay_of_step(found) else None
+        return found if step is None or step.source is None else step
 
     def _replay_of_model(self, evidence: Evidence, replayer: Replayer, losses: Sequence[torch.Tensor]) -> Replayed:
         if not evidence.loss_known:

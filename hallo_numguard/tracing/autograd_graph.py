@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 MAX_NODES = 10_000
-_MAKES_NOTHING = frozenset(
-    """accumulategrad add alias asstrided cat clone copyslices copy detach expand flatten index permute reshape select
-    slice split squeeze stack sub sum t tobackward tocopy transpose unbind unsafeview unsqueeze view""".split()
-)
-_OFTEN = ("div", "log", "sqrt", "rsqrt", "pow", "exp", "norm", "std", "var", "softmax", "logsoftmax", "nllloss", "acos")
+_MAKES_NOTHING = frozenset(("accumulategrad", "add", "cat", "copyslices", "index", "slice", "stack", "sub", "sum")) | {
+    *("alias", "asstrided", "clone", "copy", "detach", "expand", "flatten", "permute", "reshape", "select", "split"),
+    *("squeeze", "t", "tobackward", "tocopy", "transpose", "unbind", "unsafeview", "unsqueeze", "view"),
+}
+_OFTEN = ("div", "log", "sqrt", "rsqrt", "pow", "exp", "std", "var", "norm", "nllloss", "ctcloss", "logsoftmax", "acos")
 """Nodes whose operations are often the cause, the most frequent first."""
 
 

@@ -31,6 +31,7 @@ from hallo_numguard.guard.step.local_gradients import LocalGradients
 from hallo_numguard.guard.step.pending import PendingStep
 from hallo_numguard.guard.step.recorder import Recorder
 
+MAX_OPERATIONS = 8  # that are named as possible causes
 _UNKNOWN = -(1 << 20)  # lower than any power of two
 
 
@@ -63,6 +64,7 @@ class RankView(NamedTuple):
         before_reduction: Statistics of this rank's own gradients, one row per parameter.
         input: First bad tensor of the batch and its micro-batch, as JSON; None if there is none.
         source: Where what is not finite came from, as JSON; None if the step was not watched.
+        after_the_model: Names of the operations between the model's output and the loss, as JSON; None without any.
         power: Base-2 logarithm of the loss scale at which the last finite steps would have fitted.
         is_sliced: Whether the rank holds slices of each row of `weights`. bool [weights + 1].
         loss_known: Whether there are losses, or stand-ins for them.
@@ -77,6 +79,7 @@ class RankView(NamedTuple):
     before_reduction: ParameterStats
     input: str | None
     source: str | None
+    after_the_model: str | None
     power: int
     is_sliced: torch.Tensor
     loss_known: bool
@@ -114,6 +117,7 @@ class GlobalView(NamedTuple):
     batch_known: bool
     input: str | None
     source: str | None
+    after_the_model: str | None
     power: int
 
 
@@ -212,6 +216,7 @@ class EvidenceCollector:
             batch_known=ranks.lowest(int(view.batch_known), device) == 1,
             input=ranks.first_text(view.input, device),
             source=ranks.first_text(view.source, device),
+            after_the_model=ranks.first_text(view.after_the_model, device),
             power=ranks.lowest(view.power, device),
         )
 
@@ -230,12 +235,17 @@ class EvidenceCollector:
             before,
             batch,
             source_as_text(self._armed.source(step.pending.losses), self._ranks.rank),
+            self._names_after_the_model(),
             self._settling_power(),
             is_sliced=self._sliced_weights(),
             loss_known=bool(step.losses),
             batch_known=self._batch.seen,
             local_known=self._local_gradients.is_watching,
         )
+
+    def _names_after_the_model(self) -> str | None:
+        names = self._batch.operations_after_the_model()[:MAX_OPERATIONS]
+        return json.dumps(names) if names else None
 
     def _marks(self, weights: ParameterStats) -> torch.Tensor:
         marks = torch.zeros((len(self._weights), 2), dtype=torch.int64)
@@ -343,6 +353,7 @@ class EvidenceCollector:
             settles_at=None if view.power == _UNKNOWN else min(2.0**view.power, step.pending.scaling.scale / 2),
             proved_before=_proved_before(before, step),
             rank_faults=dict(rank_faults),
+            after_the_model=tuple(json.loads(view.after_the_model or "[]")),
             watched=None if view.source is None else decode(Source, json.loads(view.source)),
         )
 

@@ -9,6 +9,8 @@ from hallo_numguard.core.records import Offender
 from hallo_numguard.core.sources import Source
 from hallo_numguard.guard.loss_scaling import LossScaling
 
+WATCHED = "this step, which was watched operation by operation"
+
 
 @dataclass(frozen=True)
 class Replayed:
@@ -31,6 +33,7 @@ class Replayed:
         finite_unscaled: Whether the batch was finite without loss scaling; None if that was not tried.
         is_whole_step: Whether it was not the model alone that was run again, but the function that makes the loss.
         only_compiled: Whether the model gave the same again, compiled, and something else eagerly.
+        came_from_the_loss: Whether the gradient that arrived at the model's output was not finite.
         number: Number of earlier calls of the origin's module in the same pass.
     """
 
@@ -48,7 +51,13 @@ class Replayed:
     finite_unscaled: bool | None = None
     is_whole_step: bool = False
     only_compiled: bool = False
+    came_from_the_loss: bool = False
     number: int = 0
+
+    @property
+    def known_from(self) -> str:
+        """What has shown the source."""
+        return "the whole step, run again" if self.is_whole_step else "the batch, run again"
 
 
 @dataclass(frozen=True)
@@ -77,6 +86,7 @@ class Evidence:
             present one if that is lower; None if no step was finite yet.
         proved_before: Loss scale at which a batch was finite that was skipped since the last step that was applied.
         rank_faults: Step of the last `rank_fault`, by rank.
+        after_the_model: Names of the operations between the model's output and the loss, the likeliest cause first.
         watched: Where what is not finite came from, if the step was watched operation by operation; else None.
         replay: Result of running the batch again; None if it was not run.
         alone_because: Why this rank has judged by itself, without the others; "" if it has not.
@@ -101,6 +111,7 @@ class Evidence:
     loss_shown: bool = True
     proved_before: float | None = None
     rank_faults: Mapping[int, int] = field(default_factory=dict)
+    after_the_model: Sequence[str] = ()
     watched: Source | None = None
     replay: Replayed | None = None
     alone_because: str = ""
@@ -119,6 +130,4 @@ class Evidence:
     @property
     def known_from(self) -> str:
         """What has shown the source."""
-        if self.answer is None or self.answer.source is None:
-            return "this step, which was watched operation by operation"
-        return "the whole step, run again" if self.answer.is_whole_step else "the batch, run again"
+        return WATCHED if self.answer is None or self.answer.source is None else self.answer.known_from

@@ -8,7 +8,10 @@ from dataclasses import dataclass
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Offender, StepRecord, Verdict
 from hallo_numguard.core.safe_text import listed
-from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
+from hallo_numguard.core.sources import Source
+from hallo_numguard.guard.diagnosis.evidence import WATCHED, Evidence, Replayed
+from hallo_numguard.guard.diagnosis.remedies import remedy
+from hallo_numguard.guard.diagnosis.source_messages import summary_of, what_it_made, with_operation
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,7 @@ class BadLoss:
         labels: Labels of which every element is the same ignored number: name, number and how many elements.
         is_scaled: Whether the loss scale may have made it infinite.
         replay: Result of running the batch again; None if it was not run.
+        watched: Where it came from, if the step was watched operation by operation; else None.
     """
 
     micro_batches: tuple[int, ...] = ()
@@ -39,6 +43,20 @@ class BadLoss:
     labels: tuple[tuple[str, int, int], ...] = ()
     is_scaled: bool = False
     replay: Replayed | None = None
+    watched: Source | None = None
+
+    @property
+    def source(self) -> Source | None:
+        """Where it came from; None if that was not followed."""
+        replayed = None if self.replay is None or self.replay.failure_reason else self.replay.source
+        return replayed or self.watched
+
+    @property
+    def known_from(self) -> str:
+        """What has shown the source; "" if nothing has."""
+        if self.source is None:
+            return ""
+        return WATCHED if self.replay is None or self.replay.source is None else self.replay.known_from
 
     @property
     def origin(self) -> Offender | None:
@@ -68,15 +86,27 @@ def loss_report(row: StepRecord, bad: BadLoss, in_a_row: int, loss: Offender, wo
         verdict=Verdict.FORWARD_NONFINITE if bad.is_of_the_model else Verdict.LOSS_NONFINITE,
         provisional=False,
         recoverable=None,
-        first=(bad.origin if bad.is_of_the_model else bad.output) or loss,
+        first=_first(bad, loss),
         offenders=(),
         evidence=tuple(_evidence(row, bad, in_a_row)),
         not_checked=tuple(_not_checked(bad)),
         advice=_advice(row, bad),
         world_size=world_size,
         consecutive_skips=0,
-        happened=f"Step {row.step} was applied with a loss that is {bad.value}{here}, its gradients are finite.",
+        happened=_happened(row, bad, here),
+        known_from=bad.known_from,
     )
+
+
+def _first(bad: BadLoss, loss: Offender) -> Offender:
+    found = (bad.origin if bad.is_of_the_model else bad.output) or loss
+    return found if bad.source is None else with_operation(found, bad.source)
+
+
+def _happened(row: StepRecord, bad: BadLoss, here: str) -> str:
+    is_whole_step = bad.replay is not None and bad.replay.is_whole_step
+    cause = "" if bad.source is None else f": {summary_of(bad.source, is_whole_step)}"
+    return f"Step {row.step} was applied with a loss that is {bad.value}{here}, its gradients are finite{cause}."
 
 
 def _evidence(row: StepRecord, bad: BadLoss, in_a_row: int) -> list[str]:
@@ -113,6 +143,8 @@ def _evidence(row: StepRecord, bad: BadLoss, in_a_row: int) -> list[str]:
 
 
 def _replay_lines(bad: BadLoss) -> list[str]:
+    if bad.source is not None:
+        return [what_it_made(bad.source)] if bad.source.kind == "operation" else []
     if bad.replay is None:
         return []
     if bad.replay.failure_reason:
@@ -128,7 +160,7 @@ def _not_checked(bad: BadLoss) -> Sequence[str]:
         missing.append("what the model returned")
     if not bad.inputs_known:
         missing.append("what the model was called with")
-    if not bad.labels and not bad.is_of_the_model:
+    if not bad.labels and not bad.is_of_the_model and bad.source is None:
         missing.append("labels that the model was not called with")
     return missing
 
@@ -142,6 +174,8 @@ def _advice(row: StepRecord, bad: BadLoss) -> str:
             "is 0 / 0. Look for samples whose answer was cut off (a prompt that fills the context), and drop such "
             "batches, or divide by at least 1."
         )
+    if bad.source is not None and bad.source.kind == "operation":
+        return remedy(bad.source)
     if bad.is_of_the_model and bad.origin is not None:
         where = f"module {bad.origin.name}" if bad.origin.module else "the root module's own code"
         return (

@@ -324,15 +324,42 @@ def _forward_nonfinite(seen: Evidence, origin: Offender) -> OverflowReport:
 
 
 def _loss_code(seen: Evidence, loss: Offender) -> OverflowReport:
-    return report(
+    found = report(
         seen,
         Verdict.UNDETERMINED,
         loss,
-        _before_the_loss(seen),
-        ("labels that the model was not called with",),
-        "It was made after the model, where the loss is computed from what it returns: look there for a logarithm or a "
-        f"division, at the labels{on_rank(seen, loss.rank)}, and at the dtype. Lowering the loss scale does not help.",
+        [*_before_the_loss(seen), *_after_the_model(seen)],
+        ("labels that the model was not called with", "the operations after the model"),
+        f"Look at the code that computes the loss from what the model returned{_names(seen)}, at the labels"
+        f"{on_rank(seen, loss.rank)}, and at the dtype. Lowering the loss scale does not help. {_WRAP_STEP}",
     )
+    return replace(found, summary="the loss is not finite and what the model returned is: it was made after the model")
+
+
+def loss_backward(seen: Evidence, first: Offender) -> OverflowReport:
+    """The gradient that arrived at the model's output was not finite, though the loss is."""
+    found = report(
+        seen,
+        Verdict.BACKWARD_NONFINITE,
+        first,
+        [f"{the_loss(seen)} is finite", _finite_weights(seen), *_after_the_model(seen)],
+        ("the operation behind it",),
+        f"Look at the code that computes the loss from what the model returned{_names(seen)}: its backward pass made "
+        f"it, as that of a square root, a norm or a division at 0. {_WRAP_STEP}",
+    )
+    return replace(found, summary="the backward pass of the code after the model made it")
+
+
+_WRAP_STEP = "guard.wrap_step(fn) around forward pass and loss names the operation at the first occurrence."
+
+
+def _after_the_model(seen: Evidence) -> list[str]:
+    names = ", ".join(seen.after_the_model)
+    return [f"between the model's output and the loss autograd has recorded: {names}"] if names else []
+
+
+def _names(seen: Evidence) -> str:
+    return f" (first at {' and '.join(seen.after_the_model[:2])})" if seen.after_the_model else ""
 
 
 def _before_the_loss(seen: Evidence) -> list[str]:

@@ -160,7 +160,7 @@ class Replayer:
             return Replayed(NO_SEEDS)
         if self._ranks.highest(int(multi_tensor_stats(seeds).found_inf()), self._device):
             return Replayed(
-                "the gradient that reached the model's output was not finite, so it was made after the model"
+                "the gradient that reached the model's output was not finite already", came_from_the_loss=True
             )
         attempts = []
         are_as_recorded, gradient_sum = True, 0.0

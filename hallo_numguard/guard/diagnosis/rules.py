@@ -64,6 +64,8 @@ def judge(seen: Evidence) -> OverflowReport:
         return messages.not_reproduced(seen)
     if seen.loss_known and seen.scaling.can_fall:
         return messages.scale_too_high(seen)
+    if seen.replay is not None and seen.replay.came_from_the_loss and seen.loss_shown and not seen.scaling.can_fall:
+        return messages.loss_backward(seen, seen.gradients[0])
     if _born_in_backward(seen):
         return messages.backward_nonfinite(seen, seen.gradients[0])
     return messages.gradients_nonfinite(seen)

@@ -51,12 +51,18 @@ def what(source: Source) -> str:
     return " and ".join(kind for kind in kinds if kind)
 
 
-def _summary(seen: Evidence, source: Source) -> str:
+def summary_of(source: Source, is_whole_step: bool = False) -> str:
+    """Returns the answer in one sentence, without a full stop.
+
+    Args:
+        source: Where what is not finite came from.
+        is_whole_step: Whether inputs are those of the function that makes the loss, and not of the model.
+    """
     sample = "" if source.sample is None else f", sample {source.sample}"
     if source.kind in ("parameter", "buffer"):
         return f"{source.kind} {source.name} holds {source.tensor.counts}"
     if source.kind == "input":
-        called = "the step" if seen.answer is not None and seen.answer.is_whole_step else "the model"
+        called = "the step" if is_whole_step else "the model"
         return f"{source.name}, which {called} was called with, holds {source.tensor.counts}{sample}"
     if source.kind == "outside":
         return f"a tensor that was there before the step holds {source.tensor.counts}{sample}, used in {_place(source)}"
@@ -74,12 +80,16 @@ def _place(source: Source) -> str:
     return f"code outside of the model ({source.line})" if source.line else "code outside of the model"
 
 
+def _summary(seen: Evidence, source: Source) -> str:
+    return summary_of(source, seen.answer is not None and seen.answer.is_whole_step)
+
+
 def _evidence(seen: Evidence, source: Source) -> list[str]:
     is_loss_bad = seen.loss is not None
     state = f"not finite ({messages.loss_text(seen)})" if is_loss_bad else "finite"
     lines = [f"{messages.the_loss(seen)} is {state}"]
     if source.kind == "operation":
-        lines.append(_made(source))
+        lines.append(what_it_made(source))
     if source.large and source.large not in _summary(seen, source):
         lines.append(source.large)
     if source.hidden_by:
@@ -92,8 +102,8 @@ def _evidence(seen: Evidence, source: Source) -> list[str]:
     return lines
 
 
-def _made(source: Source) -> str:
-    """What the operation was given and what it returned."""
+def what_it_made(source: Source) -> str:
+    """Returns what the operation was given and what it returned, in a sentence."""
     tensor = source.tensor
     index = f" from element [{', '.join(map(str, tensor.index))}] on" if tensor.index else ""
     returned = f"{tensor.counts}{index} ({shape_in_words(tensor.shape)} {tensor.dtype})"
@@ -117,8 +127,12 @@ def _advice(seen: Evidence, source: Source, verdict: Verdict) -> str:
 
 
 def _first(seen: Evidence, source: Source) -> Offender:
-    found = _known_offender(seen, source) or _offender(source)
-    return replace(found, operation=source.operation or None, line=source.line, sample=source.sample)
+    return with_operation(_known_offender(seen, source) or _offender(source), source)
+
+
+def with_operation(offender: Offender, source: Source) -> Offender:
+    """Returns an offender that says which operation it comes from."""
+    return replace(offender, operation=source.operation or None, line=source.line, sample=source.sample)
 
 
 def _known_offender(seen: Evidence, source: Source) -> Offender | None:

@@ -18,6 +18,7 @@ from hallo_numguard.guard.step.model_call import ModelCall, SeedCounter
 from hallo_numguard.guard.step.pending import StepOwner
 from hallo_numguard.guard.step.step_call import StepCall
 from hallo_numguard.ops.api import multi_tensor_stats
+from hallo_numguard.tracing.autograd_graph import names_after
 from hallo_numguard.tracing.model_state import Snapshot, StateRecorder
 from hallo_numguard.tracing.nested import contents_of_items
 
@@ -129,6 +130,11 @@ class Batch:
         seeds = [seed for call in self.calls for seed in call.seeds.values()]
         has_all = bool(self.calls) and all(call.seeds for call in self.calls)
         return has_all and not bool(multi_tensor_stats(seeds).found_inf())
+
+    def operations_after_the_model(self) -> list[str]:
+        """Returns the names of the operations that made the last loss of what the model returned; see `names_after`."""
+        numbers = [number for call in self.calls for number in call.output_nodes]
+        return names_after(self._steps.pending.loss_node, numbers) if numbers else []
 
     def tolerate(self, names: Sequence[str]) -> None:
         """Ignores these inputs from now on: they held non-finite values in a clean step."""

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from hallo_numguard.guard.containment import contain_failures
+from hallo_numguard.tracing.autograd_graph import node_number
 from hallo_numguard.tracing.model_state import Snapshot, version_of
 from hallo_numguard.tracing.nested import Contents, as_plain, contents_of, is_readable
 from hallo_numguard.tracing.rng_and_autocast import Autocast, RandomState
@@ -33,6 +34,7 @@ class ModelCall:
         autocast: Settings of torch.autocast in the call.
         outputs: Floating-point tensors that the model returned, detached. None if they are unknown, see `unknown`.
         seeds: Gradients with respect to the outputs that backward passes have given so far, by position.
+        output_nodes: Numbers of the autograd nodes of the outputs.
         unknown: Why the call cannot be repeated and compared; "" if it can.
         arrivals: Counter of the gradients that arrive at outputs.
         is_hooked: Whether gradients are waited for at any output.
@@ -46,6 +48,7 @@ class ModelCall:
     autocast: Autocast = field(default_factory=Autocast.now)
     outputs: list[torch.Tensor] | None = None
     seeds: dict[int, torch.Tensor] = field(default_factory=dict)
+    output_nodes: list[int] = field(default_factory=list)
     unknown: str = "it is not over"
     arrivals: SeedCounter = field(default_factory=SeedCounter)
     is_hooked: bool = False
@@ -88,6 +91,7 @@ class ModelCall:
             return
         tensors = [tensor for _, tensor in found.tensors if is_readable(tensor)]
         self.outputs = [_kept(tensor) for tensor in tensors]
+        self.output_nodes = [number for number in map(node_number, tensors) if number is not None]
         self._output_versions = [version_of(tensor) for tensor in self.outputs]
         for position, tensor in enumerate(tensors):
             if tensor.requires_grad:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ class PendingStep:
         gradients: Scan of this rank's gradients.
         is_scanned: Whether there is such a scan.
         losses: Losses of the micro-batches, detached.
+        loss_node: Autograd node of the last loss; None if it was not seen with one.
         losses_are_scaled: Whether they are still multiplied by the loss scale.
         losses_are_roots: Whether they are the roots of backward passes, and were not shown by a framework or a script.
         losses_of_backward: Whether backward was called on them, so that they are what the gradients come from.
@@ -43,6 +45,7 @@ class PendingStep:
     gradients: ScannedPieces = field(default_factory=lambda: ScannedPieces(StatsTable.empty(), ()))
     is_scanned: bool = False
     losses: list[torch.Tensor] = field(default_factory=list)
+    loss_node: Any = None
     losses_are_scaled: bool = False
     losses_are_roots: bool = False
     losses_of_backward: bool = False
@@ -55,6 +58,7 @@ class PendingStep:
     def forget_losses(self) -> None:
         """Forgets the losses: they are not those of this step."""
         self.losses.clear()
+        self.loss_node = None
         self.losses_are_scaled = self.losses_are_roots = self.losses_of_backward = False
 
     def unscale_losses(self) -> None:
