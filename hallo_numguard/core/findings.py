@@ -19,7 +19,8 @@ class Finding:
         kind: Kind of finding. In training: "nonfinite" (a weight, buffer or optimizer state, outside
             of a step), "loss_spike", "norm_spike", "update_ratio" (learning rate too high), "dead_gradient",
             "exploding_gradient", "input_range", "lost_update" (steps that change nothing), "bad_step_applied" (a step
-            whose gradients were not finite), "statistics_restored" (running statistics that a bad batch poisoned), or
+            whose gradients were not finite), "update_nonfinite" (weights that an update made non-finite, on one of
+            several ranks), "statistics_restored" (running statistics that a bad batch poisoned), or
             "not_checked" (tensors that cannot be read, each named once).
         message: Sentence on what was expected, and what was found.
         step: Number of the step; None outside of a step.

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hallo_numguard.guard.named_tensors import NamedTensor
+from hallo_numguard.guard.optimizer_view import OptimizerView
 from hallo_numguard.guard.parameter_stats import Piece
 from hallo_numguard.guard.readable import UncheckedTensors
 from hallo_numguard.ops.table import StatsTable
@@ -53,6 +54,7 @@ class GuardedModel:
         settings: The framework's configuration, for reproduction bundles.
         can_go_back: Returns whether the integration can call `go_back` when a step is over; the same on every rank.
         unchecked: Tensors that scans have left out.
+        optimizer: What is read of the optimizer that makes the updates.
     """
 
     parameters: list[NamedTensor]
@@ -69,6 +71,7 @@ class GuardedModel:
     settings: Mapping[str, Any] = field(default_factory=dict)
     can_go_back: Callable[[], bool] = lambda: False
     unchecked: UncheckedTensors = field(default_factory=UncheckedTensors)
+    optimizer: OptimizerView = field(default_factory=OptimizerView)
 
     def note_unchecked(self) -> None:
         """Notes the parameters and buffers inside of which nothing can be read."""

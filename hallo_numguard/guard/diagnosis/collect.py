@@ -10,16 +10,18 @@ from typing import NamedTuple
 
 import torch
 
-from hallo_numguard.core.documents import decode
+from hallo_numguard.core.documents import decode, encode
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Offender, Verdict
 from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.diagnosis.evidence import Evidence
+from hallo_numguard.guard.diagnosis.weight_history import WeightHistory, first_history
 from hallo_numguard.guard.guarded_model import GuardedModel
 from hallo_numguard.guard.named_tensors import (
     NamedTensor,
     ReadyOrder,
     ToleratedNonfinites,
+    is_persistent,
     scan_tensors,
 )
 from hallo_numguard.guard.parameter_stats import NONE, ParameterStats, by_parameter
@@ -27,6 +29,7 @@ from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.guard.step.local_gradients import LocalGradients
 from hallo_numguard.guard.step.pending import PendingStep
 from hallo_numguard.guard.step.recorder import Recorder
+from hallo_numguard.guard.step.updates import UpdateWatch
 
 _UNKNOWN = -(1 << 20)  # lower than any power of two
 
@@ -60,6 +63,7 @@ class RankView(NamedTuple):
         before_reduction: Statistics of this rank's own gradients, one row per parameter.
         input: First bad tensor of the batch and its micro-batch, as JSON; None if there is none.
         power: Base-2 logarithm of the loss scale at which the last finite steps would have fitted.
+        history: History of the first bad weight that can be the cause, as JSON; None if there is none.
         is_sliced: Whether the rank holds slices of each row of `weights`. bool [weights + 1].
         loss_known: Whether there are losses, or stand-ins for them.
         batch_known: Whether the batch is there, unchanged.
@@ -73,6 +77,7 @@ class RankView(NamedTuple):
     before_reduction: ParameterStats
     input: str | None
     power: int
+    history: str | None
     is_sliced: torch.Tensor
     loss_known: bool
     batch_known: bool
@@ -109,6 +114,7 @@ class GlobalView(NamedTuple):
     batch_known: bool
     input: str | None
     power: int
+    history: str | None
 
 
 class EvidenceCollector:
@@ -120,10 +126,17 @@ class EvidenceCollector:
         batch: Calls of the pending step.
         recorder: Flight recorder of the earlier steps.
         local_gradients: Scans of gradients before the reduction.
+        updates: Looks at the weights around each update.
     """
 
     def __init__(
-        self, model: GuardedModel, ranks: Ranks, batch: Batch, recorder: Recorder, local_gradients: LocalGradients
+        self,
+        model: GuardedModel,
+        ranks: Ranks,
+        batch: Batch,
+        recorder: Recorder,
+        local_gradients: LocalGradients,
+        updates: UpdateWatch,
     ) -> None:
         self._model = model
         self._ranks = ranks
@@ -136,6 +149,8 @@ class EvidenceCollector:
         self._known: set[int] = set()
         self._order = ReadyOrder()
         self._local_gradients = local_gradients
+        self._updates = updates
+        self._when = ""
 
     def start(self) -> None:
         """Puts hooks on the parameters for the first step: they show in which order gradients become ready."""
@@ -155,8 +170,11 @@ class EvidenceCollector:
         """Remembers what was not finite in a reported step, so that a clean step makes it tolerated."""
         self._tolerated.note(view.weights)
 
-    def inspect(self) -> Iterator[tuple[Offender, bool]]:
+    def inspect(self, when: str) -> Iterator[tuple[Offender, bool]]:
         """Reads this rank's parameters, buffers and optimizer state, outside of a step.
+
+        Args:
+            when: When that is, as in "attached".
 
         Yields:
             Each tensor that is not finite, and whether this rank is the one to report it.
@@ -164,6 +182,8 @@ class EvidenceCollector:
         stats = scan_tensors(self._weights)
         self._tolerated.note(stats)
         self._known = set(stats.bad_positions())
+        self._when = when
+        self._updates.weights_were_read(when, stats)
         for position in stats.bad_positions():
             weight = self._weights[position]
             if weight.kind == "buffer" and stats.counts[position][0] == 0:
@@ -198,6 +218,7 @@ class EvidenceCollector:
             batch_known=ranks.lowest(int(view.batch_known), device) == 1,
             input=ranks.first_text(view.input, device),
             power=ranks.lowest(view.power, device),
+            history=ranks.first_text(view.history, device),
         )
 
     def scan(self, step: BadStep) -> RankView:
@@ -215,6 +236,7 @@ class EvidenceCollector:
             before,
             batch,
             self._settling_power(),
+            self._history(weights),
             is_sliced=self._sliced_weights(),
             loss_known=bool(step.losses),
             batch_known=self._batch.seen,
@@ -228,6 +250,34 @@ class EvidenceCollector:
                 marks[position, 0] = int(not self._tolerated.is_tolerated(weights, position))
                 marks[position, 1] = int(self._was_bad_before(position))
         return marks.to(self._model.device)
+
+    def _history(self, weights: ParameterStats) -> str | None:
+        """The history of the first weight that can be the cause; of those that are trained, the first written one."""
+        positions = [at for at in weights.bad_positions() if at < len(self._weights)]
+        able = [
+            at
+            for at in positions
+            if not self._tolerated.is_tolerated(weights, at)
+            and self._can_be_origin(weights, at, self._was_bad_before(at))
+        ]
+        if not able:
+            return None
+        found = first_history(able, self._updates, self._model.parameters, self._model.optimizer)
+        if found is None or (able[0] in self._known and not self._updates.watches(able[0])):
+            found = self._untrained_history(able[0])
+        return json.dumps(encode(found), ensure_ascii=False)
+
+    def _untrained_history(self, position: int) -> WeightHistory:
+        item, module = self._weights[position], self._model.module
+        is_unsaved = item.kind == "buffer" and module is not None and not is_persistent(module, item.tensor)
+        return WeightHistory(item.name, when=self._when, was_so=position in self._known, in_no_file=is_unsaved)
+
+    def state_offender(self, position: int) -> Offender | None:
+        """Returns the optimizer's state of a parameter as an offender; None if it is finite."""
+        state = self._scan_state()
+        if position not in state.bad_positions():
+            return None
+        return self._state(state, position, self._ranks.rank)
 
     def _was_bad_before(self, position: int) -> bool:
         """Whether a weight was not finite before any step, nor, if calls change it, before this step's first call."""
@@ -300,6 +350,12 @@ class EvidenceCollector:
             is_new, was_known = map(bool, view.marks[position])
             is_suspect = is_new and self._can_be_origin(view.weights, position, was_known)
             (suspects if is_suspect else bystanders).append(offender)
+        history = None if view.history is None else decode(WeightHistory, json.loads(view.history))
+        if history is not None:  # the weight whose history is known comes first
+            first = history.name
+            suspects.sort(key=lambda item: item.name != first)
+            if not suspects or suspects[0].name != first:
+                history = None
         ready = self._order.sort(view.gradients.bad_positions())
         reduced = view.before_reduction
         bad_input, micro_batch = (None, 0) if view.input is None else _read_input(view.input)
@@ -327,6 +383,7 @@ class EvidenceCollector:
             settles_at=None if view.power == _UNKNOWN else min(2.0**view.power, step.pending.scaling.scale / 2),
             proved_before=_proved_before(before, step),
             rank_faults=dict(rank_faults),
+            history=history,
         )
 
     def _can_be_origin(self, weights: ParameterStats, position: int, was_known: bool) -> bool:

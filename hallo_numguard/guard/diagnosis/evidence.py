@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hallo_numguard.core.records import Offender
+from hallo_numguard.guard.diagnosis.weight_history import WeightHistory
 from hallo_numguard.guard.loss_scaling import LossScaling
 
 
@@ -72,6 +73,7 @@ class Evidence:
         rank_faults: Step of the last `rank_fault`, by rank.
         replay: Result of running the batch again; None if it was not run.
         alone_because: Why this rank has judged by itself, without the others; "" if it has not.
+        history: Who wrote the first of `suspects`, as far as that is known; None if nothing is.
     """
 
     step: int
@@ -95,6 +97,7 @@ class Evidence:
     rank_faults: Mapping[int, int] = field(default_factory=dict)
     replay: Replayed | None = None
     alone_because: str = ""
+    history: WeightHistory | None = None
 
     @property
     def answer(self) -> Replayed | None:

@@ -17,6 +17,7 @@ from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.guarded_model import GuardedModel
 from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
 from hallo_numguard.guard.named_tensors import NamedTensor, named_buffers
+from hallo_numguard.guard.optimizer_view import view_of
 from hallo_numguard.guard.readable import UncheckedTensors, norm_by_torch
 from hallo_numguard.guard.session import Session
 from hallo_numguard.guard.step.pending import PendingStep
@@ -129,6 +130,7 @@ class OptimizerGuard:
             has_named_gradients=not sharded,
             can_go_back=self._can_go_back,
             unchecked=self._unchecked,
+            optimizer=view_of(self._optimizer),
         )
 
     def trained(self) -> list[tuple[str, torch.Tensor]]:
@@ -307,6 +309,7 @@ class OptimizerGuard:
 
     def postpone(self, totals: torch.Tensor) -> None:
         """Puts the step aside for `resolve_pending_step`, with its batch, and begins the next. No host sync."""
+        self.updated()
         self._put_aside = AsyncHostCopy(totals), self.session.swap_step()
 
     def resolve_pending_step(self) -> None:
@@ -328,12 +331,28 @@ class OptimizerGuard:
         finally:
             self.session.swap_step(None if self.went_back else now)
 
+    def updated(self) -> None:
+        """Looks at what the optimizer has just written. To be called where `done` comes later than that."""
+        if self._under_way and self.active:
+            self.session.look_at_update()
+
     def done(self, applied: bool) -> None:
-        """Completes the step that was checked last."""
-        if self._under_way:
-            self._under_way = False
-            if self.active:
-                self.session.after_step(applied)
+        """Completes the step that was checked last.
+
+        Raises:
+            NumericsError: If the update wrote weights that are not finite, and the policy says so.
+        """
+        if not self._under_way:
+            return
+        self._under_way = False
+        if not self.active:
+            return
+        self.session.after_step(applied)
+        error = self.session.check_update() if applied else None
+        if error is not None:
+            raise error
+        if applied and self.session.goes_back:
+            self._go_back()
 
 
 def _why_alone(reducer: Any) -> str:
