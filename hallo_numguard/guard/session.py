@@ -33,7 +33,7 @@ from hallo_numguard.guard.diagnosis.collect import BadStep, EvidenceCollector
 from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
 from hallo_numguard.guard.diagnosis.replay import Replayer
 from hallo_numguard.guard.diagnosis.rules import confirm, judge, needs_replay
-from hallo_numguard.guard.diagnosis.weight_history import first_history, history_of
+from hallo_numguard.guard.diagnosis.weight_history import history_of
 from hallo_numguard.guard.guarded_model import GuardedModel, ScannedPieces
 from hallo_numguard.guard.loss_scaling import LossScaling
 from hallo_numguard.guard.named_tensors import NamedTensor, scan_tensors
@@ -274,6 +274,8 @@ class Session:
         first = next((item for item in written if item.by_update), written[0])
         item = parameters[first.position]
         history = history_of(first, item, self._updates, self._model.optimizer)
+        if history.update is not None and history.update.has_bad_moment:
+            return None  # bad before this update: the next step, whose loss is not finite, is judged with all evidence
         offender = item.offender(scan_tensors([item]), 0, rank)
         if not history.is_by_update:
             number = first.before_update or first.by_update
@@ -564,7 +566,7 @@ class Session:
         position = None if report.first is None else names.get(report.first.name)
         if position is None or report.verdict is Verdict.UPDATE_NONFINITE:
             return report
-        history = first_history([position], self._updates, self._model.parameters, self._model.optimizer)
+        history = self._collector.history(position)
         if history is None or not history.is_by_update:
             return report
         return update_messages.blamed_on_update(report, history)

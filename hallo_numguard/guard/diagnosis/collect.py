@@ -15,7 +15,7 @@ from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Offender, Verdict
 from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.diagnosis.evidence import Evidence
-from hallo_numguard.guard.diagnosis.weight_history import WeightHistory, first_history
+from hallo_numguard.guard.diagnosis.weight_history import WeightHistory, history_of
 from hallo_numguard.guard.guarded_model import GuardedModel
 from hallo_numguard.guard.named_tensors import (
     NamedTensor,
@@ -262,15 +262,24 @@ class EvidenceCollector:
         ]
         if not able:
             return None
-        found = first_history(able, self._updates, self._model.parameters, self._model.optimizer)
-        if found is None or (able[0] in self._known and not self._updates.watches(able[0])):
-            found = self._untrained_history(able[0])
+        histories = (self.history(at) for at in able if self._updates.is_written(at))
+        found = next(histories, None) or self.history(able[0])
         return json.dumps(encode(found), ensure_ascii=False)
 
-    def _untrained_history(self, position: int) -> WeightHistory:
+    def history(self, position: int) -> WeightHistory:
+        """Returns what is known of a weight that is not finite, a parameter or a buffer by position."""
         item, module = self._weights[position], self._model.module
+        written = self._updates.history_of(position)
+        if written is not None:
+            return history_of(written, item, self._updates, self._model.optimizer)
         is_unsaved = item.kind == "buffer" and module is not None and not is_persistent(module, item.tensor)
-        return WeightHistory(item.name, when=self._when, was_so=position in self._known, in_no_file=is_unsaved)
+        return WeightHistory(
+            item.name,
+            when=self._when,
+            was_so=position in self._known,
+            is_trained=self._updates.trains(position),
+            in_no_file=is_unsaved,
+        )
 
     def state_offender(self, position: int) -> Offender | None:
         """Returns the optimizer's state of a parameter as an offender; None if it is finite."""

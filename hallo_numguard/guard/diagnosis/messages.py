@@ -163,6 +163,10 @@ def weight_in_backward(seen: Evidence, origin: Offender) -> OverflowReport:
 
 def optimizer_state_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
     """The optimizer wrote its non-finite state into a weight."""
+    step = 0 if seen.history is None else seen.history.by_update
+    written = (
+        [f"the update of step {step} wrote it into {seen.suspects[0].name}, which was finite before"] if step else []
+    )
     return _report(
         seen,
         Verdict.OPTIMIZER_STATE_NONFINITE,
@@ -171,6 +175,7 @@ def optimizer_state_nonfinite(seen: Evidence, first: Offender) -> OverflowReport
             f"{_the_loss(seen)} is not finite ({_loss_text(seen)}), nor is {seen.suspects[0]}",
             f"nor is the optimizer's state of {first.name} (a moment or the float32 master copy): {first.counts}",
             "steps with such gradients are skipped, so the state was bad before the weight",
+            *written,
         ],
         (),
         f"Go back to a healthy checkpoint, or reset the optimizer's state of {first.name} and load its weights anew: "

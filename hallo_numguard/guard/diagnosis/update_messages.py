@@ -34,22 +34,20 @@ def report_on_update(
         loss_scale: Loss scale of the step.
         world_size: Number of ranks.
     """
-    verdict = verdict_of(history)
     more = f" and {len(names) - 1} more" if len(names) > 1 else ""
     lines = [
         f"{len(names)} of {total} weights turned non-finite in that update: {listed(list(names))}",
         *update_lines(history),
     ]
-    offender = state if verdict is Verdict.OPTIMIZER_STATE_NONFINITE and state is not None else first
     if state is not None:
         lines.append(f"the optimizer's state of {first.name} is not finite either: {state.counts}")
     return OverflowReport(
         step=history.by_update,
         loss_scale=loss_scale,
-        verdict=verdict,
+        verdict=Verdict.UPDATE_NONFINITE,
         provisional=False,
-        recoverable=CATALOG[verdict].recoverable,
-        first=offender,
+        recoverable=CATALOG[Verdict.UPDATE_NONFINITE].recoverable,
+        first=first,
         offenders=(),
         evidence=tuple(lines),
         not_checked=(),
@@ -60,15 +58,10 @@ def report_on_update(
     )
 
 
-def verdict_of(history: WeightHistory) -> Verdict:
-    """Returns the verdict on a weight that an update wrote: the update's own, or that of a bad moment behind it."""
-    has_bad_moment = history.update is not None and history.update.has_bad_moment
-    return Verdict.OPTIMIZER_STATE_NONFINITE if has_bad_moment else Verdict.UPDATE_NONFINITE
-
-
 def blamed_on_update(report: OverflowReport, history: WeightHistory) -> OverflowReport:
     """Returns a report on weights that are about to be saved, once it is known that an update wrote them."""
-    verdict = verdict_of(history)
+    has_bad_moment = history.update is not None and history.update.has_bad_moment
+    verdict = Verdict.OPTIMIZER_STATE_NONFINITE if has_bad_moment else Verdict.UPDATE_NONFINITE
     return replace(
         report,
         verdict=verdict,
@@ -105,11 +98,8 @@ def _seen(history: WeightHistory) -> str:
 
 
 def _why(history: WeightHistory) -> str:
-    update = history.update
-    if update is None or not update.odd:
-        has_bad_moment = update is not None and update.has_bad_moment
-        return "the optimizer's state holds NaN" if has_bad_moment else "gradients and settings are finite"
-    return update.odd[0]
+    odd = () if history.update is None else history.update.odd
+    return odd[0] if odd else "its gradients and settings were finite"
 
 
 def update_advice(history: WeightHistory) -> str:
@@ -135,8 +125,8 @@ def _look_at(update: Update, name: str) -> str:
             "it grows (learning rate, weight decay, a missing norm)."
         )
     return (
-        f"Look at how {update.optimizer} computes its update from the values at that element: a division by a root that "
-        "is 0 (a larger eps), a norm of a weight or gradient that is 0, a number too large for the weight's dtype."
+        f"Look at how {update.optimizer} computes its update from the values at that element: a division by a root "
+        "that is 0 (a larger eps), a norm of a weight or gradient that is 0, a number too large for the weight's dtype."
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +84,6 @@ class WeightHistory:
         when: When it was read outside of a step, as in "attached"; "" if it never was.
         was_so: Whether it was not finite already then.
         is_trained: Whether the optimizer trains it.
-        is_looked_at: Whether it is looked at around updates at all.
         in_no_file: Whether it is a buffer that no state dict has.
         update: The update that wrote it, or the last one; None if it is not trained.
     """
@@ -97,7 +96,6 @@ class WeightHistory:
     when: str = ""
     was_so: bool = False
     is_trained: bool = False
-    is_looked_at: bool = False
     in_no_file: bool = False
     update: Update | None = None
 
@@ -119,11 +117,10 @@ def history_of(written: WrittenWeight, item: NamedTensor, watch: UpdateWatch, vi
         by_update=written.by_update,
         before_update=written.before_update,
         finite_at=written.finite_at,
-        last_update=watch.last_update,
+        last_update=written.last_update,
         when=watch.when,
         was_so=watch.was_bad_from_the_start(written.position),
         is_trained=True,
-        is_looked_at=True,
         update=_update(written, item, watch.first_bad_element(written.position), view),
     )
 
@@ -285,8 +282,10 @@ def _odd_eps(
     elif eps > 0 and not fits(eps, dtype) and value in (0.0, None):
         yield (
             f"eps={eps:g} is 0 in {name}{there}",
-            f"Use an eps that {name} holds (1e-4), or better keep weights in float32 and compute in {name} by "
-            "autocast.",
+            (
+                f"Use an eps that {name} holds (1e-4), or better keep weights in float32 and compute in {name} by "
+                "autocast."
+            ),
         )
 
 
@@ -326,20 +325,8 @@ def _odd_sizes(
             yield f"lr is {rate:g}, below 0", "Mend what sets the learning rate."
         if decay is not None and math.isfinite(decay) and abs(rate * decay) > LARGE_DECAY:
             yield (
-                f"weight_decay is {decay:g}: times lr it is {rate * decay:g}, and an update takes that many times the "
-                "weight from the weight",
+                f"weight_decay is {decay:g}, and {rate * decay:g} when it is multiplied by lr",
                 "Lower weight_decay: lr times weight_decay has to be far below 1.",
             )
     if momentum is not None and math.isfinite(momentum) and momentum >= 1:
         yield f"momentum is {momentum:g}: what it adds up only grows", "Use a momentum below 1."
-
-
-def first_history(
-    positions: Sequence[int], watch: UpdateWatch, parameters: Sequence[NamedTensor], view: OptimizerView
-) -> WeightHistory | None:
-    """Returns the history of the first of these parameters that an update was seen to write, else of the first."""
-    known = [written for at in positions if (written := watch.history_of(at)) is not None]
-    if not known:
-        return None
-    chosen = next((written for written in known if written.by_update), known[0])
-    return history_of(chosen, parameters[chosen.position], watch, view)

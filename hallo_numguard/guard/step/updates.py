@@ -49,6 +49,7 @@ class WrittenWeight:
         before_update: Number of the step before whose update it was not finite any more; 0 if that was not seen.
         finite_at: Number of the last step after whose update it was seen finite (or as it was when attached); 0 when
             attached or loaded; -1 if it never was.
+        last_update: Number of the last step that had been applied by then.
         groups: The optimizer's parameter groups as they were at that update.
         gradients: Statistics of this rank's gradients in the step of that update; None if that update was not seen,
             or they were not scanned.
@@ -58,6 +59,7 @@ class WrittenWeight:
     by_update: int = 0
     before_update: int = 0
     finite_at: int = -1
+    last_update: int = 0
     groups: Groups = ()
     gradients: StatsTable | None = None
 
@@ -73,6 +75,7 @@ class _Look:
     packed: AsyncHostCopy
     groups: Groups
     gradients: StatsTable | None
+    last_update: int
 
 
 @dataclass
@@ -151,8 +154,7 @@ class UpdateWatch:
         self._news.clear()
         self.parameters_were_added()  # some may have got their shapes, or have been unfrozen
         bad = [at for at in stats.bad_positions() if at in self._part_of]
-        scan = Reader().scan([_held(self._model.parameters[at]).detach() for at in bad])
-        self._known = _Known(_bad_ones(scan.table, scan.owners, bad), all_finite_at=ATTACHED)
+        self._known = _Known(self._now(bad), all_finite_at=ATTACHED)
         self.when = when
         self._full_until = self._steps + FULL_STEPS
 
@@ -189,7 +191,9 @@ class UpdateWatch:
         tensors = [_held(items[at]) for at in positions] if self._sliced else [items[at].tensor for at in positions]
         scan = self._readers.setdefault(self._part, Reader()).scan(tensors)
         copy = AsyncHostCopy(scan.table.packed)
-        self._looks.append(_Look(step, is_after, self._part, scan, copy, self._groups, self._gradients))
+        self._looks.append(
+            _Look(step, is_after, self._part, scan, copy, self._groups, self._gradients, self.last_update)
+        )
         if len(self._looks) > MAX_LOOKS:
             self._take(self._looks.popleft())
         self._take_arrived()
@@ -215,16 +219,32 @@ class UpdateWatch:
         return news
 
     def history_of(self, position: int) -> WrittenWeight | None:
-        """Returns what is known of a trained weight that is not finite now; None of one that is not trained."""
-        if not self.watches(position):
+        """Returns what is known of a trained weight that is not finite now; None if it was never looked at.
+
+        What was seen of other values than it has now says nothing about these.
+        """
+        if position not in self._part_of or self._mode == "never":
             return None
         self._take_arrived(wait=True)
-        written = self._known.written.get(position)
-        return written or WrittenWeight(position, finite_at=self._finite_at(position), groups=self._groups)
+        written, seen = self._known.written.get(position), self._known.bad.get(position)
+        if seen is not None and seen != self._now([position]).get(position):
+            return WrittenWeight(position, last_update=self.last_update, groups=self._groups)
+        finite_at = self._finite_at(position)
+        return written or WrittenWeight(position, 0, 0, finite_at, self.last_update, self._groups)
 
-    def watches(self, position: int) -> bool:
-        """Returns whether it looks at a parameter at all."""
-        return position in self._part_of and self._mode != "never"
+    def _now(self, positions: Sequence[int]) -> dict[int, Signature]:
+        scan = Reader().scan([_held(self._model.parameters[at]).detach() for at in positions])
+        return _bad_ones(scan.table, scan.owners, positions)
+
+    def trains(self, position: int) -> bool:
+        """Returns whether the optimizer trains a parameter."""
+        return position in self._part_of
+
+    def is_written(self, position: int) -> bool:
+        """Returns whether an update was seen to make a parameter non-finite."""
+        self._take_arrived(wait=True)
+        written = self._known.written.get(position)
+        return written is not None and written.by_update > 0
 
     @property
     def total(self) -> int:
@@ -249,7 +269,7 @@ class UpdateWatch:
 
     def _take(self, look: _Look) -> None:
         table = StatsTable(look.packed.read(), False)
-        if bool(table.any_nonfinite()):
+        if self._known.bad or bool(table.any_nonfinite()):
             self._take_bad(look, table)
         known = self._known
         if not look.is_after:
@@ -261,13 +281,19 @@ class UpdateWatch:
 
     def _take_bad(self, look: _Look, table: StatsTable) -> None:
         positions = self._trained if look.part is None else self._parts[look.part]
-        for position, signature in _bad_ones(table, look.scan.owners, positions).items():
+        found = _bad_ones(table, look.scan.owners, positions)
+        for position in set(positions).intersection(self._known.bad).difference(found):  # mended since
+            del self._known.bad[position]
+            self._known.written.pop(position, None)
+        for position, signature in found.items():
             if self._known.bad.get(position) == signature:
                 continue
             self._known.bad[position] = signature
             if position in self._known.written:
                 continue  # who wrote its first bad values counts
-            written = WrittenWeight(position, finite_at=self._finite_at(position), groups=look.groups)
+            written = WrittenWeight(
+                position, finite_at=self._finite_at(position), last_update=look.last_update, groups=look.groups
+            )
             if look.is_after:
                 written.gradients = look.gradients
             if not look.is_after:
