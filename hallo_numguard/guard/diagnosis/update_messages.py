@@ -157,7 +157,8 @@ def other_lines(history: WeightHistory | None) -> list[str]:
     if not history.is_trained:
         return [f"{name} was finite when {_seen_when(when)}, and the optimizer does not train it"]
     if history.is_by_other_code:
-        return [_between(history, when)]
+        master = history.update.master if history.update is not None else ""
+        return [_between(history, when), *([master] if master else [])]
     if history.finite_at < 0:
         return []
     since = f"after the update of step {history.finite_at}" if history.finite_at else f"when {_seen_when(when)}"

