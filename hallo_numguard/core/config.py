@@ -120,7 +120,7 @@ class GuardConfig:
             "always". Costs a small pass and a Python call per parameter in these steps.
         check_updates: Weights that are looked at right before and right after each update of the optimizer, to find
             what an update makes non-finite in the step in which it does: "part" (default: all of up to 4 MiB, and all
-            in the first 8 steps, in 20 after an alarm, and while a setting of the optimizer is odd, such as a NaN
+            in the first 4 steps, in 20 after an alarm, and while a setting of the optimizer is odd, such as a NaN
             learning rate; else a 32nd of them in turn, well below 1 % of a step), "all" (reads all weights twice a
             step, without a wait on a GPU) or "never".
         policy: Actions after an overflow.

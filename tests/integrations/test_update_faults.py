@@ -96,7 +96,7 @@ def test_what_a_lightning_module_writes_right_after_the_update_is_not_the_optimi
     class Averages(lightning_module(pl)):
         def optimizer_step(self, *args, **kwargs):
             super().optimizer_step(*args, **kwargs)
-            if self.global_step == 3:
+            if self.global_step == 2:  # it counts a step when it is over
                 self.net.norm.weight.data[2] = math.nan
 
     framework = FRAMEWORKS["lightning"]

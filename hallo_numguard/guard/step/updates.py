@@ -13,7 +13,7 @@ import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.parameter import is_lazy
@@ -21,13 +21,13 @@ from torch.nn.parameter import is_lazy
 from hallo_numguard.guard.guarded_model import GuardedModel
 from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.guard.parameter_stats import ParameterStats
-from hallo_numguard.guard.readable import Reader, Scan
+from hallo_numguard.guard.readable import Reader, Scan, is_plain
 from hallo_numguard.ops.device import AsyncHostCopy
 from hallo_numguard.ops.table import StatsTable
 
 SMALL_BYTES = 4 << 20  # weights that are always read whole
 PARTS = 32
-FULL_STEPS = 8  # after an attach or a load, after which settings and state are most often wrong
+FULL_STEPS = 4  # after an attach or a load, after which settings and state are most often wrong
 ALARM_STEPS = 20
 MAX_GROUPS = 64  # beyond it only learning rates are looked at in every step
 MAX_LOOKS = 8  # under way from the device to the host
@@ -37,6 +37,20 @@ Signature = tuple[int, int, int, int]
 """Counts of NaN, +Inf and -Inf, and the flat index of the first of them."""
 
 Groups = Sequence[Mapping[str, Any]]
+
+
+class Stretch(NamedTuple):
+    """What a look reads of a weight: this rank's part of it, or some of its elements.
+
+    Attributes:
+        position: Position in the guard's list of parameters.
+        start: Flat index of the first element in this rank's part.
+        stop: Flat index after the last; None for all of it.
+    """
+
+    position: int
+    start: int = 0
+    stop: int | None = None
 
 
 @dataclass
@@ -128,25 +142,43 @@ class UpdateWatch:
             for at, item in enumerate(parameters)
             if (item.tensor.requires_grad or id(item.tensor) in held) and not is_lazy(item.tensor)
         ]
+        self._all = [Stretch(at) for at in self._trained]
         self._sliced = any(parameters[at].slice is not None for at in self._trained)
         self._part_of, self._parts = self._divided()
         self._readers: dict[int | None, Reader] = {}
         self._dtypes = {parameters[at].tensor.dtype for at in self._trained}
 
-    def _divided(self) -> tuple[dict[int, int], list[list[int]]]:
-        sizes = [(at, _bytes_of(self._model.parameters[at])) for at in self._trained]
-        total = sum(size for _, size in sizes)
+    def _divided(self) -> tuple[dict[int, list[int]], list[list[Stretch]]]:
+        """The parts in which each weight is, and the parts."""
+        total = sum(_bytes_of(self._model.parameters[at]) for at in self._trained)
         if total <= SMALL_BYTES or self._mode == "all":
-            return dict.fromkeys(self._trained, 0), [self._trained]
-        parts: list[list[int]] = [[]]
-        filled = 0
-        for at, size in sizes:
-            if filled >= total / PARTS:
+            return {at: [0] for at in self._trained}, [self._all]
+        parts: list[list[Stretch]] = [[]]
+        filled, limit = 0, -(-total // PARTS)
+        for stretch, size in self._stretches(limit):
+            if filled + size > limit and filled:
                 parts.append([])
                 filled = 0
-            parts[-1].append(at)
+            parts[-1].append(stretch)
             filled += size
-        return {at: number for number, part in enumerate(parts) for at in part}, parts
+        part_of: dict[int, list[int]] = {}
+        for number, part in enumerate(parts):
+            for stretch in part:
+                part_of.setdefault(stretch.position, []).append(number)
+        return part_of, parts
+
+    def _stretches(self, limit: int) -> Iterator[tuple[Stretch, int]]:
+        """The weights and their bytes, those that are larger than a part in stretches."""
+        for at in self._trained:
+            item = self._model.parameters[at]
+            size, element = _bytes_of(item), item.tensor.element_size()
+            if size <= limit or item.slice is not None or not is_plain(item.tensor) or not item.tensor.is_contiguous():
+                yield Stretch(at), size
+                continue
+            step, numel = max(1, limit // element), item.tensor.numel()
+            for start in range(0, numel, step):
+                stop = min(start + step, numel)
+                yield Stretch(at, start, stop), (stop - start) * element
 
     def weights_were_read(self, when: str, stats: ParameterStats) -> None:
         """Takes what was not finite outside of a step: when attached, or after a load."""
@@ -186,9 +218,7 @@ class UpdateWatch:
         self._look(step, is_after=True)
 
     def _look(self, step: int, is_after: bool) -> None:
-        positions = self._trained if self._part is None else self._parts[self._part]
-        items = self._model.parameters
-        tensors = [_held(items[at]) for at in positions] if self._sliced else [items[at].tensor for at in positions]
+        tensors = self._tensors(self._part)
         scan = self._readers.setdefault(self._part, Reader()).scan(tensors)
         copy = AsyncHostCopy(scan.table.packed)
         self._looks.append(
@@ -197,6 +227,16 @@ class UpdateWatch:
         if len(self._looks) > MAX_LOOKS:
             self._take(self._looks.popleft())
         self._take_arrived()
+
+    def _tensors(self, part: int | None) -> list[torch.Tensor]:
+        items = self._model.parameters
+        if part is None or len(self._parts) == 1:
+            held = _held if self._sliced else _whole
+            return [held(items[at]) for at in self._trained]
+        return [
+            _held(items[at]) if stop is None else items[at].tensor.detach().reshape(-1)[start:stop]
+            for at, start, stop in self._parts[part]
+        ]
 
     def _eps_fits(self) -> bool:
         """Whether every eps is above 0 in the dtypes of the weights. Computed when it changes."""
@@ -260,8 +300,8 @@ class UpdateWatch:
         return position in self._known.bad and position not in self._known.written
 
     def _finite_at(self, position: int) -> int:
-        part = self._known.part_finite_at.get(self._part_of[position], -1)
-        return max(self._known.all_finite_at, part)
+        parts = [self._known.part_finite_at.get(part, -1) for part in self._part_of[position]]
+        return max(self._known.all_finite_at, min(parts))
 
     def _take_arrived(self, wait: bool = False) -> None:
         while self._looks and (wait or self._looks[0].packed.arrived):
@@ -280,14 +320,18 @@ class UpdateWatch:
             known.part_finite_at[look.part] = look.step
 
     def _take_bad(self, look: _Look, table: StatsTable) -> None:
-        positions = self._trained if look.part is None else self._parts[look.part]
-        found = _bad_ones(table, look.scan.owners, positions)
-        for position in set(positions).intersection(self._known.bad).difference(found):  # mended since
+        stretches = self._all if look.part is None else self._parts[look.part]
+        found = _bad_ones(table, look.scan.owners, [stretch.position for stretch in stretches])
+        whole = {stretch.position for stretch in stretches if stretch.stop is None}
+        for position in whole.intersection(self._known.bad).difference(found):  # mended since
             del self._known.bad[position]
             self._known.written.pop(position, None)
         for position, signature in found.items():
-            if self._known.bad.get(position) == signature:
+            known = self._known.bad.get(position)
+            if known is not None and (position not in whole or known == signature):
                 continue
+            if position not in whole:
+                signature = self._now([position]).get(position, signature)
             self._known.bad[position] = signature
             if position in self._known.written:
                 continue  # who wrote its first bad values counts
@@ -362,6 +406,10 @@ def _held(item: NamedTensor) -> torch.Tensor:
     """This rank's part of a weight. What a DTensor holds is asked for directly: its place in the whole takes longer."""
     local: torch.Tensor | None = getattr(item.tensor, "_local_tensor", None)
     return item.held()[0] if local is None else local
+
+
+def _whole(item: NamedTensor) -> torch.Tensor:
+    return item.tensor
 
 
 def _bytes_of(item: NamedTensor) -> int:
