@@ -137,11 +137,10 @@ class UpdateWatch:
         """Divides the weights anew into parts."""
         parameters = self._model.parameters
         held = {id(parameter) for group in self._model.optimizer.groups() for parameter in group.get("params", ())}
-        self._trained = [
-            at
-            for at, item in enumerate(parameters)
-            if (item.tensor.requires_grad or id(item.tensor) in held) and not is_lazy(item.tensor)
-        ]
+        own = {at for at, item in enumerate(parameters) if id(item.tensor) in held}
+        # Where the optimizer holds flat copies, its own are not among them: then all that take gradients are.
+        trained = own or {at for at, item in enumerate(parameters) if item.tensor.requires_grad}
+        self._trained = sorted(at for at in trained if not is_lazy(parameters[at].tensor))
         self._all = [Stretch(at) for at in self._trained]
         self._sliced = any(parameters[at].slice is not None for at in self._trained)
         self._part_of, self._parts = self._divided()
