@@ -228,6 +228,7 @@ class Session:
             self.look_at_update()
             self._written = self.probes.run("look at the updates", self._updates.news) or []
             self._unclean = self._unclean or bool(self._written)
+            self.probes.run("look at the updates", self._tell_growth)
         if self._steps.pending.is_scanned:
             self._record(applied)
         self.probes.run("scan of local gradients", self._local_gradients.step_is_over, applied)
@@ -267,6 +268,13 @@ class Session:
         if not written:
             return None
         return self.probes.run("look at the updates", self._report_on_update, written)
+
+    def _tell_growth(self) -> None:
+        """Tells of updates that made weights absurdly large, though finite: the next forward pass will overflow."""
+        for growth in self._updates.growths():
+            item = self._model.parameters[growth.position]
+            message = update_messages.growth_text(growth, item, self._model.optimizer)
+            self._note(Finding("update_ratio", message, growth.step, item.name))
 
     def _report_on_update(self, written: Sequence[WrittenWeight]) -> BaseException | None:
         self._updates.alarm()

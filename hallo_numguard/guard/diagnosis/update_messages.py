@@ -10,6 +10,9 @@ from hallo_numguard.core.records import Offender, Verdict
 from hallo_numguard.core.safe_text import listed
 from hallo_numguard.guard.diagnosis.catalog import CATALOG
 from hallo_numguard.guard.diagnosis.weight_history import Update, WeightHistory
+from hallo_numguard.guard.named_tensors import NamedTensor
+from hallo_numguard.guard.optimizer_view import OptimizerView
+from hallo_numguard.guard.step.updates import Growth
 
 MORE_LOOKS = "GuardConfig(check_updates='all') looks at every weight around every update"
 
@@ -58,6 +61,17 @@ def report_on_update(
     )
 
 
+def growth_text(growth: Growth, item: NamedTensor, view: OptimizerView) -> str:
+    """Returns the sentence on an update that made a weight absurdly large."""
+    number = view.group_of(item.tensor)
+    rate = None if number is None or number >= len(growth.groups) else growth.groups[number].get("lr")
+    at_rate = "" if rate is None else f" at a learning rate of {float(rate):g} (parameter group {number})"
+    return (
+        f"step {growth.step}: one update{at_rate} made {item.name} reach {growth.after:.4g}, "
+        f"before it {growth.before:.4g}: what is computed with it will likely overflow"
+    )
+
+
 def blamed_on_update(report: OverflowReport, history: WeightHistory) -> OverflowReport:
     """Returns a report on weights that are about to be saved, once it is known that an update wrote them."""
     has_bad_moment = history.update is not None and history.update.has_bad_moment
@@ -92,8 +106,8 @@ def update_lines(history: WeightHistory) -> list[str]:
 
 def _seen(history: WeightHistory) -> str:
     return (
-        f"{history.name} was finite right before the update of step {history.by_update}, whose gradients were finite, "
-        "and is not right after it"
+        f"{history.name} was finite right before the update of step {history.by_update}, whose gradients were finite "
+        "when they were checked, and is not right after it"
     )
 
 

@@ -130,8 +130,9 @@ def _update(written: WrittenWeight, item: NamedTensor, element: int, view: Optim
     settings: Mapping[str, Any] = written.groups[number] if number is not None and number < len(written.groups) else {}
     state = view.state_of(item.tensor)
     element = max(element, 0)
-    found = list(_odd(settings, state, item, element))
     gradients = written.gradients
+    changed = _changed_gradient(item, element) if gradients is not None else []
+    found = [*_odd_settings(settings), *changed, *_odd(settings, state, item, element)]
     bad_states = [part for part in state.parts if not part.is_master and bool(part.values.isnan().any())]
     return Update(
         view.name(),
@@ -168,15 +169,20 @@ def _value_text(value: Any) -> str:
 
 def _at_element(state: WeightState, item: NamedTensor, element: int) -> str:
     texts = []
-    gradient = item.tensor.grad if item.tensor.is_leaf else None
-    if gradient is not None and not gradient.is_sparse:
-        local: torch.Tensor = getattr(gradient, "_local_tensor", gradient)
-        value = _value_at(StatePart("gradient", local.detach().reshape(-1)), element)
-        texts += [] if value is None else [f"gradient {value:g}"]
+    gradient = _gradient_at(item, element)
+    texts += [] if gradient is None else [f"gradient {gradient:g}"]
     for part in state.parts:
         value = _value_at(part, element)
         texts += [] if value is None else [f"{part.name} {value:g}"]
     return ", ".join(texts[:6])
+
+
+def _gradient_at(item: NamedTensor, element: int) -> float | None:
+    gradient = item.tensor.grad if item.tensor.is_leaf else None
+    if gradient is None or gradient.is_sparse:
+        return None
+    local: torch.Tensor = getattr(gradient, "_local_tensor", gradient)
+    return _value_at(StatePart("gradient", local.detach().reshape(-1)), element)
 
 
 def _value_at(part: StatePart, element: int) -> float | None:
@@ -217,13 +223,28 @@ def _nonfinite_settings(settings: Mapping[str, Any]) -> Iterator[tuple[str, floa
 
 def _odd(settings: Mapping[str, Any], state: WeightState, item: NamedTensor, element: int) -> Iterator[tuple[str, str]]:
     """Sentences on what is odd, each with its remedy, the most telling first."""
-    for name, value in _nonfinite_settings(settings):
-        text = "NaN" if math.isnan(value) else f"{value:+g}".replace("inf", "Inf")
-        yield f"{name} is {text}", _mend_setting(name)
     yield from _odd_correction(settings, state)
     yield from _odd_eps(settings, state, item, element)
     yield from _odd_moments(state, element)
     yield from _odd_sizes(settings, state, item, element)
+
+
+def _odd_settings(settings: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in _nonfinite_settings(settings):
+        text = "NaN" if math.isnan(value) else f"{value:+g}".replace("inf", "Inf")
+        yield f"{name} is {text}", _mend_setting(name)
+
+
+def _changed_gradient(item: NamedTensor, element: int) -> list[tuple[str, str]]:
+    """A sentence on a gradient that was finite when it was checked, and is not after the update."""
+    value = _gradient_at(item, element)
+    if value is None or math.isfinite(value):
+        return []
+    text = (
+        f"the gradient of the first bad element is {value:g} after the update, and was finite when it was checked "
+        "before it: clipping, a hook or the optimizer itself has changed it in between"
+    )
+    return [(text, "Look for what changes gradients right before the update: a step hook, clipping, a scaler.")]
 
 
 def _mend_setting(name: str) -> str:

@@ -31,6 +31,7 @@ FULL_STEPS = 4  # after an attach or a load, after which settings and state are 
 ALARM_STEPS = 20
 MAX_GROUPS = 64  # beyond it only learning rates are looked at in every step
 MAX_LOOKS = 8  # under way from the device to the host
+GROWTH = 1e4  # of the largest element of a weight, or of 1, in one update
 ATTACHED = 0  # stands for the scan at attach, or after a load, where else the number of a step does
 
 Signature = tuple[int, int, int, int]
@@ -78,6 +79,24 @@ class WrittenWeight:
     gradients: StatsTable | None = None
 
 
+class Growth(NamedTuple):
+    """An update that made a weight absurdly large, though finite.
+
+    Attributes:
+        step: Number of the step.
+        position: Position in the guard's list of parameters.
+        before: Largest absolute value right before the update.
+        after: Largest absolute value right after it.
+        groups: The optimizer's parameter groups as they were.
+    """
+
+    step: int
+    position: int
+    before: float
+    after: float
+    groups: Groups
+
+
 @dataclass(frozen=True)
 class _Look:
     """A scan on its way to the host."""
@@ -121,6 +140,8 @@ class UpdateWatch:
         self._known = _Known()
         self._looks: deque[_Look] = deque()
         self._news: list[WrittenWeight] = []
+        self._growths: list[Growth] = []
+        self._before: tuple[int, StatsTable] | None = None  # step and figures of the last look before an update
         self._groups: Groups = ()
         self._is_odd = False
         self._fits: tuple[Any, bool] = (None, False)
@@ -311,12 +332,30 @@ class UpdateWatch:
         if self._known.bad or bool(table.any_nonfinite()):
             self._take_bad(look, table)
         known = self._known
+        if look.is_after and self._before is not None and self._before[0] == look.step:
+            self._take_growth(look, self._before[1], table)
+        self._before = None if look.is_after else (look.step, table)
         if not look.is_after:
             known.before_at[look.part] = look.step
         elif look.part is None:
             known.all_finite_at = look.step
         else:
             known.part_finite_at[look.part] = look.step
+
+    def _take_growth(self, look: _Look, before: StatsTable, after: StatsTable) -> None:
+        grown = after.absmax > GROWTH * before.absmax.clamp(min=1.0)
+        if not bool(grown.any()):
+            return
+        row = int((after.absmax * grown).argmax())
+        stretches = self._all if look.part is None else self._parts[look.part]
+        position = stretches[look.scan.owners[row]].position
+        sizes = float(before.absmax[row]), float(after.absmax[row])
+        self._growths.append(Growth(look.step, position, *sizes, look.groups))
+
+    def growths(self) -> list[Growth]:
+        """Returns the updates that made a weight absurdly large, and were not returned before."""
+        growths, self._growths = self._growths, []
+        return growths
 
     def _take_bad(self, look: _Look, table: StatsTable) -> None:
         stretches = self._all if look.part is None else self._parts[look.part]

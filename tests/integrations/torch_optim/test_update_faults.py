@@ -392,3 +392,25 @@ def test_every_weight_has_its_turn():
     assert sorted({stretch.position for part in watch._parts for stretch in part}) == list(range(84))
     assert min(watch._finite_at(position) for position in range(84)) >= 60 - len(watch._parts)
     optimizer.detach()
+
+
+def test_an_update_that_makes_weights_absurdly_large_is_told_in_its_step():
+    _, optimizer = run(sgd(), setting(3, lr=3e38), steps=3)
+    (finding,) = optimizer.findings
+    assert (finding.kind, finding.step) == ("update_ratio", 3)
+    assert "one update at a learning rate of 3e+38 (parameter group 0) made " in finding.message
+
+
+def test_a_gradient_that_was_changed_after_the_check_is_told():
+    def plant(number, optimizer):
+        if number == 3:
+            optimizer.register_step_pre_hook(spoil)
+
+    def spoil(optimizer, *_):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad.mul_(NAN)
+
+    report, _ = run(sgd(), plant)
+    assert (report.step, report.verdict) == (3, "update_nonfinite")
+    assert "clipping, a hook or the optimizer itself has changed it in between" in report.happened
