@@ -17,6 +17,7 @@ ACTIONS = ("continue", "warn", "skip", "rollback", "raise")
 SAVE_ACTIONS = ("warn", "raise")
 """Actions where non-finite values are about to be saved."""
 
+CHECK_UPDATES = ("never", "part", "all")
 MODES = ("replace", "observe")
 LOCAL_GRADIENTS = ("never", "on_alarm", "always")
 
@@ -120,6 +121,11 @@ class GuardConfig:
         local_gradients: When gradients are scanned before the reduction as well, to find the rank that they come
             from: "never", "on_alarm" (default: from the step after an overflow on, until 20 steps were clean) or
             "always". Costs a small pass and a Python call per parameter in these steps.
+        check_updates: Weights that are looked at right before and right after each update of the optimizer, to find
+            what an update makes non-finite in the step in which it does: "part" (default: all of up to 4 MiB, and all
+            in the first 4 steps, in 20 after an alarm, and while a setting of the optimizer is odd, such as a NaN
+            learning rate; else a 32nd of them in turn, well below 1 % of a step), "all" (reads all weights twice a
+            step, without a wait on a GPU) or "never".
         policy: Actions after an overflow.
         dump_dir: Folder for all reports, with the flight recorder's steps of each parameter, as
             `overflow-step<number>-rank<number>.json`: from rank 0, and from the rank of the first offender. None for
@@ -141,6 +147,7 @@ class GuardConfig:
     mode: str = "replace"
     history: int = 64
     local_gradients: str = "on_alarm"
+    check_updates: str = "part"
     policy: Policy = field(default_factory=Policy)
     dump_dir: str | os.PathLike[str] | None = None
     repro_dir: str | os.PathLike[str] | None = None
@@ -155,6 +162,8 @@ class GuardConfig:
             raise InvalidInput(
                 f"local_gradients must be one of {', '.join(LOCAL_GRADIENTS)}, got {self.local_gradients!r}"
             )
+        if self.check_updates not in CHECK_UPDATES:
+            raise InvalidInput(f"check_updates must be one of {', '.join(CHECK_UPDATES)}, got {self.check_updates!r}")
         if not isinstance(self.history, int) or self.history < 1:
             raise InvalidInput(f"history must be a positive number of steps, got {self.history!r}")
         if not isinstance(self.policy, Policy):

@@ -20,7 +20,8 @@ class Finding:
             of a step), "loss_spike", "norm_spike", "update_ratio" (learning rate too high), "dead_gradient",
             "exploding_gradient", "input_range", "lost_update" (steps that change nothing), "bad_step_applied" (a step
             whose gradients were not finite), "loss_nonfinite" (a step whose loss was not finite, with gradients that
-            were), "gradients_not_cleared" (a backward pass that adds to non-finite gradients), "statistics_restored"
+            were), "update_nonfinite" (weights that an update made non-finite, on one of several ranks),
+            "gradients_not_cleared" (a backward pass that adds to non-finite gradients), "statistics_restored"
             (running statistics that a bad batch poisoned), or "not_checked" (tensors that cannot be read, each named
             once).
         message: Sentence on what was expected, and what was found.

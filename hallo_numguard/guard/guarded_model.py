@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from hallo_numguard.guard.named_tensors import NamedTensor
+from hallo_numguard.guard.optimizer_view import OptimizerView
 from hallo_numguard.guard.parameter_stats import Piece
 from hallo_numguard.guard.readable import UncheckedTensors
 from hallo_numguard.ops.table import StatsTable
@@ -57,6 +58,7 @@ class GuardedModel:
         called_directly: Context in which what wraps the module only calls it, as a repeated step must not be reduced.
         is_compiled: Returns whether calls of the module are compiled.
         unchecked: Tensors that scans have left out.
+        optimizer: What is read of the optimizer that makes the updates.
     """
 
     parameters: list[NamedTensor]
@@ -76,6 +78,7 @@ class GuardedModel:
     called_directly: Callable[[], AbstractContextManager[Any]] = nullcontext
     is_compiled: Callable[[], bool] = lambda: False
     unchecked: UncheckedTensors = field(default_factory=UncheckedTensors)
+    optimizer: OptimizerView = field(default_factory=OptimizerView)
 
     def note_unchecked(self) -> None:
         """Notes the parameters and buffers inside of which nothing can be read."""

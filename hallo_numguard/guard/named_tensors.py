@@ -81,6 +81,15 @@ def named_buffers(model: nn.Module) -> list[NamedTensor]:
     return _unique("buffer", ((name, value) for name, value in buffers if not readable.holds_integers(value)))
 
 
+def is_persistent(model: nn.Module, buffer: torch.Tensor) -> bool:
+    """Returns whether a state dict of the model has that buffer."""
+    return any(
+        value is buffer and name not in module._non_persistent_buffers_set
+        for module in model.modules()
+        for name, value in module._buffers.items()
+    )
+
+
 def _unique(kind: str, named: Iterable[tuple[str, torch.Tensor]]) -> list[NamedTensor]:
     names: dict[torch.Tensor, list[str]] = {}
     for name, tensor in named:

@@ -29,16 +29,17 @@ from hallo_numguard.core.safe_text import listed
 from hallo_numguard.guard import policy
 from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.containment import Probes, contain_failures, failures
-from hallo_numguard.guard.diagnosis import messages
+from hallo_numguard.guard.diagnosis import messages, update_messages
 from hallo_numguard.guard.diagnosis.collect import BadStep, EvidenceCollector
 from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
 from hallo_numguard.guard.diagnosis.loss_messages import BadLoss, loss_report, short_line, uncleared_line
 from hallo_numguard.guard.diagnosis.nonfinite_losses import in_words, look_at, loss_offender
 from hallo_numguard.guard.diagnosis.replay import Replayer
 from hallo_numguard.guard.diagnosis.rules import confirm, is_unexplained, judge, needs_replay, needs_replay_of_step
+from hallo_numguard.guard.diagnosis.weight_history import history_of
 from hallo_numguard.guard.guarded_model import GuardedModel, ScannedPieces
 from hallo_numguard.guard.loss_scaling import LossScaling
-from hallo_numguard.guard.named_tensors import NamedTensor
+from hallo_numguard.guard.named_tensors import NamedTensor, scan_tensors
 from hallo_numguard.guard.report_files import ReportFiles
 from hallo_numguard.guard.repro.bundle import Bundle, Bundles
 from hallo_numguard.guard.save_gate import Save, SaveGate, is_mask, report_on
@@ -49,6 +50,7 @@ from hallo_numguard.guard.step.local_gradients import LocalGradients
 from hallo_numguard.guard.step.pending import MAX_CALLS, PendingStep, StepOwner
 from hallo_numguard.guard.step.recorder import Recorder
 from hallo_numguard.guard.step.step_call import StepCall
+from hallo_numguard.guard.step.updates import UpdateWatch, WrittenWeight
 from hallo_numguard.guard.weight_findings import weight_findings
 from hallo_numguard.tracing.rerun import is_rerunning
 from hallo_numguard.trackers.base import Sink
@@ -126,6 +128,8 @@ class Session:
         self._warnings = EarlyWarnings(
             model.parameters, self._batch, model.module, self._recorder.read, self._note, model.has_masters
         )
+        self._updates = UpdateWatch(model, config.check_updates)
+        self._written: list[WrittenWeight] = []  # by the update of this step
         self._collector = self._new_collector()
         self._announcer = policy.Announcer()
         self._skipped = 0  # steps in a row
@@ -145,11 +149,6 @@ class Session:
             self._collector.start()
             self._local_gradients.start()
             undo.pop_all()
-
-    def _new_collector(self) -> EvidenceCollector:
-        return EvidenceCollector(
-            self._model, self._ranks, self._batch, self._recorder, self._local_gradients, self._armed
-        )
 
     def history(self) -> list[StepRecord]:
         """Returns the flight recorder's steps, oldest first. Waits for rows that are still on their way."""
@@ -172,9 +171,21 @@ class Session:
         self._warnings.parameters_were_added()
         self._local_gradients.parameters_were_added(len(parameters))
         self._collector.stop()
+        self._updates.parameters_were_added()
         self._collector = self._new_collector()
         self._collector.start()
         self.inspect_weights("parameters were added")
+
+    def _new_collector(self) -> EvidenceCollector:
+        return EvidenceCollector(
+            self._model,
+            self._ranks,
+            self._batch,
+            self._recorder,
+            self._local_gradients,
+            self._armed,
+            self._updates,
+        )
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -266,6 +277,7 @@ class Session:
         self.probes.run("flight recorder", recorder, number, scaling.scale, gradients, losses, counts)
         self.probes.run("early warnings", self._warnings.before_step, number, scaling.scale, gradients)
         self.probes.run("check of the losses", self._replay_bad_loss)
+        self.probes.run("look at the updates", self._updates.before, number, gradients.table)
 
     def _replay_bad_loss(self) -> None:
         """Runs the batch of a bad loss again before its step changes the weights, where gradients are finite.
@@ -293,6 +305,7 @@ class Session:
         pending = self._steps.pending
         pending.number, pending.scaling, pending.is_scanned = number, scaling, False
         self._unclean = False
+        self.probes.run("look at the updates", self._updates.before, number, None)
 
     def swap_step(self, step: PendingStep | None = None) -> PendingStep:
         """Switches to another step, by default a new one; returns the previous one. See `StepOwner`.
@@ -301,8 +314,17 @@ class Session:
         """
         return self._steps.swap(PendingStep() if step is None else step)
 
+    def look_at_update(self) -> None:
+        """Looks at what the optimizer has just written; done by `after_step` if that comes at once. No host sync."""
+        self.probes.run("look at the updates", self._updates.after, self._steps.pending.number)
+
     def after_step(self, applied: bool) -> None:
-        """Completes the step."""
+        """Completes the step. `check_update` is to follow if it was applied."""
+        if applied:
+            self.look_at_update()
+            self._written = self.probes.run("look at the updates", self._updates.news) or []
+            self._unclean = self._unclean or bool(self._written)
+            self.probes.run("look at the updates", self._tell_growth)
         if self._steps.pending.is_scanned:
             self._record(applied)
         self.probes.run("scan of local gradients", self._local_gradients.step_is_over, applied)
@@ -330,6 +352,61 @@ class Session:
         self.probes.run("trackers", self._feed.write, records, self._alarms)
         self.probes.run("checkpoint keeper", self._update_keeper, applied, records)
         self.probes.run("evidence", self._collector.step_is_over, applied)
+
+    def check_update(self) -> BaseException | None:
+        """Reports weights that the update of the last step was seen to make non-finite.
+
+        A rank that has others to agree with only notes it: their next step, whose loss is not finite, brings them
+        together.
+
+        Returns:
+            Exception to raise; None to go on.
+        """
+        written, self._written = self._written, []
+        if not written:
+            return None
+        return self.probes.run("look at the updates", self._report_on_update, written)
+
+    def _tell_growth(self) -> None:
+        """Tells of updates that made weights absurdly large, though finite: the next forward pass will overflow."""
+        for growth in self._updates.growths():
+            item = self._model.parameters[growth.position]
+            message = update_messages.growth_text(growth, item, self._model.optimizer)
+            self._note(Finding("update_ratio", message, growth.step, item.name))
+
+    def _report_on_update(self, written: Sequence[WrittenWeight]) -> BaseException | None:
+        self._updates.alarm()
+        parameters, rank = self._model.parameters, self._ranks.rank
+        first = next((item for item in written if item.by_update), written[0])
+        item = parameters[first.position]
+        history = history_of(first, item, self._updates, self._model.optimizer)
+        if history.update is not None and history.update.has_bad_moment:
+            return None  # bad before this update: the next step, whose loss is not finite, is judged with all evidence
+        offender = item.offender(scan_tensors([item]), 0, rank)
+        if not history.is_by_update:
+            number = first.before_update or first.by_update
+            lines = "; ".join(update_messages.other_lines(history))
+            message = f"{offender}, seen at step {number}. {lines}"
+            self._note(Finding("nonfinite", message, number, item.name, offender), is_mine=True)
+            return None
+        names = [parameters[other.position].name for other in written if other.by_update]
+        pending = self._steps.pending
+        report = update_messages.report_on_update(
+            history,
+            offender,
+            self._collector.state_offender(first.position),
+            names,
+            self._updates.total,
+            pending.scaling.scale,
+            self._ranks.size,
+        )
+        if self._ranks.size > 1:
+            message = f"{report.happened} {report.advice}"
+            finding = Finding("update_nonfinite", message, report.step, item.name, offender, severity="error")
+            self._note(finding, is_mine=True)
+            return None
+        report = replace(report, history=tuple(self._recorder.read()), environment=self._environment())
+        return self._act(report, None, may_settle=False)
 
     # -- an overflow: every rank comes here, and takes part in every reduction -------------------------------------
 
@@ -394,6 +471,8 @@ class Session:
             report = messages.with_armed_steps(report, ARMED_STEPS)
         self.probes.run("evidence", self._note_unchecked)
         self._collector.reported(view)
+        self._updates.alarm()
+        self._updates.news()  # this report is about them
         if report.verdict is Verdict.RANK_FAULT and report.first is not None and report.first.rank is not None:
             self._rank_faults[report.first.rank] = report.step
         bundle = self._take_bundle(report, evidence)
@@ -651,7 +730,7 @@ class Session:
 
     def _inspect_weights(self, when: str) -> None:
         self._model.note_unchecked()
-        found = list(self._collector.inspect())
+        found = list(self._collector.inspect(when))
         for finding, is_mine in weight_findings(found, when, [*self._model.parameters, *self._model.buffers]):
             self._note(finding, is_mine)
         self._note_unchecked()
@@ -673,6 +752,7 @@ class Session:
             return None
         pending = self._steps.pending
         report = report_on(check, save, self.last_report, pending.number, pending.scaling.scale, self._ranks.size)
+        report = self.probes.run("look at the updates", self._blamed, report) or report
         if self._config.policy.on_bad_save == "warn":
             self._note(Finding("nonfinite", report.happened, offender=report.first, severity="error"), is_mine=True)
             return None
@@ -683,6 +763,17 @@ class Session:
             self.last_report, self.reported_at = report, next(_report_numbers)
             self.probes.run("report file", self._dump, report)
         return NumericsError(report)
+
+    def _blamed(self, report: OverflowReport) -> OverflowReport:
+        """The report on a save, once it is known that an update wrote what is about to be saved."""
+        names = {item.name: at for at, item in enumerate(self._model.parameters)}
+        position = None if report.first is None else names.get(report.first.name)
+        if position is None or report.verdict is Verdict.UPDATE_NONFINITE:
+            return report
+        history = self._collector.history(position)
+        if history is None or not history.is_by_update:
+            return report
+        return update_messages.blamed_on_update(report, history)
 
     def _note_unchecked(self) -> None:
         finding = self._model.unchecked.finding()

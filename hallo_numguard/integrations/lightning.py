@@ -57,6 +57,7 @@ class NumGuardCallback(Guard, Callback):
         self._engine_guard: DeepSpeedGuard | None = None
         self._guards: dict[torch.optim.Optimizer, OptimizerGuard] = {}
         self._under_way: list[OptimizerGuard] = []
+        self._handles: list[Any] = []
         self._scale_to_keep: float | None = None
         self._is_off = False
         self._saves: SaveGates | None = None  # these stay on when training is over
@@ -100,6 +101,8 @@ class NumGuardCallback(Guard, Callback):
             for optimizer in trainer.optimizers:
                 guard = OptimizerGuard(optimizer, trainer.model, self._config, self._on_overflow, observer)
                 self._guards[optimizer] = guard
+                # Other callbacks may change weights before this one is told that the batch is over.
+                self._handles.append(optimizer.register_step_post_hook(functools.partial(_look_at_update, guard)))
             undo.pop_all()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: torch.Tensor) -> None:
@@ -171,6 +174,9 @@ class NumGuardCallback(Guard, Callback):
             self._scale_to_keep = None
 
     def _take_off(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
         if self._engine_guard is not None:
             self._engine_guard.saves.remove()  # on all ranks, as each ends its training here
             self._engine_guard.detach()
@@ -178,6 +184,10 @@ class NumGuardCallback(Guard, Callback):
             guard.done(applied=False)
             guard.take_off()
         self._under_way.clear()
+
+
+def _look_at_update(guard: OptimizerGuard, *_: Any) -> None:
+    guard.updated()
 
 
 class _TrainingStepObserver:

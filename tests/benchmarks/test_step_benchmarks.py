@@ -47,6 +47,16 @@ def test_steps_of_a_plain_optimizer(tmp_path):
 
 
 @needs_native
+def test_the_looks_around_an_update(tmp_path):
+    found = tmp_path / "found.json"
+    done = run_python("update_looks.py", "--quick", "--json", str(found))
+    assert done.returncode == 0, done.stderr
+    rows = {row["mode"]: row for row in json.loads(found.read_text())["results"]}
+    assert rows.keys() == {"part", "all"}
+    assert all(row["looks_ms"] > 0 and row["step_ms"] > 0 for row in rows.values())
+
+
+@needs_native
 def test_the_check_before_a_save(tmp_path):
     pytest.importorskip("accelerate", reason="accelerate is not installed")
     found = tmp_path / "found.json"

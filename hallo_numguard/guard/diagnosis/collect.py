@@ -10,18 +10,20 @@ from typing import NamedTuple
 
 import torch
 
-from hallo_numguard.core.documents import decode
+from hallo_numguard.core.documents import decode, encode
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Offender, Verdict
 from hallo_numguard.core.sources import Source
 from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.diagnosis.evidence import Evidence
 from hallo_numguard.guard.diagnosis.texts import source_as_text
+from hallo_numguard.guard.diagnosis.weight_history import WeightHistory, history_of
 from hallo_numguard.guard.guarded_model import GuardedModel
 from hallo_numguard.guard.named_tensors import (
     NamedTensor,
     ReadyOrder,
     ToleratedNonfinites,
+    is_persistent,
     scan_tensors,
 )
 from hallo_numguard.guard.parameter_stats import NONE, ParameterStats, by_parameter
@@ -30,6 +32,7 @@ from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.guard.step.local_gradients import LocalGradients
 from hallo_numguard.guard.step.pending import PendingStep
 from hallo_numguard.guard.step.recorder import Recorder
+from hallo_numguard.guard.step.updates import UpdateWatch
 
 MAX_OPERATIONS = 8  # that are named as possible causes
 _UNKNOWN = -(1 << 20)  # lower than any power of two
@@ -66,6 +69,7 @@ class RankView(NamedTuple):
         source: Where what is not finite came from, as JSON; None if the step was not watched.
         after_the_model: Names of the operations between the model's output and the loss, as JSON; None without any.
         power: Base-2 logarithm of the loss scale at which the last finite steps would have fitted.
+        history: History of the first bad weight that can be the cause, as JSON; None if there is none.
         is_sliced: Whether the rank holds slices of each row of `weights`. bool [weights + 1].
         loss_known: Whether there are losses, or stand-ins for them.
         batch_known: Whether the batch is there, unchanged.
@@ -81,6 +85,7 @@ class RankView(NamedTuple):
     source: str | None
     after_the_model: str | None
     power: int
+    history: str | None
     is_sliced: torch.Tensor
     loss_known: bool
     batch_known: bool
@@ -119,6 +124,7 @@ class GlobalView(NamedTuple):
     source: str | None
     after_the_model: str | None
     power: int
+    history: str | None
 
 
 class EvidenceCollector:
@@ -131,6 +137,7 @@ class EvidenceCollector:
         recorder: Flight recorder of the earlier steps.
         local_gradients: Scans of gradients before the reduction.
         armed: What was seen of the operations of a step that was watched.
+        updates: Looks at the weights around each update.
     """
 
     def __init__(
@@ -141,6 +148,7 @@ class EvidenceCollector:
         recorder: Recorder,
         local_gradients: LocalGradients,
         armed: ArmedSteps,
+        updates: UpdateWatch,
     ) -> None:
         self._model = model
         self._ranks = ranks
@@ -154,6 +162,8 @@ class EvidenceCollector:
         self._order = ReadyOrder()
         self._local_gradients = local_gradients
         self._armed = armed
+        self._updates = updates
+        self._when = ""
 
     def start(self) -> None:
         """Puts hooks on the parameters for the first step: they show in which order gradients become ready."""
@@ -173,8 +183,11 @@ class EvidenceCollector:
         """Remembers what was not finite in a reported step, so that a clean step makes it tolerated."""
         self._tolerated.note(view.weights)
 
-    def inspect(self) -> Iterator[tuple[Offender, bool]]:
+    def inspect(self, when: str) -> Iterator[tuple[Offender, bool]]:
         """Reads this rank's parameters, buffers and optimizer state, outside of a step.
+
+        Args:
+            when: When that is, as in "attached".
 
         Yields:
             Each tensor that is not finite, and whether this rank is the one to report it.
@@ -182,6 +195,8 @@ class EvidenceCollector:
         stats = scan_tensors(self._weights)
         self._tolerated.note(stats)
         self._known = set(stats.bad_positions())
+        self._when = when
+        self._updates.weights_were_read(when, stats)
         for position in stats.bad_positions():
             weight = self._weights[position]
             if weight.kind == "buffer" and stats.counts[position][0] == 0:
@@ -218,6 +233,7 @@ class EvidenceCollector:
             source=ranks.first_text(view.source, device),
             after_the_model=ranks.first_text(view.after_the_model, device),
             power=ranks.lowest(view.power, device),
+            history=ranks.first_text(view.history, device),
         )
 
     def scan(self, step: BadStep) -> RankView:
@@ -237,6 +253,7 @@ class EvidenceCollector:
             source_as_text(self._armed.source(step.pending.losses), self._ranks.rank),
             self._names_after_the_model(),
             self._settling_power(),
+            self._history(weights),
             is_sliced=self._sliced_weights(),
             loss_known=bool(step.losses),
             batch_known=self._batch.seen,
@@ -254,6 +271,43 @@ class EvidenceCollector:
                 marks[position, 0] = int(not self._tolerated.is_tolerated(weights, position))
                 marks[position, 1] = int(self._was_bad_before(position))
         return marks.to(self._model.device)
+
+    def _history(self, weights: ParameterStats) -> str | None:
+        """The history of the first weight that can be the cause; of those that are trained, the first written one."""
+        positions = [at for at in weights.bad_positions() if at < len(self._weights)]
+        able = [
+            at
+            for at in positions
+            if not self._tolerated.is_tolerated(weights, at)
+            and self._can_be_origin(weights, at, self._was_bad_before(at))
+        ]
+        if not able:
+            return None
+        histories = (self.history(at) for at in able if self._updates.is_written(at))
+        found = next(histories, None) or self.history(able[0])
+        return json.dumps(encode(found), ensure_ascii=False)
+
+    def history(self, position: int) -> WeightHistory:
+        """Returns what is known of a weight that is not finite, a parameter or a buffer by position."""
+        item, module = self._weights[position], self._model.module
+        written = self._updates.history_of(position)
+        if written is not None:
+            return history_of(written, item, self._updates, self._model.optimizer)
+        is_unsaved = item.kind == "buffer" and module is not None and not is_persistent(module, item.tensor)
+        return WeightHistory(
+            item.name,
+            when=self._when,
+            was_so=position in self._known,
+            is_trained=self._updates.trains(position),
+            in_no_file=is_unsaved,
+        )
+
+    def state_offender(self, position: int) -> Offender | None:
+        """Returns the optimizer's state of a parameter as an offender; None if it is finite."""
+        state = self._scan_state()
+        if position not in state.bad_positions():
+            return None
+        return self._state(state, position, self._ranks.rank)
 
     def _was_bad_before(self, position: int) -> bool:
         """Whether a weight was not finite before any step, nor, if calls change it, before this step's first call."""
@@ -326,6 +380,12 @@ class EvidenceCollector:
             is_new, was_known = map(bool, view.marks[position])
             is_suspect = is_new and self._can_be_origin(view.weights, position, was_known)
             (suspects if is_suspect else bystanders).append(offender)
+        history = None if view.history is None else decode(WeightHistory, json.loads(view.history))
+        if history is not None:  # the weight whose history is known comes first
+            first = history.name
+            suspects.sort(key=lambda item: item.name != first)
+            if not suspects or suspects[0].name != first:
+                history = None
         ready = self._order.sort(view.gradients.bad_positions())
         reduced = view.before_reduction
         bad_input, micro_batch = (None, 0) if view.input is None else _read_input(view.input)
@@ -355,6 +415,7 @@ class EvidenceCollector:
             rank_faults=dict(rank_faults),
             after_the_model=tuple(json.loads(view.after_the_model or "[]")),
             watched=None if view.source is None else decode(Source, json.loads(view.source)),
+            history=history,
         )
 
     def _can_be_origin(self, weights: ParameterStats, position: int, was_known: bool) -> bool:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from hallo_numguard.core.records import Offender
 from hallo_numguard.core.sources import Source
+from hallo_numguard.guard.diagnosis.weight_history import WeightHistory
 from hallo_numguard.guard.loss_scaling import LossScaling
 
 WATCHED = "this step, which was watched operation by operation"
@@ -90,6 +91,7 @@ class Evidence:
         watched: Where what is not finite came from, if the step was watched operation by operation; else None.
         replay: Result of running the batch again; None if it was not run.
         alone_because: Why this rank has judged by itself, without the others; "" if it has not.
+        history: Who wrote the first of `suspects`, as far as that is known; None if nothing is.
     """
 
     step: int
@@ -115,6 +117,7 @@ class Evidence:
     watched: Source | None = None
     replay: Replayed | None = None
     alone_because: str = ""
+    history: WeightHistory | None = None
 
     @property
     def answer(self) -> Replayed | None:

@@ -9,9 +9,11 @@ from dataclasses import replace
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Offender, Verdict
 from hallo_numguard.core.safe_text import listed
+from hallo_numguard.guard.diagnosis import update_messages
 from hallo_numguard.guard.diagnosis.catalog import CATALOG
 from hallo_numguard.guard.diagnosis.evidence import Evidence
 from hallo_numguard.guard.diagnosis.loss_messages import scaled_together
+from hallo_numguard.guard.diagnosis.weight_history import WeightHistory
 from hallo_numguard.guard.loss_scaling import LossScaling
 
 RANK_FAULT_MEMORY = 100  # steps in which a second fault of the same rank is not taken for chance
@@ -141,16 +143,27 @@ def weights_nonfinite(seen: Evidence) -> OverflowReport:
             f"the loss scale cannot help: {seen.scaling.scaler} would skip {plural(overflows, 'step')} on the way from "
             f"{seen.scaling.scale:g} down to {seen.scaling.minimum:g}, and then {seen.scaling.at_minimum}"
         )
-    advice = (
-        f"Repair {first.name}: check the file it was loaded from (checksum, values, dtype), load an intact copy or go "
-        f"back to a healthy checkpoint."
-    )
-    if first.pos_inf + first.neg_inf and first.dtype in ("float16", "bfloat16", "float8_e5m2"):
+    evidence += update_messages.other_lines(seen.history)
+    advice = update_messages.repair(seen.history, first)
+    may_be_loaded = seen.history is None or seen.history.was_so
+    if may_be_loaded and first.pos_inf + first.neg_inf and first.dtype in ("float16", "bfloat16", "float8_e5m2"):
         advice += (
             f" A number too large for {first.dtype} also becomes Inf when it is converted, so look at the values in "
             f"the file's own dtype."
         )
     return report(seen, Verdict.WEIGHTS_NONFINITE, first, evidence, (), advice)
+
+
+def update_nonfinite(seen: Evidence, first: Offender, history: WeightHistory) -> OverflowReport:
+    """An update of the optimizer before this step wrote the weight."""
+    loss = "is finite" if seen.loss is None else f"is not finite ({loss_text(seen)})"
+    names = listed([item.name for item in seen.suspects])
+    evidence = [
+        f"made by the update of step {history.by_update}",
+        f"{the_loss(seen)} {loss}; {len(seen.suspects)} of {seen.tensors} weight tensors are not: {names}",
+        *update_messages.update_lines(history),
+    ]
+    return report(seen, Verdict.UPDATE_NONFINITE, first, evidence, (), update_messages.update_advice(history))
 
 
 def weight_in_backward(seen: Evidence, origin: Offender) -> OverflowReport:
@@ -167,6 +180,10 @@ def weight_in_backward(seen: Evidence, origin: Offender) -> OverflowReport:
 
 def optimizer_state_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
     """The optimizer wrote its non-finite state into a weight."""
+    step = 0 if seen.history is None else seen.history.by_update
+    written = (
+        [f"the update of step {step} wrote it into {seen.suspects[0].name}, which was finite before"] if step else []
+    )
     return report(
         seen,
         Verdict.OPTIMIZER_STATE_NONFINITE,
@@ -175,6 +192,7 @@ def optimizer_state_nonfinite(seen: Evidence, first: Offender) -> OverflowReport
             f"{the_loss(seen)} is not finite ({loss_text(seen)}), nor is {seen.suspects[0]}",
             f"nor is the optimizer's state of {first.name} (a moment or the float32 master copy): {first.counts}",
             "steps with such gradients are skipped, so the state was bad before the weight",
+            *written,
         ],
         (),
         f"Go back to a healthy checkpoint, or reset the optimizer's state of {first.name} and load its weights anew: "
@@ -440,8 +458,11 @@ def not_reproduced(seen: Evidence) -> OverflowReport:
 def gradients_nonfinite(seen: Evidence) -> OverflowReport:
     """Gradients are bad, for a reason that the evidence does not show."""
     evidence = [f"{the_loss(seen)} is finite" if seen.loss_known else "the loss was not seen"]
+    advice = ""
     if seen.suspects:
         evidence.append(f"not finite: {', '.join(item.name for item in seen.suspects[:3])}")
+        evidence += update_messages.history_lines(seen.history)
+        advice = f"{update_messages.mend(seen.history, seen.suspects[0])} Else: "
     else:
         evidence.append(_finite_weights(seen))
     if not seen.scaling.dynamic:
@@ -454,8 +475,8 @@ def gradients_nonfinite(seen: Evidence) -> OverflowReport:
         seen.gradients[0],
         evidence,
         (*_unseen_loss(seen), "the backward pass, module by module", "the gradients before the reduction"),
-        f"The gradient of {seen.gradients[0].name} is the first that is not finite: look at the operations behind it "
-        f"(a division, a square root or a logarithm at 0), and at the batch.",
+        f"{advice}The gradient of {seen.gradients[0].name} is the first that is not finite: look at the operations "
+        "behind it (a division, a square root or a logarithm at 0), and at the batch.",
     )
 
 

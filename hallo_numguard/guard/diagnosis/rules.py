@@ -42,6 +42,8 @@ def needs_replay_of_step(found: Replayed) -> bool:
 def judge(seen: Evidence) -> OverflowReport:
     """Returns the report on an overflow. Causes are tried in dataflow order: the earliest wins."""
     if seen.loss is not None and seen.suspects:
+        if seen.history is not None and seen.history.is_by_update and not _has_bad_moment(seen):
+            return messages.update_nonfinite(seen, seen.suspects[0], seen.history)
         written = _written_by_the_optimizer(seen)
         return (
             messages.weights_nonfinite(seen) if written is None else messages.optimizer_state_nonfinite(seen, written)
@@ -81,6 +83,8 @@ def _explains(seen: Evidence, source: Source) -> bool:
 
 
 def _judge_by_replay(seen: Evidence, replay: Replayed, origin: Offender) -> OverflowReport:
+    if seen.history is not None and seen.history.is_by_update and origin.name == seen.history.name:
+        return messages.update_nonfinite(seen, seen.suspects[0], seen.history)
     if origin.kind in ("parameter", "buffer"):
         return messages.weight_in_backward(seen, origin)
     if replay.finite_unscaled:
@@ -123,6 +127,10 @@ def _written_by_the_optimizer(seen: Evidence) -> Offender | None:
     """
     by_name = {item.name: item for item in seen.state}
     return next((by_name[item.name] for item in seen.suspects if item.name in by_name), None)
+
+
+def _has_bad_moment(seen: Evidence) -> bool:
+    return seen.history is not None and seen.history.update is not None and seen.history.update.has_bad_moment
 
 
 def _overflowed_in_the_reduction(seen: Evidence) -> bool:

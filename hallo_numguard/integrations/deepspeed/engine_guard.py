@@ -46,6 +46,7 @@ from hallo_numguard.integrations.deepspeed.engine import (
     settings_of,
 )
 from hallo_numguard.integrations.deepspeed.monitor import monitor_sinks
+from hallo_numguard.integrations.deepspeed.update_view import engine_view
 from hallo_numguard.integrations.deepspeed.version import release, version
 from hallo_numguard.integrations.patches import MethodPatches, replaced
 from hallo_numguard.integrations.save_gates import SaveGates
@@ -100,6 +101,7 @@ class DeepSpeedGuard(Guard):
             called_directly=lambda: replaced(engine, "forward", lambda *a, **k: call_module(engine, a, k)),
             is_compiled=lambda: bool(getattr(engine, "is_compiled", False)),
             unchecked=self._adapter.unchecked,
+            optimizer=engine_view(self._adapter),
         )
         self._session = Session(model, self._ranks, config, on_overflow, monitor_sinks(engine))
         self._checks_overflow = self._adapter.checks_overflow()  # else only the guard does
@@ -206,7 +208,10 @@ class DeepSpeedGuard(Guard):
             if not self._explained:
                 self._explain()
             self._session.essential("drop of the gradients", self._gradients.drop)
-        self._session.after_step(applied=not self._overflowed)
+        applied = not self._overflowed
+        self._session.after_step(applied)
+        if applied:
+            self._to_raise = self._session.check_update() or self._to_raise
         self._to_raise = self._to_raise or self._session.take_error()
         if self._to_raise is not None:
             error, self._to_raise = self._to_raise, None

@@ -18,6 +18,7 @@ from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.guarded_model import GuardedModel
 from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
 from hallo_numguard.guard.named_tensors import NamedTensor, named_buffers
+from hallo_numguard.guard.optimizer_view import view_of
 from hallo_numguard.guard.readable import UncheckedTensors, norm_by_torch
 from hallo_numguard.guard.session import Session
 from hallo_numguard.guard.step.pending import PendingStep
@@ -148,6 +149,7 @@ class OptimizerGuard:
             called_directly=self._called_directly,
             is_compiled=lambda: self._model is not None and is_compiled(self._model),
             unchecked=self._unchecked,
+            optimizer=view_of(self._optimizer),
         )
 
     @contextlib.contextmanager
@@ -411,6 +413,7 @@ class OptimizerGuard:
 
     def postpone(self, totals: torch.Tensor) -> None:
         """Puts the step aside for `resolve_pending_step`, with its batch, and begins the next. No host sync."""
+        self.updated()
         self._put_aside = AsyncHostCopy(totals), self.session.swap_step()
 
     def resolve_pending_step(self) -> None:
@@ -432,22 +435,31 @@ class OptimizerGuard:
         finally:
             self.session.swap_step(None if self.went_back else now)
 
+    def updated(self) -> None:
+        """Looks at what the optimizer has just written. To be called where `done` comes later than that."""
+        if self._under_way and self.active:
+            self.session.look_at_update()
+
     def done(self, applied: bool) -> None:
         """Completes the step that was checked last.
 
         Raises:
-            NumericsError: If the step was applied with a loss that is not finite, and the policy says so.
+            NumericsError: If the update wrote weights that are not finite, or the step was applied with a loss that is
+                not finite, and the policy says so.
         """
-        if self._under_way:
-            self._under_way = False
-            if self.active:
-                self.session.after_step(applied)
-                if applied:
-                    self._act_on_loss()
+        if not self._under_way:
+            return
+        self._under_way = False
+        if not self.active:
+            return
+        self.session.after_step(applied)
+        if applied:
+            self._act_on_applied_step()
 
-    def _act_on_loss(self) -> None:
-        """Does what the policy says of a step that was applied with a loss that is not finite."""
-        error = self.session.take_error()
+    def _act_on_applied_step(self) -> None:
+        """Does what the policy says of weights or a loss that are not finite after a step that was applied."""
+        error = self.session.check_update()
+        error = error or self.session.take_error()
         if error is not None:
             raise error
         if self.session.goes_back:
