@@ -56,6 +56,11 @@ class Ranks:
         return 1 if self.alone_because else self._size
 
     @property
+    def position(self) -> int:
+        """Position of this rank among those that are reduced over."""
+        return dist.get_rank(self._group) if self.size > 1 else 0
+
+    @property
     def speaks(self) -> bool:
         """Whether this rank is the one to log what all of them have found."""
         return self.rank == 0 or self.size == 1
@@ -108,6 +113,10 @@ class Ranks:
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Returns the sum over the ranks. No host sync."""
         return self._reduce(value, dist.ReduceOp.SUM)
+
+    def start_sum(self, value: torch.Tensor) -> Any:
+        """Starts to add up a contiguous tensor over the ranks, in place. Returns the handle to wait for. No wait."""
+        return dist.all_reduce(value, op=dist.ReduceOp.SUM, group=self._group, async_op=True)
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """Returns the mean over the ranks. No host sync."""

@@ -53,6 +53,8 @@ class GuardedModel:
         settings: The framework's configuration, for reproduction bundles.
         can_go_back: Returns whether the integration can call `go_back` when a step is over; the same on every rank.
         unchecked: Tensors that scans have left out.
+        exchanges_figures: Whether the session has to add up the figures of ranks that hold slices of the gradients;
+            else whoever calls `before_step` has them of the whole model.
     """
 
     parameters: list[NamedTensor]
@@ -69,6 +71,7 @@ class GuardedModel:
     settings: Mapping[str, Any] = field(default_factory=dict)
     can_go_back: Callable[[], bool] = lambda: False
     unchecked: UncheckedTensors = field(default_factory=UncheckedTensors)
+    exchanges_figures: bool = False
 
     def note_unchecked(self) -> None:
         """Notes the parameters and buffers inside of which nothing can be read."""

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,6 +42,7 @@ from hallo_numguard.guard.repro.bundle import Bundle, Bundles
 from hallo_numguard.guard.save_gate import Save, SaveGate, is_mask, report_on
 from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.guard.step.early_warnings import EarlyWarnings
+from hallo_numguard.guard.step.figure_exchange import FigureExchange
 from hallo_numguard.guard.step.local_gradients import LocalGradients
 from hallo_numguard.guard.step.pending import PendingStep, StepOwner
 from hallo_numguard.guard.step.recorder import Recorder
@@ -78,6 +80,8 @@ class Session:
         failed: Whether an essential part has failed several times, and is not tried any more.
         probes: Parts that are not essential, each contained on its own.
         save_gate: Check before the run is saved.
+        losses_are_shares: Whether the recorded losses of a step's micro-batches add up to the loss of the step, as
+            each is divided by their number.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class Session:
         self.reported_at = -1
         self.findings: list[Finding] = []
         self.failed = False
+        self.losses_are_shares = False
         self._failures = 0  # of essential parts
         self._model = model
         self._ranks = ranks
@@ -101,7 +106,9 @@ class Session:
         self.save_gate = SaveGate(model, ranks, self.probes)
         self._steps = StepOwner()
         limit = _near_limit(model.parameters)
-        self._recorder = Recorder(config.history, [item.name for item in model.parameters], limit)
+        is_part = model.exchanges_figures and ranks.size > 1
+        self._exchange = FigureExchange(ranks, model.device) if is_part else None
+        self._recorder = Recorder(config.history, [item.name for item in model.parameters], limit, is_part)
         sinks = [*sinks, *map(sink_for, config.sinks)]  # on every rank, so that all refuse an invalid one
         self._feed = Feed(sinks if ranks.rank == 0 else [])
         self._batch = Batch(model.module, self._steps, model.unchecked)
@@ -125,6 +132,7 @@ class Session:
         self._skipped = 0  # steps in a row
         self._alarms = 0  # findings that are more than an information
         self._unclean = False  # whether this step's gradients were not finite, and not because of the loss scale
+        self._reported_steps: deque[int] = deque(maxlen=config.history)  # of reports on overflows
         self._to_undo: OverflowReport | None = None
         self._rollbacks = 0
         self._rank_faults: dict[int, int] = {}  # step of the last, by rank
@@ -136,7 +144,18 @@ class Session:
 
     def history(self) -> list[StepRecord]:
         """Returns the flight recorder's steps, oldest first. Waits for rows that are still on their way."""
+        self._complete_figures()
         return self._recorder.read()
+
+    def grad_norm(self) -> torch.Tensor:
+        """Returns the last step's gradient norm: see `Guard.grad_norm`."""
+        self._complete_figures()
+        return self._recorder.last_norm()
+
+    def _complete_figures(self) -> None:
+        """Gives the last step the figures of all ranks, where each holds a slice."""
+        if self._exchange is not None:
+            self.probes.run("flight recorder", self._recorder.complete, self._exchange.finish())
 
     def stop(self) -> None:
         """Releases the model; reports and history stay readable."""
@@ -185,14 +204,26 @@ class Session:
         """Forgets the losses of this step: the recorded values were none."""
         self._steps.pending.losses.clear()
 
-    def before_step(self, number: int, scaling: LossScaling, gradients: ScannedPieces) -> None:
-        """Records the gradients. No host sync."""
+    def before_step(
+        self, number: int, scaling: LossScaling, gradients: ScannedPieces, whole: torch.Tensor | None = None
+    ) -> None:
+        """Records the gradients. No host sync.
+
+        Args:
+            number: Number of the step, from 1.
+            scaling: State of the loss scaler.
+            gradients: Scan of this rank's gradients.
+            whole: Figures of the whole model's gradients; see `Recorder.begin`.
+        """
         pending = self._steps.pending
         pending.number, pending.scaling, pending.gradients = number, scaling, gradients
         pending.is_scanned = True
         self._unclean = False
-        loss = pending.losses[-1] if pending.losses else None
-        self.probes.run("flight recorder", self._recorder.begin, number, scaling.scale, gradients, loss)
+        self._complete_figures()  # of the step before
+        loss = self.probes.run("record of the loss", self._loss_of_the_step)
+        part = self.probes.run("flight recorder", self._recorder.begin, number, scaling.scale, gradients, loss, whole)
+        if self._exchange is not None:
+            self._exchange.start(part)
         self.probes.run("early warnings", self._warnings.before_step, number, scaling.scale, gradients)
 
     def begin_unscanned(self, number: int, scaling: LossScaling) -> None:
@@ -200,6 +231,17 @@ class Session:
         pending = self._steps.pending
         pending.number, pending.scaling, pending.is_scanned = number, scaling, False
         self._unclean = False
+        if self._exchange is not None:
+            self._complete_figures()
+            self._exchange.start(None)
+
+    def _loss_of_the_step(self) -> torch.Tensor | None:
+        """The mean loss of the micro-batches: their sum, where the framework has divided each by their number."""
+        losses = self._steps.pending.losses
+        if len(losses) < 2:
+            return losses[0] if losses else None
+        numbers = torch.stack([loss.reshape(()).to(losses[0].device, torch.float64) for loss in losses])
+        return numbers.sum() if self.losses_are_shares else numbers.mean()
 
     def swap_step(self, step: PendingStep | None = None) -> PendingStep:
         """Switches to another step, by default a new one; returns the previous one. See `StepOwner`.
@@ -229,6 +271,8 @@ class Session:
         """Records the figures of the step, and what follows from them."""
         self.probes.run("flight recorder", self._recorder.end, applied)
         # A skipped step has been waited for, and may be the last one: what is on its way is worth waiting for as well.
+        if not applied:
+            self._complete_figures()
         records = self.probes.run("flight recorder", self._recorder.fresh, wait=not applied) or []
         self.probes.run("early warnings", self._warnings.after_step, applied, records)
         self.probes.run("flight recorder", self._check_applied, records)
@@ -251,6 +295,17 @@ class Session:
         agreed = self._ranks.highest(status, self._model.device)
         self.failed = agreed == STATUS_FAILED
         return agreed == 1
+
+    def answer_figures(self) -> bool:
+        """Takes part in the figures of the other ranks, when this one is not on guard any more.
+
+        Returns:
+            Whether any of them still is.
+        """
+        if self._exchange is None or self._exchange.all_have_left:
+            return False
+        self._exchange.leave()
+        return not self._exchange.all_have_left
 
     def answer(self) -> bool | None:
         """Takes part in `found_inf` of the other ranks, when this one is not on guard any more.
@@ -309,6 +364,7 @@ class Session:
 
     def _act(self, report: OverflowReport, bundle: Bundle | None, may_settle: bool) -> BaseException | None:
         self.last_report, self.reported_at = report, next(_report_numbers)
+        self._reported_steps.append(report.step)
         self._unclean = report.recoverable is not True
         answer = policy.agree(
             report,
@@ -333,7 +389,7 @@ class Session:
         return BadStep(self._steps.pending, self._skipped, losses or stand_ins or [], bool(losses))
 
     def _judge(self, evidence: Evidence) -> OverflowReport:
-        return replace(judge(evidence), history=tuple(self._recorder.read()), environment=self._environment())
+        return replace(judge(evidence), history=tuple(self.history()), environment=self._environment())
 
     def _environment(self) -> Environment:
         failed = failures()
@@ -392,13 +448,13 @@ class Session:
             keeper.clean_step(last)
 
     def _write_figures(self, wait: bool) -> None:
+        self._complete_figures()
         self._feed.write(self._recorder.fresh(wait), self._alarms)
 
     def _check_applied(self, records: Sequence[StepRecord]) -> None:
         """Tells of steps that were applied though their gradients were not finite, and of which there is no report."""
         for row in records:
-            is_reported = self.last_report is not None and self.last_report.step == row.step
-            if row.applied and row.nonfinite and not is_reported:
+            if row.applied and row.nonfinite and row.step not in self._reported_steps:
                 message = (
                     f"step {row.step} was applied though {row.nonfinite} elements of its gradients were not finite: "
                     "the framework has not checked them, or not these"
@@ -484,7 +540,7 @@ class Session:
             self._note(Finding("nonfinite", report.happened, offender=report.first, severity="error"), is_mine=True)
             return None
         if self.last_report is None or report != replace(self.last_report, happened=report.happened):
-            history = tuple(self.probes.run("flight recorder", self._recorder.read) or ())
+            history = tuple(self.probes.run("flight recorder", self.history) or ())
             environment = self.probes.run("environment", self._environment) or {}
             report = replace(report, history=history, environment=environment)
             self.last_report, self.reported_at = report, next(_report_numbers)

@@ -11,10 +11,12 @@ import torch
 
 from hallo_numguard.core.records import GradientRecord, StepRecord
 from hallo_numguard.guard.guarded_model import ScannedPieces
+from hallo_numguard.guard.step.figure_exchange import PART, norm_of
 from hallo_numguard.ops.device import HostRing
 
 MAX_TABLE_BYTES = 64 << 20  # beyond it only totals of the steps are kept
-_NONFINITE, _ABSMAX, _SUMSQ, _LOSS = range(4)
+ROW_WIDTH = len(PART) + 1
+_NAN, _INF, _ABSMAX, _SUMSQ, _LOSS = range(ROW_WIDTH)
 
 
 @dataclass
@@ -36,41 +38,87 @@ class Recorder:
         length: Number of steps to keep.
         names: Names of the parameters.
         limit: See `StepRecord.limit`.
+        is_part: Whether this rank holds a slice of the gradients, and `complete` will give the figures of all ranks.
     """
 
-    def __init__(self, length: int, names: Sequence[str], limit: float | None) -> None:
+    def __init__(self, length: int, names: Sequence[str], limit: float | None, is_part: bool = False) -> None:
         self._length = length
         self._names = list(names)
         self._limit = limit
+        self._is_part = is_part
         self._rows: HostRing | None = None
         self._stamps: list[_Stamp] = []
         self._tables: deque[ScannedPieces] = deque()  # of the last steps
         self._written = 0
+        self._sent = 0  # rows that are complete, and on their way to the host
         self._returned = 0  # rows that `fresh` has returned
 
     def add_names(self, names: Sequence[str]) -> None:
         """Adds the names of parameters that follow the known ones."""
         self._names += names
 
-    def begin(self, step: int, loss_scale: float, gradients: ScannedPieces, loss: torch.Tensor | None) -> None:
-        """Writes the figures that are known before the optimizer's step."""
+    def begin(
+        self,
+        step: int,
+        loss_scale: float,
+        gradients: ScannedPieces,
+        loss: torch.Tensor | None,
+        whole: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Writes the figures that are known before the optimizer's step.
+
+        Args:
+            step: Number of the step.
+            loss_scale: Loss scale.
+            gradients: Scan of this rank's gradients.
+            loss: Loss of the step; None if unknown.
+            whole: Figures of the whole model's gradients, as in `figure_exchange.PART`. Default: those of the scan.
+
+        Returns:
+            The figures that were written.
+        """
         table = gradients.table
         if self._rows is None:
-            self._rows = HostRing(self._length, 4, table.packed.device)
+            self._rows = HostRing(self._length, ROW_WIDTH, table.packed.device)
         row = self._rows.row(self._written)
-        row[_NONFINITE] = table.nonfinite_counts.sum()
-        row[_ABSMAX] = table.absmax.amax() if len(table) else 0.0
-        row[_SUMSQ] = table.sumsq.sum()
+        if whole is not None:
+            row[:_LOSS].copy_(whole, non_blocking=True)
+        else:
+            counts = table.nonfinite_counts.sum(dim=0)
+            row[_NAN], row[_INF] = counts[0], counts[1:].sum()
+            row[_ABSMAX] = table.absmax.amax() if len(table) else 0.0
+            row[_SUMSQ] = table.sumsq.sum()
         if loss is not None:
             row[_LOSS] = loss.detach().reshape(())
-        self._rows.send(self._written)
         self._stamps.append(_Stamp(step, loss_scale, loss is not None))
         del self._stamps[: -self._length]
         self._written += 1
+        if not self._is_part:
+            self.complete(None)
         self._tables.append(gradients)
         capacity = max(1, MAX_TABLE_BYTES // max(1, table.packed.nbytes))
         while len(self._tables) > min(capacity, self._length):
             self._tables.popleft()
+        return row[:_LOSS]
+
+    def complete(self, whole: torch.Tensor | None) -> None:
+        """Gives the step that was begun last the figures of all ranks; None where they stay this rank's."""
+        if self._rows is None or self._sent == self._written:
+            return
+        if whole is not None:
+            self._rows.row(self._written - 1)[:_LOSS].copy_(whole, non_blocking=True)
+        for number in range(self._sent, self._written):
+            self._rows.send(number)
+        self._sent = self._written
+
+    def last_norm(self) -> torch.Tensor:
+        """Returns the unscaled norm of the step that was begun last: 0-dim float64, NaN if there is none. No host sync.
+
+        `complete` comes before it.
+        """
+        if self._rows is None or not self._stamps:
+            return torch.tensor(math.nan, dtype=torch.float64)
+        return norm_of(self._rows.row(self._written - 1)[:_LOSS]) / self._stamps[-1].loss_scale
 
     def end(self, applied: bool) -> None:
         """Completes the step that was begun last."""
@@ -85,7 +133,8 @@ class Recorder:
 
         Args:
             wait: Whether to wait for rows that are still on their way from the device; else they come the next time,
-                which concerns the last finished step at most. Nothing else on the device is waited for.
+                which concerns the last finished step at most, and always does where `complete` has not come yet.
+                Nothing else on the device is waited for.
         """
         begin = max(self._returned, self._written - len(self._stamps))
         records = self._records(begin, wait)
@@ -95,7 +144,7 @@ class Recorder:
     def _records(self, begin: int, wait: bool) -> list[StepRecord]:
         """The steps from an ordinal number on, up to the first whose row has not arrived."""
         records: list[StepRecord] = []
-        for number in range(begin, self._written):
+        for number in range(begin, self._sent):
             row = None if self._rows is None else self._rows.read(number, wait)
             if row is None:
                 break
@@ -105,13 +154,15 @@ class Recorder:
         return records
 
     def _step_record(self, stamp: _Stamp, row: list[float], gradients: ScannedPieces | None) -> StepRecord:
+        nan, inf = int(row[_NAN]), int(row[_INF])
+        norm = math.sqrt(row[_SUMSQ])
         return StepRecord(
             step=stamp.step,
             loss=row[_LOSS] if stamp.has_loss else None,
             loss_scale=stamp.loss_scale,
             absmax=row[_ABSMAX],
-            norm=math.sqrt(row[_SUMSQ]),
-            nonfinite=int(row[_NONFINITE]),
+            norm=math.nan if nan else math.inf if inf else norm,
+            nonfinite=nan + inf,
             applied=stamp.applied,
             limit=self._limit,
             parameters={} if gradients is None else _GradientRecords(self._names, gradients),
