@@ -85,12 +85,24 @@ class NumGuardCallback(Guard, Callback):
         self._is_interrupted = False
         self._gate_saves(trainer)
         self._engine_guard, self._guards = None, {}
+
+        def step_number() -> int:
+            return int(trainer.global_step) + 1  # counted when the step is over
+
         engine = engine_of(trainer)
         if engine is not None:
             from hallo_numguard.integrations.deepspeed.engine_guard import DeepSpeedGuard
 
             forward = _engine_forward(trainer, pl_module, engine) if pl_module.automatic_optimization else None
-            self._engine_guard = DeepSpeedGuard(engine, self._config, self._on_overflow, forward)
+            self._engine_guard = DeepSpeedGuard(
+                engine,
+                self._config,
+                self._on_overflow,
+                forward,
+                # Lightning divides before the engine does.
+                losses_divided_by=trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1,
+                step_number=step_number,
+            )
             return
         if any(isinstance(optimizer, GuardedOptimizer) for optimizer in trainer.optimizers):
             raise InvalidInput("configure_optimizers has given a GuardedOptimizer: its steps are guarded already")
@@ -98,7 +110,7 @@ class NumGuardCallback(Guard, Callback):
         with contextlib.ExitStack() as undo:
             undo.callback(self._take_off)
             for optimizer in trainer.optimizers:
-                guard = OptimizerGuard(optimizer, trainer.model, self._config, self._on_overflow, observer)
+                guard = OptimizerGuard(optimizer, trainer.model, self._config, self._on_overflow, observer, step_number)
                 self._guards[optimizer] = guard
             undo.pop_all()
 

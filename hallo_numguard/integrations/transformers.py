@@ -126,7 +126,14 @@ class NumGuardCallback(Guard, TrainerCallback):
         self._trainer = trainer
         folder = self._config.dump_dir or Path(trainer.args.output_dir) / _FOLDER
         config = replace(self._config, sinks=[*self._config.sinks, self._figures], dump_dir=folder)
-        self._guard = accelerate.attach(trainer.accelerator, config, self._on_overflow)
+        self._guard = accelerate.attach(
+            trainer.accelerator,
+            config,
+            self._on_overflow,
+            step_number=lambda: int(trainer.state.global_step) + 1,  # counted when the step is over
+            # Else the Accelerator divides, which shows its backward the whole loss.
+            losses_are_shares=trainer.accelerator.gradient_accumulation_steps == 1,
+        )
         self._patches = MethodPatches()
         self._patches.wrap(trainer.accelerator, "backward", self._unless_stopped)  # DeepSpeed steps in there
         self._patches.wrap(trainer.optimizer, "step", self._unless_stopped)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -123,6 +124,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
             model_or_named_parameters = list(model_or_named_parameters)
         self._named = model_or_named_parameters
         self.scaler: Any = None
+        self._norm_by_torch = torch.tensor(math.nan)  # of a step that torch has clipped
 
     @property
     def model(self) -> torch.nn.Module | None:
@@ -152,6 +154,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
     def watch_loss(self, loss: torch.Tensor) -> torch.Tensor:
         """Records the loss, of one element, before its backward, and returns it: `watch_loss(loss).backward()`.
 
+        With gradient accumulation give it the loss before it is divided: `(watch_loss(loss) / steps).backward()`.
         Not needed if the model returns the loss, alone or as `loss` of its output, or a closure does. Without a loss,
         the model's output shows whether the non-finite value arose before the backward pass.
         """
@@ -204,7 +207,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
     def _clip_by_torch(self) -> None:
         if self._clips and self._clip_norm is not None:
             parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self._clip_norm)
+            self._norm_by_torch = torch.nn.utils.clip_grad_norm_(parameters, self._clip_norm)
 
     @property
     def _device(self) -> torch.device:
@@ -390,6 +393,11 @@ class _UnguardedOptimizer(GuardedOptimizer):
 
     def _sessions(self) -> Sequence[Session]:
         return []
+
+    @property
+    def grad_norm(self) -> torch.Tensor:
+        """The norm by which torch has clipped the last step; NaN if it has not."""
+        return self._norm_by_torch
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

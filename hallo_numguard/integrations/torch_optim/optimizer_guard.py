@@ -19,6 +19,7 @@ from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
 from hallo_numguard.guard.named_tensors import NamedTensor, named_buffers
 from hallo_numguard.guard.readable import UncheckedTensors, norm_by_torch
 from hallo_numguard.guard.session import Session
+from hallo_numguard.guard.step.figure_exchange import PART
 from hallo_numguard.guard.step.pending import PendingStep
 from hallo_numguard.integrations.torch_optim.grad_scaler import scaling_of
 from hallo_numguard.integrations.torch_optim.model_hooks import (
@@ -31,7 +32,12 @@ from hallo_numguard.integrations.torch_optim.model_hooks import (
     named_parameters,
     refuse_flat_shards,
 )
-from hallo_numguard.integrations.torch_optim.parameter_gradients import Gradients, GradientScan, totals_of
+from hallo_numguard.integrations.torch_optim.parameter_gradients import (
+    Gradients,
+    GradientScan,
+    steps_seen,
+    totals_of,
+)
 from hallo_numguard.ops.device import AsyncHostCopy
 
 
@@ -63,6 +69,8 @@ class OptimizerGuard:
         config: Settings.
         on_overflow: Called with each `OverflowReport`.
         observer: Observes the calls of the model, constructed as `CallObserver` is.
+        step_number: Returns the framework's number of the step under way. Default: steps are counted from the number
+            of those that the optimizer's state has seen.
 
     Attributes:
         session: Reports, history and findings.
@@ -78,8 +86,10 @@ class OptimizerGuard:
         config: GuardConfig,
         on_overflow: OverflowCallback | None,
         observer: Callable[..., Observer] = CallObserver,
+        step_number: Callable[[], int] | None = None,
     ) -> None:
         self._optimizer = optimizer
+        self._step_number = step_number
         self._named = named if isinstance(named, nn.Module) else list(named)
         self._parameters = parameters = named_parameters(self._named, optimizer)
         self._model = named if isinstance(named, nn.Module) else None
@@ -94,18 +104,22 @@ class OptimizerGuard:
         self.device = next(parameter.device for _, parameter in self._gradients.trained())
         self._ranks = self._find_ranks()
         self._loss_is_told = False
-        self._steps = 0
+        self._steps = 0  # since the guard is on, whatever the optimizer's state says
+        self._steps_before = 0
+        self._loaded = optimizer.register_load_state_dict_post_hook(self._on_state_loaded)
         self._under_way = False
         self._put_aside: tuple[AsyncHostCopy, PendingStep] | None = None
         self.went_back = False
         self.active = True
         with contextlib.ExitStack() as undo:
+            undo.callback(self._loaded.remove)
             if self._model is not None:
                 self._calls = observer(self._model, self._on_forward_start, self._on_forward_end)
                 undo.callback(self._calls.stop)
             self.session = Session(self._described(parameters), self._ranks, config, on_overflow)
             undo.callback(self.session.stop)
             self.session.inspect_weights("the optimizer was guarded")
+            self._count_from_state()
             undo.pop_all()
 
     def _find_ranks(self) -> Ranks:
@@ -153,6 +167,7 @@ class OptimizerGuard:
     def take_off(self) -> None:
         """Removes the guard. Reports and history stay readable."""
         self.active = False
+        self._loaded.remove()
         if self._calls is not None:
             self._calls.stop()
         self.session.stop()
@@ -201,6 +216,19 @@ class OptimizerGuard:
             self.session.forget_losses()
             self.session.on_loss(loss)
 
+    def _on_state_loaded(self, _: torch.optim.Optimizer) -> None:
+        self._count_from_state()
+
+    def _count_from_state(self) -> None:
+        """Goes on from the number of steps that the optimizer's state has seen, if it says so."""
+        seen = self.session.probes.run("number of the step", steps_seen, self._optimizer)
+        if seen is not None:
+            self._steps_before = seen - self._steps
+
+    def _number(self) -> int:
+        """The number of the step that has just begun."""
+        return self._steps_before + self._steps if self._step_number is None else self._step_number()
+
     def state_was_loaded(self) -> None:
         """Scans weights and optimizer state that were loaded."""
         if self.active:
@@ -218,12 +246,13 @@ class OptimizerGuard:
         gradients = self._collect()
         scan = self._scan(gradients)
         totals = self._totals(gradients, scan)
+        whole = None if scan is None or not scan.unread else scan.figures()
         if self._gradients.sharded:
-            totals = self._ranks.sum(totals)
+            totals, whole = self._of_all_ranks(totals, scan)
         if scale is not None:
             totals = torch.cat([totals, scale.to(totals).reshape(1)])
         bad, squares, *scales = totals.tolist()
-        self._begin(scan, scaling_of(scales[0]) if scales else UNSCALED, are_scaled)
+        self._begin(scan, scaling_of(scales[0]) if scales else UNSCALED, are_scaled, whole)
         return GradientCheck(gradients, bad > 0, math.sqrt(squares), scales[0] if scales else 1.0)
 
     def check_without_sync(self) -> torch.Tensor:
@@ -264,18 +293,37 @@ class OptimizerGuard:
         totals = _totals_by_torch(gradients) if scan is None else scan.totals()
         return totals.to(self.device)  # a rank that holds nothing has them on the CPU
 
-    def _begin(self, scan: GradientScan | None, scaling: LossScaling, are_scaled: bool = True) -> None:
+    def _of_all_ranks(
+        self, totals: torch.Tensor, scan: GradientScan | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Adds up the totals of all ranks, and the figures for the flight recorder, in one reduction."""
+        figures = torch.zeros(len(PART), dtype=torch.float64) if scan is None else scan.figures()
+        nan, inf, absmax, _ = figures.to(self.device).unbind()
+        of_ranks = torch.zeros(self._ranks.size, dtype=torch.float64, device=self.device)
+        of_ranks[self._ranks.position] = absmax
+        both = self._ranks.sum(torch.cat([totals, torch.stack([nan, inf]), of_ranks]))
+        return both[:2], torch.stack([both[2], both[3], both[4:].amax(), both[1]])
+
+    def _begin(
+        self,
+        scan: GradientScan | None,
+        scaling: LossScaling,
+        are_scaled: bool = True,
+        whole: torch.Tensor | None = None,
+    ) -> None:
         self._steps += 1
         if not self.active:
             return
         self._under_way = True
         if scan is None:  # torch alone has checked
-            self.session.begin_unscanned(self._steps, scaling)
+            self.session.begin_unscanned(self._number(), scaling)
             return
         pieces = scan.pieces
         if not are_scaled:  # all figures of a run are of scaled gradients
             pieces = replace(pieces, table=pieces.table.scaled(scaling.scale))
-        self.session.before_step(self._steps, scaling, pieces)
+            if whole is not None:
+                whole = whole * torch.tensor([1.0, 1.0, scaling.scale, scaling.scale**2]).to(whole)
+        self.session.before_step(self._number(), scaling, pieces, whole)
 
     def skip(self) -> None:
         """Explains the bad gradients, and goes back to a checkpoint if the policy says so.
