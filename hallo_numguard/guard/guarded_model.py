@@ -55,6 +55,7 @@ class GuardedModel:
         unchecked: Tensors that scans have left out.
         exchanges_figures: Whether the session has to add up the figures of ranks that hold slices of the gradients;
             else whoever calls `before_step` has them of the whole model.
+        run_facts: Facts about the run for its reports: "framework", "zero_stage".
     """
 
     parameters: list[NamedTensor]
@@ -72,6 +73,7 @@ class GuardedModel:
     can_go_back: Callable[[], bool] = lambda: False
     unchecked: UncheckedTensors = field(default_factory=UncheckedTensors)
     exchanges_figures: bool = False
+    run_facts: Mapping[str, str | int] = field(default_factory=dict)
 
     def note_unchecked(self) -> None:
         """Notes the parameters and buffers inside of which nothing can be read."""

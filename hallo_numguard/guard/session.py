@@ -18,7 +18,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import torch
 
-from hallo_numguard.core.atomic_files import write_whole
+from hallo_numguard.core import run_description
+from hallo_numguard.core.atomic_files import first_free, write_whole
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.environment import Environment, collect
 from hallo_numguard.core.errors import CheckpointFailed, NumericsError
@@ -47,6 +48,7 @@ from hallo_numguard.guard.step.local_gradients import LocalGradients
 from hallo_numguard.guard.step.pending import PendingStep, StepOwner
 from hallo_numguard.guard.step.recorder import Recorder
 from hallo_numguard.guard.weight_findings import weight_findings
+from hallo_numguard.ops.device import device_name
 from hallo_numguard.trackers.base import Sink
 from hallo_numguard.trackers.choose import sink_for
 from hallo_numguard.trackers.feed import Feed
@@ -393,7 +395,17 @@ class Session:
 
     def _environment(self) -> Environment:
         failed = failures()
-        return {**collect(self._ranks.rank), **({"guard_failures": failed} if failed else {})}
+        return {
+            **collect(self._ranks.rank),
+            "run": self._ranks.run_id,
+            "time": run_description.utc_now(),
+            "name": self._config.name,
+            "command": run_description.command_line(),
+            "world_size": self._ranks.size,
+            **self._model.run_facts,
+            "device": device_name(self._model.device),
+            **({"guard_failures": failed} if failed else {}),
+        }
 
     @property
     def _can_go_back(self) -> bool:
@@ -483,9 +495,11 @@ class Session:
         rank, first = self._ranks.rank, report.first
         if self._config.dump_dir is None or (rank != 0 and (first is None or first.rank != rank)):
             return
-        path = Path(self._config.dump_dir) / f"overflow-step{report.step:08d}-rank{rank}.json"
+        folder = Path(self._config.dump_dir)
 
         def write() -> Path:
+            name = f"overflow-step{report.step:08d}-rank{rank}-{self._ranks.run_id}"
+            path = first_free(folder / name, ".json")
             write_whole(path, report.to_json().encode())
             return path
 

@@ -186,7 +186,9 @@ class _Steps:
         if isinstance(self._plain, GuardedOptimizer):
             raise InvalidInput("this Accelerator was given a GuardedOptimizer: its steps are guarded already")
         named = _named(accelerator, self._plain)
-        self.guard = OptimizerGuard(self._plain, named, config, on_overflow, step_number=step_number)
+        self.guard = OptimizerGuard(
+            self._plain, named, config, on_overflow, step_number=step_number, framework="Accelerate"
+        )
         self._check: GradientCheck | None = None  # of this step, if clipping came before `step`
         trained = (parameter for group in self._plain.param_groups for parameter in group["params"])
         self.norm_limit = min(largest_safe_norm(parameter.dtype) for parameter in trained)

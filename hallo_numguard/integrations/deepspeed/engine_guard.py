@@ -107,6 +107,7 @@ class DeepSpeedGuard(Guard):
             can_go_back=lambda: True,
             unchecked=self._adapter.unchecked,
             exchanges_figures=self._gradients.is_sliced,
+            run_facts={"framework": "DeepSpeed", "zero_stage": int(engine.zero_optimization_stage())},
         )
         self._session = Session(model, self._ranks, config, on_overflow, monitor_sinks(engine, self._step_number))
         self._checks_overflow = self._adapter.checks_overflow()  # else only the guard does

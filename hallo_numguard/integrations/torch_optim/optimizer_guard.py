@@ -71,6 +71,7 @@ class OptimizerGuard:
         observer: Observes the calls of the model, constructed as `CallObserver` is.
         step_number: Returns the framework's number of the step under way. Default: steps are counted from the number
             of those that the optimizer's state has seen.
+        framework: Name of the framework, for reports.
 
     Attributes:
         session: Reports, history and findings.
@@ -87,7 +88,9 @@ class OptimizerGuard:
         on_overflow: OverflowCallback | None,
         observer: Callable[..., Observer] = CallObserver,
         step_number: Callable[[], int] | None = None,
+        framework: str = "PyTorch",
     ) -> None:
+        self._framework = framework
         self._optimizer = optimizer
         self._step_number = step_number
         self._named = named if isinstance(named, nn.Module) else list(named)
@@ -143,6 +146,7 @@ class OptimizerGuard:
             has_named_gradients=not sharded,
             can_go_back=self._can_go_back,
             unchecked=self._unchecked,
+            run_facts={"framework": self._framework},
         )
 
     def trained(self) -> list[tuple[str, torch.Tensor]]:
