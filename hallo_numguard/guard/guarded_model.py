@@ -55,6 +55,7 @@ class GuardedModel:
         unchecked: Tensors that scans have left out.
         exchanges_figures: Whether the session has to add up the figures of ranks that hold slices of the gradients;
             else whoever calls `before_step` has them of the whole model.
+        also: Frozen modules that feed the model, by name; see `feeding_modules`.
         run_facts: Facts about the run for its reports: "framework", "zero_stage".
     """
 
@@ -73,6 +74,7 @@ class GuardedModel:
     can_go_back: Callable[[], bool] = lambda: False
     unchecked: UncheckedTensors = field(default_factory=UncheckedTensors)
     exchanges_figures: bool = False
+    also: Mapping[str, nn.Module] = field(default_factory=dict)
     run_facts: Mapping[str, str | int] = field(default_factory=dict)
 
     def note_unchecked(self) -> None:

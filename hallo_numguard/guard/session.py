@@ -35,6 +35,7 @@ from hallo_numguard.guard.diagnosis.collect import BadStep, EvidenceCollector
 from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
 from hallo_numguard.guard.diagnosis.replay import Replayer
 from hallo_numguard.guard.diagnosis.rules import confirm, judge, needs_replay
+from hallo_numguard.guard.feeding_modules import FeedingModules
 from hallo_numguard.guard.guarded_model import GuardedModel, ScannedPieces
 from hallo_numguard.guard.loss_scaling import LossScaling
 from hallo_numguard.guard.named_tensors import NamedTensor
@@ -129,7 +130,8 @@ class Session:
         self._warnings = EarlyWarnings(
             model.parameters, self._batch, model.module, self._recorder.read, self._note, model.has_masters
         )
-        self._collector = EvidenceCollector(model, ranks, self._batch, self._recorder, self._local_gradients)
+        self._feeding = FeedingModules(model.also, lambda: self._steps.pending.feeding_calls)
+        self._collector = self._new_collector()
         self._announcer = policy.Announcer()
         self._skipped = 0  # steps in a row
         self._alarms = 0  # findings that are more than an information
@@ -142,7 +144,13 @@ class Session:
             undo.callback(self.stop)
             self._collector.start()
             self._local_gradients.start()
+            self._feeding.start()
             undo.pop_all()
+
+    def _new_collector(self) -> EvidenceCollector:
+        return EvidenceCollector(
+            self._model, self._ranks, self._batch, self._recorder, self._local_gradients, self._feeding
+        )
 
     def history(self) -> list[StepRecord]:
         """Returns the flight recorder's steps, oldest first. Waits for rows that are still on their way."""
@@ -165,6 +173,7 @@ class Session:
         self.probes.run("trackers", self._feed.close)
         self._collector.stop()
         self._local_gradients.stop()
+        self._feeding.stop()
         self._steps.pending.clear()
         self._ranks.leave()
 
@@ -175,9 +184,7 @@ class Session:
         self._warnings.parameters_were_added()
         self._local_gradients.parameters_were_added(len(parameters))
         self._collector.stop()
-        self._collector = EvidenceCollector(
-            self._model, self._ranks, self._batch, self._recorder, self._local_gradients
-        )
+        self._collector = self._new_collector()
         self._collector.start()
         self.inspect_weights("parameters were added")
 
@@ -529,7 +536,8 @@ class Session:
     def _inspect_weights(self, when: str) -> None:
         self._model.note_unchecked()
         found = list(self._collector.inspect())
-        for finding, is_mine in weight_findings(found, when, [*self._model.parameters, *self._model.buffers]):
+        known = [*self._model.parameters, *self._model.buffers, *self._feeding.tensors]
+        for finding, is_mine in weight_findings(found, when, known):
             self._note(finding, is_mine)
         self._note_unchecked()
         self.save_gate.remember(when, [offender for offender, _ in found])

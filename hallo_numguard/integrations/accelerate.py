@@ -17,6 +17,7 @@ import torch
 
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.errors import InvalidInput
+from hallo_numguard.guard.feeding_modules import Also
 from hallo_numguard.guard.guard import Guard
 from hallo_numguard.guard.save_gate import Save
 from hallo_numguard.guard.session import Session
@@ -41,6 +42,7 @@ def attach(
     accelerator: Any,
     config: GuardConfig,
     on_overflow: OverflowCallback | None,
+    also: Also = (),
     step_number: Callable[[], int] | None = None,
     losses_are_shares: bool = False,
 ) -> AcceleratorGuard | DeepSpeedGuard:
@@ -50,18 +52,19 @@ def attach(
         accelerator: The Accelerator, after `prepare`.
         config: Settings.
         on_overflow: Called with each report.
+        also: Modules that feed the model.
         step_number: Returns the number of the step under way. Default: see `OptimizerGuard`; the engine's own.
         losses_are_shares: Whether each micro-batch's loss is divided by their number before `accelerator.backward`.
     """
     engine = engine_of(accelerator)
     if engine is None:
-        guard = AcceleratorGuard(accelerator, config, on_overflow, step_number)
+        guard = AcceleratorGuard(accelerator, config, on_overflow, step_number, also)
         for session in guard._sessions():
             session.losses_are_shares = losses_are_shares
         return guard
     from hallo_numguard.integrations.deepspeed.engine_guard import DeepSpeedGuard
 
-    of_engine = DeepSpeedGuard(engine, config, on_overflow, step_number=step_number)
+    of_engine = DeepSpeedGuard(engine, config, on_overflow, step_number=step_number, also=also)
     # Around the engine's own: the Accelerator deletes older checkpoints before it calls that.
     of_engine.saves.add(accelerator, "save_state", lambda *_, **__: Save("Accelerator.save_state", on_all_ranks=True))
     of_engine.saves.add(accelerator, "save_model", _model_save)
@@ -81,6 +84,7 @@ class AcceleratorGuard(Guard):
         config: GuardConfig,
         on_overflow: OverflowCallback | None,
         step_number: Callable[[], int] | None = None,
+        also: Also = (),
     ) -> None:
         if accelerator in _guarded:
             raise InvalidInput("this Accelerator is guarded already; call detach() on its guard first")
@@ -96,7 +100,7 @@ class AcceleratorGuard(Guard):
             undo.callback(self.detach)
             undo.callback(self.saves.remove)
             for optimizer in accelerator._optimizers:
-                self._steps.append(_Steps(accelerator, optimizer, config, on_overflow, step_number))
+                self._steps.append(_Steps(accelerator, optimizer, config, on_overflow, step_number, also))
             self._patches.wrap(accelerator, "clip_grad_norm_", self._clip_norm)
             self._patches.wrap(accelerator, "clip_grad_value_", self._clip)
             self._patches.observe(accelerator, "backward", self._on_backward)
@@ -179,6 +183,7 @@ class _Steps:
         config: GuardConfig,
         on_overflow: OverflowCallback | None,
         step_number: Callable[[], int] | None = None,
+        also: Also = (),
     ) -> None:
         self.optimizer = optimizer
         self._accelerator = accelerator
@@ -187,7 +192,7 @@ class _Steps:
             raise InvalidInput("this Accelerator was given a GuardedOptimizer: its steps are guarded already")
         named = _named(accelerator, self._plain)
         self.guard = OptimizerGuard(
-            self._plain, named, config, on_overflow, step_number=step_number, framework="Accelerate"
+            self._plain, named, config, on_overflow, step_number=step_number, framework="Accelerate", also=also
         )
         self._check: GradientCheck | None = None  # of this step, if clipping came before `step`
         trained = (parameter for group in self._plain.param_groups for parameter in group["params"])

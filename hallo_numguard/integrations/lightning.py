@@ -23,6 +23,7 @@ except ImportError:  # its older name
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.environment import guards_are_disabled
 from hallo_numguard.core.errors import InvalidInput
+from hallo_numguard.guard.feeding_modules import Also, named_modules
 from hallo_numguard.guard.guard import Guard
 from hallo_numguard.guard.guarded_model import Forward
 from hallo_numguard.guard.save_gate import Save
@@ -49,9 +50,13 @@ class NumGuardCallback(Guard, Callback):
     Args:
         config: Settings; see `GuardConfig`.
         on_overflow: Called with each `OverflowReport`; see `hallo_numguard.attach`.
+        also: Frozen modules outside of the model that feed it; see `hallo_numguard.attach`.
     """
 
-    def __init__(self, config: GuardConfig | None = None, on_overflow: OverflowCallback | None = None) -> None:
+    def __init__(
+        self, config: GuardConfig | None = None, on_overflow: OverflowCallback | None = None, also: Also = ()
+    ) -> None:
+        self._also = named_modules(also)
         self._config = config or GuardConfig()
         self._on_overflow = on_overflow
         self._engine_guard: DeepSpeedGuard | None = None
@@ -102,6 +107,7 @@ class NumGuardCallback(Guard, Callback):
                 # Lightning divides before the engine does.
                 losses_divided_by=trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1,
                 step_number=step_number,
+                also=self._also,
             )
             return
         if any(isinstance(optimizer, GuardedOptimizer) for optimizer in trainer.optimizers):
@@ -110,7 +116,16 @@ class NumGuardCallback(Guard, Callback):
         with contextlib.ExitStack() as undo:
             undo.callback(self._take_off)
             for optimizer in trainer.optimizers:
-                guard = OptimizerGuard(optimizer, trainer.model, self._config, self._on_overflow, observer, step_number)
+                guard = OptimizerGuard(
+                    optimizer,
+                    trainer.model,
+                    self._config,
+                    self._on_overflow,
+                    observer,
+                    step_number,
+                    "Lightning",
+                    self._also,
+                )
                 self._guards[optimizer] = guard
             undo.pop_all()
 
@@ -266,10 +281,12 @@ def _scaler_of(trainer: Trainer) -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
-def attach(trainer: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> NumGuardCallback:
+def attach(
+    trainer: Any, config: GuardConfig, on_overflow: OverflowCallback | None, also: Also = ()
+) -> NumGuardCallback:
     """Returns a callback that guards a Trainer from its next `fit()` on; see `hallo_numguard.attach`."""
     if any(isinstance(callback, NumGuardCallback) for callback in trainer.callbacks):
         raise InvalidInput("this Trainer has a NumGuardCallback already")
-    callback = NumGuardCallback(config, on_overflow)
+    callback = NumGuardCallback(config, on_overflow, also)
     trainer.callbacks.insert(0, callback)  # Lightning keeps callbacks that write checkpoints last
     return callback

@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 
-from hallo_numguard.core.documents import decode
+from hallo_numguard.core.documents import decode, encode
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Offender, Verdict
 from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.diagnosis.evidence import Evidence
+from hallo_numguard.guard.feeding_modules import BadFeed, FeedingModules
 from hallo_numguard.guard.guarded_model import GuardedModel
 from hallo_numguard.guard.named_tensors import (
     NamedTensor,
@@ -58,7 +59,8 @@ class RankView(NamedTuple):
         gradients: Statistics of the reduced gradients, one row per parameter.
         state: Statistics of the optimizer state, one row per parameter.
         before_reduction: Statistics of this rank's own gradients, one row per parameter.
-        input: First bad tensor of the batch and its micro-batch, as JSON; None if there is none.
+        input: First bad tensor of the batch, its micro-batch and samples, and the module that fed it to the model, as
+            JSON; None if there is none of either.
         power: Base-2 logarithm of the loss scale at which the last finite steps would have fitted.
         is_sliced: Whether the rank holds slices of each row of `weights`. bool [weights + 1].
         loss_known: Whether there are losses, or stand-ins for them.
@@ -77,6 +79,16 @@ class RankView(NamedTuple):
     loss_known: bool
     batch_known: bool
     local_known: bool
+
+
+@dataclass(frozen=True)
+class _SeenInput:
+    """A bad tensor of the batch, its micro-batch, numbers of its bad and of all samples, and what fed it."""
+
+    offender: Offender | None = None
+    micro_batch: int = 0
+    samples: tuple[int, ...] | None = None
+    feed: BadFeed | None = None
 
 
 class BeforeReduction(NamedTuple):
@@ -120,16 +132,24 @@ class EvidenceCollector:
         batch: Calls of the pending step.
         recorder: Flight recorder of the earlier steps.
         local_gradients: Scans of gradients before the reduction.
+        feeding: Modules that feed the model.
     """
 
     def __init__(
-        self, model: GuardedModel, ranks: Ranks, batch: Batch, recorder: Recorder, local_gradients: LocalGradients
+        self,
+        model: GuardedModel,
+        ranks: Ranks,
+        batch: Batch,
+        recorder: Recorder,
+        local_gradients: LocalGradients,
+        feeding: FeedingModules,
     ) -> None:
         self._model = model
         self._ranks = ranks
         self._batch = batch
         self._recorder = recorder
-        self._weights = [*model.parameters, *model.buffers]
+        self._feeding = feeding
+        self._weights = [*model.parameters, *model.buffers, *feeding.tensors]
         self._tolerated = ToleratedNonfinites()
         # Weights of this rank that were not finite before any forward pass of ours. Master copies of them are bad
         # because they are.
@@ -237,11 +257,15 @@ class EvidenceCollector:
         return before is None or not bool(before.isfinite().all())
 
     def _scan_batch(self, step: BadStep) -> str | None:
-        if not self._batch.seen:
-            return None
         losses = [bool(torch.isfinite(loss)) for loss in step.losses]
-        found = self._batch.first_nonfinite(self._ranks.rank, losses)
-        return None if found is None else json.dumps([asdict(found[0]), found[1]], ensure_ascii=False)
+        found = self._batch.first_nonfinite(self._ranks.rank, losses) if self._batch.seen else None
+        feed = None if found is None and all(losses) else self._feeding.first_bad(self._ranks.rank)
+        if found is None and feed is None:
+            return None
+        offender, micro_batch = found or (None, 0)
+        samples = None if offender is None else self._batch.bad_samples(offender.name, micro_batch)
+        seen = _SeenInput(offender, micro_batch, samples, feed)
+        return json.dumps(encode(seen), ensure_ascii=False)
 
     def _settling_power(self) -> int:
         """The loss scale at which the last finite steps would have fitted, as a base-2 logarithm."""
@@ -302,7 +326,7 @@ class EvidenceCollector:
             (suspects if is_suspect else bystanders).append(offender)
         ready = self._order.sort(view.gradients.bad_positions())
         reduced = view.before_reduction
-        bad_input, micro_batch = (None, 0) if view.input is None else _read_input(view.input)
+        seen = _SeenInput() if view.input is None else decode(_SeenInput, json.loads(view.input))
         return Evidence(
             step=step.pending.number,
             skipped=step.skipped,
@@ -314,8 +338,11 @@ class EvidenceCollector:
                 for at in view.state.bad_positions()
                 if not view.marks[at][1]
             ],
-            input=bad_input,
-            micro_batch=micro_batch,
+            input=seen.offender,
+            micro_batch=seen.micro_batch,
+            bad_samples=None if seen.samples is None else (seen.samples[0], seen.samples[1]),
+            input_comes_back=before is not None and before.verdict is Verdict.INPUT_NONFINITE and step.skipped > 1,
+            bad_feed=seen.feed,
             batch_known=view.batch_known,
             tensors=sum(item.name not in self._model.unchecked for item in self._weights),
             loss=loss,
@@ -363,8 +390,3 @@ def _proved_before(report: OverflowReport | None, step: BadStep) -> float | None
     if report is None or step.skipped < 2 or report.verdict is not Verdict.SCALE_TOO_HIGH or report.provisional:
         return None
     return report.settles_at
-
-
-def _read_input(text: str) -> tuple[Offender, int]:
-    document, micro_batch = json.loads(text)
-    return decode(Offender, document), micro_batch

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from hallo_numguard.core.records import Offender
+from hallo_numguard.guard.feeding_modules import BadFeed
 from hallo_numguard.guard.loss_scaling import LossScaling
 
 
@@ -72,6 +73,9 @@ class Evidence:
         rank_faults: Step of the last `rank_fault`, by rank.
         replay: Result of running the batch again; None if it was not run.
         alone_because: Why this rank has judged by itself, without the others; "" if it has not.
+        bad_samples: Number of samples of the input that are not finite, and of all of them; None if unknown.
+        input_comes_back: Whether the step before was skipped because of an input as well.
+        bad_feed: First module outside of the model, of those that feed it, that made a non-finite value.
     """
 
     step: int
@@ -95,6 +99,9 @@ class Evidence:
     rank_faults: Mapping[int, int] = field(default_factory=dict)
     replay: Replayed | None = None
     alone_because: str = ""
+    bad_samples: tuple[int, int] | None = None
+    input_comes_back: bool = False
+    bad_feed: BadFeed | None = None
 
     @property
     def answer(self) -> Replayed | None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from hallo_numguard.guard.feeding_modules import MAX_CALLS as MAX_FEEDING_CALLS
+from hallo_numguard.guard.feeding_modules import FeedingCall
 from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
 from hallo_numguard.guard.parameter_stats import Piece
@@ -29,6 +31,7 @@ class PendingStep:
         calls: Calls of the model, one per micro-batch.
         alone_because: Why this rank judges the step by itself; "" if it does not.
         local_gradients: Statistics of each gradient before the reduction, and the parameter that it belongs to.
+        feeding_calls: Calls of modules that feed the model.
     """
 
     number: int = 0
@@ -39,6 +42,7 @@ class PendingStep:
     calls: deque[ModelCall] = field(default_factory=lambda: deque(maxlen=MAX_CALLS))
     alone_because: str = ""
     local_gradients: list[tuple[StatsTable, Piece]] = field(default_factory=list)
+    feeding_calls: deque[FeedingCall] = field(default_factory=lambda: deque(maxlen=MAX_FEEDING_CALLS))
 
     def clear(self) -> None:
         """Releases the tensors: the step is over."""
@@ -46,6 +50,7 @@ class PendingStep:
         self.losses.clear()
         self.calls.clear()
         self.local_gradients.clear()
+        self.feeding_calls.clear()
         self.alone_because = ""
 
 

@@ -27,6 +27,7 @@ import torch
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.errors import InvalidInput, NumericsError
 from hallo_numguard.guard.collectives import Ranks
+from hallo_numguard.guard.feeding_modules import Also, named_modules
 from hallo_numguard.guard.guard import Guard
 from hallo_numguard.guard.guarded_model import Forward, GuardedModel, ScannedPieces
 from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
@@ -63,6 +64,7 @@ class DeepSpeedGuard(Guard):
         forward: Calls the model once more with the engine's arguments. Default: a call of `engine.module`.
         losses_divided_by: Number by which each micro-batch's loss was divided before `engine.backward` gets it.
         step_number: Returns the framework's number of the step under way. Default: the engine counts.
+        also: See `attach`.
 
     Attributes:
         saves: Checks before the engine saves.
@@ -76,10 +78,12 @@ class DeepSpeedGuard(Guard):
         forward: Forward | None = None,
         losses_divided_by: int = 1,
         step_number: Callable[[], int] | None = None,
+        also: Also = (),
     ) -> None:
         if engine in _guarded_engines:
             raise InvalidInput("this engine is guarded already; call detach() on its guard first")
         check_supported(engine)
+        feeding = named_modules(also)
         self._engine = engine
         self._optimizer = engine.optimizer
         self._losses_divided_by = losses_divided_by
@@ -107,6 +111,7 @@ class DeepSpeedGuard(Guard):
             can_go_back=lambda: True,
             unchecked=self._adapter.unchecked,
             exchanges_figures=self._gradients.is_sliced,
+            also=feeding,
             run_facts={"framework": "DeepSpeed", "zero_stage": int(engine.zero_optimization_stage())},
         )
         self._session = Session(model, self._ranks, config, on_overflow, monitor_sinks(engine, self._step_number))

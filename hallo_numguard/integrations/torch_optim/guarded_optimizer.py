@@ -14,6 +14,7 @@ from torch._compile import _disable_dynamo
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.environment import guards_are_disabled
 from hallo_numguard.core.errors import InvalidInput
+from hallo_numguard.guard.feeding_modules import Also
 from hallo_numguard.guard.guard import Guard
 from hallo_numguard.guard.session import Session
 from hallo_numguard.integrations.save_gates import SaveGates, saves_part_of
@@ -62,6 +63,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         config: Settings; see `GuardConfig`. `mode` has no effect here.
         on_overflow: Called with the `OverflowReport` of a bad step; see `hallo_numguard.attach`.
         clip_norm: Clip gradients to this norm, in place of `clip_grad_norm_`: by the norm that the guard has at hand.
+        also: Frozen modules outside of the model that feed it; see `hallo_numguard.attach`. A copy watches none.
 
     Attributes:
         scaler: The `torch.amp.GradScaler` of the steps. It hands itself over; to be set only if other code
@@ -92,11 +94,12 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         config: GuardConfig | None = None,
         on_overflow: OverflowCallback | None = None,
         clip_norm: float | None = None,
+        also: Also = (),
     ) -> None:
         self._wrap(optimizer, model_or_named_parameters, config, on_overflow, clip_norm)
         # A scaler that hands itself over saves its pass over the gradients.
         warnings.filterwarnings("ignore", "GradScaler is going to stop passing itself", FutureWarning)
-        self._guard = OptimizerGuard(optimizer, self._named, self._config, on_overflow)
+        self._guard = OptimizerGuard(optimizer, self._named, self._config, on_overflow, also=also)
         self._saves = SaveGates(self._sessions, self._config.keeper, self._is_saved_by)
 
     def _wrap(
@@ -388,6 +391,7 @@ class _UnguardedOptimizer(GuardedOptimizer):
         config: GuardConfig | None = None,
         on_overflow: OverflowCallback | None = None,
         clip_norm: float | None = None,
+        also: Also = (),
     ) -> None:
         self._wrap(optimizer, model_or_named_parameters, config, on_overflow, clip_norm)
 

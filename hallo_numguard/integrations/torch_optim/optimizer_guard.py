@@ -14,6 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.guard.collectives import Ranks
+from hallo_numguard.guard.feeding_modules import Also, named_modules
 from hallo_numguard.guard.guarded_model import GuardedModel
 from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
 from hallo_numguard.guard.named_tensors import NamedTensor, named_buffers
@@ -72,6 +73,7 @@ class OptimizerGuard:
         step_number: Returns the framework's number of the step under way. Default: steps are counted from the number
             of those that the optimizer's state has seen.
         framework: Name of the framework, for reports.
+        also: Modules that feed the model; see `hallo_numguard.attach`.
 
     Attributes:
         session: Reports, history and findings.
@@ -89,7 +91,9 @@ class OptimizerGuard:
         observer: Callable[..., Observer] = CallObserver,
         step_number: Callable[[], int] | None = None,
         framework: str = "PyTorch",
+        also: Also = (),
     ) -> None:
+        self._also = named_modules(also)
         self._framework = framework
         self._optimizer = optimizer
         self._step_number = step_number
@@ -146,6 +150,7 @@ class OptimizerGuard:
             has_named_gradients=not sharded,
             can_go_back=self._can_go_back,
             unchecked=self._unchecked,
+            also=self._also,
             run_facts={"framework": self._framework},
         )
 
