@@ -132,8 +132,8 @@ class GuardConfig:
             bundles per run. None for no bundles.
         dump_keep: Numbers of reports in `dump_dir` and of bundles in `repro_dir` that are kept: the first of each
             verdict, and the last of all. Others that this run has written are deleted, on each rank its own.
-        sinks: Trackers that get rank 0's figures of every step and the reports, each one of: a SummaryWriter of the
-            run (torch.utils.tensorboard, tensorboardX); "wandb" or "mlflow", for the run that is active when the
+        sinks: Trackers that get the figures of every step and the reports, from rank 0, each one of: a SummaryWriter of
+            the run (torch.utils.tensorboard, tensorboardX); "wandb" or "mlflow", for the run that is active when the
             first step is over; "csv:<path>"; "name:text", for another package's entry point in the group
             `hallo_numguard.sinks`; or a `Sink` of your own. No run is ever started. Costs no synchronisation.
         keeper: `CheckpointKeeper` that counts clean and bad steps, and does the policy's rollbacks. The script

@@ -165,7 +165,8 @@ class Session:
     def _complete_figures(self) -> None:
         """Gives the last step the figures of all ranks, where each holds a slice."""
         if self._exchange is not None:
-            self.probes.run("flight recorder", self._recorder.complete, self._exchange.finish())
+            whole = self.probes.run("exchange of figures", self._exchange.finish)
+            self.probes.run("flight recorder", self._recorder.complete, whole)
 
     def stop(self) -> None:
         """Releases the model; reports and history stay readable."""
@@ -313,7 +314,8 @@ class Session:
         """
         if self._exchange is None or self._exchange.all_have_left:
             return False
-        self._exchange.leave()
+        with contain_failures("exchange of figures", "the other ranks' figures lack this one's"):
+            self._exchange.leave()
         return not self._exchange.all_have_left
 
     def answer(self) -> bool | None:

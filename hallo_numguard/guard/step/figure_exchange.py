@@ -38,16 +38,32 @@ class FigureExchange:
         self.all_have_left = False
 
     def start(self, part: torch.Tensor | None, has_left: bool = False) -> None:
-        """Sends this rank's part, float64 [4] as in `PART`; None where it is unknown. No wait."""
+        """Sends this rank's part, float64 [4] as in `PART`; None where it is unknown. No wait.
+
+        Whatever fails before it, the reduction is entered: the other ranks do.
+        """
+        parts: torch.Tensor | None = None
+        with contain_failures("exchange of figures", "this rank's figures of this step are missing"):
+            parts = self._parts_of(part, has_left)
+        if parts is None:
+            parts = torch.full(self._shape, torch.nan, dtype=torch.float64, device=self._device)
         with contain_failures("exchange of figures", "the figures of this step are this rank's alone"):
-            parts = torch.zeros((self._ranks.size, len(PART) + 1), dtype=torch.float64, device=self._device)
-            mine = parts[self._ranks.position]
-            if part is None:
-                mine[PART.index("sumsq")] = torch.nan
-            else:
-                mine[: len(PART)].copy_(part, non_blocking=True)
-            mine[_HAS_LEFT] = float(has_left)
             self._parts, self._work = parts, self._ranks.start_sum(parts)
+
+    @property
+    def _shape(self) -> tuple[int, int]:
+        return self._ranks.size, len(PART) + 1
+
+    def _parts_of(self, part: torch.Tensor | None, has_left: bool) -> torch.Tensor:
+        """The row of each rank, of which this one fills its own: added up, they are all there."""
+        parts = torch.zeros(self._shape, dtype=torch.float64, device=self._device)
+        mine = parts[self._ranks.position]
+        if part is None:
+            mine[PART.index("sumsq")] = torch.nan
+        else:
+            mine[: len(PART)].copy_(part, non_blocking=True)
+        mine[_HAS_LEFT] = float(has_left)
+        return parts
 
     def finish(self) -> torch.Tensor | None:
         """Returns the figures of all ranks together, as in `PART`; None if nothing is under way, or a rank is missing.
@@ -56,16 +72,12 @@ class FigureExchange:
         have; 10 seconds at most.
         """
         work, parts, self._work, self._parts = self._work, self._parts, None, None
-        if work is None or parts is None:
+        if work is None or parts is None or (self._device.type == "cpu" and not _is_done_in_time(work)):
             return None
-        with contain_failures("exchange of figures", "the figures of this step are this rank's alone"):
-            if self._device.type == "cpu" and not _is_done_in_time(work):
-                return None
-            work.wait()
-            together = parts[:, : len(PART)].sum(dim=0)
-            together[PART.index("absmax")] = parts[:, PART.index("absmax")].amax()
-            return together
-        return None
+        work.wait()
+        together = parts[:, : len(PART)].sum(dim=0)
+        together[PART.index("absmax")] = parts[:, PART.index("absmax")].amax()
+        return together
 
     def leave(self) -> None:
         """Takes part for the others' sake, when this rank has no use for figures. Synchronises."""
