@@ -39,6 +39,13 @@ _guarded: WeakSet[Any] = WeakSet()
 
 
 def attach(
+    accelerator: Any, config: GuardConfig, on_overflow: OverflowCallback | None, also: Also = ()
+) -> AcceleratorGuard | DeepSpeedGuard:
+    """Guards the engine or the optimizers of an Accelerator; see `hallo_numguard.attach`."""
+    return guard_of(accelerator, config, on_overflow, also)
+
+
+def guard_of(
     accelerator: Any,
     config: GuardConfig,
     on_overflow: OverflowCallback | None,
@@ -46,7 +53,7 @@ def attach(
     step_number: Callable[[], int] | None = None,
     losses_are_shares: bool = False,
 ) -> AcceleratorGuard | DeepSpeedGuard:
-    """Guards the engine or the optimizers of an Accelerator; see `hallo_numguard.attach`.
+    """Does the same as `attach`, with what a Trainer knows beside.
 
     Args:
         accelerator: The Accelerator, after `prepare`.

@@ -130,7 +130,7 @@ class NumGuardCallback(Guard, TrainerCallback):
         self._trainer = trainer
         folder = self._config.dump_dir or Path(trainer.args.output_dir) / _FOLDER
         config = replace(self._config, sinks=[*self._config.sinks, self._figures], dump_dir=folder)
-        self._guard = accelerate.attach(
+        self._guard = accelerate.guard_of(
             trainer.accelerator,
             config,
             self._on_overflow,
