@@ -280,9 +280,8 @@ class Session:
     def _record(self, applied: bool) -> None:
         """Records the figures of the step, and what follows from them."""
         self.probes.run("flight recorder", self._recorder.end, applied)
+        self._complete_figures()  # every rank has since met the others in the optimizer's step
         # A skipped step has been waited for, and may be the last one: what is on its way is worth waiting for as well.
-        if not applied:
-            self._complete_figures()
         records = self.probes.run("flight recorder", self._recorder.fresh, wait=not applied) or []
         self.probes.run("early warnings", self._warnings.after_step, applied, records)
         self.probes.run("flight recorder", self._check_applied, records)

@@ -1,4 +1,4 @@
-"""Figures of a step over ranks that hold slices of the gradients: sent without a wait, read a step later."""
+"""Figures of a step over ranks that hold slices of the gradients: sent before the optimizer's step, read after it."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ class FigureExchange:
     def finish(self) -> torch.Tensor | None:
         """Returns the figures of all ranks together, as in `PART`; None if nothing is under way, or a rank is missing.
 
-        No host sync on a GPU. On the CPU it waits for ranks that have not come to that step, which a step later they
-        have; 10 seconds at most.
+        No host sync on a GPU. On the CPU it waits for ranks that have not come to that step, 10 seconds at most: after
+        the optimizer's step, in which the ranks have met, there are none.
         """
         work, parts, self._work, self._parts = self._work, self._parts, None, None
         if work is None or parts is None or (self._device.type == "cpu" and not _is_done_in_time(work)):
