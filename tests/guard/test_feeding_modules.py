@@ -258,3 +258,16 @@ dist.destroy_process_group()
 """
     for output in run_ranks(script, tmp_path, contains_failures=True):
         assert "input_nonfinite Gathers 1" in output, output
+
+
+def test_a_bundle_of_a_fault_outside_of_the_model_has_the_batch_alone(tmp_path):
+    encoder = Encoder()
+    model, plain = model_and_optimizer()
+    config = ng.GuardConfig(policy=QUIET.policy, repro_dir=tmp_path)
+    optimizer = ng.GuardedOptimizer(plain, model, config, also={"vae": encoder})
+    train(optimizer, model, encoder, steps=1)
+    assert optimizer.last_report.first.name == "vae.blocks.0"
+    (bundle,) = tmp_path.iterdir()
+    assert (bundle / "batch.pt").exists()
+    assert not (bundle / "call.pt").exists()
+    assert "vae.blocks.0 is no module of the model" in (bundle / "bundle.json").read_text()
