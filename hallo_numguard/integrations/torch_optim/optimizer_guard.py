@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -113,7 +114,7 @@ class OptimizerGuard:
         self._loss_is_told = False
         self._steps = 0  # since the guard is on, whatever the optimizer's state says
         self._steps_before = 0
-        self._loaded = optimizer.register_load_state_dict_post_hook(self._on_state_loaded)
+        self._loaded = optimizer.register_load_state_dict_post_hook(_counting_hook(self))
         self._under_way = False
         self._put_aside: tuple[AsyncHostCopy, PendingStep] | None = None
         self.went_back = False
@@ -126,7 +127,7 @@ class OptimizerGuard:
             self.session = Session(self._described(parameters), self._ranks, config, on_overflow)
             undo.callback(self.session.stop)
             self.session.inspect_weights("the optimizer was guarded")
-            self._count_from_state()
+            self.count_from_state()
             undo.pop_all()
 
     def _find_ranks(self) -> Ranks:
@@ -225,10 +226,7 @@ class OptimizerGuard:
             self.session.forget_losses()
             self.session.on_loss(loss)
 
-    def _on_state_loaded(self, _: torch.optim.Optimizer) -> None:
-        self._count_from_state()
-
-    def _count_from_state(self) -> None:
+    def count_from_state(self) -> None:
         """Goes on from the number of steps that the optimizer's state has seen, if it says so."""
         seen = self.session.probes.run("number of the step", steps_seen, self._optimizer)
         if seen is not None:
@@ -391,6 +389,18 @@ class OptimizerGuard:
             self._under_way = False
             if self.active:
                 self.session.after_step(applied)
+
+
+def _counting_hook(guard: OptimizerGuard) -> Callable[[torch.optim.Optimizer], None]:
+    """A hook that does not keep the guard alive: the optimizer would, and both would outlive the process group."""
+    kept = weakref.ref(guard)
+
+    def loaded(_: torch.optim.Optimizer) -> None:
+        found = kept()
+        if found is not None:
+            found.count_from_state()
+
+    return loaded
 
 
 def _why_alone(reducer: Any) -> str:
