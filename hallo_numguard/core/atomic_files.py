@@ -32,6 +32,11 @@ def write_whole(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
+def first_free(path: Path, suffix: str = "") -> Path:
+    """Returns `path` and `suffix`, with a number between them if that exists."""
+    return next(name for name in _numbered(path, suffix) if not name.exists())
+
+
 def write_folder(path: Path, files: Mapping[str, bytes]) -> Path:
     """Writes a folder of files so that after a crash at any moment it is there whole or not at all.
 
@@ -47,7 +52,7 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> Path:
         temporary.mkdir()
         for name, data in files.items():
             write_whole(temporary / name, data)
-        free = next(name for name in _numbered(path) if not name.exists())
+        free = first_free(path)
         temporary.rename(free)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -56,10 +61,10 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> Path:
     return free
 
 
-def _numbered(path: Path) -> Iterator[Path]:
-    yield path
+def _numbered(path: Path, suffix: str) -> Iterator[Path]:
+    yield path.with_name(f"{path.name}{suffix}")
     for number in itertools.count(2):
-        yield path.with_name(f"{path.name}.{number}")
+        yield path.with_name(f"{path.name}.{number}{suffix}")
 
 
 def sync(path: Path) -> None:

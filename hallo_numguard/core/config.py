@@ -25,6 +25,9 @@ OverflowCallback = Callable[[OverflowReport], str | None]
 Action = str | OverflowCallback
 
 
+_MAX_NAME = 200  # characters
+
+
 def check_action(action: object, where: str) -> str:
     """Returns `action` if it is the name of an action.
 
@@ -127,17 +130,19 @@ class GuardConfig:
             learning rate; else a 32nd of them in turn, well below 1 % of a step), "all" (reads all weights twice a
             step, without a wait on a GPU) or "never".
         policy: Actions after an overflow.
+        name: Name of the run, for its reports.
         dump_dir: Folder for all reports, with the flight recorder's steps of each parameter, as
-            `overflow-step<number>-rank<number>.json`: from rank 0, and from the rank of the first offender. None for
-            no reports.
+            `overflow-step<number>-rank<number>-<run>.json`: from rank 0, and from the rank of the first offender. The
+            run is the time at which it was guarded and a random number, the same on all ranks, so that no run replaces
+            what another has written. None for no reports.
         repro_dir: Folder for bundles that reproduce an overflow in one process, without the framework: the batch, the
             random state, the configuration, the report, the one bad call of the named module with its weights, and a
             script. Overflows of scale or reduction get none. Costs a pass over the batch for each bundle; at most 8
             bundles per run. None for no bundles.
         dump_keep: Numbers of reports in `dump_dir` and of bundles in `repro_dir` that are kept: the first of each
             verdict, and the last of all. Others that this run has written are deleted, on each rank its own.
-        sinks: Trackers that get rank 0's figures of every step and the reports, each one of: a SummaryWriter of the
-            run (torch.utils.tensorboard, tensorboardX); "wandb" or "mlflow", for the run that is active when the
+        sinks: Trackers that get the figures of every step and the reports, from rank 0, each one of: a SummaryWriter of
+            the run (torch.utils.tensorboard, tensorboardX); "wandb" or "mlflow", for the run that is active when the
             first step is over; "csv:<path>"; "name:text", for another package's entry point in the group
             `hallo_numguard.sinks`; or a `Sink` of your own. No run is ever started. Costs no synchronisation.
         keeper: `CheckpointKeeper` that counts clean and bad steps, and does the policy's rollbacks. The script
@@ -149,6 +154,7 @@ class GuardConfig:
     local_gradients: str = "on_alarm"
     check_updates: str = "part"
     policy: Policy = field(default_factory=Policy)
+    name: str | None = None
     dump_dir: str | os.PathLike[str] | None = None
     repro_dir: str | os.PathLike[str] | None = None
     dump_keep: tuple[int, int] = (3, 10)
@@ -168,6 +174,8 @@ class GuardConfig:
             raise InvalidInput(f"history must be a positive number of steps, got {self.history!r}")
         if not isinstance(self.policy, Policy):
             raise InvalidInput(f"policy must be a Policy, got {type(self.policy).__name__}")
+        if self.name is not None and not _is_name(self.name):
+            raise InvalidInput(f"name must be a printable text of 1 to {_MAX_NAME} characters, got {self.name!r}")
         for name in ("dump_dir", "repro_dir"):
             folder = getattr(self, name)
             if folder is not None and not isinstance(folder, (str, os.PathLike)):
@@ -180,3 +188,7 @@ class GuardConfig:
             raise InvalidInput(f"keeper must be a CheckpointKeeper, got {type(self.keeper).__name__}")
         if self.keeper is None and "rollback" in (self.policy.on_unrecoverable, *self.policy.actions.values()):
             raise InvalidInput("the policy says rollback: give GuardConfig a keeper")
+
+
+def _is_name(text: object) -> bool:
+    return isinstance(text, str) and 0 < len(text) <= _MAX_NAME and text.isprintable() and not text.isspace()

@@ -42,7 +42,8 @@ def collect(rank: int | None = None) -> Environment:
     Returns:
         Versions by distribution (None where it is not installed), "python", "cuda", "platform", "hostname", "rank",
         and "hides_nan": sentences on loaded modules that keep NaN out of their logs unless configured otherwise.
-        A guard adds "guard_failures": tracebacks of its own failures.
+        A guard adds "run" (see `run_description.new_run_id`), "time", "name", "command", "world_size", "framework",
+        "zero_stage", "device", and "guard_failures": tracebacks of its own failures.
     """
     return {
         **versions(),

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from hallo_numguard.core import run_description
 from hallo_numguard.core.documents import decode, encode, laid_out_as
 from hallo_numguard.core.environment import Environment
 from hallo_numguard.core.records import GradientRecord, Offender, StepRecord, Verdict
@@ -66,7 +67,7 @@ class OverflowReport:
     """Report on a step whose gradients, or whose loss, were not finite.
 
     Attributes:
-        step: Number of the step, from 1, as DeepSpeed counts.
+        step: Number of the step, from 1, as the framework counts.
         loss_scale: Loss scale in force during the backward pass.
         verdict: Cause of the overflow.
         provisional: True until a later step has confirmed the verdict.
@@ -80,7 +81,8 @@ class OverflowReport:
         consecutive_skips: Number of steps skipped in a row, this one included; 0 if this one was applied nevertheless.
         settles_at: Loss scale at which steps are expected to be finite again; None if unknown.
         history: Steps of the flight recorder on the rank that holds this report, this one last.
-        environment: Versions, host and rank of the process that made this report, and loaded libraries that hide NaN.
+        environment: Versions, host and rank of the process that made this report, and loaded libraries that hide NaN;
+            run, time, name of the run, command, number of ranks, framework, ZeRO stage and device.
         summary: The answer in one sentence, without a full stop; "" if there is none.
         known_from: What has shown the cause, as "the batch, run again"; "" if it is not known.
         happened: Sentence on what happened, where it was something else than gradients that are not finite: a save that
@@ -136,6 +138,7 @@ class OverflowReport:
             ("evidence", self.evidence),
             ("not checked", ["; ".join(self.not_checked)] if self.not_checked else []),
             ("gradients", others),
+            ("run", run_description.summary(self.environment)),
         ]
         return [(label, list(map(harmless, sentences))) for label, sentences in table if sentences]
 

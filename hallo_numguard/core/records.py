@@ -167,19 +167,22 @@ class GradientRecord:
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One line of the flight recorder: this rank's part of one optimizer step.
+    """One line of the flight recorder: one optimizer step.
+
+    `absmax`, `norm` and `nonfinite` are of the whole model's gradients, before unscaling and clipping, and the same on
+    every rank that holds a slice of them. Only where another rank did not come to that step are they this rank's.
 
     Attributes:
-        step: Number of the step, from 1, as DeepSpeed counts (skipped steps too).
-        loss: Last micro-batch's loss, unscaled; None if the guard could not see it.
+        step: Number of the step, from 1, as the framework counts (skipped steps too).
+        loss: Mean loss of the step's micro-batches on this rank, without the loss scale, and not divided by their
+            number; None if the guard could not see it.
         loss_scale: Loss scale in force during the backward pass; 1.0 without loss scaling.
-        absmax: Largest absolute value among the finite elements of this rank's gradients, before unscaling and
-            clipping.
-        norm: L2 norm of the finite elements.
-        nonfinite: Number of non-finite elements of this rank's gradients.
+        absmax: Largest absolute value among the finite elements.
+        norm: L2 norm, as in torch: NaN or infinite where an element is.
+        nonfinite: Number of non-finite elements.
         applied: False if the step was skipped.
         limit: Largest number that gradients of this model can hold, if that is near (float16); else None.
-        parameters: Figures of each parameter by name; empty if only totals were kept.
+        parameters: Figures of each parameter by name, of what this rank holds of it; empty if only totals were kept.
     """
 
     step: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Iterator
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from hallo_numguard.core.run_description import new_run_id
 from hallo_numguard.core.safe_text import printable
 from hallo_numguard.guard.parameter_stats import NONE, ParameterStats
 from hallo_numguard.guard.rendezvous import Rendezvous
@@ -54,6 +56,17 @@ class Ranks:
     def size(self) -> int:
         """Number of ranks that are reduced over."""
         return 1 if self.alone_because else self._size
+
+    @property
+    def position(self) -> int:
+        """Position of this rank among those that are reduced over."""
+        return dist.get_rank(self._group) if self.size > 1 else 0
+
+    @functools.cached_property
+    def run_id(self) -> str:
+        """Name of the run, the same on all ranks; see `new_run_id`."""
+        mine = new_run_id()
+        return mine if self._rendezvous is None else self._rendezvous.agreed("run", mine)
 
     @property
     def speaks(self) -> bool:
@@ -108,6 +121,10 @@ class Ranks:
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """Returns the sum over the ranks. No host sync."""
         return self._reduce(value, dist.ReduceOp.SUM)
+
+    def start_sum(self, value: torch.Tensor) -> Any:
+        """Starts to add up a contiguous tensor over the ranks, in place. Returns the handle to wait for. No wait."""
+        return dist.all_reduce(value, op=dist.ReduceOp.SUM, group=self._group, async_op=True)
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """Returns the mean over the ranks. No host sync."""

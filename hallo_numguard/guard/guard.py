@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import Any, ParamSpec, TypeVar
+
+import torch
 
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.core.overflow_report import OverflowReport
@@ -63,10 +66,23 @@ class Guard(ABC):
         return [finding for session in self._sessions() for finding in session.findings]
 
     @property
-    def history(self) -> list[StepRecord]:
-        """The flight recorder: the last steps of what this rank owns, oldest first.
+    def grad_norm(self) -> torch.Tensor:
+        """The last step's gradient norm over the whole model, before clipping and without loss scale.
 
-        Histories of several optimizers follow one another. Waits for the copy of the last row.
+        A 0-dim tensor: reading it as a number is what waits. NaN before the first step, and where a gradient is NaN.
+        """
+        norms = [session.grad_norm() for session in self._sessions()]
+        if len(norms) == 1:
+            return norms[0]
+        together = [norm.to(norms[0].device) for norm in norms]
+        return torch.linalg.vector_norm(torch.stack(together)) if norms else torch.tensor(math.nan, dtype=torch.float64)
+
+    @property
+    def history(self) -> list[StepRecord]:
+        """The flight recorder: the last steps, oldest first.
+
+        A step's own figures are of the whole model; those of its `parameters` are of what this rank holds. Histories of
+        several optimizers follow one another. Waits for the copy of the last row.
         """
         return [record for session in self._sessions() for record in session.history()]
 

@@ -59,6 +59,10 @@ class GuardedModel:
         is_compiled: Returns whether calls of the module are compiled.
         unchecked: Tensors that scans have left out.
         optimizer: What is read of the optimizer that makes the updates.
+        exchanges_figures: Whether the session has to add up the figures of ranks that hold slices of the gradients;
+            else whoever calls `before_step` has them of the whole model.
+        also: Frozen modules that feed the model, by name; see `feeding_modules`.
+        run_facts: Facts about the run for its reports: "framework", "zero_stage".
     """
 
     parameters: list[NamedTensor]
@@ -79,6 +83,9 @@ class GuardedModel:
     is_compiled: Callable[[], bool] = lambda: False
     unchecked: UncheckedTensors = field(default_factory=UncheckedTensors)
     optimizer: OptimizerView = field(default_factory=OptimizerView)
+    exchanges_figures: bool = False
+    also: Mapping[str, nn.Module] = field(default_factory=dict)
+    run_facts: Mapping[str, str | int] = field(default_factory=dict)
 
     def note_unchecked(self) -> None:
         """Notes the parameters and buffers inside of which nothing can be read."""

@@ -53,6 +53,13 @@ class Rendezvous:
         except (RuntimeError, ValueError, AttributeError):  # launched by MPI
             return None
 
+    def agreed(self, key: str, value: str) -> str:
+        """Returns the value of the rank that came first, the same on all ranks. Does not wait for them."""
+        try:
+            return str(self._store.compare_set(f"{self._name}/{key}", "", value).decode())
+        except RuntimeError:  # the store is gone
+            return value
+
     def meet(self, where: str) -> bool:
         """Waits until all ranks are here.
 

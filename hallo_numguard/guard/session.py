@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import math
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from hallo_numguard.core.atomic_files import write_whole
+from hallo_numguard.core import run_description
+from hallo_numguard.core.atomic_files import first_free, write_whole
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.environment import Environment, collect
 from hallo_numguard.core.errors import CheckpointFailed, NumericsError
@@ -37,6 +39,7 @@ from hallo_numguard.guard.diagnosis.nonfinite_losses import in_words, look_at, l
 from hallo_numguard.guard.diagnosis.replay import Replayer
 from hallo_numguard.guard.diagnosis.rules import confirm, is_unexplained, judge, needs_replay, needs_replay_of_step
 from hallo_numguard.guard.diagnosis.weight_history import history_of
+from hallo_numguard.guard.feeding_modules import FeedingModules
 from hallo_numguard.guard.guarded_model import GuardedModel, ScannedPieces
 from hallo_numguard.guard.loss_scaling import LossScaling
 from hallo_numguard.guard.named_tensors import NamedTensor, scan_tensors
@@ -46,12 +49,14 @@ from hallo_numguard.guard.save_gate import Save, SaveGate, is_mask, report_on
 from hallo_numguard.guard.step.armed import ARMED_STEPS, ArmedSteps
 from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.guard.step.early_warnings import EarlyWarnings
+from hallo_numguard.guard.step.figure_exchange import FigureExchange
 from hallo_numguard.guard.step.local_gradients import LocalGradients
 from hallo_numguard.guard.step.pending import MAX_CALLS, PendingStep, StepOwner
 from hallo_numguard.guard.step.recorder import Recorder
 from hallo_numguard.guard.step.step_call import StepCall
 from hallo_numguard.guard.step.updates import UpdateWatch, WrittenWeight
 from hallo_numguard.guard.weight_findings import weight_findings
+from hallo_numguard.ops.device import device_name
 from hallo_numguard.tracing.rerun import is_rerunning
 from hallo_numguard.trackers.base import Sink
 from hallo_numguard.trackers.choose import sink_for
@@ -87,6 +92,8 @@ class Session:
         failed: Whether an essential part has failed several times, and is not tried any more.
         probes: Parts that are not essential, each contained on its own.
         save_gate: Check before the run is saved.
+        losses_are_shares: Whether the recorded losses of a step's micro-batches add up to the loss of the step, as
+            each is divided by their number.
     """
 
     def __init__(
@@ -101,6 +108,7 @@ class Session:
         self.reported_at = -1
         self.findings: list[Finding] = []
         self.failed = False
+        self.losses_are_shares = False
         self._failures = 0  # of essential parts
         self._model = model
         self._ranks = ranks
@@ -110,7 +118,9 @@ class Session:
         self.save_gate = SaveGate(model, ranks, self.probes)
         self._steps = StepOwner()
         limit = _near_limit(model.parameters)
-        self._recorder = Recorder(config.history, [item.name for item in model.parameters], limit)
+        is_part = model.exchanges_figures and ranks.size > 1
+        self._exchange = FigureExchange(ranks, model.device) if is_part else None
+        self._recorder = Recorder(config.history, [item.name for item in model.parameters], limit, is_part)
         sinks = [*sinks, *map(sink_for, config.sinks)]  # on every rank, so that all refuse an invalid one
         self._feed = Feed(sinks if ranks.rank == 0 else [])
         self._batch = Batch(model.module, self._steps, model.unchecked)
@@ -130,6 +140,7 @@ class Session:
         )
         self._updates = UpdateWatch(model, config.check_updates)
         self._written: list[WrittenWeight] = []  # by the update of this step
+        self._feeding = FeedingModules(model.also, lambda: self._steps.pending.feeding_calls)
         self._collector = self._new_collector()
         self._announcer = policy.Announcer()
         self._skipped = 0  # steps in a row
@@ -141,6 +152,7 @@ class Session:
         self._error: BaseException | None = None  # after a step that was applied
         self._alarms = 0  # findings that are more than an information
         self._unclean = False  # whether this step's gradients were not finite, and not because of the loss scale
+        self._reported_steps: deque[int] = deque(maxlen=config.history)  # of reports on overflows
         self._to_undo: OverflowReport | None = None
         self._rollbacks = 0
         self._rank_faults: dict[int, int] = {}  # step of the last, by rank
@@ -148,11 +160,24 @@ class Session:
             undo.callback(self.stop)
             self._collector.start()
             self._local_gradients.start()
+            self._feeding.start()
             undo.pop_all()
 
     def history(self) -> list[StepRecord]:
         """Returns the flight recorder's steps, oldest first. Waits for rows that are still on their way."""
+        self._complete_figures()
         return self._recorder.read()
+
+    def grad_norm(self) -> torch.Tensor:
+        """Returns the last step's gradient norm: see `Guard.grad_norm`."""
+        self._complete_figures()
+        return self._recorder.last_norm()
+
+    def _complete_figures(self) -> None:
+        """Gives the last step the figures of all ranks, where each holds a slice."""
+        if self._exchange is not None:
+            whole = self.probes.run("exchange of figures", self._exchange.finish)
+            self.probes.run("flight recorder", self._recorder.complete, whole)
 
     def stop(self) -> None:
         """Releases the model; reports and history stay readable."""
@@ -161,6 +186,7 @@ class Session:
         self._collector.stop()
         self._local_gradients.stop()
         self._armed.stop()
+        self._feeding.stop()
         self._steps.pending.clear()
         self._ranks.leave()
 
@@ -185,6 +211,7 @@ class Session:
             self._local_gradients,
             self._armed,
             self._updates,
+            self._feeding,
         )
 
     # -- a step ------------------------------------------------------------------------------------------------------
@@ -264,17 +291,30 @@ class Session:
         """Whether a gradient that reaches the calls of this step is seen where it arrives."""
         return self._batch.sees_seeds
 
-    def before_step(self, number: int, scaling: LossScaling, gradients: ScannedPieces) -> None:
-        """Records the gradients. No host sync."""
+    def before_step(
+        self, number: int, scaling: LossScaling, gradients: ScannedPieces, whole: torch.Tensor | None = None
+    ) -> None:
+        """Records the gradients. No host sync.
+
+        Args:
+            number: Number of the step, from 1.
+            scaling: State of the loss scaler.
+            gradients: Scan of this rank's gradients.
+            whole: Figures of the whole model's gradients; see `Recorder.begin`.
+        """
         self.probes.run("watch of the operations", self._armed.backward_is_over)
         pending = self._steps.pending
         pending.number, pending.scaling, pending.gradients = number, scaling, gradients
         pending.is_scanned = True
         self._unclean = False
         self.probes.run("record of the loss", pending.unscale_losses)
+        self._complete_figures()  # of the step before
+        loss = self.probes.run("record of the loss", self._loss_of_the_step)
+        counts = pending.losses_of_backward
         recorder = self._recorder.begin
-        losses, counts = pending.losses, pending.losses_of_backward
-        self.probes.run("flight recorder", recorder, number, scaling.scale, gradients, losses, counts)
+        part = self.probes.run("flight recorder", recorder, number, scaling.scale, gradients, loss, counts, whole)
+        if self._exchange is not None:
+            self._exchange.start(part)
         self.probes.run("early warnings", self._warnings.before_step, number, scaling.scale, gradients)
         self.probes.run("check of the losses", self._replay_bad_loss)
         self.probes.run("look at the updates", self._updates.before, number, gradients.table)
@@ -306,6 +346,17 @@ class Session:
         pending.number, pending.scaling, pending.is_scanned = number, scaling, False
         self._unclean = False
         self.probes.run("look at the updates", self._updates.before, number, None)
+        if self._exchange is not None:
+            self._complete_figures()
+            self._exchange.start(None)
+
+    def _loss_of_the_step(self) -> torch.Tensor | None:
+        """The mean loss of the micro-batches: their sum, where the framework has divided each by their number."""
+        losses = self._steps.pending.losses
+        if len(losses) < 2:
+            return losses[0] if losses else None
+        numbers = torch.stack([loss.reshape(()).to(losses[0].device, torch.float64) for loss in losses])
+        return numbers.sum() if self.losses_are_shares else numbers.mean()
 
     def swap_step(self, step: PendingStep | None = None) -> PendingStep:
         """Switches to another step, by default a new one; returns the previous one. See `StepOwner`.
@@ -344,6 +395,7 @@ class Session:
     def _record(self, applied: bool) -> None:
         """Records the figures of the step, and what follows from them."""
         self.probes.run("flight recorder", self._recorder.end, applied)
+        self._complete_figures()  # every rank has since met the others in the optimizer's step
         # A skipped step has been waited for, and may be the last one: what is on its way is worth waiting for as well.
         records = self.probes.run("flight recorder", self._recorder.fresh, wait=not applied) or []
         self.probes.run("early warnings", self._warnings.after_step, applied, records)
@@ -424,6 +476,18 @@ class Session:
         self.failed = agreed == STATUS_FAILED
         return agreed == 1
 
+    def answer_figures(self) -> bool:
+        """Takes part in the figures of the other ranks, when this one is not on guard any more.
+
+        Returns:
+            Whether any of them still is.
+        """
+        if self._exchange is None or self._exchange.all_have_left:
+            return False
+        with contain_failures("exchange of figures", "the other ranks' figures lack this one's"):
+            self._exchange.leave()
+        return not self._exchange.all_have_left
+
     def answer(self) -> bool | None:
         """Takes part in `found_inf` of the other ranks, when this one is not on guard any more.
 
@@ -490,6 +554,7 @@ class Session:
         self, report: OverflowReport, bundle: Bundle | None, may_settle: bool, in_a_row: int = 0
     ) -> BaseException | None:
         self.last_report, self.reported_at = report, next(_report_numbers)
+        self._reported_steps.append(report.step)
         self._unclean = report.recoverable is not True
         answer = policy.agree(
             report,
@@ -531,11 +596,21 @@ class Session:
         return self.probes.run("record of the batch", self._batch.seeds_are_finite) is True
 
     def _judge(self, evidence: Evidence) -> OverflowReport:
-        return replace(judge(evidence), history=tuple(self._recorder.read()), environment=self._environment())
+        return replace(judge(evidence), history=tuple(self.history()), environment=self._environment())
 
     def _environment(self) -> Environment:
         failed = failures()
-        return {**collect(self._ranks.rank), **({"guard_failures": failed} if failed else {})}
+        return {
+            **collect(self._ranks.rank),
+            "run": self._ranks.run_id,
+            "time": run_description.utc_now(),
+            "name": self._config.name,
+            "command": run_description.command_line(),
+            "world_size": self._ranks.size,
+            **self._model.run_facts,
+            "device": device_name(self._model.device),
+            **({"guard_failures": failed} if failed else {}),
+        }
 
     @property
     def _can_go_back(self) -> bool:
@@ -590,6 +665,7 @@ class Session:
             keeper.clean_step(last)
 
     def _write_figures(self, wait: bool) -> None:
+        self._complete_figures()
         records = self._recorder.fresh(wait)
         self.probes.run("check of the losses", self._check_losses, records, False)
         self._feed.write(records, self._alarms)
@@ -597,8 +673,7 @@ class Session:
     def _check_applied(self, records: Sequence[StepRecord]) -> None:
         """Tells of steps that were applied though their gradients were not finite, and of which there is no report."""
         for row in records:
-            is_reported = self.last_report is not None and self.last_report.step == row.step
-            if row.applied and row.nonfinite and not is_reported:
+            if row.applied and row.nonfinite and row.step not in self._reported_steps:
                 message = (
                     f"step {row.step} was applied though {row.nonfinite} elements of its gradients were not finite: "
                     "the framework has not checked them, or not these"
@@ -691,9 +766,11 @@ class Session:
         rank, first = self._ranks.rank, report.first
         if self._config.dump_dir is None or (rank != 0 and (first is None or first.rank != rank)):
             return
-        path = Path(self._config.dump_dir) / f"overflow-step{report.step:08d}-rank{rank}.json"
+        folder = Path(self._config.dump_dir)
 
         def write() -> Path:
+            name = f"overflow-step{report.step:08d}-rank{rank}-{self._ranks.run_id}"
+            path = first_free(folder / name, ".json")
             write_whole(path, report.to_json().encode())
             return path
 
@@ -731,7 +808,8 @@ class Session:
     def _inspect_weights(self, when: str) -> None:
         self._model.note_unchecked()
         found = list(self._collector.inspect(when))
-        for finding, is_mine in weight_findings(found, when, [*self._model.parameters, *self._model.buffers]):
+        known = [*self._model.parameters, *self._model.buffers, *self._feeding.tensors]
+        for finding, is_mine in weight_findings(found, when, known):
             self._note(finding, is_mine)
         self._note_unchecked()
         self.save_gate.remember(when, [offender for offender, _ in found])
@@ -757,7 +835,7 @@ class Session:
             self._note(Finding("nonfinite", report.happened, offender=report.first, severity="error"), is_mine=True)
             return None
         if self.last_report is None or report != replace(self.last_report, happened=report.happened):
-            history = tuple(self.probes.run("flight recorder", self._recorder.read) or ())
+            history = tuple(self.probes.run("flight recorder", self.history) or ())
             environment = self.probes.run("environment", self._environment) or {}
             report = replace(report, history=history, environment=environment)
             self.last_report, self.reported_at = report, next(_report_numbers)

@@ -13,6 +13,7 @@ from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.integrations.oldest_versions import check_version
 
 if TYPE_CHECKING:
+    from hallo_numguard.guard.feeding_modules import Also
     from hallo_numguard.guard.guard import Guard
     from hallo_numguard.integrations.lightning import NumGuardCallback as LightningNumGuardCallback
     from hallo_numguard.integrations.transformers import NumGuardCallback
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 __all__ = ["GROUP", "LightningNumGuardCallback", "NumGuardCallback", "attach", "engine_of"]
 
 GROUP = "hallo_numguard.integrations"
-"""Group of entry points: each is called as `attach` was, and returns a `Guard`, or None for another kind of target."""
+"""Group of entry points: each is called as `attach` was, and returns a `Guard`, or None for another kind of target.
+`also` is left out where it is empty."""
 
-# Module with the function `attach(target, config, on_overflow)`, by package and class of the target: nothing has to be
-# imported to find out what a target is.
+# Module with the function `attach(target, config, on_overflow, also)`, by package and class of the target: nothing has
+# to be imported to find out what a target is.
 _BUILT_IN = {
     ("deepspeed", "DeepSpeedEngine"): "deepspeed",
     ("accelerate", "Accelerator"): "accelerate",
@@ -44,7 +46,12 @@ _ENGINE_PATHS = (
 )
 
 
-def attach(target: Any, config: GuardConfig | None = None, on_overflow: OverflowCallback | None = None) -> Guard:
+def attach(
+    target: Any,
+    config: GuardConfig | None = None,
+    on_overflow: OverflowCallback | None = None,
+    also: Also = (),
+) -> Guard:
     """Guards a training run: call it once, on every rank.
 
     Args:
@@ -55,6 +62,9 @@ def attach(target: Any, config: GuardConfig | None = None, on_overflow: Overflow
         config: Settings; see `GuardConfig`.
         on_overflow: Called on every rank with the same `OverflowReport` when a step's gradients are not finite. It may
             return an action ("continue", "warn", "skip", "rollback", "raise") in place of the policy's, or None.
+        also: Frozen modules outside of the model that feed it, as a list or by name, the same on all ranks: an image
+            encoder, a text encoder, a reward model. They are scanned now, and where what they return is not finite,
+            the report names the module inside that made it. The calls of a step are kept, up to 256 MiB.
 
     Returns:
         The guard, with `last_report`, `history`, `findings` and `detach()`. Where the policy says raise,
@@ -77,10 +87,10 @@ def attach(target: Any, config: GuardConfig | None = None, on_overflow: Overflow
     for (package, name), module in _BUILT_IN.items():
         if _is(target, package, name):
             check_version(package)
-            guard: Guard = _load(f"{module}:attach")(target, config, on_overflow)
+            guard: Guard = _load(f"{module}:attach")(target, config, on_overflow, also)
             return guard
     for offered, integration in _offered():
-        guard = integration(target, config, on_overflow)
+        guard = integration(target, config, on_overflow, *([also] if also else []))
         if guard is not None:
             return _checked(guard, offered)
     raise InvalidInput(

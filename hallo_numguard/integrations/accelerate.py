@@ -17,6 +17,7 @@ import torch
 
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.errors import InvalidInput
+from hallo_numguard.guard.feeding_modules import Also
 from hallo_numguard.guard.guard import Guard
 from hallo_numguard.guard.save_gate import Save
 from hallo_numguard.guard.session import Session
@@ -38,19 +39,43 @@ _guarded: WeakSet[Any] = WeakSet()
 
 
 def attach(
-    accelerator: Any, config: GuardConfig, on_overflow: OverflowCallback | None
+    accelerator: Any, config: GuardConfig, on_overflow: OverflowCallback | None, also: Also = ()
 ) -> AcceleratorGuard | DeepSpeedGuard:
     """Guards the engine or the optimizers of an Accelerator; see `hallo_numguard.attach`."""
+    return guard_of(accelerator, config, on_overflow, also)
+
+
+def guard_of(
+    accelerator: Any,
+    config: GuardConfig,
+    on_overflow: OverflowCallback | None,
+    also: Also = (),
+    step_number: Callable[[], int] | None = None,
+    losses_are_shares: bool = False,
+) -> AcceleratorGuard | DeepSpeedGuard:
+    """Does the same as `attach`, with what a Trainer knows beside.
+
+    Args:
+        accelerator: The Accelerator, after `prepare`.
+        config: Settings.
+        on_overflow: Called with each report.
+        also: Modules that feed the model.
+        step_number: Returns the number of the step under way. Default: see `OptimizerGuard`; the engine's own.
+        losses_are_shares: Whether each micro-batch's loss is divided by their number before `accelerator.backward`.
+    """
     engine = engine_of(accelerator)
     if engine is None:
-        return AcceleratorGuard(accelerator, config, on_overflow)
+        guard = AcceleratorGuard(accelerator, config, on_overflow, step_number, also)
+        for session in guard._sessions():
+            session.losses_are_shares = losses_are_shares
+        return guard
     from hallo_numguard.integrations.deepspeed.engine_guard import DeepSpeedGuard
 
-    guard = DeepSpeedGuard(engine, config, on_overflow)
+    of_engine = DeepSpeedGuard(engine, config, on_overflow, step_number=step_number, also=also)
     # Around the engine's own: the Accelerator deletes older checkpoints before it calls that.
-    guard.saves.add(accelerator, "save_state", lambda *_, **__: Save("Accelerator.save_state", on_all_ranks=True))
-    guard.saves.add(accelerator, "save_model", _model_save)
-    return guard
+    of_engine.saves.add(accelerator, "save_state", lambda *_, **__: Save("Accelerator.save_state", on_all_ranks=True))
+    of_engine.saves.add(accelerator, "save_model", _model_save)
+    return of_engine
 
 
 class AcceleratorGuard(Guard):
@@ -60,7 +85,14 @@ class AcceleratorGuard(Guard):
         saves: Checks before the Accelerator saves.
     """
 
-    def __init__(self, accelerator: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> None:
+    def __init__(
+        self,
+        accelerator: Any,
+        config: GuardConfig,
+        on_overflow: OverflowCallback | None,
+        step_number: Callable[[], int] | None = None,
+        also: Also = (),
+    ) -> None:
         if accelerator in _guarded:
             raise InvalidInput("this Accelerator is guarded already; call detach() on its guard first")
         if not accelerator._optimizers:
@@ -75,7 +107,7 @@ class AcceleratorGuard(Guard):
             undo.callback(self.detach)
             undo.callback(self.saves.remove)
             for optimizer in accelerator._optimizers:
-                self._steps.append(_Steps(accelerator, optimizer, config, on_overflow))
+                self._steps.append(_Steps(accelerator, optimizer, config, on_overflow, step_number, also))
             self._patches.wrap(accelerator, "clip_grad_norm_", self._clip_norm)
             self._patches.wrap(accelerator, "clip_grad_value_", self._clip)
             self._patches.observe(accelerator, "backward", self._on_backward)
@@ -158,13 +190,18 @@ class _Steps:
         optimizer: Any,
         config: GuardConfig,
         on_overflow: OverflowCallback | None,
+        step_number: Callable[[], int] | None = None,
+        also: Also = (),
     ) -> None:
         self.optimizer = optimizer
         self._accelerator = accelerator
         self._plain = _plain(optimizer)
         if isinstance(self._plain, GuardedOptimizer):
             raise InvalidInput("this Accelerator was given a GuardedOptimizer: its steps are guarded already")
-        self.guard = OptimizerGuard(self._plain, _named(accelerator, self._plain), config, on_overflow)
+        named = _named(accelerator, self._plain)
+        self.guard = OptimizerGuard(
+            self._plain, named, config, on_overflow, step_number=step_number, framework="Accelerate", also=also
+        )
         self._check: GradientCheck | None = None  # of this step, if clipping came before `step`
         trained = (parameter for group in self._plain.param_groups for parameter in group["params"])
         self.norm_limit = min(largest_safe_norm(parameter.dtype) for parameter in trained)

@@ -23,6 +23,7 @@ except ImportError:  # its older name
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.environment import guards_are_disabled
 from hallo_numguard.core.errors import InvalidInput
+from hallo_numguard.guard.feeding_modules import Also, named_modules
 from hallo_numguard.guard.guard import Guard
 from hallo_numguard.guard.guarded_model import Forward
 from hallo_numguard.guard.save_gate import Save
@@ -49,9 +50,13 @@ class NumGuardCallback(Guard, Callback):
     Args:
         config: Settings; see `GuardConfig`.
         on_overflow: Called with each `OverflowReport`; see `hallo_numguard.attach`.
+        also: Frozen modules outside of the model that feed it; see `hallo_numguard.attach`.
     """
 
-    def __init__(self, config: GuardConfig | None = None, on_overflow: OverflowCallback | None = None) -> None:
+    def __init__(
+        self, config: GuardConfig | None = None, on_overflow: OverflowCallback | None = None, also: Also = ()
+    ) -> None:
+        self._also = named_modules(also)
         self._config = config or GuardConfig()
         self._on_overflow = on_overflow
         self._engine_guard: DeepSpeedGuard | None = None
@@ -86,12 +91,25 @@ class NumGuardCallback(Guard, Callback):
         self._is_interrupted = False
         self._gate_saves(trainer)
         self._engine_guard, self._guards = None, {}
+
+        def step_number() -> int:
+            return int(trainer.global_step) + 1  # counted when the step is over
+
         engine = engine_of(trainer)
         if engine is not None:
             from hallo_numguard.integrations.deepspeed.engine_guard import DeepSpeedGuard
 
             forward = _engine_forward(trainer, pl_module, engine) if pl_module.automatic_optimization else None
-            self._engine_guard = DeepSpeedGuard(engine, self._config, self._on_overflow, forward)
+            self._engine_guard = DeepSpeedGuard(
+                engine,
+                self._config,
+                self._on_overflow,
+                forward,
+                # Lightning divides before the engine does.
+                losses_divided_by=trainer.accumulate_grad_batches if pl_module.automatic_optimization else 1,
+                step_number=step_number,
+                also=self._also,
+            )
             return
         if any(isinstance(optimizer, GuardedOptimizer) for optimizer in trainer.optimizers):
             raise InvalidInput("configure_optimizers has given a GuardedOptimizer: its steps are guarded already")
@@ -99,7 +117,16 @@ class NumGuardCallback(Guard, Callback):
         with contextlib.ExitStack() as undo:
             undo.callback(self._take_off)
             for optimizer in trainer.optimizers:
-                guard = OptimizerGuard(optimizer, trainer.model, self._config, self._on_overflow, observer)
+                guard = OptimizerGuard(
+                    optimizer,
+                    trainer.model,
+                    self._config,
+                    self._on_overflow,
+                    observer,
+                    step_number,
+                    "Lightning",
+                    self._also,
+                )
                 self._guards[optimizer] = guard
                 # Other callbacks may change weights before this one is told that the batch is over.
                 self._handles.append(optimizer.register_step_post_hook(functools.partial(_look_at_update, guard)))
@@ -262,10 +289,12 @@ def _scaler_of(trainer: Trainer) -> Any:
     return getattr(trainer.precision_plugin, "scaler", None)
 
 
-def attach(trainer: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> NumGuardCallback:
+def attach(
+    trainer: Any, config: GuardConfig, on_overflow: OverflowCallback | None, also: Also = ()
+) -> NumGuardCallback:
     """Returns a callback that guards a Trainer from its next `fit()` on; see `hallo_numguard.attach`."""
     if any(isinstance(callback, NumGuardCallback) for callback in trainer.callbacks):
         raise InvalidInput("this Trainer has a NumGuardCallback already")
-    callback = NumGuardCallback(config, on_overflow)
+    callback = NumGuardCallback(config, on_overflow, also)
     trainer.callbacks.insert(0, callback)  # Lightning keeps callbacks that write checkpoints last
     return callback

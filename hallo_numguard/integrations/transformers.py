@@ -18,6 +18,7 @@ from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.environment import guards_are_disabled
 from hallo_numguard.core.errors import InvalidInput, NumericsError
 from hallo_numguard.core.overflow_report import OverflowReport
+from hallo_numguard.guard.feeding_modules import Also, named_modules
 from hallo_numguard.guard.guard import Guard
 from hallo_numguard.guard.save_gate import Save
 from hallo_numguard.guard.session import Session
@@ -64,6 +65,7 @@ class NumGuardCallback(Guard, TrainerCallback):
             "return" returns, and only `stopped_by` tells.
         log_figures: Figures that the Trainer's log rows get: "few" (default), "all" (what `GuardConfig.sinks` get), or
             "none".
+        also: Frozen modules outside of the model that feed it; see `hallo_numguard.attach`.
 
     Attributes:
         stopped_by: Error that stopped training, or None.
@@ -78,6 +80,7 @@ class NumGuardCallback(Guard, TrainerCallback):
         on_overflow: OverflowCallback | None = None,
         on_stop: str = "raise",
         log_figures: str = "few",
+        also: Also = (),
     ) -> None:
         if on_stop not in ("raise", "return"):
             raise InvalidInput(f"on_stop must be 'raise' or 'return', got {on_stop!r}")
@@ -87,6 +90,7 @@ class NumGuardCallback(Guard, TrainerCallback):
         self._config = config or GuardConfig()
         self._on_overflow = on_overflow
         self._on_stop = on_stop
+        self._also = named_modules(also)
         self._is_over = True  # the training, for all callbacks
         self._trainer: Any = None  # known once it calls
         self._guard: accelerate.AcceleratorGuard | DeepSpeedGuard | None = None
@@ -127,7 +131,15 @@ class NumGuardCallback(Guard, TrainerCallback):
         self._trainer = trainer
         folder = self._config.dump_dir or Path(trainer.args.output_dir) / _FOLDER
         config = replace(self._config, sinks=[*self._config.sinks, self._figures], dump_dir=folder)
-        self._guard = accelerate.attach(trainer.accelerator, config, self._on_overflow)
+        self._guard = accelerate.guard_of(
+            trainer.accelerator,
+            config,
+            self._on_overflow,
+            self._also,
+            step_number=lambda: int(trainer.state.global_step) + 1,  # counted when the step is over
+            # Else the Accelerator divides, which shows its backward the whole loss.
+            losses_are_shares=trainer.accelerator.gradient_accumulation_steps == 1,
+        )
         self._patches = MethodPatches()
         self._patches.wrap(trainer.accelerator, "backward", self._unless_stopped)  # DeepSpeed steps in there
         self._patches.wrap(trainer.optimizer, "step", self._unless_stopped)
@@ -219,11 +231,13 @@ class NumGuardCallback(Guard, TrainerCallback):
             self._guard.detach()
 
 
-def attach(trainer: Any, config: GuardConfig, on_overflow: OverflowCallback | None) -> NumGuardCallback:
+def attach(
+    trainer: Any, config: GuardConfig, on_overflow: OverflowCallback | None, also: Also = ()
+) -> NumGuardCallback:
     """Returns a callback that guards a Trainer from its next `train()` on; see `hallo_numguard.attach`."""
     if any(isinstance(callback, NumGuardCallback) for callback in trainer.callback_handler.callbacks):
         raise InvalidInput("this Trainer is guarded already; call detach() on its guard first")
-    callback = NumGuardCallback(config, on_overflow)
+    callback = NumGuardCallback(config, on_overflow, also=also)
     trainer.add_callback(callback)
     if trainer.is_in_train:
         callback.guard(trainer)

@@ -21,6 +21,14 @@ def has_gpu() -> bool:
     return torch.cuda.is_available()
 
 
+def device_name(device: torch.device) -> str:
+    """Returns a device in words, as "cuda:0 (NVIDIA H100 80GB HBM3)"."""
+    if device.type != "cuda":
+        return str(device)
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return f"cuda:{index} ({torch.cuda.get_device_name(index)})"
+
+
 def current_index() -> int:
     """Returns the index of this thread's GPU."""
     return torch.cuda.current_device()

@@ -155,7 +155,12 @@ def _rank(path: Path, report: OverflowReport) -> int | None:
 
 
 def _by_step(reports: Sequence[RankReport]) -> tuple[Overflow, ...]:
-    steps: dict[int, list[RankReport]] = {}
-    for item in sorted(reports, key=lambda item: (item.report.step, item.rank is None, item.rank or 0)):
-        steps.setdefault(item.report.step, []).append(item)
+    """Groups reports by run and step. Runs come in the order of their beginnings, those without a name first."""
+    steps: dict[tuple[str, int], list[RankReport]] = {}
+    for item in sorted(reports, key=lambda item: (*_run_and_step(item), item.rank is None, item.rank or 0)):
+        steps.setdefault(_run_and_step(item), []).append(item)
     return tuple(Overflow(tuple(items)) for items in steps.values())
+
+
+def _run_and_step(item: RankReport) -> tuple[str, int]:
+    return str(item.report.environment.get("run") or ""), item.report.step

@@ -23,7 +23,7 @@ FIGURES = (
 
 
 def figures_of(record: StepRecord) -> dict[str, float]:
-    """Returns the figures of one step, of this rank's part of the gradients, unscaled and before clipping.
+    """Returns the figures of one step, of the whole model's gradients, unscaled and before clipping.
 
     `loss` is included if the guard saw it, `headroom` (bits until the largest gradient overflows) in half precision.
     """

@@ -28,6 +28,8 @@ POINTS = (
     "guard.step.batch:Batch.restore_statistics",
     "guard.step.early_warnings:EarlyWarnings.after_step",
     "guard.step.early_warnings:EarlyWarnings.before_step",
+    "guard.step.figure_exchange:FigureExchange._parts_of",
+    "guard.step.figure_exchange:FigureExchange.finish",
     "guard.step.local_gradients:LocalGradients._scan",
     "guard.step.local_gradients:LocalGradients.stats",
     "guard.step.local_gradients:LocalGradients.step_is_over",

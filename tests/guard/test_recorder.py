@@ -6,7 +6,7 @@ import torch
 
 from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.parameter_stats import Piece
-from hallo_numguard.guard.step.recorder import Recorder
+from hallo_numguard.guard.step.recorder import ROW_WIDTH, Recorder
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.ops.device import HostRing
 
@@ -15,7 +15,7 @@ class SlowRows(HostRing):
     """Rows that have not arrived, unless the read waits."""
 
     def __init__(self, length):
-        super().__init__(length, 4, torch.device("cpu"))
+        super().__init__(length, ROW_WIDTH, torch.device("cpu"))
         self.under_way = set()
 
     def read(self, index, wait):

@@ -57,9 +57,10 @@ def test_bundles_are_kept_likewise_but_for_what_was_added_to_them(tmp_path):
     for number in range(1, 6):
         step(model, optimizer)
         if number == 2:
-            (tmp_path / "repro-step00000002-rank0" / "analysis.txt").write_text("the user's")
+            (bundle,) = tmp_path.glob("repro-step00000002-rank0-*")
+            (bundle / "analysis.txt").write_text("the user's")
     assert numbers(tmp_path) == [1, 2, 4, 5]
-    assert [path.name for path in (tmp_path / "repro-step00000002-rank0").iterdir()] == ["analysis.txt"]
+    assert [path.name for path in bundle.iterdir()] == ["analysis.txt"]
 
 
 @pytest.mark.parametrize("keep", [(1,), (-1, 3), (1.5, 3), (1, 2, 3)])
@@ -133,3 +134,54 @@ def test_losses_of_a_step_that_never_comes_are_bounded(monkeypatch):
     step(model, optimizer)
     assert optimizer.last_report.verdict == "input_nonfinite"
     assert optimizer._guard.session._steps.pending.losses == []
+
+
+def test_runs_into_one_folder_replace_nothing_of_each_other_and_delete_nothing(tmp_path):
+    for _ in range(2):
+        model, optimizer = make(dump_dir=tmp_path, repro_dir=tmp_path, dump_keep=(0, 1))
+        for _ in range(3):
+            step(model, optimizer)
+    assert numbers(tmp_path) == [3, 3, 3, 3]
+    reports = [ng.OverflowReport.from_json(path.read_text()) for path in sorted(tmp_path.glob("overflow-*.json"))]
+    runs = [report.environment["run"] for report in reports]
+    assert len(set(runs)) == 2
+    assert all(
+        name.endswith(run) for name, run in zip(sorted(p.stem for p in tmp_path.glob("*.json")), runs, strict=True)
+    )
+
+
+def test_the_same_step_again_replaces_no_report(tmp_path):
+    model, optimizer = make(dump_dir=tmp_path)
+    step(model, optimizer)
+    session = optimizer._guard.session
+    session._dump(optimizer.last_report)
+    first, second = sorted(tmp_path.iterdir())
+    assert {first.suffix, second.suffix} == {".json"}
+    assert first.read_text() == second.read_text()
+
+
+def test_a_report_says_of_which_run_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["train.py", "--lr", "0.1", "--hub-token", "hf_" + "a" * 30, "--api_key=abc"])
+    model, optimizer = make(name="first try")
+    step(model, optimizer)
+    report = optimizer.last_report
+    facts = report.environment
+    assert (facts["name"], facts["world_size"], facts["framework"], facts["device"]) == (
+        "first try",
+        1,
+        "PyTorch",
+        "cpu",
+    )
+    assert facts["command"] == "train.py --lr 0.1 --hub-token *** --api_key=***"
+    assert facts["time"].endswith("Z")
+    run = str(report).partition("  run ")[2]
+    assert "first try, 20" in run
+    assert "PyTorch, cpu" in run
+    assert "train.py --lr 0.1" in run
+    assert ng.OverflowReport.from_json(report.to_json()).environment == facts
+
+
+@pytest.mark.parametrize("name", ["", "a\nb", " ", 3, "x" * 201])
+def test_names_that_no_report_could_show_are_refused(name):
+    with pytest.raises(ng.InvalidInput, match="name must be"):
+        ng.GuardConfig(name=name)

@@ -30,7 +30,7 @@ CASES = [
 @pytest.mark.parametrize("module", [*FRAMEWORKS, "deepspeed"])
 def test_the_function_has_one_name_in_every_file(module):
     adapter = importlib.import_module(f"hallo_numguard.integrations.{module}")
-    assert list(adapter.attach.__annotations__)[1:] == ["config", "on_overflow", "return"]
+    assert list(adapter.attach.__annotations__)[1:] == ["config", "on_overflow", "also", "return"]
 
 
 @pytest.mark.parametrize(("framework", "name", "fault"), CASES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -226,3 +227,16 @@ def test_hostile_names_survive_the_json_documents(tmp_path):
 )
 def test_a_sparkline_has_a_character_a_value(values, logarithmic, line):
     assert sparkline(values, logarithmic) == line
+
+
+def test_reports_of_two_runs_in_one_folder_are_not_ranks_of_one_step(tmp_path):
+    runs = ("20260102T030405Z-bbbbbb", "20260101T030405Z-aaaaaa")
+    for run, step in zip(runs, (5, 9), strict=True):
+        for rank in (0, 1):
+            one = dataclasses.replace(support.report(["a"], ["a"], step=step), environment={"rank": rank, "run": run})
+            (tmp_path / f"overflow-step{step:08d}-rank{rank}-{run}.json").write_text(one.to_json())
+            same_step = dataclasses.replace(one, step=7)
+            (tmp_path / f"overflow-step00000007-rank{rank}-{run}.json").write_text(same_step.to_json())
+    overflows = files.read(sorted(tmp_path.iterdir())).overflows
+    found = [(item.report.environment["run"], item.report.step, len(item.ranks)) for item in overflows]
+    assert found == [(runs[1], 7, 2), (runs[1], 9, 2), (runs[0], 5, 2), (runs[0], 7, 2)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.diagnosis.evidence import Evidence
 from hallo_numguard.guard.diagnosis.texts import source_as_text
 from hallo_numguard.guard.diagnosis.weight_history import WeightHistory, history_of
+from hallo_numguard.guard.feeding_modules import BadFeed, FeedingModules
 from hallo_numguard.guard.guarded_model import GuardedModel
 from hallo_numguard.guard.named_tensors import (
     NamedTensor,
@@ -65,7 +66,8 @@ class RankView(NamedTuple):
         gradients: Statistics of the reduced gradients, one row per parameter.
         state: Statistics of the optimizer state, one row per parameter.
         before_reduction: Statistics of this rank's own gradients, one row per parameter.
-        input: First bad tensor of the batch and its micro-batch, as JSON; None if there is none.
+        input: First bad tensor of the batch, its micro-batch and samples, and the module that fed it to the model, as
+            JSON; None if there is none of either.
         source: Where what is not finite came from, as JSON; None if the step was not watched.
         after_the_model: Names of the operations between the model's output and the loss, as JSON; None without any.
         power: Base-2 logarithm of the loss scale at which the last finite steps would have fitted.
@@ -90,6 +92,16 @@ class RankView(NamedTuple):
     loss_known: bool
     batch_known: bool
     local_known: bool
+
+
+@dataclass(frozen=True)
+class _SeenInput:
+    """A bad tensor of the batch, its micro-batch, numbers of its bad and of all samples, and what fed it."""
+
+    offender: Offender | None = None
+    micro_batch: int = 0
+    samples: tuple[int, ...] | None = None
+    feed: BadFeed | None = None
 
 
 class BeforeReduction(NamedTuple):
@@ -138,6 +150,7 @@ class EvidenceCollector:
         local_gradients: Scans of gradients before the reduction.
         armed: What was seen of the operations of a step that was watched.
         updates: Looks at the weights around each update.
+        feeding: Modules that feed the model.
     """
 
     def __init__(
@@ -149,12 +162,14 @@ class EvidenceCollector:
         local_gradients: LocalGradients,
         armed: ArmedSteps,
         updates: UpdateWatch,
+        feeding: FeedingModules,
     ) -> None:
         self._model = model
         self._ranks = ranks
         self._batch = batch
         self._recorder = recorder
-        self._weights = [*model.parameters, *model.buffers]
+        self._feeding = feeding
+        self._weights = [*model.parameters, *model.buffers, *feeding.tensors]
         self._tolerated = ToleratedNonfinites()
         # Weights of this rank that were not finite before any forward pass of ours. Master copies of them are bad
         # because they are.
@@ -317,11 +332,15 @@ class EvidenceCollector:
         return before is None or not bool(before.isfinite().all())
 
     def _scan_batch(self, step: BadStep) -> str | None:
-        if not self._batch.seen:
-            return None
         losses = [bool(torch.isfinite(loss)) for loss in step.losses]
-        found = self._batch.first_nonfinite(self._ranks.rank, losses)
-        return None if found is None else json.dumps([asdict(found[0]), found[1]], ensure_ascii=False)
+        found = self._batch.first_nonfinite(self._ranks.rank, losses) if self._batch.seen else None
+        feed = None if found is None and all(losses) else self._feeding.first_bad(self._ranks.rank)
+        if found is None and feed is None:
+            return None
+        offender, micro_batch = found or (None, 0)
+        samples = None if offender is None else self._batch.bad_samples(offender.name, micro_batch)
+        seen = _SeenInput(offender, micro_batch, samples, feed)
+        return json.dumps(encode(seen), ensure_ascii=False)
 
     def _settling_power(self) -> int:
         """The loss scale at which the last finite steps would have fitted, as a base-2 logarithm."""
@@ -388,7 +407,7 @@ class EvidenceCollector:
                 history = None
         ready = self._order.sort(view.gradients.bad_positions())
         reduced = view.before_reduction
-        bad_input, micro_batch = (None, 0) if view.input is None else _read_input(view.input)
+        seen = _SeenInput() if view.input is None else decode(_SeenInput, json.loads(view.input))
         return Evidence(
             step=step.pending.number,
             skipped=step.skipped,
@@ -400,8 +419,11 @@ class EvidenceCollector:
                 for at in view.state.bad_positions()
                 if not view.marks[at][1]
             ],
-            input=bad_input,
-            micro_batch=micro_batch,
+            input=seen.offender,
+            micro_batch=seen.micro_batch,
+            bad_samples=None if seen.samples is None else (seen.samples[0], seen.samples[1]),
+            input_comes_back=before is not None and before.verdict is Verdict.INPUT_NONFINITE and step.skipped > 1,
+            bad_feed=seen.feed,
             batch_known=view.batch_known,
             tensors=sum(item.name not in self._model.unchecked for item in self._weights),
             loss=loss,
@@ -452,8 +474,3 @@ def _proved_before(report: OverflowReport | None, step: BadStep) -> float | None
     if report is None or step.skipped < 2 or report.verdict is not Verdict.SCALE_TOO_HIGH or report.provisional:
         return None
     return report.settles_at
-
-
-def _read_input(text: str) -> tuple[Offender, int]:
-    document, micro_batch = json.loads(text)
-    return decode(Offender, document), micro_batch

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from hallo_numguard.core.records import Offender
 from hallo_numguard.core.sources import Source
 from hallo_numguard.guard.diagnosis.weight_history import WeightHistory
+from hallo_numguard.guard.feeding_modules import BadFeed
 from hallo_numguard.guard.loss_scaling import LossScaling
 
 WATCHED = "this step, which was watched operation by operation"
@@ -92,6 +93,9 @@ class Evidence:
         replay: Result of running the batch again; None if it was not run.
         alone_because: Why this rank has judged by itself, without the others; "" if it has not.
         history: Who wrote the first of `suspects`, as far as that is known; None if nothing is.
+        bad_samples: Number of samples of the input that are not finite, and of all of them; None if unknown.
+        input_comes_back: Whether the step before was skipped because of an input as well.
+        bad_feed: First module outside of the model, of those that feed it, that made a non-finite value.
     """
 
     step: int
@@ -118,6 +122,9 @@ class Evidence:
     replay: Replayed | None = None
     alone_because: str = ""
     history: WeightHistory | None = None
+    bad_samples: tuple[int, int] | None = None
+    input_comes_back: bool = False
+    bad_feed: BadFeed | None = None
 
     @property
     def answer(self) -> Replayed | None:

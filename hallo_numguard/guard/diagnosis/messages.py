@@ -14,6 +14,7 @@ from hallo_numguard.guard.diagnosis.catalog import CATALOG
 from hallo_numguard.guard.diagnosis.evidence import Evidence
 from hallo_numguard.guard.diagnosis.loss_messages import scaled_together
 from hallo_numguard.guard.diagnosis.weight_history import WeightHistory
+from hallo_numguard.guard.feeding_modules import BadFeed
 from hallo_numguard.guard.loss_scaling import LossScaling
 
 RANK_FAULT_MEMORY = 100  # steps in which a second fault of the same rank is not taken for chance
@@ -264,18 +265,76 @@ def backward_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
 def input_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
     """The model was called with a non-finite tensor."""
     sample = f", sample {first.index[0]}" if len(first.index) > 1 else ""
-    return report(
+    found = report(
         seen,
         Verdict.INPUT_NONFINITE,
-        first,
+        first if seen.bad_feed is None else seen.bad_feed.origin,
         [
             f"{the_loss(seen)} is not finite ({loss_text(seen)})",
             _finite_weights(seen),
             f"what the model was called with is not: {first.name}{sample}, micro-batch {seen.micro_batch} of the step",
+            *_how_many_samples(seen),
+            *_feed_lines(seen),
         ],
         (),
-        f"This step is lost, the next batch is not. Find the sample in the data{on_rank(seen, first.rank)} and look "
-        "at how it was read and normalised. The loss scale has no part in it: policy.keep_scale leaves it alone.",
+        f"{_find_the_input(seen, first.rank)} The loss scale has no part in it: policy.keep_scale leaves it alone.",
+    )
+    return replace(found, recoverable=None) if _is_of_the_pipeline(seen) else found
+
+
+def _all_samples_are_bad(seen: Evidence) -> bool:
+    return seen.bad_samples is not None and seen.bad_samples[0] == seen.bad_samples[1] > 1
+
+
+def _is_of_the_pipeline(seen: Evidence) -> bool:
+    """Whether it is not one sample that is bad, so that the next batch may well be bad too."""
+    return seen.bad_feed is not None or seen.input_comes_back or _all_samples_are_bad(seen)
+
+
+def _how_many_samples(seen: Evidence) -> list[str]:
+    lines = []
+    if seen.bad_samples is not None:
+        bad, total = seen.bad_samples
+        lines.append(f"{bad} of its {plural(total, 'sample')} {'is' if bad == 1 else 'are'} not finite")
+    if seen.input_comes_back:
+        lines.append("the step before was skipped because of an input as well")
+    return lines
+
+
+def _feed_lines(seen: Evidence) -> list[str]:
+    feed = seen.bad_feed
+    return [] if feed is None else [f"{feed.module}, outside of the model, returned what is not finite", *feed.details]
+
+
+def _find_the_input(seen: Evidence, rank: int | None) -> str:
+    """Advice on an input: one bad sample, or all of them, or the module that made it."""
+    where, feed = on_rank(seen, rank), seen.bad_feed
+    if feed is not None:
+        return _mend_the_feed(feed)
+    if not _is_of_the_pipeline(seen):
+        return (
+            f"This step is lost, the next batch is not. Find the sample in the data{where} and look at how it was read "
+            "and normalised."
+        )
+    what = "All samples are bad" if _all_samples_are_bad(seen) else "Samples are bad"
+    if seen.input_comes_back:
+        what += ", in this step and in the one before"
+    return (
+        f"{what}: look at what made them{where}, and not for one sample: an encoder in half precision that overflows, "
+        "a division in the preprocessing, a damaged cache. If a module outside of the model made them, "
+        "attach(..., also=[module]) names it."
+    )
+
+
+def _mend_the_feed(feed: BadFeed) -> str:
+    origin, module = feed.origin, feed.module.partition(".")[0]
+    if origin.kind in ("parameter", "buffer"):
+        return f"Repair {origin.name}: it is not finite, and {module} makes what the model is called with."
+    if origin.kind == "input":
+        return f"Look at what {feed.module} was called with: it was not finite before."
+    return (
+        f"{origin.name} made it, outside of the model. If the numbers there are near the largest that {origin.dtype} "
+        f"can hold, run {module} in float32 or bfloat16; else look at what {module} is called with."
     )
 
 
@@ -285,7 +344,12 @@ def loss_nonfinite(seen: Evidence, loss: Offender) -> OverflowReport:
         return only_compiled(seen, loss)
     if seen.answer is not None:
         origin = seen.answer.origin
-        return _loss_code(seen, loss) if origin is None else _forward_nonfinite(seen, origin)
+        if origin is not None:
+            return _forward_nonfinite(seen, origin)
+    if seen.bad_feed is not None:
+        return _fed_to_the_loss(seen, seen.bad_feed)
+    if seen.answer is not None:
+        return _loss_code(seen, loss)
     return report(
         seen,
         Verdict.UNDETERMINED,
@@ -331,7 +395,7 @@ def _forward_nonfinite(seen: Evidence, origin: Offender) -> OverflowReport:
     if verdict is Verdict.WEIGHTS_NONFINITE:
         advice = f"Repair {origin.name}, or find out why this batch reads what no batch before has."
     elif verdict is Verdict.INPUT_NONFINITE:
-        advice = f"This step is lost, the next batch is not. Find the sample in the data{rank}."
+        advice = _find_the_input(seen, origin.rank)
     else:
         advice = (
             f"The forward pass made it in {where}{rank}. If the numbers there are near the largest that {origin.dtype} "
@@ -378,6 +442,19 @@ def _after_the_model(seen: Evidence) -> list[str]:
 
 def _names(seen: Evidence) -> str:
     return f" (first at {' and '.join(seen.after_the_model[:2])})" if seen.after_the_model else ""
+
+
+def _fed_to_the_loss(seen: Evidence, feed: BadFeed) -> OverflowReport:
+    """A module outside of the model made a non-finite value, and not by way of the model's inputs."""
+    is_weight = feed.origin.kind in ("parameter", "buffer")
+    return report(
+        seen,
+        Verdict.WEIGHTS_NONFINITE if is_weight else Verdict.FORWARD_NONFINITE,
+        feed.origin,
+        [*_before_the_loss(seen), *_feed_lines(seen)],
+        ("how what it returned reaches the loss",),
+        _mend_the_feed(feed),
+    )
 
 
 def _before_the_loss(seen: Evidence) -> list[str]:

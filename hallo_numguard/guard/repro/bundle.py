@@ -103,8 +103,13 @@ class Bundles:
         rank = 0 if report.first is None or report.first.rank is None else report.first.rank
         if self._folder is None or self._ranks.rank != rank:
             return
-        path, files = self._folder / f"repro-step{report.step:08d}-rank{rank}", self._files(report, bundle)
-        written = self._report_files.write(report.verdict.value, lambda: write_folder(path, files), list(files))
+        folder, files = self._folder, self._files(report, bundle)
+
+        def write() -> Path:
+            name = f"repro-step{report.step:08d}-rank{rank}-{self._ranks.run_id}"
+            return write_folder(folder / name, files)
+
+        written = self._report_files.write(report.verdict.value, write, list(files))
         if written is not None:
             _log.warning("to reproduce this in one process: python %s", written / "reproduce.py")
 

@@ -13,7 +13,7 @@ from hallo_numguard.core.records import Offender
 from hallo_numguard.guard.collectives import clip
 from hallo_numguard.guard.named_tensors import NamedTensor, scan_tensors
 from hallo_numguard.guard.parameter_stats import ParameterStats
-from hallo_numguard.guard.readable import UncheckedTensors, readable_tensors
+from hallo_numguard.guard.readable import UncheckedTensors, is_plain, readable_tensors
 from hallo_numguard.guard.step.model_call import ModelCall, SeedCounter
 from hallo_numguard.guard.step.pending import StepOwner
 from hallo_numguard.guard.step.step_call import StepCall
@@ -139,6 +139,14 @@ class Batch:
     def tolerate(self, names: Sequence[str]) -> None:
         """Ignores these inputs from now on: they held non-finite values in a clean step."""
         self._tolerated.update(names)
+
+    def bad_samples(self, name: str, micro_batch: int) -> tuple[int, int] | None:
+        """Returns how many samples of a call's tensor are not finite, and how many it has; None if it has none."""
+        tensor = next((item.tensor for item in self.tensors(micro_batch) if item.name == name), None)
+        if tensor is None or tensor.dim() < 2 or not is_plain(tensor):
+            return None
+        bad = int((~tensor.detach().flatten(1).isfinite()).any(dim=1).sum())
+        return bad, len(tensor)
 
     def first_nonfinite(self, rank: int, losses: Sequence[bool]) -> tuple[Offender, int] | None:
         """Returns the first input that may have made a loss non-finite, and its micro-batch; None if there is none.

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from hallo_numguard.guard.feeding_modules import MAX_CALLS as MAX_FEEDING_CALLS
+from hallo_numguard.guard.feeding_modules import FeedingCall
 from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
 from hallo_numguard.guard.parameter_stats import Piece
@@ -38,6 +40,7 @@ class PendingStep:
         alone_because: Why this rank judges the step by itself; "" if it does not.
         watch: What was seen of its operations, if it was armed.
         local_gradients: Statistics of each gradient before the reduction, and the parameter that it belongs to.
+        feeding_calls: Calls of modules that feed the model.
     """
 
     number: int = 0
@@ -54,6 +57,7 @@ class PendingStep:
     alone_because: str = ""
     watch: OperationWatch | None = None
     local_gradients: list[tuple[StatsTable, Piece]] = field(default_factory=list)
+    feeding_calls: deque[FeedingCall] = field(default_factory=lambda: deque(maxlen=MAX_FEEDING_CALLS))
 
     def forget_losses(self) -> None:
         """Forgets the losses: they are not those of this step."""
@@ -74,6 +78,7 @@ class PendingStep:
         self.calls.clear()
         self.step_calls.clear()
         self.local_gradients.clear()
+        self.feeding_calls.clear()
         self.alone_because = ""
         self.watch = None
 

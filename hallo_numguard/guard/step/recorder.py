@@ -11,10 +11,12 @@ import torch
 
 from hallo_numguard.core.records import GradientRecord, StepRecord
 from hallo_numguard.guard.guarded_model import ScannedPieces
+from hallo_numguard.guard.step.figure_exchange import PART, norm_of
 from hallo_numguard.ops.device import HostRing
 
 MAX_TABLE_BYTES = 64 << 20  # beyond it only totals of the steps are kept
-_NONFINITE, _ABSMAX, _SUMSQ, _LOSS, _LOSSES = range(5)
+ROW_WIDTH = len(PART) + 1
+_NAN, _INF, _ABSMAX, _SUMSQ, _LOSS = range(ROW_WIDTH)
 
 
 @dataclass
@@ -24,7 +26,7 @@ class _Stamp:
     step: int
     loss_scale: float
     has_loss: bool
-    losses: int = 0  # of backward passes
+    is_of_backward: bool = False
     applied: bool = False
 
 
@@ -37,20 +39,23 @@ class Recorder:
         length: Number of steps to keep.
         names: Names of the parameters.
         limit: See `StepRecord.limit`.
+        is_part: Whether this rank holds a slice of the gradients, and `complete` will give the figures of all ranks.
 
     Attributes:
         bad_losses: Steps whose loss was not finite, of several micro-batches any, among those returned last. Only
             losses that a backward pass has begun at count.
     """
 
-    def __init__(self, length: int, names: Sequence[str], limit: float | None) -> None:
+    def __init__(self, length: int, names: Sequence[str], limit: float | None, is_part: bool = False) -> None:
         self._length = length
         self._names = list(names)
         self._limit = limit
+        self._is_part = is_part
         self._rows: HostRing | None = None
         self._stamps: list[_Stamp] = []
         self._tables: deque[ScannedPieces] = deque()  # of the last steps
         self._written = 0
+        self._sent = 0  # rows that are complete, and on their way to the host
         self._returned = 0  # rows that `fresh` has returned
         self.bad_losses: set[int] = set()
 
@@ -63,38 +68,65 @@ class Recorder:
         step: int,
         loss_scale: float,
         gradients: ScannedPieces,
-        losses: Sequence[torch.Tensor] = (),
-        are_of_backward: bool = False,
-    ) -> None:
+        loss: torch.Tensor | None,
+        is_of_backward: bool = False,
+        whole: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Writes the figures that are known before the optimizer's step.
 
         Args:
             step: Number of the step.
             loss_scale: Loss scale.
-            gradients: Scan of the gradients.
-            losses: Losses of the micro-batches.
-            are_of_backward: Whether backward passes have begun at them.
+            gradients: Scan of this rank's gradients.
+            loss: Loss of the step; None if unknown.
+            is_of_backward: Whether backward passes have begun at it.
+            whole: Figures of the whole model's gradients, as in `figure_exchange.PART`. Default: those of the scan.
+
+        Returns:
+            The figures that were written.
         """
         table = gradients.table
         if self._rows is None:
-            self._rows = HostRing(self._length, 5, table.packed.device)
+            self._rows = HostRing(self._length, ROW_WIDTH, table.packed.device)
         row = self._rows.row(self._written)
-        row[_NONFINITE] = table.nonfinite_counts.sum()
-        row[_ABSMAX] = table.absmax.amax() if len(table) else 0.0
-        row[_SUMSQ] = table.sumsq.sum()
-        if losses:
-            row[_LOSS] = losses[-1].detach().reshape(())
-        counted = len(losses) if are_of_backward else 0
-        if counted > 1:
-            row[_LOSSES] = _sum(losses, row)
-        self._rows.send(self._written)
-        self._stamps.append(_Stamp(step, loss_scale, bool(losses), counted))
+        if whole is not None:
+            row[:_LOSS].copy_(whole, non_blocking=True)
+        else:
+            counts = table.nonfinite_counts.sum(dim=0)
+            row[_NAN], row[_INF] = counts[0], counts[1:].sum()
+            row[_ABSMAX] = table.absmax.amax() if len(table) else 0.0
+            row[_SUMSQ] = table.sumsq.sum()
+        if loss is not None:
+            row[_LOSS] = loss.detach().reshape(())
+        self._stamps.append(_Stamp(step, loss_scale, loss is not None, is_of_backward))
         del self._stamps[: -self._length]
         self._written += 1
+        if not self._is_part:
+            self.complete(None)
         self._tables.append(gradients)
         capacity = max(1, MAX_TABLE_BYTES // max(1, table.packed.nbytes))
         while len(self._tables) > min(capacity, self._length):
             self._tables.popleft()
+        return row[:_LOSS]
+
+    def complete(self, whole: torch.Tensor | None) -> None:
+        """Gives the step that was begun last the figures of all ranks; None where they stay this rank's."""
+        if self._rows is None or self._sent == self._written:
+            return
+        if whole is not None:
+            self._rows.row(self._written - 1)[:_LOSS].copy_(whole, non_blocking=True)
+        for number in range(self._sent, self._written):
+            self._rows.send(number)
+        self._sent = self._written
+
+    def last_norm(self) -> torch.Tensor:
+        """Returns the unscaled norm of the step that was begun last: 0-dim float64, NaN if there is none. No host sync.
+
+        `complete` comes before it.
+        """
+        if self._rows is None or not self._stamps:
+            return torch.tensor(math.nan, dtype=torch.float64)
+        return norm_of(self._rows.row(self._written - 1)[:_LOSS]) / self._stamps[-1].loss_scale
 
     def end(self, applied: bool) -> None:
         """Completes the step that was begun last."""
@@ -109,7 +141,8 @@ class Recorder:
 
         Args:
             wait: Whether to wait for rows that are still on their way from the device; else they come the next time,
-                which concerns the last finished step at most. Nothing else on the device is waited for.
+                which concerns the last finished step at most, and always does where `complete` has not come yet.
+                Nothing else on the device is waited for.
         """
         begin = max(self._returned, self._written - len(self._stamps))
         records = self._records(begin, wait)
@@ -120,38 +153,32 @@ class Recorder:
         """The steps from an ordinal number on, up to the first whose row has not arrived."""
         records: list[StepRecord] = []
         self.bad_losses = set()
-        for number in range(begin, self._written):
+        for number in range(begin, self._sent):
             row = None if self._rows is None else self._rows.read(number, wait)
             if row is None:
                 break
             behind = number - self._written
             gradients = self._tables[behind] if -behind <= len(self._tables) else None
             stamp = self._stamps[behind]
-            if stamp.losses and not math.isfinite(row[_LOSS if stamp.losses == 1 else _LOSSES]):
+            if stamp.is_of_backward and stamp.has_loss and not math.isfinite(row[_LOSS]):
                 self.bad_losses.add(stamp.step)
             records.append(self._step_record(stamp, row, gradients))
         return records
 
     def _step_record(self, stamp: _Stamp, row: list[float], gradients: ScannedPieces | None) -> StepRecord:
+        nan, inf = int(row[_NAN]), int(row[_INF])
+        norm = math.sqrt(row[_SUMSQ])
         return StepRecord(
             step=stamp.step,
             loss=row[_LOSS] if stamp.has_loss else None,
             loss_scale=stamp.loss_scale,
             absmax=row[_ABSMAX],
-            norm=math.sqrt(row[_SUMSQ]),
-            nonfinite=int(row[_NONFINITE]),
+            norm=math.nan if nan else math.inf if inf else norm,
+            nonfinite=nan + inf,
             applied=stamp.applied,
             limit=self._limit,
             parameters={} if gradients is None else _GradientRecords(self._names, gradients),
         )
-
-
-def _sum(losses: Sequence[torch.Tensor], row: torch.Tensor) -> torch.Tensor:
-    """The sum of losses, which is not finite if one of them is not: two launches where all are alike."""
-    numbers = [loss.detach().reshape(()) for loss in losses]
-    if len({(number.dtype, number.device) for number in numbers}) > 1:
-        numbers = [number.to(row) for number in numbers]
-    return torch.stack(numbers).sum(dtype=row.dtype)
 
 
 class _GradientRecords(Mapping[str, GradientRecord]):

@@ -27,6 +27,7 @@ import torch
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.errors import InvalidInput, NumericsError
 from hallo_numguard.guard.collectives import Ranks
+from hallo_numguard.guard.feeding_modules import Also, named_modules
 from hallo_numguard.guard.guard import Guard
 from hallo_numguard.guard.guarded_model import Forward, GuardedModel, ScannedPieces
 from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
@@ -63,19 +64,32 @@ class DeepSpeedGuard(Guard):
         engine: A `deepspeed.DeepSpeedEngine`.
         config, on_overflow: See `attach`.
         forward: Calls the model once more with the engine's arguments. Default: a call of `engine.module`.
+        losses_divided_by: Number by which each micro-batch's loss was divided before `engine.backward` gets it.
+        step_number: Returns the framework's number of the step under way. Default: the engine counts.
+        also: See `attach`.
 
     Attributes:
         saves: Checks before the engine saves.
     """
 
     def __init__(
-        self, engine: Any, config: GuardConfig, on_overflow: OverflowCallback | None, forward: Forward | None = None
+        self,
+        engine: Any,
+        config: GuardConfig,
+        on_overflow: OverflowCallback | None,
+        forward: Forward | None = None,
+        losses_divided_by: int = 1,
+        step_number: Callable[[], int] | None = None,
+        also: Also = (),
     ) -> None:
         if engine in _guarded_engines:
             raise InvalidInput("this engine is guarded already; call detach() on its guard first")
         check_supported(engine)
+        feeding = named_modules(also)
         self._engine = engine
         self._optimizer = engine.optimizer
+        self._losses_divided_by = losses_divided_by
+        self._step_number = step_number or self._count_of_engine
         groups = adapter_class(engine.optimizer).parameter_groups(engine.optimizer)
         parameters = parameters_of(engine.module, groups)
         self._adapter = adapter_for(engine.optimizer, {item.tensor: at for at, item in enumerate(parameters)})
@@ -102,8 +116,11 @@ class DeepSpeedGuard(Guard):
             is_compiled=lambda: bool(getattr(engine, "is_compiled", False)),
             unchecked=self._adapter.unchecked,
             optimizer=engine_view(self._adapter),
+            exchanges_figures=self._gradients.is_sliced,
+            also=feeding,
+            run_facts={"framework": "DeepSpeed", "zero_stage": int(engine.zero_optimization_stage())},
         )
-        self._session = Session(model, self._ranks, config, on_overflow, monitor_sinks(engine))
+        self._session = Session(model, self._ranks, config, on_overflow, monitor_sinks(engine, self._step_number))
         self._checks_overflow = self._adapter.checks_overflow()  # else only the guard does
         self._enforces = config.policy.enforce or not overflow_check_disabled(engine)
         self._steps = 0  # the engine's own count goes back with a checkpoint
@@ -115,6 +132,7 @@ class DeepSpeedGuard(Guard):
             _log.warning("DeepSpeed %s %s", version(), bug)
         self._patches = MethodPatches()
         self._answers = MethodPatches()  # after `detach`
+        self._figure_answers = MethodPatches()  # likewise
         self.saves = SaveGates(self._sessions, config.keeper, lambda run: engine_of(run) is engine)
         with contextlib.ExitStack() as undo:
             undo.callback(self.detach)
@@ -158,16 +176,19 @@ class DeepSpeedGuard(Guard):
     def detach(self) -> None:
         """Removes the guard. The engine is as it was before `attach`; reports and history stay readable.
 
-        Where only guards check gradients, and others may still wait for this rank, it answers them until all are off.
+        Where only guards check gradients, or each rank holds a slice of them, others may still wait for this rank: it
+        answers them until all are off.
         """
-        answers = not self._checks_overflow and self._ranks.size > 1 and self._engine in _guarded_engines
+        answers = self._ranks.size > 1 and self._engine in _guarded_engines
         self._patches.restore()
         self.saves.leave()
         self._losses.stop()
         self._session.stop()
         _guarded_engines.discard(self._engine)
-        if answers:
+        if answers and not self._checks_overflow:
             self._answers.wrap(self._optimizer, self._checking_method, self._answer)
+        if answers and self._gradients.is_sliced:
+            self._figure_answers.wrap(self._optimizer, "step", self._answer_figures)
 
     @property
     def _checking_method(self) -> str:
@@ -182,6 +203,12 @@ class DeepSpeedGuard(Guard):
         if agreed and self._enforces:
             self._session.essential("drop of the gradients", self._gradients.drop)
             return None
+        return original(*args, **kwargs)
+
+    def _answer_figures(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Takes part in the figures of the ranks that are still on guard."""
+        if not self._session.answer_figures():
+            self._figure_answers.restore()
         return original(*args, **kwargs)
 
     # -- patches in place of, before and after DeepSpeed's methods -------------------------------------------------
@@ -244,9 +271,11 @@ class DeepSpeedGuard(Guard):
     def _on_forward_start(self, *args: Any, **kwargs: Any) -> None:
         self._session.on_forward_start(args, kwargs)
 
-    def _on_backward(self, loss: Any, *_: Any, **__: Any) -> None:
+    def _on_backward(self, loss: Any, *_: Any, scale_wrt_gas: bool = True, **__: Any) -> None:
+        self._session.losses_are_shares = not scale_wrt_gas  # as transformers.Trainer divides by itself
         if isinstance(loss, torch.Tensor) and loss.numel() == 1:
-            self._losses.show(loss, is_certain=True)
+            undivided = loss if self._losses_divided_by == 1 else loss.detach() * self._losses_divided_by
+            self._losses.show(undivided, is_certain=True)
 
     def _on_checkpoint_loaded(self, _: Any) -> None:
         self._session.inspect_weights("loaded from a checkpoint")
@@ -265,12 +294,15 @@ class DeepSpeedGuard(Guard):
     # -- what they do ------------------------------------------------------------------------------------------------
 
     def _scan(self) -> ScannedPieces | None:
-        step = int(self._engine.global_steps) + 1  # DeepSpeed counts a step when it is over
+        step = self._step_number()
         scaling = self._session.essential("search for the loss scale", self._adapter.loss_scaling) or UNSCALED
         scan = self._session.essential("scan of the gradients", self._scan_gradients, step, scaling)
         if scan is None:
             self._session.begin_unscanned(step, scaling)
         return scan
+
+    def _count_of_engine(self) -> int:
+        return int(self._engine.global_steps) + 1  # DeepSpeed counts a step when it is over
 
     def _scan_gradients(self, step: int, scaling: LossScaling) -> ScannedPieces:
         self._session.probes.run("record of the loss", self._losses.begin_step)

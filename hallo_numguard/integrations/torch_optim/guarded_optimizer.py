@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from torch._compile import _disable_dynamo
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.environment import guards_are_disabled
 from hallo_numguard.core.errors import InvalidInput
+from hallo_numguard.guard.feeding_modules import Also
 from hallo_numguard.guard.guard import Guard
 from hallo_numguard.guard.session import Session
 from hallo_numguard.integrations.save_gates import SaveGates, saves_part_of
@@ -61,6 +63,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         config: Settings; see `GuardConfig`. `mode` has no effect here.
         on_overflow: Called with the `OverflowReport` of a bad step; see `hallo_numguard.attach`.
         clip_norm: Clip gradients to this norm, in place of `clip_grad_norm_`: by the norm that the guard has at hand.
+        also: Frozen modules outside of the model that feed it; see `hallo_numguard.attach`. A copy watches none.
 
     Attributes:
         scaler: The `torch.amp.GradScaler` of the steps. It hands itself over; to be set only if other code
@@ -91,11 +94,12 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         config: GuardConfig | None = None,
         on_overflow: OverflowCallback | None = None,
         clip_norm: float | None = None,
+        also: Also = (),
     ) -> None:
         self._wrap(optimizer, model_or_named_parameters, config, on_overflow, clip_norm)
         # A scaler that hands itself over saves its pass over the gradients.
         warnings.filterwarnings("ignore", "GradScaler is going to stop passing itself", FutureWarning)
-        self._guard = OptimizerGuard(optimizer, self._named, self._config, on_overflow)
+        self._guard = OptimizerGuard(optimizer, self._named, self._config, on_overflow, also=also)
         self._guard.looks_before_clipping = clip_norm is None  # which needs the norm of what the script has left
         self._saves = SaveGates(self._sessions, self._config.keeper, self._is_saved_by)
 
@@ -124,6 +128,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
             model_or_named_parameters = list(model_or_named_parameters)
         self._named = model_or_named_parameters
         self.scaler: Any = None
+        self._norm_by_torch = torch.tensor(math.nan)  # of a step that torch has clipped
 
     @property
     def model(self) -> torch.nn.Module | None:
@@ -154,7 +159,8 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
         """Records the loss, of one element, before its backward, and returns it: `watch_loss(loss).backward()`.
 
         Not needed where `backward` is called on the loss, multiplied or divided by constants at most: the guard sees
-        that. Shown losses are what `history` has.
+        that. Shown losses are what `history` has: with gradient accumulation show the loss before it is divided, as in
+        `(watch_loss(loss) / steps).backward()`.
         """
         self._guard.on_loss(loss, is_certain=True)
         return loss
@@ -205,7 +211,7 @@ class GuardedOptimizer(Guard, torch.optim.Optimizer):
     def _clip_by_torch(self) -> None:
         if self._clips and self._clip_norm is not None:
             parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, self._clip_norm)
+            self._norm_by_torch = torch.nn.utils.clip_grad_norm_(parameters, self._clip_norm)
 
     @property
     def _device(self) -> torch.device:
@@ -387,11 +393,17 @@ class _UnguardedOptimizer(GuardedOptimizer):
         config: GuardConfig | None = None,
         on_overflow: OverflowCallback | None = None,
         clip_norm: float | None = None,
+        also: Also = (),
     ) -> None:
         self._wrap(optimizer, model_or_named_parameters, config, on_overflow, clip_norm)
 
     def _sessions(self) -> Sequence[Session]:
         return []
+
+    @property
+    def grad_norm(self) -> torch.Tensor:
+        """The norm by which torch has clipped the last step; NaN if it has not."""
+        return self._norm_by_torch
 
     @property
     def _step_supports_amp_scaling(self) -> bool:

@@ -15,12 +15,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.guard.collectives import Ranks
+from hallo_numguard.guard.feeding_modules import Also, named_modules
 from hallo_numguard.guard.guarded_model import GuardedModel
 from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
 from hallo_numguard.guard.named_tensors import NamedTensor, named_buffers
 from hallo_numguard.guard.optimizer_view import view_of
 from hallo_numguard.guard.readable import UncheckedTensors, norm_by_torch
 from hallo_numguard.guard.session import Session
+from hallo_numguard.guard.step.figure_exchange import PART
 from hallo_numguard.guard.step.pending import PendingStep
 from hallo_numguard.integrations.backward_calls import LossObserver
 from hallo_numguard.integrations.patches import replaced
@@ -37,7 +39,12 @@ from hallo_numguard.integrations.torch_optim.model_hooks import (
     refuse_flat_shards,
     reshard,
 )
-from hallo_numguard.integrations.torch_optim.parameter_gradients import Gradients, GradientScan, totals_of
+from hallo_numguard.integrations.torch_optim.parameter_gradients import (
+    Gradients,
+    GradientScan,
+    steps_seen,
+    totals_of,
+)
 from hallo_numguard.integrations.torch_optim.unmade_steps import UnmadeSteps
 from hallo_numguard.ops.device import AsyncHostCopy
 
@@ -70,6 +77,10 @@ class OptimizerGuard:
         config: Settings.
         on_overflow: Called with each `OverflowReport`.
         observer: Observes the calls of the model, constructed as `CallObserver` is.
+        step_number: Returns the framework's number of the step under way. Default: steps are counted from the number
+            of those that the optimizer's state has seen.
+        framework: Name of the framework, for reports.
+        also: Modules that feed the model; see `hallo_numguard.attach`.
 
     Attributes:
         session: Reports, history and findings.
@@ -87,8 +98,14 @@ class OptimizerGuard:
         config: GuardConfig,
         on_overflow: OverflowCallback | None,
         observer: Callable[..., Observer] = CallObserver,
+        step_number: Callable[[], int] | None = None,
+        framework: str = "PyTorch",
+        also: Also = (),
     ) -> None:
+        self._also = named_modules(also)
+        self._framework = framework
         self._optimizer = optimizer
+        self._step_number = step_number
         self._named = named if isinstance(named, nn.Module) else list(named)
         self._parameters = parameters = named_parameters(self._named, optimizer)
         self._model = named if isinstance(named, nn.Module) else None
@@ -103,7 +120,9 @@ class OptimizerGuard:
         self._keeper = config.keeper
         self.device = next(parameter.device for _, parameter in self._gradients.trained())
         self._ranks = self._find_ranks()
-        self._steps = 0
+        self._steps = 0  # since the guard is on, whatever the optimizer's state says
+        self._steps_before = 0
+        self._loaded = optimizer.register_load_state_dict_post_hook(_counting_hook(self))
         self._under_way = False
         self._is_bad = False  # the check under way
         self._put_aside: tuple[AsyncHostCopy, PendingStep] | None = None
@@ -113,6 +132,7 @@ class OptimizerGuard:
         self._late: Exception | None = None
         self.active = True
         with contextlib.ExitStack() as undo:
+            undo.callback(self._loaded.remove)
             if self._model is not None:
                 self._calls = observer(self._model, self._on_forward_start, self._on_forward_end)
                 undo.callback(self._calls.stop)
@@ -123,6 +143,7 @@ class OptimizerGuard:
             self._losses = LossObserver(self.session, self._own_parameters, self._unmade.before_backward)
             undo.callback(self._losses.stop)
             self.session.inspect_weights("the optimizer was guarded")
+            self.count_from_state()
             undo.pop_all()
 
     def _find_ranks(self) -> Ranks:
@@ -150,6 +171,8 @@ class OptimizerGuard:
             is_compiled=lambda: self._model is not None and is_compiled(self._model),
             unchecked=self._unchecked,
             optimizer=view_of(self._optimizer),
+            also=self._also,
+            run_facts={"framework": self._framework},
         )
 
     @contextlib.contextmanager
@@ -188,6 +211,7 @@ class OptimizerGuard:
     def take_off(self) -> None:
         """Removes the guard. Reports and history stay readable."""
         self.active = False
+        self._loaded.remove()
         if self._calls is not None:
             self._calls.stop()
         self._losses.stop()
@@ -252,6 +276,16 @@ class OptimizerGuard:
             self._losses.forget()
             self.session.on_loss(loss, of_backward=True)
 
+    def count_from_state(self) -> None:
+        """Goes on from the number of steps that the optimizer's state has seen, if it says so."""
+        seen = self.session.probes.run("number of the step", steps_seen, self._optimizer)
+        if seen is not None:
+            self._steps_before = seen - self._steps
+
+    def _number(self) -> int:
+        """The number of the step that has just begun."""
+        return self._steps_before + self._steps if self._step_number is None else self._step_number()
+
     def state_was_loaded(self) -> None:
         """Scans weights and optimizer state that were loaded."""
         if self.active:
@@ -269,12 +303,13 @@ class OptimizerGuard:
         gradients = self._collect()
         scan = self._scan(gradients)
         totals = self._totals(gradients, scan)
+        whole = None if scan is None or not scan.unread else scan.figures()
         if self._gradients.sharded:
-            totals = self._ranks.sum(totals)
+            totals, whole = self._of_all_ranks(totals, scan)
         if scale is not None:
             totals = torch.cat([totals, scale.to(totals).reshape(1)])
         bad, squares, *scales = totals.tolist()
-        self._begin(scan, scaling_of(scales[0]) if scales else UNSCALED, are_scaled)
+        self._begin(scan, scaling_of(scales[0]) if scales else UNSCALED, are_scaled, whole)
         self._is_bad = bad > 0
         return GradientCheck(gradients, self._is_bad, math.sqrt(squares), scales[0] if scales else 1.0)
 
@@ -321,19 +356,38 @@ class OptimizerGuard:
         totals = _totals_by_torch(gradients) if scan is None else scan.totals()
         return totals.to(self.device)  # a rank that holds nothing has them on the CPU
 
-    def _begin(self, scan: GradientScan | None, scaling: LossScaling, are_scaled: bool = True) -> None:
+    def _of_all_ranks(
+        self, totals: torch.Tensor, scan: GradientScan | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Adds up the totals of all ranks, and the figures for the flight recorder, in one reduction."""
+        figures = torch.zeros(len(PART), dtype=torch.float64) if scan is None else scan.figures()
+        nan, inf, absmax, _ = figures.to(self.device).unbind()
+        of_ranks = torch.zeros(self._ranks.size, dtype=torch.float64, device=self.device)
+        of_ranks[self._ranks.position] = absmax
+        both = self._ranks.sum(torch.cat([totals, torch.stack([nan, inf]), of_ranks]))
+        return both[:2], torch.stack([both[2], both[3], both[4:].amax(), both[1]])
+
+    def _begin(
+        self,
+        scan: GradientScan | None,
+        scaling: LossScaling,
+        are_scaled: bool = True,
+        whole: torch.Tensor | None = None,
+    ) -> None:
         self._steps += 1
         if not self.active:
             return
         self._under_way = True
         self.session.probes.run("record of the loss", self._losses.begin_step)
         if scan is None:  # torch alone has checked
-            self.session.begin_unscanned(self._steps, scaling)
+            self.session.begin_unscanned(self._number(), scaling)
             return
         pieces = scan.pieces
         if not are_scaled:  # all figures of a run are of scaled gradients
             pieces = replace(pieces, table=pieces.table.scaled(scaling.scale))
-        self.session.before_step(self._steps, scaling, pieces)
+            if whole is not None:
+                whole = whole * torch.tensor([1.0, 1.0, scaling.scale, scaling.scale**2]).to(whole)
+        self.session.before_step(self._number(), scaling, pieces, whole)
 
     def skip(self) -> None:
         """Explains the bad gradients, and goes back to a checkpoint if the policy says so.
@@ -464,6 +518,18 @@ class OptimizerGuard:
             raise error
         if self.session.goes_back:
             self._go_back()
+
+
+def _counting_hook(guard: OptimizerGuard) -> Callable[[torch.optim.Optimizer], None]:
+    """A hook that does not keep the guard alive: the optimizer would, and both would outlive the process group."""
+    kept = weakref.ref(guard)
+
+    def loaded(_: torch.optim.Optimizer) -> None:
+        found = kept()
+        if found is not None:
+            found.count_from_state()
+
+    return loaded
 
 
 def _why_alone(reducer: Any) -> str:

@@ -45,6 +45,16 @@ class GradientScan:
             totals += totals_of(norm.to(totals.device))
         return totals
 
+    def figures(self) -> torch.Tensor:
+        """Returns the figures of all gradients, as in `figure_exchange.PART`: float64 [4], without a host sync."""
+        table = self.pieces.table
+        counts, absmax = table.nonfinite_counts, table.absmax
+        if self.owned is not None:
+            counts, absmax = counts * self.owned[:, None], absmax * self.owned
+        nan, pos_inf, neg_inf = counts.sum(dim=0).to(torch.float64).unbind()
+        largest = absmax.amax() if len(table) else torch.zeros_like(nan)
+        return torch.stack([nan, pos_inf + neg_inf, largest, self.totals()[1]])
+
 
 class Gradients:
     """`parameter.grad` of all parameters that an optimizer trains.
@@ -186,6 +196,17 @@ def trained(optimizer: torch.optim.Optimizer) -> Iterator[tuple[torch.Tensor, st
     for number, group in enumerate(optimizer.param_groups):
         names = group.get("param_names") or [f"param_groups[{number}][{at}]" for at in range(len(group["params"]))]
         yield from zip(group["params"], names, strict=False)
+
+
+def steps_seen(optimizer: torch.optim.Optimizer) -> int | None:
+    """Returns the number of steps that an optimizer's state has seen; None if it does not say. Synchronises."""
+    counts = [state["step"] for state in optimizer.state.values() if isinstance(state, Mapping) and "step" in state]
+    numbers = [count for count in counts if isinstance(count, (int, float)) or _is_number(count)]
+    return max((int(local(number)) for number in numbers), default=None)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, torch.Tensor) and value.numel() == 1 and value.device.type != "meta"
 
 
 def totals_of(norm: torch.Tensor) -> torch.Tensor:

@@ -102,3 +102,18 @@ def test_a_trainer_that_is_given_the_callback(trainer):
     assert [record.applied for record in callback.history] == [True, False, True, True]
     assert (callback.last_report.verdict, callback.last_report.first.name) == ("forward_nonfinite", "blocks.0")
     assert callback.stopped_by is None
+
+
+def test_a_trainers_loss_under_accumulation_is_what_it_logs(alone, tmp_path):
+    config = {"zero_optimization": {"stage": 2}, "zero_allow_untested_optimizer": True}
+    config |= {"train_micro_batch_size_per_gpu": "auto", "gradient_accumulation_steps": "auto"}
+    faulty = Faulty("none", kind=WithLoss)
+    settings = {"deepspeed": config, "max_steps": 3, "optim": "adamw_torch", "logging_steps": 1}
+    trainer = hugging_face_trainer(faulty, tmp_path, accumulate=2, use_cpu=False, **settings)
+    guard = ng.attach(trainer)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert [record.step for record in guard.history] == [row["step"] for row in rows] == [1, 2, 3]
+    assert [record.loss for record in guard.history] == pytest.approx([row["loss"] for row in rows], rel=1e-3)
+    assert guard.history[-1].norm == pytest.approx(rows[-1]["grad_norm"], rel=1e-4)
+    guard.detach()
