@@ -16,14 +16,14 @@ class Finding:
     """A finding other than an overflow: in training, in a file, before a run.
 
     Attributes:
-        kind: Kind of finding. In training: "nonfinite" (a weight, buffer or optimizer state, outside
-            of a step), "loss_spike", "norm_spike", "update_ratio" (learning rate too high), "dead_gradient",
-            "exploding_gradient", "input_range", "lost_update" (steps that change nothing), "bad_step_applied" (a step
-            whose gradients were not finite), "loss_nonfinite" (a step whose loss was not finite, with gradients that
-            were), "update_nonfinite" (weights that an update made non-finite, on one of several ranks),
-            "gradients_not_cleared" (a backward pass that adds to non-finite gradients), "statistics_restored"
-            (running statistics that a bad batch poisoned), or "not_checked" (tensors that cannot be read, each named
-            once).
+        kind: Kind of finding. In training: "nonfinite" (a weight, buffer or optimizer state, outside of a step),
+            "absurd_weight" (finite, and far too large), "loss_spike", "norm_spike", "update_ratio" (learning rate too
+            high), "dead_gradient", "exploding_gradient", "input_range", "lost_update" (steps that change nothing),
+            "bad_step_applied" (a step whose gradients were not finite), "loss_nonfinite" (a step whose loss was not
+            finite, with gradients that were), "update_nonfinite" (weights that an update made non-finite, on one of
+            several ranks), "gradients_not_cleared" (a backward pass that adds to non-finite gradients),
+            "statistics_restored" (running statistics that a bad batch poisoned), or "not_checked" (tensors that cannot
+            be read, each named once).
         message: Sentence on what was expected, and what was found.
         step: Number of the step; None outside of a step.
         name: Name of the tensor concerned, or of the module with several; "" if there is none.

@@ -811,6 +811,9 @@ class Session:
         known = [*self._model.parameters, *self._model.buffers, *self._feeding.tensors]
         for finding, is_mine in weight_findings(found, when, known):
             self._note(finding, is_mine)
+        for name, absmax in self._collector.absurd_parameters():
+            message = f"{name} holds numbers of up to {absmax:.4g}, seen when {when}: products with them overflow"
+            self._note(Finding("absurd_weight", message, name=name))
         self._note_unchecked()
         self.save_gate.remember(when, [offender for offender, _ in found])
 

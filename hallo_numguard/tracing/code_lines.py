@@ -15,6 +15,8 @@ import torch
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _OURS = str(Path(__file__).parent.parent) + os.sep
 _SKIPPED = (_TORCH, _OURS, "<")
+_OUR_WORK = tuple(f"{_OURS}{room}{os.sep}" for room in ("guard", "ops", "tracing"))
+_PASSES_ON = f"{_OURS}guard{os.sep}guard.py"  # which calls the user's step
 _WIDTH = 120  # characters of a line that are shown
 _ENTRY = re.compile(r'\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)(?:\n\s*(?P<text>[^\n]*))?')
 
@@ -29,6 +31,15 @@ def calling_line() -> str | None:
             return _in_words(code.co_filename, frame.f_lineno, code.co_name, text)
         frame = frame.f_back
     return None
+
+
+def is_our_work() -> bool:
+    """Returns whether the operation above our caller is one that the guard itself makes, in a hook for example."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith((_TORCH, "<")):
+        frame = frame.f_back  # type: ignore[assignment]
+    file = "" if frame is None else frame.f_code.co_filename
+    return file.startswith(_OUR_WORK) and file != _PASSES_ON
 
 
 def line_in_traceback(entries: Sequence[str]) -> str | None:

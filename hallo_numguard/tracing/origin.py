@@ -11,6 +11,8 @@ from hallo_numguard.tracing.tape import Tape, TensorSnapshot
 
 Named = tuple[str, TensorSnapshot]
 
+LARGEST_MEASURED = 1e4  # masks that are added hold 0 and -Inf, or one large negative number
+
 
 @dataclass(eq=False)
 class TracedCall:
@@ -102,6 +104,9 @@ def first_in_forward(calls: Sequence[TracedCall], tape: Tape) -> Origin | None:
             maker = _source_of_neg_inf(call, calls, tape)
             if maker is not None:
                 return _origin(maker[0], tape, "forward", "activation", maker[1], maker[0].name)
+            measured = _measured_neg_inf(call, tape)
+            if measured is not None:
+                return _came_in(call, measured, tape)
             return _origin(call, tape, "forward", "activation", output, call.name)
         if bad_input is None and given[1].made_by is None:
             bad_input = (call, given)
@@ -126,6 +131,15 @@ def _source_of_neg_inf(call: TracedCall, calls: Sequence[TracedCall], tape: Tape
         maker = next((item for item in calls if item.position == held.made_by), None)
         if maker is not None and maker.weights and not any(tape.record(item).neg_inf for _, item in maker.inputs):
             return maker, next(named for named in maker.outputs if named[1] is held)
+    return None
+
+
+def _measured_neg_inf(call: TracedCall, tape: Tape) -> Named | None:
+    """An input that no module made, with -Inf among ordinary numbers: a logarithm of 0, and no mask."""
+    for name, held in call.inputs:
+        record = tape.record(held)
+        if held.made_by is None and record.neg_inf > 0 and 0 < record.absmax < LARGEST_MEASURED:
+            return name, held
     return None
 
 

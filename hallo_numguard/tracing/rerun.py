@@ -13,7 +13,6 @@ from typing import Any, ParamSpec
 import torch
 from torch import nn
 from torch.utils import checkpoint
-from torch.utils._python_dispatch import _disable_current_modes
 
 from hallo_numguard.core.frames import Origin
 from hallo_numguard.core.sources import Source
@@ -22,7 +21,7 @@ from hallo_numguard.ops.table import StatsTable
 from hallo_numguard.tracing.model_state import state_restored
 from hallo_numguard.tracing.nested import Contents, as_plain, contents_of, is_readable, whole_bytes
 from hallo_numguard.tracing.tracer import Trace, TraceOptions, traced
-from hallo_numguard.tracing.watch import OperationWatch
+from hallo_numguard.tracing.watch import OperationWatch, unwatched
 
 _log = logging.getLogger("hallo_numguard")
 
@@ -192,7 +191,7 @@ class _Run:
             self._watch = self._pass.enter_context(OperationWatch.on(modules, self._named))
         with self._peers.collectives():
             self._outputs = _outputs_of(self._call())
-        with _disable_current_modes():
+        with unwatched():
             match = _compare(self._outputs, self._recorded)
             if match is Match.DIFFERENT and self.is_compiled and _have_one_pattern(self._outputs, self._recorded):
                 match = Match.ALIKE
@@ -217,7 +216,7 @@ class _Run:
             gradients = _backward(self._outputs, self._seeds, self._factor or 1.0, part)
         both = zip(part, gradients, strict=True)
         held = [(id(parameter), x) for parameter, x in both if x is not None and is_readable(x)]
-        with _disable_current_modes():
+        with unwatched():
             table = _statistics([gradient for _, gradient in held])
             self.attempt.parameter_absmax.update(zip((key for key, _ in held), table.absmax.tolist(), strict=True))
             self.attempt.fingerprint.append(table.packed.tolist())

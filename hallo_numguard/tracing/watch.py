@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from hallo_numguard.core.frames import TensorRecord
@@ -25,7 +25,7 @@ from hallo_numguard.core.sources import Source
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.ops.formats import dtype_name
 from hallo_numguard.ops.layout import unravel
-from hallo_numguard.tracing.code_lines import calling_line, is_recomputed, line_in_traceback
+from hallo_numguard.tracing.code_lines import calling_line, is_our_work, is_recomputed, line_in_traceback
 from hallo_numguard.tracing.explanations import explain, large_arguments
 from hallo_numguard.tracing.module_calls import ModuleCall, ModuleCalls
 from hallo_numguard.tracing.nested import as_plain, batch_size_of, is_readable
@@ -122,10 +122,14 @@ class OperationWatch(TorchDispatchMode):
     Args:
         calls: The modules of the model that are being called.
         named: Returns the tensors whose names are known, at the moment of the question.
+
+    Attributes:
+        skips_ours: Whether what the guard does by itself is left out, in a pass that is the user's.
     """
 
     def __init__(self, calls: ModuleCalls, named: NamedNow) -> None:
         super().__init__()
+        self.skips_ours = False
         self.calls = calls
         self._named = named
         self._memory: dict[int, tuple[StorageWeakRef, _Found | None]] = {}  # None where it is finite
@@ -147,7 +151,7 @@ class OperationWatch(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func.is_view or self._has_failed:
+        if func.is_view or self._has_failed or (self.skips_ours and is_our_work()):
             return func(*args, **kwargs)
         operation = _Operation(func, args, kwargs)
         self._contained(self._before, operation)
@@ -209,7 +213,9 @@ class OperationWatch(TorchDispatchMode):
                 phase, _, line, _ = self._where()
                 if phase == "backward":
                     return
-                found.hidden_by.append(f"{operation.func}" + (f" ({line})" if line else ""))
+                text = f"{operation.func}" + (f" ({line})" if line else "")
+                if text not in found.hidden_by:
+                    found.hidden_by.append(text)
 
     def _origin(self, operation: _Operation, position: int, record: Record) -> _Found:
         """The source of what an operation has made: that of its arguments, or itself."""
@@ -329,6 +335,11 @@ class OperationWatch(TorchDispatchMode):
             if here and here < end and begin < here + held.nbytes:
                 return kind, name
         return None
+
+
+def unwatched() -> contextlib.AbstractContextManager[Any]:
+    """Returns a context in which no mode sees the operations."""
+    return _disable_current_modes()
 
 
 def _place(found: _Found) -> tuple[bool, int]:

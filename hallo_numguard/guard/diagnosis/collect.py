@@ -35,6 +35,7 @@ from hallo_numguard.guard.step.pending import PendingStep
 from hallo_numguard.guard.step.recorder import Recorder
 from hallo_numguard.guard.step.updates import UpdateWatch
 
+ABSURD = 1e15  # absolute value of a weight that no initialisation and no training makes
 MAX_OPERATIONS = 8  # that are named as possible causes
 _UNKNOWN = -(1 << 20)  # lower than any power of two
 
@@ -174,6 +175,7 @@ class EvidenceCollector:
         # Weights of this rank that were not finite before any forward pass of ours. Master copies of them are bad
         # because they are.
         self._known: set[int] = set()
+        self._absmax = torch.zeros(0)
         self._order = ReadyOrder()
         self._local_gradients = local_gradients
         self._armed = armed
@@ -210,6 +212,7 @@ class EvidenceCollector:
         stats = scan_tensors(self._weights)
         self._tolerated.note(stats)
         self._known = set(stats.bad_positions())
+        self._absmax = stats.absmax
         self._when = when
         self._updates.weights_were_read(when, stats)
         for position in stats.bad_positions():
@@ -224,6 +227,11 @@ class EvidenceCollector:
                 continue
             offender = self._state(state, position, self._ranks.rank)
             yield offender, self._ranks.rank == 0 or self._model.sliced_state
+
+    def absurd_parameters(self) -> list[tuple[str, float]]:
+        """Returns names and largest numbers of the absurdly large parameters that `inspect` has seen. Synchronises."""
+        both = zip(self._weights, self._absmax.tolist(), strict=False)
+        return [(item.name, absmax) for item, absmax in both if item.kind == "parameter" and absmax > ABSURD]
 
     def agree(self, view: RankView) -> GlobalView:
         """Combines the views of all ranks by a fixed number of reductions of fixed sizes, in which each takes part.

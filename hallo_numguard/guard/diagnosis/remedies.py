@@ -112,6 +112,8 @@ _FAMILY_OF = {name: family for family, names in _FAMILIES.items() for name in na
 
 def remedy(source: Source) -> str:
     """Returns what to do about a source that is an operation."""
+    if source.large.startswith(("parameter ", "buffer ")):
+        return f"Repair it: {source.large}. It was not initialised, not loaded right, or written by other code."
     found = _FAMILY_OF.get(base_name(source.operation))
     if source.phase == "backward":  # the operation of the forward pass says more than what its backward pass is made of
         found = _FAMILY_OF.get(re.sub(r"backward\d*$", "", source.node.lower()), found)

@@ -29,6 +29,7 @@ from hallo_numguard.guard.step.step_call import StepCall
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.tracing.capture import Captured, NotCaptured, capture
 from hallo_numguard.tracing.rerun import Attempt, Match, Peers, rerun, rerun_compiled
+from hallo_numguard.tracing.watch import unwatched
 
 _log = logging.getLogger("hallo_numguard")
 
@@ -213,9 +214,10 @@ class Replayer:
 
     def _run_step(self, call: StepCall, position: int) -> _Answer:
         def repeat() -> Any:
-            if call.first_call < len(self._batch.calls):
-                self._batch.calls[call.first_call].state.restore()
-            call.random.restore()
+            with unwatched():
+                if call.first_call < len(self._batch.calls):
+                    self._batch.calls[call.first_call].state.restore()
+                call.random.restore()
             with call.autocast.restored(), self._model.called_directly():
                 return call.repeat()
 
@@ -352,8 +354,9 @@ class Replayer:
 
     def _forward_of(self, call: ModelCall, forward: Forward | None = None) -> Callable[[], Any]:
         def repeat() -> Any:
-            call.state.restore()
-            call.random.restore()
+            with unwatched():
+                call.state.restore()
+                call.random.restore()
             with call.autocast.restored():
                 return (forward or self._forward)(call.args, call.kwargs)
 

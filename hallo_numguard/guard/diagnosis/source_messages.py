@@ -116,7 +116,11 @@ def what_it_made(source: Source) -> str:
 
 def _advice(seen: Evidence, source: Source, verdict: Verdict) -> str:
     if source.kind in ("parameter", "buffer"):
-        return f"Repair {source.name}, or find out why this batch reads what no batch before has."
+        file = "A buffer that the model computes when it is made is in no file: " if source.kind == "buffer" else ""
+        return (
+            f"Repair {source.name}, or find out why this batch reads what no batch before has. {file}"
+            f"{'m' if file else 'M'}ake it anew if it was not loaded; else check the file that it was loaded from."
+        )
     if verdict is Verdict.INPUT_NONFINITE:
         rank = messages.on_rank(seen, source.rank)
         return (
@@ -139,9 +143,11 @@ def _known_offender(seen: Evidence, source: Source) -> Offender | None:
     """The offender of the same place that was found otherwise, with what followed from it there."""
     origin = None if seen.replay is None else seen.replay.origin
     is_forward = source.phase == "forward"
+    if source.kind != "operation":
+        return None
     if origin is not None and origin.module == (source.module or "") and (origin.kind == "gradient") != is_forward:
         return origin
-    if source.module is not None or source.kind != "operation":
+    if source.module is not None:
         return None
     return seen.loss if is_forward else next(iter(seen.gradients), None)
 

@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from hallo_numguard.core.sources import Source
 from hallo_numguard.guard.step.pending import StepOwner
-from hallo_numguard.tracing.watch import OperationWatch
+from hallo_numguard.tracing.watch import OperationWatch, unwatched
 
 ARMED_STEPS = 3  # after an unexplained one
 MAX_FRUITLESS = 3  # unexplained steps that were watched, after which no step is
@@ -61,7 +60,7 @@ class ArmedSteps:
         self._pause.close()
         if self._is_compiled() and torch._C._len_torch_dispatch_stack() == 1:
             # Inside of a mode torch would call it eagerly, and other random numbers would be drawn.
-            self._pause.enter_context(_disable_current_modes())
+            self._pause.enter_context(unwatched())
 
     def model_has_returned(self) -> None:
         """Tells that what follows is no part of the model's call."""
@@ -77,6 +76,7 @@ class ArmedSteps:
         if self._is_compiled() or any(getattr(module, "_compiled_call_impl", None) for _, module in modules):
             modules = []
         self._watch = self._on.enter_context(OperationWatch.on(modules, self._named))
+        self._watch.skips_ours = True
 
     def _end(self) -> OperationWatch | None:
         watch, self._watch = self._watch, None
