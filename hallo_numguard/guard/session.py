@@ -251,18 +251,19 @@ class Session:
         del pending.step_calls[:-MAX_CALLS]
         return pending.step_calls[-1]
 
-    def on_loss(self, loss: torch.Tensor, is_scaled: bool = False, of_backward: bool = False) -> None:
+    def on_loss(self, loss: torch.Tensor, is_scaled: bool = False, of_backward: bool = False, node: Any = None) -> None:
         """Records a micro-batch's loss.
 
         Args:
             loss: The loss.
             is_scaled: Whether it is the root of a backward pass, multiplied by the loss scale if there is one.
             of_backward: Whether a backward pass from it has reached the model.
+            node: Autograd node where that pass has begun.
         """
         pending = self._steps.pending
         losses = pending.losses
         losses.append(loss.detach())
-        pending.loss_node = loss.grad_fn
+        pending.loss_node = loss.grad_fn if node is None else node
         pending.losses_are_scaled = pending.losses_are_roots = is_scaled
         pending.losses_of_backward = of_backward
         if len(losses) > MAX_LOSSES:  # passes that no step follows

@@ -96,7 +96,7 @@ class LossObserver:
         if not (shown and self._is_certain) and not self._is_reached(roots, seeds):
             return
         for loss in shown or _values(roots):
-            self._session.on_loss(loss, is_scaled=not shown, of_backward=True)
+            self._session.on_loss(loss, is_scaled=not shown, of_backward=True, node=roots[-1].grad_fn)
 
     def _is_reached(self, roots: Sequence[torch.Tensor], seeds: int) -> bool:
         if self._session.seeds_seen > seeds:

@@ -28,6 +28,7 @@ def report(
     not_checked: Sequence[str],
     advice: str,
     settles_at: float | None = None,
+    summary: str = "",
 ) -> OverflowReport:
     """Returns a report with the lines that all of them have.
 
@@ -39,6 +40,7 @@ def report(
         not_checked: Checks that a complete answer would have needed.
         advice: Sentence on what to do.
         settles_at: See `OverflowReport`.
+        summary: See `OverflowReport`.
     """
     return OverflowReport(
         step=seen.step,
@@ -54,6 +56,7 @@ def report(
         world_size=seen.world_size,
         consecutive_skips=seen.skipped,
         settles_at=settles_at,
+        summary=summary,
     )
 
 
@@ -152,7 +155,7 @@ def weights_nonfinite(seen: Evidence) -> OverflowReport:
             f" A number too large for {first.dtype} also becomes Inf when it is converted, so look at the values in "
             f"the file's own dtype."
         )
-    return report(seen, Verdict.WEIGHTS_NONFINITE, first, evidence, (), advice)
+    return report(seen, Verdict.WEIGHTS_NONFINITE, first, evidence, (), advice, summary=_holds(first))
 
 
 def update_nonfinite(seen: Evidence, first: Offender, history: WeightHistory) -> OverflowReport:
@@ -164,7 +167,9 @@ def update_nonfinite(seen: Evidence, first: Offender, history: WeightHistory) ->
         f"{the_loss(seen)} {loss}; {len(seen.suspects)} of {seen.tensors} weight tensors are not: {names}",
         *update_messages.update_lines(history),
     ]
-    return report(seen, Verdict.UPDATE_NONFINITE, first, evidence, (), update_messages.update_advice(history))
+    advice = update_messages.update_advice(history)
+    summary = f"the update of step {history.by_update} wrote {first.counts} into {first.name}"
+    return report(seen, Verdict.UPDATE_NONFINITE, first, evidence, (), advice, summary=summary)
 
 
 def weight_in_backward(seen: Evidence, origin: Offender) -> OverflowReport:
@@ -176,6 +181,7 @@ def weight_in_backward(seen: Evidence, origin: Offender) -> OverflowReport:
         [f"{the_loss(seen)} is finite, as it does not depend on what the bad weight makes; but 0 times NaN is NaN"],
         (),
         f"Repair {origin.name}: no loss scale can mend it.",
+        summary=_holds(origin),
     )
 
 
@@ -198,6 +204,7 @@ def optimizer_state_nonfinite(seen: Evidence, first: Offender) -> OverflowReport
         (),
         f"Go back to a healthy checkpoint, or reset the optimizer's state of {first.name} and load its weights anew: "
         "the next step that is applied would write it into the weights again.",
+        summary=f"the optimizer's state of {first.name} holds {first.counts}, which it wrote into the weight",
     )
 
 
@@ -222,6 +229,7 @@ def rank_fault(seen: Evidence) -> OverflowReport:
         ("code outside of the model that changed gradients on this rank alone",),
         f"Suspect the hardware of rank {rank}: look at its error counters and temperature, and run it without "
         "that device. If it comes back with another batch on the same rank, it is the hardware.",
+        summary=f"rank {rank} alone was wrong, and the same batch, run again there, was not",
     )
     return replace(found, recoverable=False) if comes_back else found
 
@@ -241,6 +249,7 @@ def reduction_overflow(seen: Evidence) -> OverflowReport:
         "The sum over the ranks is too large for the dtype that it is made in: divide before it (prescale_gradients, "
         "gradient_predivide_factor), or reduce in a wider dtype (communication_data_type: bf16 or fp32). A lower loss "
         "scale helps as well, and costs small gradients.",
+        summary="gradients are finite on every rank, and their sum is not",
     )
 
 
@@ -259,6 +268,7 @@ def backward_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
         () if proved else ("the operation behind it",),
         f"The backward pass made it in {where}{'' if proved else ', or right behind it'}: look there for a division, a "
         "square root, a logarithm or a norm at 0, and for a sum that is too large for the dtype.",
+        summary=f"the backward pass made it in {where}" if proved else "",
     )
 
 
@@ -278,6 +288,7 @@ def input_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
         ],
         (),
         f"{_find_the_input(seen, first.rank)} The loss scale has no part in it: policy.keep_scale leaves it alone.",
+        summary=f"{first.name}, which the model was called with, holds {first.counts}{sample}",
     )
     return replace(found, recoverable=None) if _is_of_the_pipeline(seen) else found
 
@@ -402,7 +413,10 @@ def _forward_nonfinite(seen: Evidence, origin: Offender) -> OverflowReport:
             "can hold, run it in bfloat16 or float32, or clamp them; else look for a division, a square root, a "
             "logarithm or a row that is masked throughout. The loss scale acts later: lowering it does not help."
         )
-    return report(seen, verdict, origin, _before_the_loss(seen), (), advice)
+    summary = _holds(origin)
+    if verdict is Verdict.FORWARD_NONFINITE:
+        summary = f"the forward pass made it in {where}: {origin.counts}"
+    return report(seen, verdict, origin, _before_the_loss(seen), (), advice, summary=summary)
 
 
 def _loss_code(seen: Evidence, loss: Offender) -> OverflowReport:
@@ -415,7 +429,7 @@ def _loss_code(seen: Evidence, loss: Offender) -> OverflowReport:
         f"Look at the code that computes the loss from what the model returned{_names(seen)}, at the labels"
         f"{on_rank(seen, loss.rank)}, and at the dtype. Lowering the loss scale does not help. {_WRAP_STEP}",
     )
-    return replace(found, summary="the loss is not finite and what the model returned is: it was made after the model")
+    return replace(found, summary="the loss is not finite and what the model returned is: it came in after the model")
 
 
 def loss_backward(seen: Evidence, first: Offender) -> OverflowReport:
@@ -504,6 +518,7 @@ def scale_too_high(seen: Evidence) -> OverflowReport:
         () if replayed else (*_unseen_loss(seen), "whether this batch is finite at a lower scale"),
         advice if replayed else f"{advice} The verdict is provisional until a step is finite.",
         settles_at=settles_at,
+        summary=f"the loss scale was too high{'' if replayed else ', as far as is known'}",
     )
     return found if seen.scaling.can_fall else replace(found, recoverable=None)
 
@@ -529,6 +544,7 @@ def not_reproduced(seen: Evidence) -> OverflowReport:
         ],
         ("what is computed outside of the model's call",),
         f"Look at what else {first.name} gets a gradient from: {sources}.{hint if seen.world_size > 1 else ''}",
+        summary=f"{first.name} got a gradient that is not finite from elsewhere than the model's own call",
     )
 
 
@@ -566,6 +582,7 @@ def false_alarm(seen: Evidence) -> OverflowReport:
         ["the framework calls this step an overflow; the guard found no non-finite gradient to account for it"],
         ("the framework's own check, which may have overflowed itself on large finite values",),
         "Look at the largest gradients (guard.history), and upgrade DeepSpeed if it is older than 0.19.8.",
+        summary="the framework reports an overflow, and every gradient is finite",
     )
 
 
@@ -606,6 +623,10 @@ def loss_text(seen: Evidence) -> str:
     rank = seen.loss.rank
     where = "" if rank is None or seen.world_size == 1 else f" on rank {rank}"
     return seen.loss.counts.partition(" ")[2] + where
+
+
+def _holds(offender: Offender) -> str:
+    return f"{offender.kind} {offender.name} holds {offender.counts}"
 
 
 def plural(count: int, noun: str) -> str:

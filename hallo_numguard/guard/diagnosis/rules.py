@@ -62,7 +62,7 @@ def judge(seen: Evidence) -> OverflowReport:
         return messages.reduction_overflow(seen)
     if seen.answer is not None and seen.answer.origin is not None:
         return _judge_by_replay(seen, seen.answer, seen.answer.origin)
-    if seen.answer is not None and seen.answer.micro_batch == 0:  # several may overflow when they are added up
+    if seen.answer is not None and not _may_have_added_up(seen, seen.answer):
         return messages.not_reproduced(seen)
     if seen.loss_known and seen.scaling.can_fall:
         return messages.scale_too_high(seen)
@@ -141,6 +141,12 @@ def _overflowed_in_the_reduction(seen: Evidence) -> bool:
     is_possible = seen.answer is not None and seen.answer.gradient_sum > LARGEST.get(first.dtype, math.inf)
     finite_again = seen.bad_ranks is None and is_possible and seen.answer is not None and seen.answer.origin is None
     return (seen.bad_ranks == 0 or finite_again) and first.pos_inf + first.neg_inf > 0 and first.nan == 0
+
+
+def _may_have_added_up(seen: Evidence, replay: Replayed) -> bool:
+    """Whether finite gradients of several micro-batches may be infinite as a sum; it is never NaN."""
+    first = seen.gradients[0]
+    return replay.micro_batch > 0 and first.nan == 0 and replay.gradient_sum > LARGEST.get(first.dtype, math.inf)
 
 
 def _is_one_ranks_fault(seen: Evidence) -> bool:

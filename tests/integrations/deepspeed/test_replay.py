@@ -217,14 +217,20 @@ def test_a_static_scale_that_is_too_high_is_named_with_one_that_is_not(attach):
 
 
 RANK_FAULT = """
-for stage in (0, 2, 3):
-    engine = support.make_engine("bf16", stage=stage)
+for stage, parts in ((0, 1), (2, 1), (3, 1), (2, 2)):
+    engine = support.make_engine("bf16", stage=stage, gradient_accumulation_steps=parts)
     guard = ng.attach(engine, ng.GuardConfig(local_gradients="always"))
-    support.train_step(engine, 0)
-    ng.inject(engine, "gradient", "hidden.weight", index=(20, 5), rank=1)
-    support.train_step(engine, 1)
+    for part in range(parts):
+        support.train_step(engine, part)
+    for part in range(parts):
+        if part == parts - 1:
+            ng.inject(engine, "gradient", "hidden.weight", index=(20, 5), rank=1)
+        support.train_step(engine, 1)
     report = guard.last_report
-    print("SAID", stage, report.verdict, report.first.name, report.first.index, report.first.rank)
+    print("SAID", stage, parts, report.verdict, report.first.name, report.first.index, report.first.rank)
+    if parts > 1:
+        guard.detach()
+        continue
     support.train_step(engine, 2)
     assert guard.history[-1].applied
     ng.inject(engine, "gradient", "hidden.weight", index=(20, 5), rank=1)
@@ -240,8 +246,9 @@ for stage in (0, 2, 3):
 def test_a_rank_that_was_wrong_once_is_named_and_stops_the_run_when_it_comes_back():
     for output in run_engines(RANK_FAULT):
         for stage in (0, 2, 3):
-            assert f"SAID {stage} rank_fault hidden.weight (20, 5) 1" in output
+            assert f"SAID {stage} 1 rank_fault hidden.weight (20, 5) 1" in output
             assert f"STOPPED {stage} True" in output
+        assert "SAID 2 2 rank_fault hidden.weight (20, 5) 1" in output  # in one micro-batch of two
 
 
 def test_stage_3_trains_on_after_the_replay_of_a_model_that_reads_parameters_without_calling_their_module(attach):
