@@ -20,6 +20,7 @@ from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.integrations.patches import MethodPatches
 from hallo_numguard.integrations.torch_optim.parameter_gradients import trained
 from hallo_numguard.integrations.torch_optim.sharding import counts_here, is_sharded, local, place_of
+from hallo_numguard.tracing.rerun import is_rerunning
 
 Named = nn.Module | Iterable[tuple[str, torch.Tensor]]
 
@@ -140,12 +141,12 @@ class CallObserver:
 
         @_disable_dynamo
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            if module is model and not self._muted and not _is_traced():
+            if module is model and self._is_of_training():
                 on_forward_start(args, kwargs)
 
         @_disable_dynamo
         def after(module: nn.Module, _: Any, output: Any) -> None:
-            if module is model and not self._muted and not _is_traced():
+            if module is model and self._is_of_training():
                 on_forward_end(output)
 
         # After every hook that changes the model's arguments; before every hook that changes its output.
@@ -154,6 +155,10 @@ class CallObserver:
             model.register_forward_hook(_Hook(after)),
         ]
         _script_patch.add(self)
+
+    def _is_of_training(self) -> bool:
+        """Whether the present call is the script's own, and none that is traced or made by a guard."""
+        return not self._muted and not is_rerunning() and not _is_traced()
 
     def forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Calls the model unobserved, and eagerly if it was compiled."""
