@@ -35,13 +35,20 @@ CATALOG = {
         "a tensor of the batch is bad; argument, sample, micro-batch and rank are named. This step is lost", True
     ),
     Verdict.FORWARD_NONFINITE: Entry(
-        "in the replay, a module with finite inputs and weights returned NaN or Inf; operation and line are named", None
+        "an operation inside of the model returned NaN or Inf, though what it was given was finite, whether or not the "
+        "loss sees it: module, operation, line and sample are named. Also if only the compiled model does so",
+        None,
     ),
     Verdict.LOSS_NONFINITE: Entry(
-        "made after the model, in code that computes the loss; also a loss that is not finite while gradients are", None
+        "the same in code after the model, which computes the loss; also a loss that is not finite while gradients are",
+        None,
     ),
     Verdict.SCALE_TOO_HIGH: Entry("in the replay, the batch is finite at a lower loss scale, which is named", True),
-    Verdict.BACKWARD_NONFINITE: Entry("the loss is finite, gradients are not at any scale; the module is named", None),
+    Verdict.BACKWARD_NONFINITE: Entry(
+        "forward pass and loss are finite, an operation of the backward pass is not: the operation whose backward pass "
+        "it is, and its line, are named",
+        None,
+    ),
     Verdict.REDUCTION_OVERFLOW: Entry("gradients are finite on every rank, their sum is not", True),
     Verdict.RANK_FAULT: Entry(
         "of several ranks one only is bad; run again twice, it is finite, with the same bits both times, and nothing "
