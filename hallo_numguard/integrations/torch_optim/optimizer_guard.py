@@ -47,6 +47,7 @@ from hallo_numguard.integrations.torch_optim.parameter_gradients import (
 )
 from hallo_numguard.integrations.torch_optim.unmade_steps import UnmadeSteps
 from hallo_numguard.ops.device import AsyncHostCopy
+from hallo_numguard.tracing.rerun import is_rerunning
 
 
 class GradientCheck(NamedTuple):
@@ -226,6 +227,8 @@ class OptimizerGuard:
     # -- observation of the model -------------------------------------------------------------------------------------
 
     def _on_forward_start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if is_rerunning():
+            return
         if torch.is_grad_enabled():
             self._no_step_was_made()
         self.session.probes.run("search for the process group", self._look_at_reducer)
@@ -243,7 +246,8 @@ class OptimizerGuard:
 
     def _on_forward_end(self, output: Any) -> None:
         self.session.on_forward_end(output)
-        self.session.probes.run("record of the loss", self._find_loss, output)
+        if not is_rerunning():
+            self.session.probes.run("record of the loss", self._find_loss, output)
 
     def _find_loss(self, output: Any) -> None:
         loss = loss_in(output)
