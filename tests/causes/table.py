@@ -8,9 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import functional
+
+from causes.cases import DTYPES, EXECUTIONS, PLACES, SAMPLE, WORLDS, Expected
 
 Function = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -115,6 +119,23 @@ class _Reciprocal(torch.autograd.Function):
         return gradient / dial, None
 
 
+class _Constant(torch.autograd.Function):
+    """The identity; its backward pass writes a NaN where the dial is 0."""
+
+    @staticmethod
+    def forward(ctx, y, dial):
+        ctx.save_for_backward(dial)
+        return y * 1
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (dial,) = ctx.saved_tensors
+        gradient = gradient.clone()
+        if dial.min() == 0:
+            gradient[0, 0] = float("nan")
+        return gradient, None
+
+
 FULL = ("fp32",)
 WIDE = ("fp32", "bf16")
 
@@ -183,6 +204,171 @@ CAUSES = [
     Cause("acos at 1", _forward(lambda z: torch.acos(1 - 0.5 * z)), BACKWARD, ("rsqrt", "mul", "div")),
     Cause("asin at 1", _forward(lambda z: torch.asin(1 - 0.5 * z)), BACKWARD, ("rsqrt", "mul", "div")),
     Cause("an autograd.Function", lambda y, d: _Reciprocal.apply(y, d), BACKWARD, ("div",)),
+    Cause(
+        "a NaN that an autograd.Function writes",
+        lambda y, d: _Constant.apply(y, d),
+        BACKWARD,
+        ("fill_", "copy_", "lift_fresh"),
+        compiles=False,
+    ),
     Cause("equal singular values", _singular_vectors, BACKWARD, ("div", "mul", "sub"), FULL, compiles=False),
     Cause("equal eigenvalues", _eigenvectors, BACKWARD, ("div_", "mul", "sub"), FULL, compiles=False),
 ]
+
+
+# -- what is wrong elsewhere -------------------------------------------------------------------------------------------
+
+Batch = dict[str, torch.Tensor]
+Loss = Callable[[torch.Tensor, Batch, nn.Module], torch.Tensor]
+Damage = Callable[[Any, Any], None]
+
+
+@dataclass(frozen=True)
+class Special:
+    """A cause in a batch, in a loss of another form, or in what is trained.
+
+    Attributes:
+        name: Name in tests and tables.
+        expected: What must be said of it, and where it can be.
+        spoil: Changes the batch of a bad step.
+        loss: Makes the loss of the model's output, batch and model. Default: the mean of the squares of what is left.
+        damage: Changes the model or the optimizer before the first bad step.
+    """
+
+    name: str
+    expected: Expected
+    spoil: Callable[[Batch], None] = lambda batch: None
+    loss: Loss | None = None
+    damage: Damage = lambda model, optimizer: None
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _is_bad(batch: Batch) -> bool:
+    return bool(batch["dial"].min() == 0)
+
+
+def _dial(batch: Batch) -> None:
+    batch["dial"][SAMPLE] = 0
+
+
+def _write(name: str, value: float) -> Callable[[Batch], None]:
+    def spoil(batch: Batch) -> None:
+        batch[name][SAMPLE, 1] = value
+
+    return spoil
+
+
+def _into(name: str, value: float) -> Damage:
+    """Writes into a tensor of the model."""
+
+    def damage(model: nn.Module, optimizer: Any) -> None:
+        tensor = {**dict(model.named_parameters()), **dict(model.named_buffers())}[name]
+        with torch.no_grad():
+            tensor.view(-1)[0] = value
+
+    return damage
+
+
+def _large(model: Any, optimizer: Any) -> None:
+    with torch.no_grad():
+        model.last.weight[0] = 0.9 * torch.finfo(model.last.weight.dtype).max
+
+
+def _learning_rate(model: nn.Module, optimizer: Any) -> None:
+    optimizer.param_groups[0]["lr"] = float("nan")
+
+
+def _ignored(prediction: torch.Tensor, batch: Batch, model: nn.Module) -> torch.Tensor:
+    labels = torch.full((len(prediction),), -100 if _is_bad(batch) else 1)
+    return functional.cross_entropy(prediction.float(), labels)
+
+
+def _ctc(prediction: torch.Tensor, batch: Batch, model: nn.Module) -> torch.Tensor:
+    log_probs = prediction.float().log_softmax(-1)[:, None, :]
+    length = 9 if _is_bad(batch) else 2
+    targets = torch.ones(1, length, dtype=torch.long)
+    return functional.ctc_loss(log_probs, targets, torch.tensor([len(prediction)]), torch.tensor([length]))
+
+
+def _penalty(prediction: torch.Tensor, batch: Batch, model: nn.Module) -> torch.Tensor:
+    weights = (prediction - prediction.detach()) if _is_bad(batch) else prediction
+    return prediction.float().square().mean() + weights.square().sum().sqrt()
+
+
+def _gradient_penalty(prediction: torch.Tensor, batch: Batch, model: nn.Module) -> torch.Tensor:
+    energy = (prediction * batch["dial"]).square().sum()
+    (gradient,) = torch.autograd.grad(energy, prediction, create_graph=True)
+    return prediction.float().square().mean() + gradient.square().sum(1).sqrt().sum()
+
+
+LOCAL = ("plain", "wrap_step", "Accelerate", "Trainer", "Lightning")
+WHOLE = (*LOCAL, "DDP")  # where a tensor of the model is written into as a whole
+ALL = tuple(WORLDS)
+IN_THE_LOSS = ("loss",)
+
+
+def _expected(verdict: str, *operations: str, **where: Any) -> Expected:
+    usual = {"dtypes": DTYPES, "places": IN_THE_LOSS, "ways": ALL, "executions": EXECUTIONS[:2]}
+    file = "table.py" if operations else ""
+    return Expected(verdicts=dict.fromkeys(PLACES, verdict), operations=operations, file=file, **{**usual, **where})
+
+
+SPECIALS = [
+    Special(
+        "a NaN in a parameter",
+        _expected("weights_nonfinite", ways=WHOLE, name="last.weight", stays=True),
+        damage=_into("last.weight", float("nan")),
+    ),
+    Special(
+        "a NaN in a buffer",
+        _expected("weights_nonfinite", ways=WHOLE, name="offset", stays=True),
+        damage=_into("offset", float("nan")),
+    ),
+    Special(
+        "a weight that is too large",
+        _expected("forward_nonfinite", ways=("plain", "wrap_step", "DDP"), name="last.weight", stays=True),
+        damage=_large,
+    ),
+    *(
+        Special(
+            f"{shown} in an input", _expected("input_nonfinite", name="x"), spoil=_write("x", float(shown.lower()))
+        )
+        for shown in ("NaN", "Inf", "-Inf")
+    ),
+    Special("a NaN in a label", _expected("input_nonfinite"), spoil=_write("label", float("nan"))),
+    Special("no label at all", _expected("loss_nonfinite", "nll_loss_forward", "div"), spoil=_dial, loss=_ignored),
+    Special("a CTC target that is too long", _expected("loss_nonfinite", "_ctc_loss"), spoil=_dial, loss=_ctc),
+    Special("a penalty at 0", _expected("backward_nonfinite", "div", "mul"), spoil=_dial, loss=_penalty),
+    Special(
+        "a gradient penalty at 0", _expected("backward_nonfinite", "div", "mul"), spoil=_dial, loss=_gradient_penalty
+    ),
+    Special("a learning rate of NaN", _expected("update_nonfinite", ways=("plain", "DDP")), damage=_learning_rate),
+]
+
+BY_NAME: dict[str, Cause | Special] = {cause.name: cause for cause in (*CAUSES, *SPECIALS)}
+
+
+def _of_cause(cause: Cause) -> Expected:
+    """A cause can be anywhere."""
+    in_model, in_loss = {
+        REACHES: ("forward_nonfinite", "loss_nonfinite"),
+        HIDDEN: ("forward_nonfinite", "loss_nonfinite"),
+        BACKWARD: ("backward_nonfinite", "backward_nonfinite"),
+    }[cause.effect]
+    return Expected(
+        dtypes=cause.dtypes,
+        places=PLACES,
+        ways=ALL,
+        executions=EXECUTIONS if cause.compiles else [how for how in EXECUTIONS if how != "compiled"],
+        verdicts={"model": in_model, "loss": in_loss},
+        operations=cause.operations,
+        file="table.py",
+    )
+
+
+EXPECTED: dict[str, Expected] = {
+    **{cause.name: _of_cause(cause) for cause in CAUSES},
+    **{special.name: special.expected for special in SPECIALS},
+}
