@@ -38,9 +38,10 @@ bench: $(READY)
 	mkdir -p bench
 	$(BIN)/python benchmarks/overhead.py --json bench/overhead.json --plot bench/overhead.png
 
-# Every fault in every engine; the tests run a quarter of it.
+# Every fault in every engine, and every cause in every way of training; the tests run a part of them.
 campaign: $(READY)
 	cd tests && PYTHONPATH=support $(abspath $(BIN))/python -m campaign --markdown ../docs/campaign.md
+	cd tests && PYTHONPATH=support $(abspath $(BIN))/python -m causes --markdown ../docs/causes.md
 
 # Something goes wrong in a random part of the guard, 100 times on one rank and on two; the tests do it for a minute.
 chaos: $(READY)

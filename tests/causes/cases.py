@@ -209,7 +209,11 @@ def _differences(case: Case, expected: Expected, report: Mapping[str, Any], must
     if report["verdict"] != expected.verdicts[case.place] and (must or report["verdict"] not in OPEN):
         yield f"verdict {report['verdict']}"
     named = (report["operation"] or "").split(".")
-    if expected.operations and (must or report["operation"]) and (len(named) < 2 or named[1] not in expected.operations):
+    if (
+        expected.operations
+        and (must or report["operation"])
+        and (len(named) < 2 or named[1] not in expected.operations)
+    ):
         yield f"operation {report['operation']}"
     if expected.file and (must or report["line"]) and expected.file not in (report["line"] or ""):
         yield f"line {report['line']}"

@@ -332,9 +332,7 @@ SPECIALS = [
         damage=_large,
     ),
     *(
-        Special(
-            f"{shown} in an input", _expected("input_nonfinite", name="x"), spoil=_write("x", float(shown.lower()))
-        )
+        Special(f"{shown} in an input", _expected("input_nonfinite", name="x"), spoil=_write("x", float(shown.lower())))
         for shown in ("NaN", "Inf", "-Inf")
     ),
     Special("a NaN in a label", _expected("input_nonfinite"), spoil=_write("label", float("nan"))),

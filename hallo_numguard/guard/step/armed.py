@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
 from hallo_numguard.core.sources import Source
+from hallo_numguard.guard.containment import contain_failures
 from hallo_numguard.guard.step.pending import StepOwner
+from hallo_numguard.tracing.rerun import is_rerunning
 from hallo_numguard.tracing.watch import OperationWatch, unwatched
 
 ARMED_STEPS = 3  # after an unexplained one
@@ -37,6 +40,7 @@ class ArmedSteps:
         self._on = contextlib.ExitStack()
         self._pause = contextlib.ExitStack()
         self._watch: OperationWatch | None = None  # while it is on
+        self._compiled: Callable[..., Any] | None = None  # the module's compiled call, while ours is in its place
 
     @property
     def is_armed(self) -> bool:
@@ -47,6 +51,7 @@ class ArmedSteps:
         """Arms the next steps."""
         if self._fruitless < MAX_FRUITLESS:
             self._left = ARMED_STEPS
+            self._begin_outside_of_compiled_call()
 
     def model_is_called(self) -> None:
         """Begins to watch at the first call of an armed step."""
@@ -61,6 +66,29 @@ class ArmedSteps:
         if self._is_compiled() and torch._C._len_torch_dispatch_stack() == 1:
             # Inside of a mode torch would call it eagerly, and other random numbers would be drawn.
             self._pause.enter_context(unwatched())
+
+    def _begin_outside_of_compiled_call(self) -> None:
+        """Begins to watch before the call of a module that was compiled in place.
+
+        Hooks run inside of that call, and when it returns, torch puts back whether modes were on when it began.
+        """
+        compiled = getattr(self._module, "_compiled_call_impl", None)
+        if compiled is None or self._compiled is not None:
+            return
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled() and not is_rerunning():
+                with contain_failures("watch of the operations", "the step is not watched"):
+                    self._begin()
+            return compiled(*args, **kwargs)
+
+        self._compiled = compiled
+        self._module._compiled_call_impl = call
+
+    def _put_back_compiled_call(self) -> None:
+        if self._compiled is not None:
+            self._module._compiled_call_impl = self._compiled
+            self._compiled = None
 
     def model_has_returned(self) -> None:
         """Tells that what follows is no part of the model's call."""
@@ -110,8 +138,11 @@ class ArmedSteps:
         self.backward_is_over()
         if self._steps.pending.watch is not None:
             self._left -= 1
+            if not self._left:
+                self._put_back_compiled_call()
 
     def stop(self) -> None:
         """Ends for good."""
         self._left = 0
         self._end()
+        self._put_back_compiled_call()
