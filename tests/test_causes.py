@@ -61,6 +61,9 @@ REPORT = {
 SILENT = {**REPORT, "verdict": "undetermined", "operation": None, "line": None, "module": "", "name": "loss"}
 
 
+FALSE = "step 3: verdict input_nonfinite"
+
+
 def seen_of(first, second):
     return Seen("", {"3": first, "5": second})
 

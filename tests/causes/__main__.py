@@ -39,14 +39,14 @@ SHOWN = 200  # characters of what is wrong with a case
 _COLUMNS = ("verdict", "operation", "line", "module", "sample")
 
 _INTRODUCTION = (
-    "Made by `make campaign`: each cause of a value that is not finite is planted in a small model, or in the code that",
-    "makes the loss of what the model returns, and trained for six steps, of which two are bad, in every way and in",
-    "every precision that fits it; not in every combination of these, but in each of any two.",
+    "Made by `make campaign`: each cause of a value that is not finite is planted in a small model, or in the code",
+    "that makes the loss of what the model returns, and trained for six steps, of which two are bad, in every way and",
+    "in every precision that fits it; not in every combination of these, but in each of any two.",
     "",
-    "A case is good if the clean steps have no report, nothing that is said is false, and the report of a bad step names",
-    "the verdict, the operation, its line and its module, and no other sample or rank than the bad one: the report of the",
-    "first bad step where the cause is in the model, or where the guard knows the function that makes the loss",
-    f"({', '.join(WITH_STEP)}); elsewhere that of the second one, when the guard watches every operation.",
+    "A case is good if the clean steps have no report, nothing that is said is false, and the report of a bad step",
+    "names the verdict, the operation, its line and its module, and no other sample or rank than the bad one: the",
+    "report of the first bad step where the cause is in the model, or where the guard knows the function that makes",
+    f"the loss ({', '.join(WITH_STEP)}); elsewhere that of the second one, when the guard watches every operation.",
 )
 
 
@@ -138,7 +138,8 @@ def _document(results: Results, minutes: float) -> str:
         "# What is named, by cause and by way of training",
         *_INTRODUCTION,
         "",
-        f"**{good} of {len(results)} cases are good**: {len(causes)} causes. {minutes:.0f} minutes on the CPU, {versions}.",
+        f"**{good} of {len(results)} cases are good**, of {len(causes)} causes.",
+        f"{minutes:.0f} minutes on the CPU, {versions}.",
         "",
         "## What is named",
         "The verdict, if the cause is in the model and if it is in the loss; then in how many cases the report named",
@@ -154,7 +155,7 @@ def _document(results: Results, minutes: float) -> str:
         f"|---|{'---|' * len(WORLDS)}",
         *(f"| {cause} | {' | '.join(_cell(results, cause, way) for way in WORLDS)} |" for cause in causes),
         "",
-        "An empty cell is no case: it cannot be there, or is planted in another way by the [fault campaign](campaign.md).",
+        "An empty cell is no case: it cannot be there, or the [fault campaign](campaign.md) plants it.",
     ]
     if failed:
         lines += ["", "## Not good", *(f"- {case}: {_short(problem)}" for case, problem in failed)]

@@ -1,4 +1,4 @@
-"""What is trained: a small model with a cause in it, or in the loss, and batches of which some have a special sample."""
+"""What is trained: a small model with a cause in it, or in the loss, and batches, some with a special sample."""
 
 from __future__ import annotations
 
