@@ -49,6 +49,7 @@ def test_the_part_has_every_cause_and_every_way():
 CASE = Case("x / 0", "plain", "fp32", "model", "eager")
 REPORT = {
     "verdict": "forward_nonfinite",
+    "provisional": False,
     "kind": "activation",
     "name": "place",
     "module": "place",

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from hallo_numguard.core.frames import TensorRecord
 
+WRITTEN_DOWN = "the code itself writes this number"
+"""Explanation of an operation that was given nothing but a number of the code."""
+
 
 @dataclass(frozen=True)
 class Source:

@@ -21,12 +21,12 @@ from torch.utils._pytree import tree_leaves
 
 from hallo_numguard.core.frames import TensorRecord
 from hallo_numguard.core.records import Record
-from hallo_numguard.core.sources import Source
+from hallo_numguard.core.sources import WRITTEN_DOWN, Source
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.ops.formats import dtype_name
 from hallo_numguard.ops.layout import unravel
 from hallo_numguard.tracing.code_lines import calling_line, is_our_work, is_recomputed, line_in_traceback
-from hallo_numguard.tracing.explanations import explain, large_arguments
+from hallo_numguard.tracing.explanations import Explanation, explain, large_arguments
 from hallo_numguard.tracing.module_calls import ModuleCall, ModuleCalls
 from hallo_numguard.tracing.nested import as_plain, batch_size_of, is_readable
 
@@ -46,6 +46,7 @@ _OVERWRITES = frozenset(
 _FILLS = frozenset(
     ("constant_pad_nd", "fill", "fill_", "full", "full_like", "index_fill", "index_fill_", "masked_fill")
 ) | {"masked_fill_", "new_full", "scalar_tensor", "scatter", "scatter_", "where"}
+_WRITES_CONSTANTS = _FILLS | {"copy_", "index_put", "index_put_", "select_scatter"}
 _CONSTANTS = frozenset(("full_like", "ones_like", "zeros_like", "new_zeros", "new_ones", "new_full", "rand_like"))
 """Operations that take nothing but the shape of their argument."""
 
@@ -221,13 +222,16 @@ class OperationWatch(TorchDispatchMode):
         """The source of what an operation has made: that of its arguments, or itself."""
         result = operation.written()[position]
         real = [found for found in operation.sources if not found.is_legal]
-        if real:
+        is_written = bool(real) and operation.name in _WRITES_CONSTANTS and all(map(_is_constant, real))
+        if real and not is_written:
             return min(real, key=lambda found: found.order)
-        if operation.sources and not record.nan:
+        if operation.sources and not record.nan and not is_written:
             return operation.sources[0]
         phase, node, line, call = self._where()
         tensor = _tensor_record("output" if position == 0 else f"output[{position}]", result, record)
         explanation = explain(operation.name, operation.args, operation.kwargs, result, tensor.index)
+        if is_written:
+            explanation = Explanation(WRITTEN_DOWN, is_singular=True)
         made = self._new(
             is_legal=not operation.sources and _is_written_on_purpose(operation, result, record),
             kind="operation",
@@ -245,7 +249,7 @@ class OperationWatch(TorchDispatchMode):
             is_singular=explanation.is_singular,
             large=large_arguments(operation.given, self._name_of, result.dtype),
         )
-        if operation.sources:
+        if operation.sources and not is_written:
             made.source["fill"] = _in_words(operation.sources[0])
         return made
 
@@ -344,6 +348,11 @@ def unwatched() -> contextlib.AbstractContextManager[Any]:
 
 def _place(found: _Found) -> tuple[bool, int]:
     return found.is_legal, found.order
+
+
+def _is_constant(found: _Found) -> bool:
+    """Whether a source is a number that the code has written down, which torch makes a tensor of unseen."""
+    return found.source["kind"] == "outside" and not found.source["name"] and not found.source["tensor"].shape
 
 
 def _base_name(operation: str) -> str:

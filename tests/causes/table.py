@@ -208,7 +208,7 @@ CAUSES = [
         "a NaN that an autograd.Function writes",
         lambda y, d: _Constant.apply(y, d),
         BACKWARD,
-        ("fill_", "copy_", "lift_fresh"),
+        ("fill_", "copy_"),
         compiles=False,
     ),
     Cause("equal singular values", _singular_vectors, BACKWARD, ("div", "mul", "sub"), FULL, compiles=False),
@@ -336,13 +336,22 @@ SPECIALS = [
         for shown in ("NaN", "Inf", "-Inf")
     ),
     Special("a NaN in a label", _expected("input_nonfinite"), spoil=_write("label", float("nan"))),
-    Special("no label at all", _expected("loss_nonfinite", "nll_loss_forward", "div"), spoil=_dial, loss=_ignored),
+    Special(  # its gradients are finite; among several ranks each tells of its own loss, and runs nothing again
+        "no label at all",
+        _expected("loss_nonfinite", "nll_loss_forward", "div", ways=LOCAL),
+        spoil=_dial,
+        loss=_ignored,
+    ),
     Special("a CTC target that is too long", _expected("loss_nonfinite", "_ctc_loss"), spoil=_dial, loss=_ctc),
     Special("a penalty at 0", _expected("backward_nonfinite", "div", "mul"), spoil=_dial, loss=_penalty),
     Special(
         "a gradient penalty at 0", _expected("backward_nonfinite", "div", "mul"), spoil=_dial, loss=_gradient_penalty
     ),
-    Special("a learning rate of NaN", _expected("update_nonfinite", ways=("plain", "DDP")), damage=_learning_rate),
+    Special(
+        "a learning rate of NaN",
+        _expected("update_nonfinite", ways=("plain", "DDP"), stays=True),
+        damage=_learning_rate,
+    ),
 ]
 
 BY_NAME: dict[str, Cause | Special] = {cause.name: cause for cause in (*CAUSES, *SPECIALS)}
@@ -363,6 +372,7 @@ def _of_cause(cause: Cause) -> Expected:
         verdicts={"model": in_model, "loss": in_loss},
         operations=cause.operations,
         file="table.py",
+        is_loss_finite=cause.effect != REACHES,
     )
 
 

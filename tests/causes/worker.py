@@ -58,7 +58,7 @@ def run(case: Case) -> Seen:
 def _in_short(report: Any) -> dict[str, Any]:
     names = ("kind", "name", "module", "operation", "line", "sample", "rank")
     first = {name: getattr(report.first, name, None) for name in names}
-    return {"verdict": report.verdict.value, **first, "text": str(report)}
+    return {"verdict": report.verdict.value, "provisional": report.provisional, **first, "text": str(report)}
 
 
 if __name__ == "__main__":

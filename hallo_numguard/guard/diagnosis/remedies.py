@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from hallo_numguard.core.sources import Source
+from hallo_numguard.core.sources import WRITTEN_DOWN, Source
 
 _TOO_LARGE = (
     "What it is given is too large for the dtype: normalise it, run this part in bfloat16 or float32 (outside of "
@@ -114,6 +114,8 @@ def remedy(source: Source) -> str:
     """Returns what to do about a source that is an operation."""
     if source.large.startswith(("parameter ", "buffer ")):
         return f"Repair it: {source.large}. It was not initialised, not loaded right, or written by other code."
+    if source.explanation == WRITTEN_DOWN:
+        return "Look at why that line writes it."
     found = _FAMILY_OF.get(base_name(source.operation))
     if source.phase == "backward":  # the operation of the forward pass says more than what its backward pass is made of
         found = _FAMILY_OF.get(re.sub(r"backward\d*$", "", source.node.lower()), found)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Offender, Verdict, shape_in_words
-from hallo_numguard.core.sources import Source
+from hallo_numguard.core.sources import WRITTEN_DOWN, Source
 from hallo_numguard.guard.diagnosis import messages
 from hallo_numguard.guard.diagnosis.evidence import Evidence
 from hallo_numguard.guard.diagnosis.remedies import remedy, spoken_name
@@ -108,7 +108,7 @@ def what_it_made(source: Source) -> str:
     index = f" from element [{', '.join(map(str, tensor.index))}] on" if tensor.index else ""
     returned = f"{tensor.counts}{index} ({shape_in_words(tensor.shape)} {tensor.dtype})"
     node = f" in {source.node}" if source.node else ""
-    if source.is_fill:
+    if source.is_fill or source.explanation == WRITTEN_DOWN:
         return f"{source.operation}{node} wrote {returned}"
     given = f"finite but for Inf that was written on purpose, by {source.fill}" if source.fill else "finite"
     return f"what {source.operation}{node} was given is {given}; it returned {returned}"
