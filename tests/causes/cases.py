@@ -106,7 +106,8 @@ class Seen:
 
     Attributes:
         error: What ended the run before its end; "" if nothing did.
-        reports: What each report says, by step: verdict, provisional, kind, name, module, operation, line, sample, rank, text.
+        reports: What each report says, by step: verdict, provisional, kind, name, module, operation, line,
+            sample, rank, text.
         contained: Failures of the guard itself.
     """
 
@@ -210,7 +211,7 @@ def _named_from(case: Case, expected: Expected) -> int:
 
 def _differences(case: Case, expected: Expected, report: Mapping[str, Any], must: bool) -> Iterable[str]:
     """What a report says that is not right; what it must say and does not, if it `must`."""
-    # The gradients of a loss that is made outside of the model may be too large for the loss scale, for all that is seen.
+    # For all that is seen, the gradients of code after the model may be too large for the loss scale.
     is_open = report["verdict"] in OPEN or (report["verdict"] == "scale_too_high" and report["provisional"])
     if report["verdict"] != expected.verdicts[case.place] and (must or not is_open):
         yield f"verdict {report['verdict']}"
