@@ -32,16 +32,24 @@ CATALOG = {
         "the same, and a moment or master copy of that weight is bad too: the optimizer wrote it", False
     ),
     Verdict.INPUT_NONFINITE: Entry(
-        "a tensor of the batch is bad; argument, sample, micro-batch and rank are named. This step is lost", True
+        "a tensor of the batch is bad; argument, sample, micro-batch and rank are named, and this step is lost. Also "
+        "a tensor made before the model was called that the loss was computed with, as weights of classes",
+        True,
     ),
     Verdict.FORWARD_NONFINITE: Entry(
         "in the replay, a module with finite inputs and weights returned NaN or Inf; operation and line are named", None
     ),
     Verdict.LOSS_NONFINITE: Entry(
-        "made after the model, in code that computes the loss; also a loss that is not finite while gradients are", None
+        "made after the model, by an operation of the code that computes the loss, whose line is named; also a loss "
+        "that is not finite while gradients are",
+        None,
     ),
     Verdict.SCALE_TOO_HIGH: Entry("in the replay, the batch is finite at a lower loss scale, which is named", True),
-    Verdict.BACKWARD_NONFINITE: Entry("the loss is finite, gradients are not at any scale; the module is named", None),
+    Verdict.BACKWARD_NONFINITE: Entry(
+        "the loss is finite, gradients are not at any scale; the operation, the module, or the code after the model "
+        "is named",
+        None,
+    ),
     Verdict.REDUCTION_OVERFLOW: Entry("gradients are finite on every rank, their sum is not", True),
     Verdict.RANK_FAULT: Entry(
         "of several ranks one only is bad; run again twice, it is finite, with the same bits both times, and nothing "

@@ -35,7 +35,10 @@ _REMEDIES = {
         "x.clamp_min(eps).sqrt(). "
         f"{_NOT_AFTERWARDS}"
     ),
-    "div": (f"Keep the divisor away from 0 before the division (x / (y + eps), y.clamp_min(eps)). {_NOT_AFTERWARDS}"),
+    "div": (
+        "Keep the divisor away from 0 before the division: x / (y + eps), y.clamp_min(eps), and y.clamp_min(1) of what "
+        f"counts labels or the elements of a mask. {_NOT_AFTERWARDS}"
+    ),
     "pow": (
         "A power of a negative number with a fractional exponent is NaN, and at 0 the derivative of one "
         "below 1 is infinite: use x.clamp_min(eps).pow(p), or x.abs(). "
@@ -49,6 +52,10 @@ _REMEDIES = {
     "norm": (
         "The derivative of a norm at 0 is not finite: add eps inside of the root, (x.square().sum() + "
         "eps).sqrt(), or leave zero vectors out."
+    ),
+    "weightnorm": (
+        "A part of the weight whose norm is 0 has no direction, and 0 / 0 is NaN: look for rows that were pruned or "
+        "initialised to 0, and give them small values, or leave this weight without weight_norm."
     ),
     "std": (
         "The standard deviation of one value is NaN, and of equal values it has an infinite derivative: add "
@@ -93,7 +100,8 @@ _FAMILIES = {
     "div": "div truedivide reciprocal fmod remainder",
     "pow": "pow floatpower",
     "exp": "exp exp2 expm1 sinh cosh softplus logsumexp",
-    "norm": "norm linalgvectornorm linalgmatrixnorm linalgnorm frobeniusnorm renorm weightnorm",
+    "norm": "norm linalgvectornorm linalgmatrixnorm linalgnorm frobeniusnorm renorm",
+    "weightnorm": "weightnorm weightnorminterface",
     "std": "std var stdmean varmean",
     "mean": "mean nanmean",
     "cdist": "cdist cdistforward pdist pdistforward cosinesimilarity pairwisedistance",
@@ -153,6 +161,7 @@ _SPOKEN = {
     "linalgsvd": "linalg.svd",
     "linalgeigh": "linalg.eigh",
     "linalgcholeskyex": "linalg.cholesky",
+    "weightnorminterface": "weight_norm",
     "mm": "a matrix product",
     "addmm": "a matrix product",
     "bmm": "a matrix product",
