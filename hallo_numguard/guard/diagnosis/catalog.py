@@ -44,7 +44,11 @@ CATALOG = {
         "that is not finite while gradients are",
         None,
     ),
-    Verdict.SCALE_TOO_HIGH: Entry("in the replay, the batch is finite at a lower loss scale, which is named", True),
+    Verdict.SCALE_TOO_HIGH: Entry(
+        "in the replay, the batch is finite at a lower loss scale, which is named; where it cannot be run again, the "
+        "loss is finite and the scale can still fall: provisional until a step is finite",
+        True,
+    ),
     Verdict.BACKWARD_NONFINITE: Entry(
         "the loss is finite, gradients are not at any scale; the operation, the module, or the code after the model "
         "is named",
