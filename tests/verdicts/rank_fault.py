@@ -1,5 +1,7 @@
 """One GPU of many that makes NaN where its peers do not, until it is reset, as told in pytorch/torchtitan #951."""
 
+import sys
+
 import torch
 from torch import nn
 
@@ -19,5 +21,5 @@ if rank == 1:
 model(torch.randn(4, 4)).square().mean().backward()
 optimizer.step()
 if reports and rank == 0:
-    print(f"REPORT {reports[-1]}", flush=True)
+    sys.stdout.write(f"REPORT {reports[-1]}\n")
 torch.distributed.destroy_process_group()

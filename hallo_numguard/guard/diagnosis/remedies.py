@@ -75,6 +75,7 @@ _REMEDIES = {
         "Its derivative is infinite at the ends of its range: clamp the argument to (-1 + eps, 1 - eps). "
         f"{_NOT_AFTERWARDS}"
     ),
+    "pole": "It is infinite at 0 and at negative whole numbers: clamp its argument to eps and above.",
     "decomposition": (
         "The derivative of singular vectors and eigenvectors is not finite where two of the values are "
         "equal (or one is 0): add a small random diagonal, take the values only, or detach the vectors."
@@ -107,6 +108,7 @@ _FAMILIES = {
     "cdist": "cdist cdistforward pdist pdistforward cosinesimilarity pairwisedistance",
     "atan2": "atan2",
     "inverse": "acos asin acosh atanh erfinv",
+    "pole": "lgamma digamma polygamma",
     "decomposition": "linalgsvd svd linalgeigh linalgeig linalgqr",
     "cholesky": "cholesky linalgcholeskyex linalgcholesky linalginvex linalginv linalgsolveex",
     "tocopy": "tocopy copy copyslices",
@@ -114,6 +116,31 @@ _FAMILIES = {
     "sum": "sum cumsum add logcumsumexp square",
     "mul": "mul addcmul addcdiv",
     "normalisation": "nativelayernorm nativegroupnorm nativebatchnorm fusedrmsnorm rmsnorm",
+}
+_TITLES = {
+    "softmax": "softmax log_softmax scaled_dot_product_attention",
+    "ctcloss": "ctc_loss",
+    "nllloss": "nll_loss cross_entropy",
+    "log": "log log1p logit xlogy binary_cross_entropy kl_div",
+    "sqrt": "sqrt rsqrt",
+    "div": "div reciprocal fmod remainder",
+    "pow": "pow",
+    "exp": "exp expm1 sinh cosh softplus logsumexp",
+    "norm": "norm linalg.norm renorm",
+    "weightnorm": "weight_norm",
+    "std": "std var",
+    "mean": "mean nanmean",
+    "cdist": "cdist pdist cosine_similarity pairwise_distance",
+    "atan2": "atan2",
+    "inverse": "acos asin acosh atanh erfinv",
+    "pole": "lgamma digamma polygamma",
+    "decomposition": "linalg.svd linalg.eigh linalg.eig linalg.qr",
+    "cholesky": "linalg.cholesky linalg.inv linalg.solve",
+    "tocopy": "to half",
+    "product": "matmul linear conv2d einsum dot prod",
+    "sum": "sum cumsum add square",
+    "mul": "mul addcmul addcdiv",
+    "normalisation": "layer_norm group_norm batch_norm rms_norm",
 }
 _FAMILY_OF = {name: family for family, names in _FAMILIES.items() for name in names.lower().split()}
 
@@ -130,6 +157,11 @@ def remedy(source: Source) -> str:
     if found is None:
         return f"Look at what it is given there{': ' + source.large if source.large else ''}."
     return _REMEDIES[found]
+
+
+def table() -> list[tuple[str, str]]:
+    """Returns what mends each family of operations: names of operations, separated by spaces, and the remedy."""
+    return [(_TITLES[family], text) for family, text in _REMEDIES.items()]
 
 
 def base_name(operation: str) -> str:
