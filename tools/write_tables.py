@@ -23,10 +23,11 @@ from hallo_numguard.cli import main
 from hallo_numguard.core.config import GuardConfig, Policy
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Verdict
+from hallo_numguard.guard.diagnosis import remedies
 from hallo_numguard.guard.diagnosis.catalog import CATALOG
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/configuration.md", "docs/command_line.md")
+DOCUMENTS = ("README.md", "docs/configuration.md", "docs/command_line.md", "docs/nan.md")
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -57,6 +58,14 @@ def _default_action(verdict: Verdict) -> str:
         for skips in (1, policy.max_consecutive_skips)
     )
     return first if first == last else f"{first}; {last} after {policy.max_consecutive_skips} in a row"
+
+
+def mends() -> list[str]:
+    """What mends each family of operations."""
+    rows = ["| operation | what mends it |", "|---|---|"]
+    for names, text in remedies.table():
+        rows.append(f"| {', '.join(f'`{name}`' for name in names.split())} | {text} |")
+    return rows
 
 
 def guard_config() -> list[str]:
@@ -93,7 +102,7 @@ def commands() -> list[str]:
     return lines
 
 
-TABLES = {"verdicts": verdicts, "guard_config": guard_config, "policy": policy, "commands": commands}
+TABLES = {"verdicts": verdicts, "mends": mends, "guard_config": guard_config, "policy": policy, "commands": commands}
 
 
 def filled_in(text: str) -> str:

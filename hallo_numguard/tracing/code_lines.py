@@ -17,6 +17,8 @@ _OURS = str(Path(__file__).parent.parent) + os.sep
 _SKIPPED = (_TORCH, _OURS, "<")
 _OUR_WORK = tuple(f"{_OURS}{room}{os.sep}" for room in ("guard", "ops", "tracing"))
 _PASSES_ON = f"{_OURS}guard{os.sep}guard.py"  # which calls the user's step
+_RERUN = str(Path(__file__).parent / "rerun.py")
+"""Where a pass is run again: what called that is the line of a step, and not of the pass."""
 _WIDTH = 120  # characters of a line that are shown
 _ENTRY = re.compile(r'\s*File "(?P<file>[^"]+)", line (?P<line>\d+), in (?P<function>\S+)(?:\n\s*(?P<text>[^\n]*))?')
 
@@ -26,6 +28,8 @@ def calling_line() -> str | None:
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
+        if code.co_filename == _RERUN:
+            return None
         if not code.co_filename.startswith(_SKIPPED):
             text = linecache.getline(code.co_filename, frame.f_lineno)
             return _in_words(code.co_filename, frame.f_lineno, code.co_name, text)
@@ -46,6 +50,8 @@ def line_in_traceback(entries: Sequence[str]) -> str | None:
     """Returns the innermost line of a traceback of `traceback.format_stack` that is neither torch's nor ours."""
     for entry in reversed(entries):
         found = _ENTRY.match(entry)
+        if found and found["file"] == _RERUN:
+            return None
         if found and not found["file"].startswith(_SKIPPED):
             return _in_words(found["file"], int(found["line"]), found["function"], found["text"] or "")
     return None

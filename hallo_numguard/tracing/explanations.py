@@ -165,6 +165,13 @@ def _normalisation(args: Sequence[Any], _: Mapping[str, Any], result: torch.Tens
     return Explanation(f"its eps is {eps:g}" if eps is not None and eps < 1e-12 else "", True)
 
 
+def _weight_norm(args: Sequence[Any], _: Mapping[str, Any], result: torch.Tensor, index: Index) -> Explanation:
+    direction, dim = args[0], int(args[2]) if len(args) > 2 else 0
+    row = direction.select(dim, index[dim])
+    place = ", ".join(str(index[dim]) if at == dim else ":" for at in range(direction.dim()))
+    return Explanation(f"[{place}] of the weight has norm 0" if not bool(row.any()) else "", True)
+
+
 _FUNCTIONS = {
     "log": "the logarithm of",
     "log2": "the logarithm of",
@@ -213,4 +220,5 @@ _EXPLANATIONS: dict[str, Explain] = {
     "native_group_norm": _normalisation,
     "native_batch_norm": _normalisation,
     "_fused_rms_norm": _normalisation,
+    "_weight_norm_interface": _weight_norm,
 }

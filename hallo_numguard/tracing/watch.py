@@ -47,7 +47,11 @@ _FILLS = frozenset(
     ("constant_pad_nd", "fill", "fill_", "full", "full_like", "index_fill", "index_fill_", "masked_fill")
 ) | {"masked_fill_", "new_full", "scalar_tensor", "scatter", "scatter_", "where"}
 _WRITES_CONSTANTS = _FILLS | {"copy_", "index_put", "index_put_", "select_scatter"}
-_CONSTANTS = frozenset(("full_like", "ones_like", "zeros_like", "new_zeros", "new_ones", "new_full", "rand_like"))
+_CONSTANTS = frozenset(("full_like", "ones_like", "zeros_like", "new_zeros", "new_ones", "new_full")) | {
+    "rand_like",
+    "randint_like",
+    "randn_like",
+}
 """Operations that take nothing but the shape of their argument."""
 
 
@@ -207,7 +211,7 @@ class OperationWatch(TorchDispatchMode):
 
     def _hide(self, operation: _Operation) -> None:
         """Notes that the operation made something finite of what was not."""
-        if operation.name in _CONSTANTS or not _readable(tree_leaves(operation.result)):
+        if operation.name in _CONSTANTS | _UNINITIALISED or not _readable(tree_leaves(operation.result)):
             return
         for found in operation.sources:
             if not found.is_legal and len(found.hidden_by) < MAX_HIDDEN:
@@ -244,7 +248,7 @@ class OperationWatch(TorchDispatchMode):
             cls="" if call is None else call.cls,
             call=0 if call is None else call.call,
             tensor=tensor,
-            sample=self._sample(tensor),
+            sample=None if self._is_of_weights_alone(operation) else self._sample(tensor),
             explanation=explanation.text,
             is_singular=explanation.is_singular,
             large=large_arguments(operation.given, self._name_of, result.dtype),
@@ -262,6 +266,8 @@ class OperationWatch(TorchDispatchMode):
         node, line = found.source["node"].lower(), found.source["line"]
         for earlier in self._found if node else ():
             is_same = earlier.source["line"] == line and node.startswith(_base_name(earlier.source["operation"]))
+            if line is None:  # of torch's own modules, which several may be
+                is_same &= all(earlier.source[key] == found.source[key] for key in ("module", "call"))
             if is_same and not earlier.is_legal and earlier.source["phase"] == "forward":
                 return earlier
         return found
@@ -283,6 +289,11 @@ class OperationWatch(TorchDispatchMode):
         size = batch_size_of([held for kind, _, held in self._named() if kind == "input"])
         has_samples = size is not None and tensor.shape[:1] == (size,)
         return tensor.index[0] if has_samples and tensor.index else None
+
+    def _is_of_weights_alone(self, operation: _Operation) -> bool:
+        """Whether the operation was given parameters and buffers, of which no row is a sample's."""
+        kinds = {(self._name_of(tensor) or ("", ""))[0] for tensor in operation.given}
+        return bool(kinds) and kinds <= {"parameter", "buffer"}
 
     # -- memory ------------------------------------------------------------------------------------------------------
 

@@ -32,7 +32,9 @@ CATALOG = {
         "the same, and a moment or master copy of that weight is bad too: the optimizer wrote it", False
     ),
     Verdict.INPUT_NONFINITE: Entry(
-        "a tensor of the batch is bad; argument, sample, micro-batch and rank are named. This step is lost", True
+        "a tensor of the batch is bad; argument, sample, micro-batch and rank are named, and this step is lost. Also "
+        "a tensor made before the model was called that the loss was computed with, as weights of classes",
+        True,
     ),
     Verdict.FORWARD_NONFINITE: Entry(
         "an operation inside of the model returned NaN or Inf, though what it was given was finite, whether or not the "
@@ -43,10 +45,14 @@ CATALOG = {
         "the same in code after the model, which computes the loss; also a loss that is not finite while gradients are",
         None,
     ),
-    Verdict.SCALE_TOO_HIGH: Entry("in the replay, the batch is finite at a lower loss scale, which is named", True),
+    Verdict.SCALE_TOO_HIGH: Entry(
+        "in the replay, the batch is finite at a lower loss scale, which is named; where it cannot be run again, the "
+        "loss is finite and the scale can still fall: provisional until a step is finite",
+        True,
+    ),
     Verdict.BACKWARD_NONFINITE: Entry(
         "forward pass and loss are finite, an operation of the backward pass is not: the operation whose backward pass "
-        "it is, and its line, are named",
+        "it is, and its line, are named, or the module, or the code after the model",
         None,
     ),
     Verdict.REDUCTION_OVERFLOW: Entry("gradients are finite on every rank, their sum is not", True),

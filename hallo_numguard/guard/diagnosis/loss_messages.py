@@ -90,7 +90,7 @@ def loss_report(row: StepRecord, bad: BadLoss, in_a_row: int, loss: Offender, wo
         offenders=(),
         evidence=tuple(_evidence(row, bad, in_a_row)),
         not_checked=tuple(_not_checked(bad)),
-        advice=_advice(row, bad),
+        advice=_advice(row, bad, world_size),
         world_size=world_size,
         consecutive_skips=0,
         happened=_happened(row, bad, here),
@@ -165,7 +165,7 @@ def _not_checked(bad: BadLoss) -> Sequence[str]:
     return missing
 
 
-def _advice(row: StepRecord, bad: BadLoss) -> str:
+def _advice(row: StepRecord, bad: BadLoss, world_size: int) -> str:
     if bad.labels and bad.value == "NaN":
         name, number, _ = bad.labels[0]
         default = ", which losses of torch ignore" if number == -100 else ""
@@ -192,6 +192,12 @@ def _advice(row: StepRecord, bad: BadLoss) -> str:
         return (
             "No valid label? A mean over no element is 0 / 0, and its gradients are 0: look at the labels of the batch "
             "(all ignored, as -100), and at masks and weights of the loss that are 0 throughout."
+        )
+    if world_size > 1 and bad.value == "NaN" and not bad.labels:
+        return (
+            "Gradients are those of all ranks together, so that gradients of 0 on this one do not show. No valid label "
+            "in its batch? A mean over no element is 0 / 0: look at its labels (all ignored, as -100), then at the "
+            "terms of the loss one by one, for a logarithm or a division in a term that is detached or constant."
         )
     return (
         "Something that the gradients do not show made the loss so: look at the terms of the loss one by one, for a "

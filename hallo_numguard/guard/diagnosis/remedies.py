@@ -35,7 +35,10 @@ _REMEDIES = {
         "x.clamp_min(eps).sqrt(). "
         f"{_NOT_AFTERWARDS}"
     ),
-    "div": (f"Keep the divisor away from 0 before the division (x / (y + eps), y.clamp_min(eps)). {_NOT_AFTERWARDS}"),
+    "div": (
+        "Keep the divisor away from 0 before the division: x / (y + eps), y.clamp_min(eps), and y.clamp_min(1) of what "
+        f"counts labels or the elements of a mask. {_NOT_AFTERWARDS}"
+    ),
     "pow": (
         "A power of a negative number with a fractional exponent is NaN, and at 0 the derivative of one "
         "below 1 is infinite: use x.clamp_min(eps).pow(p), or x.abs(). "
@@ -49,6 +52,10 @@ _REMEDIES = {
     "norm": (
         "The derivative of a norm at 0 is not finite: add eps inside of the root, (x.square().sum() + "
         "eps).sqrt(), or leave zero vectors out."
+    ),
+    "weightnorm": (
+        "A part of the weight whose norm is 0 has no direction, and 0 / 0 is NaN: look for rows that were pruned or "
+        "initialised to 0, and give them small values, or leave this weight without weight_norm."
     ),
     "std": (
         "The standard deviation of one value is NaN, and of equal values it has an infinite derivative: add "
@@ -68,6 +75,7 @@ _REMEDIES = {
         "Its derivative is infinite at the ends of its range: clamp the argument to (-1 + eps, 1 - eps). "
         f"{_NOT_AFTERWARDS}"
     ),
+    "pole": "It is infinite at 0 and at negative whole numbers: clamp its argument to eps and above.",
     "decomposition": (
         "The derivative of singular vectors and eigenvectors is not finite where two of the values are "
         "equal (or one is 0): add a small random diagonal, take the values only, or detach the vectors."
@@ -93,12 +101,14 @@ _FAMILIES = {
     "div": "div truedivide reciprocal fmod remainder",
     "pow": "pow floatpower",
     "exp": "exp exp2 expm1 sinh cosh softplus logsumexp",
-    "norm": "norm linalgvectornorm linalgmatrixnorm linalgnorm frobeniusnorm renorm weightnorm",
+    "norm": "norm linalgvectornorm linalgmatrixnorm linalgnorm frobeniusnorm renorm",
+    "weightnorm": "weightnorm weightnorminterface",
     "std": "std var stdmean varmean",
     "mean": "mean nanmean",
     "cdist": "cdist cdistforward pdist pdistforward cosinesimilarity pairwisedistance",
     "atan2": "atan2",
     "inverse": "acos asin acosh atanh erfinv",
+    "pole": "lgamma digamma polygamma",
     "decomposition": "linalgsvd svd linalgeigh linalgeig linalgqr",
     "cholesky": "cholesky linalgcholeskyex linalgcholesky linalginvex linalginv linalgsolveex",
     "tocopy": "tocopy copy copyslices",
@@ -106,6 +116,31 @@ _FAMILIES = {
     "sum": "sum cumsum add logcumsumexp square",
     "mul": "mul addcmul addcdiv",
     "normalisation": "nativelayernorm nativegroupnorm nativebatchnorm fusedrmsnorm rmsnorm",
+}
+_TITLES = {
+    "softmax": "softmax log_softmax scaled_dot_product_attention",
+    "ctcloss": "ctc_loss",
+    "nllloss": "nll_loss cross_entropy",
+    "log": "log log1p logit xlogy binary_cross_entropy kl_div",
+    "sqrt": "sqrt rsqrt",
+    "div": "div reciprocal fmod remainder",
+    "pow": "pow",
+    "exp": "exp expm1 sinh cosh softplus logsumexp",
+    "norm": "norm linalg.norm renorm",
+    "weightnorm": "weight_norm",
+    "std": "std var",
+    "mean": "mean nanmean",
+    "cdist": "cdist pdist cosine_similarity pairwise_distance",
+    "atan2": "atan2",
+    "inverse": "acos asin acosh atanh erfinv",
+    "pole": "lgamma digamma polygamma",
+    "decomposition": "linalg.svd linalg.eigh linalg.eig linalg.qr",
+    "cholesky": "linalg.cholesky linalg.inv linalg.solve",
+    "tocopy": "to half",
+    "product": "matmul linear conv2d einsum dot prod",
+    "sum": "sum cumsum add square",
+    "mul": "mul addcmul addcdiv",
+    "normalisation": "layer_norm group_norm batch_norm rms_norm",
 }
 _FAMILY_OF = {name: family for family, names in _FAMILIES.items() for name in names.lower().split()}
 
@@ -124,6 +159,11 @@ def remedy(source: Source) -> str:
     if found is None:
         return f"Look at what it is given there{': ' + source.large if source.large else ''}."
     return _REMEDIES[found]
+
+
+def table() -> list[tuple[str, str]]:
+    """Returns what mends each family of operations: names of operations, separated by spaces, and the remedy."""
+    return [(_TITLES[family], text) for family, text in _REMEDIES.items()]
 
 
 def base_name(operation: str) -> str:
@@ -155,6 +195,7 @@ _SPOKEN = {
     "linalgsvd": "linalg.svd",
     "linalgeigh": "linalg.eigh",
     "linalgcholeskyex": "linalg.cholesky",
+    "weightnorminterface": "weight_norm",
     "mm": "a matrix product",
     "addmm": "a matrix product",
     "bmm": "a matrix product",

@@ -41,7 +41,9 @@ def by_source(seen: Evidence, source: Source, known_from: str) -> OverflowReport
     report = messages.report(
         seen, verdict, _first(seen, source), _evidence(seen, source), (), _advice(seen, source, verdict)
     )
-    return replace(report, summary=_summary(seen, source), known_from=known_from)
+    # What is no part of the batch may be there in every step.
+    recoverable = None if source.kind == "outside" else report.recoverable
+    return replace(report, recoverable=recoverable, summary=_summary(seen, source), known_from=known_from)
 
 
 def what(source: Source) -> str:
@@ -65,7 +67,8 @@ def summary_of(source: Source, is_whole_step: bool = False) -> str:
         called = "the step" if is_whole_step else "the model"
         return f"{source.name}, which {called} was called with, holds {source.tensor.counts}{sample}"
     if source.kind == "outside":
-        return f"a tensor that was there before the step holds {source.tensor.counts}{sample}, used in {_place(source)}"
+        before = "the step began" if is_whole_step else "the model was called"
+        return f"a tensor made before {before} holds {source.tensor.counts}{sample}, used in {_place(source)}"
     because = f": {source.explanation}" if source.explanation else (f": {source.large}" if source.large else "")
     return f"{_place(source)} made {what(source)} in {spoken_name(source)}{sample}{because}"
 
@@ -121,6 +124,12 @@ def _advice(seen: Evidence, source: Source, verdict: Verdict) -> str:
             f"Repair {source.name}, or find out why this batch reads what no batch before has. {file}"
             f"{'m' if file else 'M'}ake it anew if it was not loaded; else check the file that it was loaded from."
         )
+    if source.kind == "outside":
+        return (
+            "Look at how it was made. If it is of this batch, as a target or a mask, find the sample in the data; if "
+            "the script keeps it, as weights of classes or statistics of the data, every step has it. In computing "
+            "it, look for the logarithm of 0, a division by a count or a deviation of 0, and what was left empty."
+        )
     if verdict is Verdict.INPUT_NONFINITE:
         rank = messages.on_rank(seen, source.rank)
         return (
@@ -159,7 +168,7 @@ def _offender(source: Source) -> Offender:
         kind = "gradient" if source.phase == "backward" else ("loss" if source.module is None else "activation")
         name = "loss" if source.module is None else (source.module or "output")
     elif kind in ("outside", "gradient"):
-        kind, name = "input", source.name or "a tensor made before the step"
+        kind, name = "input", source.name or "a tensor from outside of the model"
     return Offender(
         kind=kind,
         name=name,
