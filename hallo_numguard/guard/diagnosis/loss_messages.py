@@ -9,7 +9,7 @@ from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Offender, StepRecord, Verdict
 from hallo_numguard.core.safe_text import listed
 from hallo_numguard.core.sources import Source
-from hallo_numguard.guard.diagnosis.evidence import WATCHED, Evidence, Replayed
+from hallo_numguard.guard.diagnosis.evidence import WATCHED, Replayed
 from hallo_numguard.guard.diagnosis.remedies import remedy
 from hallo_numguard.guard.diagnosis.source_messages import summary_of, what_it_made, with_operation
 
@@ -218,19 +218,6 @@ def short_line(row: StepRecord, bad: BadLoss, in_a_row: int) -> str:
         cause = ": no valid label?"
     again = f" ({in_a_row} steps in a row)" if in_a_row > 1 else ""
     return f"step {row.step}: loss {bad.value}, gradients {gradients}{cause}{again}"
-
-
-def scaled_together(seen: Evidence) -> list[str]:
-    """Returns a sentence where nothing but NaN is left in several gradients, though the loss is finite."""
-    names = [item.name for item in seen.gradients]
-    is_total = len(names) > 1 and all(item.nan == item.numel for item in seen.gradients)
-    if not is_total or seen.loss is not None or not seen.loss_known:
-        return []
-    line = (
-        f"every element of these {len(names)} gradients is NaN, as after a multiplication by a norm that is NaN "
-        "(clipping before the guard has read them): then none of them shows where it began"
-    )
-    return [line]
 
 
 def uncleared_line(step: int, since: int, count: int) -> str:

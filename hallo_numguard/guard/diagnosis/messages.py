@@ -12,7 +12,6 @@ from hallo_numguard.core.safe_text import listed
 from hallo_numguard.guard.diagnosis import update_messages
 from hallo_numguard.guard.diagnosis.catalog import CATALOG
 from hallo_numguard.guard.diagnosis.evidence import Evidence
-from hallo_numguard.guard.diagnosis.loss_messages import scaled_together
 from hallo_numguard.guard.diagnosis.weight_history import WeightHistory
 from hallo_numguard.guard.feeding_modules import BadFeed
 from hallo_numguard.guard.loss_scaling import LossScaling
@@ -87,7 +86,7 @@ def _replay_lines(seen: Evidence) -> list[str]:
 
 
 def _common(seen: Evidence) -> list[str]:
-    lines = [_gradient_line(seen), *scaled_together(seen)]
+    lines = [_gradient_line(seen), *_scaled_together(seen)]
     if seen.alone_because:
         lines.append(f"this rank has judged by itself: {seen.alone_because}")
     if seen.bystanders:
@@ -623,6 +622,19 @@ def loss_text(seen: Evidence) -> str:
     rank = seen.loss.rank
     where = "" if rank is None or seen.world_size == 1 else f" on rank {rank}"
     return seen.loss.counts.partition(" ")[2] + where
+
+
+def _scaled_together(seen: Evidence) -> list[str]:
+    """A sentence where nothing but NaN is left in several gradients, though the loss is finite."""
+    names = [item.name for item in seen.gradients]
+    is_total = len(names) > 1 and all(item.nan == item.numel for item in seen.gradients)
+    if not is_total or seen.loss is not None or not seen.loss_known:
+        return []
+    line = (
+        f"every element of these {len(names)} gradients is NaN, as after a multiplication by a norm that is NaN "
+        "(clipping before the guard has read them): then none of them shows where it began"
+    )
+    return [line]
 
 
 def _holds(offender: Offender) -> str:
