@@ -6,13 +6,13 @@ import re
 
 import pytest
 import torch
-from causes.table import CAUSES
 from torch import nn
 
 import hallo_numguard as ng
 from hallo_numguard.core.sources import Source
 from hallo_numguard.guard.diagnosis import remedies
 
+from causes.table import CAUSES
 from paths import ROOT
 
 PAGE = (ROOT / "docs" / "nan.md").read_text(encoding="utf-8")
