@@ -19,8 +19,9 @@ PAGE = (ROOT / "docs" / "nan.md").read_text(encoding="utf-8")
 MENDS = PAGE.split("<!-- table: mends -->")[1]
 
 
-def source_in(operation: str, phase: str = "forward", node: str = "") -> Source:
-    return Source("operation", "", f"aten.{operation}.default", phase, node, None, None, "", 0, tensor=None)
+def source_in(operation: str, explanation: str = "") -> Source:
+    name = f"aten.{operation}.default"
+    return Source("operation", "", name, "forward", "", None, None, "", 0, tensor=None, explanation=explanation)
 
 
 @pytest.mark.parametrize("cause", [cause for cause in CAUSES if "Function" not in cause.name], ids=str)
@@ -33,7 +34,8 @@ def test_the_rows_name_operations_that_have_that_mend():
     spelled = {"linalg.inv": "linalg_inv_ex", "linalg.solve": "linalg_solve_ex", "to": "_to_copy", "half": "_to_copy"}
     for names, text in remedies.table():
         assert f"| {text} |" in MENDS
-        found = {remedies.remedy(source_in(spelled.get(name, name.replace(".", "_")))) for name in names.split()}
+        operations = [spelled.get(name, name.replace(".", "_")) for name in names.split()]
+        found = {remedies.remedy(source_in(name, "0 times Inf")) for name in operations}
         assert text in found, names
 
 
@@ -66,7 +68,7 @@ def test_what_the_page_quotes_is_what_reports_say():
 def test_its_code_runs_as_it_stands(capsys):
     torch.manual_seed(0)
     model = nn.Linear(4, 2)
-    names = {"model": model, "vae": nn.Linear(4, 4), "ng_loss": nn.functional.mse_loss}
+    names = {"model": model, "vae": nn.Linear(4, 4), "loss_fn": nn.functional.mse_loss}
     names |= {"batch": torch.randn(3, 4), "target": torch.full((3, 2), float("nan"))}
     blocks = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     assert len(blocks) == 4
@@ -74,6 +76,8 @@ def test_its_code_runs_as_it_stands(capsys):
         names["optimizer"] = names.get("optimizer") or torch.optim.SGD(model.parameters(), lr=0.1)
         if "also=" in block:
             names["optimizer"] = names["optimizer"].detach()
+        if "ng.trace" in block:
+            names["batch"][1, 2] = float("nan")
         exec(block, names)
         if "loss" in names:
             names.pop("loss").backward()

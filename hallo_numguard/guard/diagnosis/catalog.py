@@ -61,5 +61,9 @@ CATALOG = {
         "from outside of the model contributed. Unrecoverable if it comes back on that rank within 100 steps",
         None,
     ),
-    Verdict.UNDETERMINED: Entry("anything else: the report says what was checked and what was not", None),
+    Verdict.UNDETERMINED: Entry(
+        "anything else: the report says what was checked and what was not. Also a loss that the code after the model "
+        "made so, until its operation is known",
+        None,
+    ),
 }
