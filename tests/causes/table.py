@@ -233,6 +233,8 @@ class Special:
         spoil: Changes the batch of a bad step.
         loss: Makes the loss of the model's output, batch and model. Default: the mean of the squares of what is left.
         damage: Changes the model or the optimizer before the first bad step.
+        optimizer: Makes the optimizer of parameters. Default: SGD.
+        micro_batches: Number of micro-batches of a step, of which the last is bad.
     """
 
     name: str
@@ -240,6 +242,8 @@ class Special:
     spoil: Callable[[Batch], None] = lambda batch: None
     loss: Loss | None = None
     damage: Damage = lambda model, optimizer: None
+    optimizer: Callable[[Any], torch.optim.Optimizer] = lambda parameters: torch.optim.SGD(parameters, 0.01)
+    micro_batches: int = 1
 
     def __str__(self) -> str:
         return self.name
@@ -278,6 +282,18 @@ def _large(model: Any, optimizer: Any) -> None:
 
 def _learning_rate(model: nn.Module, optimizer: Any) -> None:
     optimizer.param_groups[0]["lr"] = float("nan")
+
+
+def _eps(model: nn.Module, optimizer: Any) -> None:
+    optimizer.param_groups[0]["eps"] = 1e-8
+
+
+def _but_one_class(prediction: torch.Tensor, batch: Batch, model: nn.Module) -> torch.Tensor:
+    return prediction[:, 1:].float().square().mean()
+
+
+def _divided(prediction: torch.Tensor, batch: Batch, model: nn.Module) -> torch.Tensor:
+    return (prediction / batch["dial"]).float().square().mean()
 
 
 def _ignored(prediction: torch.Tensor, batch: Batch, model: nn.Module) -> torch.Tensor:
@@ -351,6 +367,20 @@ SPECIALS = [
         "a learning rate of NaN",
         _expected("update_nonfinite", ways=("plain", "DDP"), stays=True),
         damage=_learning_rate,
+    ),
+    Special(
+        "an eps that float16 rounds to 0",
+        _expected("update_nonfinite", ways=("plain", "DDP"), dtypes=("fp16",), executions=EXECUTIONS[:1], stays=True),
+        loss=_but_one_class,
+        damage=_eps,
+        optimizer=lambda parameters: torch.optim.Adam(parameters, 1e-3, eps=1e-4),
+    ),
+    Special(
+        "one micro-batch of several",
+        _expected("loss_nonfinite", "div", ways=("plain", "wrap_step")),
+        spoil=_dial,
+        loss=_divided,
+        micro_batches=2,
     ),
 ]
 
