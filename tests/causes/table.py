@@ -169,7 +169,7 @@ CAUSES = [
     Cause("log_softmax of a masked row", lambda y, d: y + _masked(y, d).log_softmax(-1), REACHES, ("_log_softmax",)),
     Cause("attention to nothing", _attention, REACHES, ("_softmax",)),
     Cause("a product", _times, REACHES, ("mul", "add")),
-    Cause("a matrix product", _matrix_product, REACHES, ("mm", "addmm", "bmm")),
+    Cause("a matrix product", _matrix_product, REACHES, ("mm", "addmm", "bmm"), WIDE),
     Cause("a cast to float16", _forward(lambda z: ((1 - z) * 1e5).half().to(z.dtype)), REACHES, ("_to_copy",), WIDE),
     Cause("the mean of nothing", _mean_of_none, REACHES, ("mean",), compiles=False),
     Cause("the deviation of one value", _deviation_of_one, REACHES, ("std",), compiles=False),
