@@ -203,11 +203,16 @@ class OperationWatch(TorchDispatchMode):
         if not bad:
             self._hide(operation)
         found = self._origin(operation, *bad[0]) if bad else None
-        if found is not None and found not in self._in_backward and torch._C._current_autograd_node() is not None:
+        if found is not None and found not in self._in_backward and self._is_of_backward(found):
             self._in_backward.append(found)
         positions = {position for position, _ in bad}
         for position, tensor in enumerate(written):
             self._remember(tensor, found if position in positions else None)
+
+    @staticmethod
+    def _is_of_backward(found: _Found) -> bool:
+        """Whether the present operation is one of the backward pass, and not a mask that checkpointing makes again."""
+        return torch._C._current_autograd_node() is not None and not (found.is_legal and is_recomputed())
 
     def _hide(self, operation: _Operation) -> None:
         """Notes that the operation made something finite of what was not."""

@@ -109,11 +109,13 @@ class Seen:
         reports: What each report says, by step: verdict, provisional, kind, name, module, operation, line,
             sample, rank, text.
         contained: Failures of the guard itself.
+        is_finite: Whether the weights are finite in the end.
     """
 
     error: str
     reports: Mapping[str, Mapping[str, Any]]
     contained: Sequence[str] = field(default=())
+    is_finite: bool = True
 
 
 def all_cases(table: Mapping[str, Expected]) -> list[Case]:
@@ -190,9 +192,14 @@ def _problems(case: Case, expected: Expected, seen: Seen) -> Iterator[str]:
         yield f"ended early: {seen.error}"
         return
     yield from (f"contained: {failure}" for failure in seen.contained)
+    if case.execution == INDUCTOR and not seen.reports and seen.is_finite:
+        return  # it computes 0 times y as 0, so that not every cause happens
     steps = tuple(int(step) for step in seen.reports)
-    right = tuple(range(BAD_STEPS[0], STEPS + 1)) if expected.stays else BAD_STEPS
-    if steps != right:
+    right = [BAD_STEPS]
+    if expected.stays:  # an update is looked at one step later where that saves a wait
+        right = [tuple(range(first, STEPS + 1)) for first in (BAD_STEPS[0], BAD_STEPS[0] + 1)]
+        right = right[: 1 + (expected.verdicts[case.place] == "update_nonfinite")]
+    if steps not in right:
         yield f"reports of steps {steps}"
     for step in BAD_STEPS:
         report = seen.reports.get(str(step))

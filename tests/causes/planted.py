@@ -90,9 +90,14 @@ class Run:
         if self.backend is not None:
             self.model.compile(backend=self.backend)
 
+    def micro_batches(self, step: int) -> list[Batch]:
+        """Returns the batches of a step, from 1."""
+        count = self.cause.micro_batches if isinstance(self.cause, Special) else 1
+        return [self.batch(-step - 10 * number) for number in range(count - 1)] + [self.batch(step)]
+
     def batch(self, step: int) -> Batch:
         """Returns the batch of a step, from 1."""
-        generator = torch.Generator().manual_seed(step + 1000 * self.rank)
+        generator = torch.Generator().manual_seed(100 + step + 1000 * self.rank)
         batch = {
             "x": torch.randn(BATCH, FEATURES, generator=generator).to(self.dtype),
             "dial": torch.ones(BATCH, 1, dtype=self.dtype),
@@ -135,4 +140,6 @@ class Run:
 
     def optimizer(self) -> torch.optim.Optimizer:
         """Returns an optimizer of the model."""
+        if isinstance(self.cause, Special):
+            return self.cause.optimizer(self.model.parameters())
         return torch.optim.SGD(self.model.parameters(), 0.01)

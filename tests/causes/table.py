@@ -169,7 +169,7 @@ CAUSES = [
     Cause("log_softmax of a masked row", lambda y, d: y + _masked(y, d).log_softmax(-1), REACHES, ("_log_softmax",)),
     Cause("attention to nothing", _attention, REACHES, ("_softmax",)),
     Cause("a product", _times, REACHES, ("mul", "add")),
-    Cause("a matrix product", _matrix_product, REACHES, ("mm", "addmm", "bmm")),
+    Cause("a matrix product", _matrix_product, REACHES, ("mm", "addmm", "bmm"), WIDE),
     Cause("a cast to float16", _forward(lambda z: ((1 - z) * 1e5).half().to(z.dtype)), REACHES, ("_to_copy",), WIDE),
     Cause("the mean of nothing", _mean_of_none, REACHES, ("mean",), compiles=False),
     Cause("the deviation of one value", _deviation_of_one, REACHES, ("std",), compiles=False),
@@ -233,6 +233,8 @@ class Special:
         spoil: Changes the batch of a bad step.
         loss: Makes the loss of the model's output, batch and model. Default: the mean of the squares of what is left.
         damage: Changes the model or the optimizer before the first bad step.
+        optimizer: Makes the optimizer of parameters. Default: SGD.
+        micro_batches: Number of micro-batches of a step, of which the last is bad.
     """
 
     name: str
@@ -240,6 +242,8 @@ class Special:
     spoil: Callable[[Batch], None] = lambda batch: None
     loss: Loss | None = None
     damage: Damage = lambda model, optimizer: None
+    optimizer: Callable[[Any], torch.optim.Optimizer] = lambda parameters: torch.optim.SGD(parameters, 0.01)
+    micro_batches: int = 1
 
     def __str__(self) -> str:
         return self.name
@@ -278,6 +282,18 @@ def _large(model: Any, optimizer: Any) -> None:
 
 def _learning_rate(model: nn.Module, optimizer: Any) -> None:
     optimizer.param_groups[0]["lr"] = float("nan")
+
+
+def _eps(model: nn.Module, optimizer: Any) -> None:
+    optimizer.param_groups[0]["eps"] = 1e-8
+
+
+def _but_one_class(prediction: torch.Tensor, batch: Batch, model: nn.Module) -> torch.Tensor:
+    return prediction[:, 1:].float().square().mean()
+
+
+def _divided(prediction: torch.Tensor, batch: Batch, model: nn.Module) -> torch.Tensor:
+    return (prediction / batch["dial"]).float().square().mean()
 
 
 def _ignored(prediction: torch.Tensor, batch: Batch, model: nn.Module) -> torch.Tensor:
@@ -345,12 +361,29 @@ SPECIALS = [
     Special("a CTC target that is too long", _expected("loss_nonfinite", "_ctc_loss"), spoil=_dial, loss=_ctc),
     Special("a penalty at 0", _expected("backward_nonfinite", "div", "mul"), spoil=_dial, loss=_penalty),
     Special(
-        "a gradient penalty at 0", _expected("backward_nonfinite", "div", "mul"), spoil=_dial, loss=_gradient_penalty
+        "a gradient penalty at 0",
+        _expected("backward_nonfinite", "div", "mul", ways=(*WHOLE, "FSDP2")),  # DeepSpeed takes it for a backward pass
+        spoil=_dial,
+        loss=_gradient_penalty,
     ),
     Special(
         "a learning rate of NaN",
         _expected("update_nonfinite", ways=("plain", "DDP"), stays=True),
         damage=_learning_rate,
+    ),
+    Special(
+        "an eps that float16 rounds to 0",
+        _expected("update_nonfinite", ways=("plain", "DDP"), dtypes=("fp16",), executions=EXECUTIONS[:1], stays=True),
+        loss=_but_one_class,
+        damage=_eps,
+        optimizer=lambda parameters: torch.optim.Adam(parameters, 1e-3, eps=1e-4),
+    ),
+    Special(
+        "one micro-batch of several",
+        _expected("loss_nonfinite", "div", ways=("plain", "wrap_step")),
+        spoil=_dial,
+        loss=_divided,
+        micro_batches=2,
     ),
 ]
 

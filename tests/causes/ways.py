@@ -33,7 +33,8 @@ def plain(run: Run, wrap: Callable[[nn.Module], nn.Module] = lambda model: model
     for step in range(1, STEPS + 1):
         run.before(step, optimizer)
         optimizer.zero_grad()
-        step_function(run.batch(step)).backward()
+        for batch in run.micro_batches(step):
+            step_function(batch).backward()
         optimizer.step()
     run.end()
 

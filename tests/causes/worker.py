@@ -51,8 +51,10 @@ def run(case: Case) -> Seen:
         error = f"{type(caught).__name__}: {caught}"[:300] + "".join(traceback.format_tb(caught.__traceback__))[-1500:]
         planted.end()
     reports = {str(report.step): _in_short(report) for report in planted.reports}
+    held = [getattr(parameter, "_local_tensor", parameter) for parameter in planted.model.parameters()]
+    is_finite = all(bool(tensor.isfinite().all()) for tensor in held)
     gc.collect()  # engines refer to themselves
-    return Seen(error, reports, [f"{probe}: {failure!r}" for probe, failure in containment.contained])
+    return Seen(error, reports, [f"{probe}: {failure!r}" for probe, failure in containment.contained], is_finite)
 
 
 def _in_short(report: Any) -> dict[str, Any]:

@@ -47,7 +47,6 @@ from hallo_numguard.integrations.torch_optim.parameter_gradients import (
 )
 from hallo_numguard.integrations.torch_optim.unmade_steps import UnmadeSteps
 from hallo_numguard.ops.device import AsyncHostCopy
-from hallo_numguard.tracing.rerun import is_rerunning
 
 
 class GradientCheck(NamedTuple):
@@ -227,8 +226,6 @@ class OptimizerGuard:
     # -- observation of the model -------------------------------------------------------------------------------------
 
     def _on_forward_start(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        if is_rerunning():
-            return
         if torch.is_grad_enabled():
             self._no_step_was_made()
         self.session.probes.run("search for the process group", self._look_at_reducer)
@@ -246,8 +243,7 @@ class OptimizerGuard:
 
     def _on_forward_end(self, output: Any) -> None:
         self.session.on_forward_end(output)
-        if not is_rerunning():
-            self.session.probes.run("record of the loss", self._find_loss, output)
+        self.session.probes.run("record of the loss", self._find_loss, output)
 
     def _find_loss(self, output: Any) -> None:
         loss = loss_in(output)
