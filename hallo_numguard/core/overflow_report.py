@@ -17,6 +17,7 @@ from hallo_numguard.core.safe_text import harmless
 SCHEMA_VERSION = 1
 _WIDTH = 110  # characters
 _MAX_OFFENDERS = 3  # gradients beside the first offender
+_IN_THE_FIRST_LINE = ("happened", "answer")  # rows
 _MEANING = {
     True: "training will go on by itself",
     False: "no loss scale can mend this",
@@ -131,6 +132,7 @@ class OverflowReport:
             others[_MAX_OFFENDERS:] = [f"... and {len(others) - _MAX_OFFENDERS} more"]
         table = [
             ("happened", [self.happened] if self.happened else []),
+            ("answer", [self.summary] if self.summary else []),
             ("what to do", [self.advice]),
             ("verdict", [f"{self.verdict} ({meaning}{provisional}{known})"]),
             ("first", [] if self.first is None else [str(self.first)]),
@@ -148,7 +150,9 @@ class OverflowReport:
         what = f": {self.summary}" if self.summary else ", its gradients are not finite"
         in_step = f"Step {self.step} was {self.outcome}{what} ({scale})."
         lines = [textwrap.fill(harmless(self.happened or in_step), _WIDTH)]
-        for label, sentences in self.rows()[bool(self.happened) :]:
+        for label, sentences in self.rows():
+            if label in _IN_THE_FIRST_LINE:
+                continue
             for position, sentence in enumerate(sentences):
                 lead = f"  {label if position == 0 else '':<12}"
                 lines.append(textwrap.fill(sentence, _WIDTH, initial_indent=lead, subsequent_indent=" " * 14))
