@@ -64,10 +64,10 @@ def judge(seen: Evidence) -> OverflowReport:
         return _judge_by_replay(seen, seen.answer, seen.answer.origin)
     if seen.answer is not None and not _may_have_added_up(seen, seen.answer):
         return messages.not_reproduced(seen)
+    if _is_of_loss_code(seen):
+        return messages.loss_backward(seen, seen.gradients[0])
     if seen.loss_known and seen.scaling.can_fall:
         return messages.scale_too_high(seen)
-    if seen.replay is not None and seen.replay.came_from_the_loss and seen.loss_shown and not seen.scaling.can_fall:
-        return messages.loss_backward(seen, seen.gradients[0])
     if _born_in_backward(seen):
         return messages.backward_nonfinite(seen, seen.gradients[0])
     return messages.gradients_nonfinite(seen)
@@ -154,6 +154,14 @@ def _is_one_ranks_fault(seen: Evidence) -> bool:
     if seen.replay is None or not seen.replay.is_one_ranks_fault or seen.world_size == 1:
         return False
     return seen.loss is not None or seen.bad_ranks == 1
+
+
+def _is_of_loss_code(seen: Evidence) -> bool:
+    """Whether the gradient was bad where it arrived at the model's output, and the loss scale cannot be the reason."""
+    replay = seen.replay
+    if replay is None or not replay.came_from_the_loss or not seen.loss_shown:
+        return False
+    return replay.no_scale_mends_it or not seen.scaling.can_fall
 
 
 def _born_in_backward(seen: Evidence) -> bool:

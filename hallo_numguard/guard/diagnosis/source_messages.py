@@ -119,11 +119,10 @@ def what_it_made(source: Source) -> str:
 
 def _advice(seen: Evidence, source: Source, verdict: Verdict) -> str:
     if source.kind in ("parameter", "buffer"):
-        file = "A buffer that the model computes when it is made is in no file: " if source.kind == "buffer" else ""
-        return (
-            f"Repair {source.name}, or find out why this batch reads what no batch before has. {file}"
-            f"{'m' if file else 'M'}ake it anew if it was not loaded; else check the file that it was loaded from."
-        )
+        repair = f"Repair {source.name}, or find out why this batch reads what no batch before has."
+        if source.kind == "buffer":
+            return f"{repair} A buffer that the model computes when it is made is in no file: make it anew."
+        return f"{repair} If it was loaded, check the file; else initialise it."
     if source.kind == "outside":
         return (
             "Look at how it was made. If it is of this batch, as a target or a mask, find the sample in the data; if "
