@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import _pop_mode
 
 from hallo_numguard.guard import containment
 
@@ -116,3 +117,12 @@ def cpu_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for state in states:
         state._reset_state()
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def no_mode_stays() -> Iterator[None]:
+    """Ends what a guard that a test has left in the middle of a watched step has begun."""
+    yield
+    while torch._C._len_torch_dispatch_stack():
+        _pop_mode()
+    torch.autograd.set_detect_anomaly(False)

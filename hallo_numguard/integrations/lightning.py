@@ -127,6 +127,7 @@ class NumGuardCallback(Guard, Callback):
                     "Lightning",
                     self._also,
                 )
+                guard.session.losses_are_shares = True  # Lightning divides by the number of micro-batches
                 self._guards[optimizer] = guard
                 # Other callbacks may change weights before this one is told that the batch is over.
                 self._handles.append(optimizer.register_step_post_hook(functools.partial(_look_at_update, guard)))

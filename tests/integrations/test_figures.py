@@ -54,9 +54,9 @@ def check(guard):
     assert float(guard.grad_norm) == pytest.approx(norms[-1], rel=1e-5)
 
 
-def train_by_hand(optimizer, model, backward):
+def train_by_hand(optimizer, model, backward, show=lambda loss: loss):
     for at, batch in enumerate(BATCHES):
-        backward(model(batch)["loss"] / 2)
+        backward(show(model(batch)["loss"]) / 2)
         if at % 2:
             optimizer.step()
             optimizer.zero_grad()
@@ -67,7 +67,7 @@ def test_the_loss_of_micro_batches_in_plain_pytorch_and_the_norm_before_clipping
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     optimizer = ng.GuardedOptimizer(optimizer, model)
     assert math.isnan(optimizer.grad_norm)
-    train_by_hand(optimizer, model, torch.Tensor.backward)
+    train_by_hand(optimizer, model, torch.Tensor.backward, optimizer.watch_loss)
     check(optimizer)
     clipping = ng.GuardedOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, clip_norm=1e-3)
     model(BATCHES[0])["loss"].backward()

@@ -262,7 +262,7 @@ def test_the_recorder_never_waits_for_a_step_to_be_recorded(gpus: FakeGpus) -> N
 
     def record(step: int) -> None:
         table = ng.tensor_stats(flat * (step + 1), layout)
-        recorder.begin(step, 8.0, ScannedPieces(table, pieces), losses=[on_gpu(torch.tensor(float(step)))])
+        recorder.begin(step, 8.0, ScannedPieces(table, pieces), loss=on_gpu(torch.tensor(float(step))))
         recorder.end(applied=True)
 
     for step in range(5):

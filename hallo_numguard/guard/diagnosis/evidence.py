@@ -36,7 +36,6 @@ class Replayed:
         is_whole_step: Whether it was not the model alone that was run again, but the function that makes the loss.
         only_compiled: Whether the model gave the same again, compiled, and something else eagerly.
         came_from_the_loss: Whether the gradient that arrived at the model's output was not finite.
-        no_scale_mends_it: Whether that gradient held NaN alone: what is too large for its dtype is Inf first.
         number: Number of earlier calls of the origin's module in the same pass.
     """
 
@@ -55,7 +54,6 @@ class Replayed:
     is_whole_step: bool = False
     only_compiled: bool = False
     came_from_the_loss: bool = False
-    no_scale_mends_it: bool = False
     number: int = 0
 
     @property

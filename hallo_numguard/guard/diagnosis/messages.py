@@ -425,8 +425,8 @@ def _loss_code(seen: Evidence, loss: Offender) -> OverflowReport:
         loss,
         [*_before_the_loss(seen), *_after_the_model(seen)],
         ("labels that the model was not called with", "the operations after the model"),
-        f"Look at the code that computes the loss from what the model returned{_names(seen)}, at the labels"
-        f"{on_rank(seen, loss.rank)}, and at the dtype. Lowering the loss scale does not help. {_WRAP_STEP}",
+        f"It was made after the model, or came in there: look at the code that computes the loss{_names(seen)}, at the "
+        f"labels{on_rank(seen, loss.rank)}, and at the dtype. Lowering the loss scale does not help. {_WRAP_STEP}",
     )
     return replace(found, summary="the loss is not finite and what the model returned is: it came in after the model")
 

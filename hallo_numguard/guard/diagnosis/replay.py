@@ -159,14 +159,9 @@ class Replayer:
         seeds = [seed for call in list(self._batch.calls)[:count] for seed in call.seeds.values()]
         if self._ranks.lowest(len(seeds), self._device) == 0:
             return Replayed(NO_SEEDS)
-        table = multi_tensor_stats(seeds)
-        has_nan, has_inf = bool(table.nan.sum()), bool((table.pos_inf + table.neg_inf).sum())
-        nan, inf = self._ranks.any(torch.tensor([has_nan, has_inf], dtype=torch.int64, device=self._device)).tolist()
-        if nan or inf:
+        if self._ranks.highest(int(multi_tensor_stats(seeds).found_inf()), self._device):
             return Replayed(
-                "the gradient that reached the model's output was not finite already",
-                came_from_the_loss=True,
-                no_scale_mends_it=bool(nan and not inf),
+                "the gradient that reached the model's output was not finite already", came_from_the_loss=True
             )
         attempts = []
         are_as_recorded, gradient_sum = True, 0.0

@@ -158,10 +158,8 @@ def _is_one_ranks_fault(seen: Evidence) -> bool:
 
 def _is_of_loss_code(seen: Evidence) -> bool:
     """Whether the gradient was bad where it arrived at the model's output, and the loss scale cannot be the reason."""
-    replay = seen.replay
-    if replay is None or not replay.came_from_the_loss or not seen.loss_shown:
-        return False
-    return replay.no_scale_mends_it or not seen.scaling.can_fall
+    came_from_there = seen.replay is not None and seen.replay.came_from_the_loss
+    return came_from_there and seen.loss_shown and not seen.scaling.can_fall
 
 
 def _born_in_backward(seen: Evidence) -> bool:

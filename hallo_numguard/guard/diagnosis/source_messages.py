@@ -152,7 +152,7 @@ def _known_offender(seen: Evidence, source: Source) -> Offender | None:
     origin = None if seen.replay is None else seen.replay.origin
     is_forward = source.phase == "forward"
     if source.kind != "operation":
-        return None
+        return origin if origin is not None and (origin.kind, origin.name) == (source.kind, source.name) else None
     if origin is not None and origin.module == (source.module or "") and (origin.kind == "gradient") != is_forward:
         return origin
     if source.module is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,9 +12,9 @@ from torch import nn
 
 from hallo_numguard.core.sources import Source
 from hallo_numguard.guard.containment import contain_failures
-from hallo_numguard.guard.step.pending import StepOwner
+from hallo_numguard.guard.step.pending import MAX_CALLS, StepOwner
 from hallo_numguard.tracing.rerun import is_rerunning
-from hallo_numguard.tracing.watch import OperationWatch, unwatched
+from hallo_numguard.tracing.watch import NamedNow, OperationWatch, unwatched
 
 ARMED_STEPS = 3  # after an unexplained one
 MAX_FRUITLESS = 3  # unexplained steps that were watched, after which no step is
@@ -37,6 +38,7 @@ class ArmedSteps:
         self._steps = steps
         self._left = 0
         self._fruitless = 0
+        self._calls = 0  # of the model, since the watch has begun
         self._on = contextlib.ExitStack()
         self._pause = contextlib.ExitStack()
         self._watch: OperationWatch | None = None  # while it is on
@@ -60,6 +62,11 @@ class ArmedSteps:
         elif not self._steps.pending.calls:  # an evaluation, perhaps a long one
             self._end()
         if self._watch is None:
+            return
+        self._calls += 1
+        if self._calls > MAX_CALLS:  # no step follows
+            self._left = 0
+            self._end()
             return
         self._watch.calls.enter("", self._module)
         self._pause.close()
@@ -103,14 +110,18 @@ class ArmedSteps:
         modules = [(name, module) for name, module in self._module.named_modules() if name]
         if self._is_compiled() or any(getattr(module, "_compiled_call_impl", None) for _, module in modules):
             modules = []
-        self._watch = self._on.enter_context(OperationWatch.on(modules, self._named))
+        self._watch = self._on.enter_context(OperationWatch.on(modules, _named_weakly(self)))
         self._watch.skips_ours = True
 
     def _end(self) -> OperationWatch | None:
-        watch, self._watch = self._watch, None
+        watch, self._watch, self._calls = self._watch, None, 0
         self._pause.close()
         self._on.close()
         return watch
+
+    def __del__(self) -> None:
+        """Leaves no mode behind when the guard is gone with its model."""
+        self._end()
 
     def _named(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """Kind, name and tensor of what an operation may be given, as it is now."""
@@ -146,3 +157,14 @@ class ArmedSteps:
         self._left = 0
         self._end()
         self._put_back_compiled_call()
+
+
+def _named_weakly(steps: ArmedSteps) -> NamedNow:
+    """The names that armed steps know, from a watch that does not keep them alive."""
+    method = weakref.WeakMethod(steps._named)
+
+    def named() -> Iterator[tuple[str, str, torch.Tensor]]:
+        found = method()
+        return iter(()) if found is None else found()
+
+    return named

@@ -68,7 +68,7 @@ class Recorder:
         step: int,
         loss_scale: float,
         gradients: ScannedPieces,
-        loss: torch.Tensor | None,
+        loss: torch.Tensor | None = None,
         is_of_backward: bool = False,
         whole: torch.Tensor | None = None,
     ) -> torch.Tensor:
