@@ -698,7 +698,7 @@ class Session:
         pending, rank = self._steps.pending, self._ranks.rank
         if pending.number == row.step and pending.losses:
             bad, loss = look_at(pending, self._batch, rank)
-            bad = replace(bad, replay=self._loss_replay, watched=self._armed.source(pending.losses))
+            bad = replace(bad, replay=self._loss_replay, watched=self._armed.source(pending.losses, is_alone=False))
             if bad.source is None:
                 self._armed.arm()
         else:

@@ -273,7 +273,7 @@ class EvidenceCollector:
             state,
             before,
             batch,
-            source_as_text(self._armed.source(step.pending.losses), self._ranks.rank),
+            source_as_text(self._armed.source(step.pending.losses, self._ranks.size == 1), self._ranks.rank),
             self._names_after_the_model(),
             self._settling_power(),
             self._history(weights),

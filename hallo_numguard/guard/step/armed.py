@@ -135,12 +135,19 @@ class ArmedSteps:
         if self._watch is not None:
             self._steps.pending.watch = self._end()
 
-    def source(self, losses: Sequence[torch.Tensor]) -> Source | None:
-        """Returns what the step's losses or gradients have from this rank; None if they are finite, or not watched."""
+    def source(self, losses: Sequence[torch.Tensor], is_alone: bool) -> Source | None:
+        """Returns what the step's losses or gradients have from this rank; None if they are finite, or not watched.
+
+        Args:
+            losses: The losses.
+            is_alone: Whether no other rank's gradients are added to those of this one.
+        """
         watch = self._steps.pending.watch
         if watch is None:
             return None
         found = watch.source_of(losses) or watch.source_of_gradients()
+        if found is not None and found.kind == "outside" and not is_alone and watch.source_of(losses) is None:
+            found = None  # another rank's may have arrived in a reduction
         self._fruitless = 0 if found is not None else self._fruitless + 1
         return found
 

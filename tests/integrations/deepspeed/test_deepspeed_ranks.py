@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from engine_ranks import run_engines
 
@@ -138,7 +140,8 @@ print("EVIDENCE", [line for line in guard.last_report.evidence if "before the re
 """
     for output in run_engines(LOCAL.format(setup=setup, stage=stage, when="on_alarm") + body):
         assert "SAID 1 hidden.weight (20, 5) None undetermined" in output  # not checked before the reduction
-        assert "SAID 2 hidden.weight (20, 5) 1 undetermined" in output  # a hook is no fault of the hardware
+        # A hook is no fault of the hardware; where its operation is seen, it is the backward pass.
+        assert re.search(r"SAID 2 hidden.weight \(20, 5\) 1 (undetermined|backward_nonfinite)", output)
         assert "of 1 of 2 ranks were not finite (rank 1)" in output
 
 
