@@ -130,7 +130,14 @@ def _written_by_the_optimizer(seen: Evidence) -> Offender | None:
 
 
 def _has_bad_moment(seen: Evidence) -> bool:
-    return seen.history is not None and seen.history.update is not None and seen.history.update.has_bad_moment
+    """Whether a moment of the first bad weight was bad, and no setting of the update has made it so."""
+    update = None if seen.history is None else seen.history.update
+    if update is None:
+        return False
+    is_bad_elsewhere = bool(seen.suspects) and seen.suspects[0].name in {item.name for item in seen.state}
+    return update.has_bad_moment or (
+        is_bad_elsewhere and not update.has_bad_settings
+    )  # another rank may hold the moment
 
 
 def _overflowed_in_the_reduction(seen: Evidence) -> bool:

@@ -55,6 +55,7 @@ class Update:
         advice: What to do about the first of them; "" if nothing is odd.
         at_element: What the optimizer keeps for the weight's first bad element, as "gradient 0, exp_avg 0".
         master: Sentence on the master copy; "" if there is none.
+        has_bad_settings: Whether a setting of the group is NaN or infinite.
         has_bad_moment: Whether a moment holds a NaN that finite settings and gradients cannot have made.
         has_bad_gradients: Whether gradients of that step were not finite, on this rank, and were applied all the same.
     """
@@ -67,6 +68,7 @@ class Update:
     advice: str
     at_element: str
     master: str
+    has_bad_settings: bool
     has_bad_moment: bool
     has_bad_gradients: bool
 
@@ -143,6 +145,7 @@ def _update(written: WrittenWeight, item: NamedTensor, element: int, view: Optim
         found[0][1] if found else "",
         _at_element(state, item, element),
         _master_text(state, item),
+        has_bad_settings=any(_nonfinite_settings(settings)),
         has_bad_moment=bool(bad_states) and not any(_nonfinite_settings(settings)),
         has_bad_gradients=gradients is not None and bool(gradients.any_nonfinite()),
     )

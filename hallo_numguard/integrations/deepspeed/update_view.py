@@ -17,7 +17,7 @@ def engine_view(adapter: OptimizerAdapter) -> OptimizerView:
     Its groups are those of the torch optimizer inside, whose parameters are flat; the weights are found by DeepSpeed's
     lists of them, and their state by the adapter.
     """
-    if not adapter.has_masters:
+    if isinstance(adapter.optimizer, torch.optim.Optimizer):
         return view_of(adapter.optimizer)
     inner = getattr(adapter.optimizer, "optimizer", adapter.optimizer)
     return OptimizerView(
