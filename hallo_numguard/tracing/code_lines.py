@@ -15,6 +15,7 @@ import torch
 _TORCH = str(Path(torch.__file__).parent) + os.sep
 _OURS = str(Path(__file__).parent.parent) + os.sep
 _SKIPPED = (_TORCH, _OURS, "<")
+_STANDS_IN = f"deepspeed{os.sep}runtime{os.sep}zero{os.sep}linear.py"  # for torch.nn.functional.linear
 _OUR_WORK = tuple(f"{_OURS}{room}{os.sep}" for room in ("guard", "ops", "tracing"))
 _PASSES_ON = f"{_OURS}guard{os.sep}guard.py"  # which calls the user's step
 _RERUN = str(Path(__file__).parent / "rerun.py")
@@ -30,7 +31,7 @@ def calling_line() -> str | None:
         code = frame.f_code
         if code.co_filename == _RERUN:
             return None
-        if not code.co_filename.startswith(_SKIPPED):
+        if not _is_skipped(code.co_filename):
             text = linecache.getline(code.co_filename, frame.f_lineno)
             return _in_words(code.co_filename, frame.f_lineno, code.co_name, text)
         frame = frame.f_back
@@ -52,9 +53,13 @@ def line_in_traceback(entries: Sequence[str]) -> str | None:
         found = _ENTRY.match(entry)
         if found and found["file"] == _RERUN:
             return None
-        if found and not found["file"].startswith(_SKIPPED):
+        if found and not _is_skipped(found["file"]):
             return _in_words(found["file"], int(found["line"]), found["function"], found["text"] or "")
     return None
+
+
+def _is_skipped(file: str) -> bool:
+    return file.startswith(_SKIPPED) or file.endswith(_STANDS_IN)
 
 
 def is_recomputed() -> bool:
