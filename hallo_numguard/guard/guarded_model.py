@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from hallo_numguard.core.records import Offender
 from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.guard.optimizer_view import OptimizerView
 from hallo_numguard.guard.parameter_stats import Piece
@@ -91,3 +92,10 @@ class GuardedModel:
         """Notes the parameters and buffers inside of which nothing can be read."""
         for item in (*self.parameters, *self.buffers):
             self.unchecked.add_if_unread(item.name, item.held()[0])
+
+    def with_first_name(self, offender: Offender) -> Offender:
+        """Returns the offender under the first name of a tied weight."""
+        for weight in (*self.parameters, *self.buffers):
+            if offender.name in weight.aliases:
+                return replace(offender, name=weight.name, aliases=weight.aliases)
+        return offender

@@ -7,10 +7,8 @@ out the action. Where gradients come from, and how a step is skipped, is the int
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import math
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,33 +17,30 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from hallo_numguard.core import run_description
-from hallo_numguard.core.atomic_files import first_free, write_whole
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
-from hallo_numguard.core.environment import Environment, collect
-from hallo_numguard.core.errors import CheckpointFailed, NumericsError
+from hallo_numguard.core.errors import NumericsError
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import StepRecord, Verdict
 from hallo_numguard.core.safe_text import listed
-from hallo_numguard.guard import policy
 from hallo_numguard.guard.collectives import Ranks
-from hallo_numguard.guard.containment import Probes, contain_failures, failures
-from hallo_numguard.guard.diagnosis import messages, update_messages
+from hallo_numguard.guard.containment import Probes, contain_failures
+from hallo_numguard.guard.diagnosis import messages
 from hallo_numguard.guard.diagnosis.collect import BadStep, EvidenceCollector
-from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
-from hallo_numguard.guard.diagnosis.loss_messages import BadLoss, loss_report, short_line, uncleared_line
-from hallo_numguard.guard.diagnosis.nonfinite_losses import in_words, look_at, loss_offender
+from hallo_numguard.guard.diagnosis.evidence import Evidence
 from hallo_numguard.guard.diagnosis.replay import Replayer
-from hallo_numguard.guard.diagnosis.rules import confirm, is_unexplained, judge, needs_replay, needs_replay_of_step
-from hallo_numguard.guard.diagnosis.weight_history import history_of
+from hallo_numguard.guard.diagnosis.rules import confirm, is_unexplained, judge
 from hallo_numguard.guard.feeding_modules import FeedingModules
+from hallo_numguard.guard.finding_log import FindingLog
 from hallo_numguard.guard.guarded_model import GuardedModel, ScannedPieces
+from hallo_numguard.guard.kept_checkpoints import KeptCheckpoints
+from hallo_numguard.guard.loss_checks import LossChecks
 from hallo_numguard.guard.loss_scaling import LossScaling
-from hallo_numguard.guard.named_tensors import NamedTensor, scan_tensors
+from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.guard.report_files import ReportFiles
+from hallo_numguard.guard.reporter import Reporter
 from hallo_numguard.guard.repro.bundle import Bundle, Bundles
-from hallo_numguard.guard.save_gate import Save, SaveGate, is_mask, report_on
+from hallo_numguard.guard.save_gate import Save, SaveGate
 from hallo_numguard.guard.step.armed import ARMED_STEPS, ArmedSteps
 from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.guard.step.early_warnings import EarlyWarnings
@@ -54,9 +49,9 @@ from hallo_numguard.guard.step.local_gradients import LocalGradients
 from hallo_numguard.guard.step.pending import MAX_CALLS, PendingStep, StepOwner
 from hallo_numguard.guard.step.recorder import Recorder
 from hallo_numguard.guard.step.step_call import StepCall
-from hallo_numguard.guard.step.updates import UpdateWatch, WrittenWeight
-from hallo_numguard.guard.weight_findings import weight_findings
-from hallo_numguard.ops.device import device_name
+from hallo_numguard.guard.step.updates import UpdateWatch
+from hallo_numguard.guard.update_checks import UpdateChecks
+from hallo_numguard.guard.weight_checks import WeightChecks
 from hallo_numguard.tracing.rerun import is_rerunning
 from hallo_numguard.trackers.base import Sink
 from hallo_numguard.trackers.choose import sink_for
@@ -70,12 +65,8 @@ T = TypeVar("T")
 ALONE_AFTER_A_FAILURE = "the guard has failed on a rank"
 STATUS_LEFT = -1  # off guard: the status of any other rank counts
 STATUS_FAILED = 2  # above 0 (finite) and 1 (not finite): the maximum over the ranks counts
-MAX_FINDINGS = 1000
 MAX_LOSSES = 4096  # of a step
-MAX_LOSS_REPLAYS = 10  # of steps in a row that are applied with a bad loss
 MAX_FAILURES = 3  # of essential parts, after which they are not tried any more
-
-_report_numbers = itertools.count()
 
 
 class Session:
@@ -85,13 +76,8 @@ class Session:
     is checked by others, and `failed` is set when that comes again.
 
     Attributes:
-        last_report: Report on the last step whose gradients or loss were not finite, or None. Replaced by one that is
-            no longer provisional when a later step was finite.
-        reported_at: Serial number of that report among those of this process.
-        findings: Findings other than overflows; see `Finding`. The last 1000.
         failed: Whether an essential part has failed several times, and is not tried any more.
         probes: Parts that are not essential, each contained on its own.
-        save_gate: Check before the run is saved.
         losses_are_shares: Whether the recorded losses of a step's micro-batches add up to the loss of the step, as
             each is divided by their number.
     """
@@ -104,18 +90,14 @@ class Session:
         on_overflow: OverflowCallback | None,
         sinks: Sequence[Sink] = (),
     ) -> None:
-        self.last_report: OverflowReport | None = None
-        self.reported_at = -1
-        self.findings: list[Finding] = []
         self.failed = False
         self.losses_are_shares = False
         self._failures = 0  # of essential parts
         self._model = model
         self._ranks = ranks
         self._config = config
-        self._on_overflow = on_overflow
         self.probes = Probes()
-        self.save_gate = SaveGate(model, ranks, self.probes)
+        self._log = FindingLog(ranks)
         self._steps = StepOwner()
         limit = _near_limit(model.parameters)
         is_part = model.exchanges_figures and ranks.size > 1
@@ -132,29 +114,25 @@ class Session:
             else None
         )
         folder = None if config.repro_dir is None else Path(config.repro_dir)
-        self._report_files = ReportFiles("the report", config.dump_keep)
         bundle_files = ReportFiles("the bundle", config.dump_keep)
         self._bundles = Bundles(folder, bundle_files, model.module, self._replayer, ranks, model.device, model.settings)
         self._warnings = EarlyWarnings(
-            model.parameters, self._batch, model.module, self._recorder.read, self._note, model.has_masters
+            model.parameters, self._batch, model.module, self._recorder.read, self._log.note, model.has_masters
         )
         self._updates = UpdateWatch(model, config.check_updates)
-        self._written: list[WrittenWeight] = []  # by the update of this step
         self._feeding = FeedingModules(model.also, lambda: self._steps.pending.feeding_calls)
-        self._collector = self._new_collector()
-        self._announcer = policy.Announcer()
-        self._skipped = 0  # steps in a row
-        self._bad_losses = 0  # applied steps in a row
-        self._uncleared: tuple[int, int] | None = (
-            None  # bad step whose gradients stayed, and the last one that kept them
+        self._collector = EvidenceCollector(
+            model, ranks, self._batch, self._recorder, self._local_gradients, self._armed, self._updates, self._feeding
         )
-        self._loss_replay: Replayed | None = None  # of the step under way, if its loss is bad and its gradients are not
-        self._error: BaseException | None = None  # after a step that was applied
-        self._alarms = 0  # findings that are more than an information
-        self._unclean = False  # whether this step's gradients were not finite, and not because of the loss scale
-        self._reported_steps: deque[int] = deque(maxlen=config.history)  # of reports on overflows
-        self._to_undo: OverflowReport | None = None
-        self._rollbacks = 0
+        self._checkpoints = KeptCheckpoints(config, model, ranks)
+        self._reporter = Reporter(
+            model, ranks, config, on_overflow, self.probes, self._checkpoints, self._bundles, self._feed
+        )
+        parts = self._recorder, self._reporter, self._log
+        self._losses = LossChecks(ranks, config.policy, self._steps, self._batch, self._armed, self._replayer, *parts)
+        self._update_checks = UpdateChecks(model, ranks, self._steps, self._updates, self._collector, *parts)
+        self._weights = WeightChecks(model, ranks, config.policy, self._steps, self._collector, *parts, self.probes)
+        self._skipped = 0  # steps in a row
         self._rank_faults: dict[int, int] = {}  # step of the last, by rank
         with contextlib.ExitStack() as undo:  # hooks come last, and go if one of them cannot be put on
             undo.callback(self.stop)
@@ -162,6 +140,29 @@ class Session:
             self._local_gradients.start()
             self._feeding.start()
             undo.pop_all()
+
+    @property
+    def last_report(self) -> OverflowReport | None:
+        """Report on the last step whose gradients or loss were not finite, or None.
+
+        Replaced by one that is no longer provisional when a later step was finite.
+        """
+        return self._reporter.last
+
+    @property
+    def reported_at(self) -> int:
+        """Serial number of that report among those of this process."""
+        return self._reporter.reported_at
+
+    @property
+    def findings(self) -> list[Finding]:
+        """Findings other than overflows; see `Finding`. The last 1000."""
+        return self._log.findings
+
+    @property
+    def save_gate(self) -> SaveGate:
+        """Check before the run is saved."""
+        return self._weights.save_gate
 
     def history(self) -> list[StepRecord]:
         """Returns the flight recorder's steps, oldest first. Waits for rows that are still on their way."""
@@ -196,23 +197,9 @@ class Session:
         self._recorder.add_names([item.name for item in parameters])
         self._warnings.parameters_were_added()
         self._local_gradients.parameters_were_added(len(parameters))
-        self._collector.stop()
         self._updates.parameters_were_added()
-        self._collector = self._new_collector()
-        self._collector.start()
+        self._collector.parameters_were_added()
         self.inspect_weights("parameters were added")
-
-    def _new_collector(self) -> EvidenceCollector:
-        return EvidenceCollector(
-            self._model,
-            self._ranks,
-            self._batch,
-            self._recorder,
-            self._local_gradients,
-            self._armed,
-            self._updates,
-            self._feeding,
-        )
 
     # -- a step ------------------------------------------------------------------------------------------------------
 
@@ -307,7 +294,7 @@ class Session:
         pending = self._steps.pending
         pending.number, pending.scaling, pending.gradients = number, scaling, gradients
         pending.is_scanned = True
-        self._unclean = False
+        self._checkpoints.step_is_unclean = False
         self.probes.run("record of the loss", pending.unscale_losses)
         self._complete_figures()  # of the step before
         loss = self.probes.run("record of the loss", self._loss_of_the_step)
@@ -317,35 +304,15 @@ class Session:
         if self._exchange is not None:
             self._exchange.start(part)
         self.probes.run("early warnings", self._warnings.before_step, number, scaling.scale, gradients)
-        self.probes.run("check of the losses", self._replay_bad_loss)
+        self.probes.run("check of the losses", self._losses.before_step)
         self.probes.run("look at the updates", self._updates.before, number, gradients.table)
-
-    def _replay_bad_loss(self) -> None:
-        """Runs the batch of a bad loss again before its step changes the weights, where gradients are finite.
-
-        Only where the loss is there without a wait, on the CPU, or the step before had such a loss; and only by a rank
-        that is alone, as a loss is its own.
-        """
-        self._loss_replay = None
-        pending = self._steps.pending
-        if not pending.losses_of_backward or self._ranks.size > 1 or self._replayer is None:
-            return
-        is_here = self._bad_losses > 0 or all(loss.device.type == "cpu" for loss in pending.losses)
-        if not is_here or self._bad_losses >= MAX_LOSS_REPLAYS:
-            return
-        finite = [math.isfinite(loss) for loss in pending.losses]
-        if all(finite) or bool(pending.gradients.table.any_nonfinite()):
-            return
-        with self._local_gradients.muted():
-            found = self._with_step(self._replayer, self._replayer.rerun_bad_loss(finite))
-        self._loss_replay = replace(found, origin=found.origin and self._collector.with_first_name(found.origin))
 
     def begin_unscanned(self, number: int, scaling: LossScaling) -> None:
         """Begins a step whose gradients could not be scanned: others have to decide whether they are finite."""
         self.probes.run("watch of the operations", self._armed.backward_is_over)
         pending = self._steps.pending
         pending.number, pending.scaling, pending.is_scanned = number, scaling, False
-        self._unclean = False
+        self._checkpoints.step_is_unclean = False
         self.probes.run("look at the updates", self._updates.before, number, None)
         if self._exchange is not None:
             self._complete_figures()
@@ -374,9 +341,8 @@ class Session:
         """Completes the step. `check_update` is to follow if it was applied."""
         if applied:
             self.look_at_update()
-            self._written = self.probes.run("look at the updates", self._updates.news) or []
-            self._unclean = self._unclean or bool(self._written)
-            self.probes.run("look at the updates", self._tell_growth)
+            if self.probes.run("look at the updates", self._update_checks.after_update):
+                self._checkpoints.step_is_unclean = True
         if self._steps.pending.is_scanned:
             self._record(applied)
         self.probes.run("scan of local gradients", self._local_gradients.step_is_over, applied)
@@ -386,11 +352,11 @@ class Session:
         self._steps.pending.clear()
         if not applied:
             return
-        if self._skipped and self.last_report is not None:
+        if self._skipped and self._reporter.last is not None:
             pending = self._steps.pending
-            self.last_report = confirm(self.last_report, pending.scaling.scale, self._skipped)
+            self._reporter.last = confirm(self._reporter.last, pending.scaling.scale, self._skipped)
             if self._ranks.speaks:
-                _log.info("step %d is finite again: %s", pending.number, self.last_report.advice)
+                _log.info("step %d is finite again: %s", pending.number, self._reporter.last.advice)
         self._skipped = 0
 
     def _record(self, applied: bool) -> None:
@@ -401,65 +367,22 @@ class Session:
         records = self.probes.run("flight recorder", self._recorder.fresh, wait=not applied) or []
         self.probes.run("early warnings", self._warnings.after_step, applied, records)
         self.probes.run("flight recorder", self._check_applied, records)
-        self.probes.run("check of the losses", self._check_losses, records, applied)
-        self.probes.run("trackers", self._feed.write, records, self._alarms)
-        self.probes.run("checkpoint keeper", self._update_keeper, applied, records)
+        self.probes.run("check of the losses", self._losses.check, records, applied)
+        self.probes.run("trackers", self._feed.write, records, self._log.alarms)
+        self.probes.run("checkpoint keeper", self._checkpoints.step_is_over, applied, records)
         self.probes.run("evidence", self._collector.step_is_over, applied)
 
     def check_update(self) -> BaseException | None:
-        """Reports weights that the update of the last step was seen to make non-finite.
+        """Reports weights that the update of the last step made non-finite: see `UpdateChecks.report`."""
+        return self.probes.run("look at the updates", self._update_checks.report)
 
-        A rank that has others to agree with only notes it: their next step, whose loss is not finite, brings them
-        together.
+    def take_error(self) -> BaseException | None:
+        """Returns what is to be raised after a step that was applied, once."""
+        return self._losses.take_error()
 
-        Returns:
-            Exception to raise; None to go on.
-        """
-        written, self._written = self._written, []
-        if not written:
-            return None
-        return self.probes.run("look at the updates", self._report_on_update, written)
-
-    def _tell_growth(self) -> None:
-        """Tells of updates that made weights absurdly large, though finite: the next forward pass will overflow."""
-        for growth in self._updates.growths():
-            item = self._model.parameters[growth.position]
-            message = update_messages.growth_text(growth, item, self._model.optimizer)
-            self._note(Finding("update_ratio", message, growth.step, item.name))
-
-    def _report_on_update(self, written: Sequence[WrittenWeight]) -> BaseException | None:
-        self._updates.alarm()
-        parameters, rank = self._model.parameters, self._ranks.rank
-        first = next((item for item in written if item.by_update), written[0])
-        item = parameters[first.position]
-        history = history_of(first, item, self._updates, self._model.optimizer)
-        if history.update is not None and history.update.has_bad_moment:
-            return None  # bad before this update: the next step, whose loss is not finite, is judged with all evidence
-        offender = item.offender(scan_tensors([item]), 0, rank)
-        if not history.is_by_update:
-            number = first.before_update or first.by_update
-            lines = "; ".join(update_messages.other_lines(history))
-            message = f"{offender}, seen at step {number}. {lines}"
-            self._note(Finding("nonfinite", message, number, item.name, offender), is_mine=True)
-            return None
-        names = [parameters[other.position].name for other in written if other.by_update]
-        pending = self._steps.pending
-        report = update_messages.report_on_update(
-            history,
-            offender,
-            self._collector.state_offender(first.position),
-            names,
-            self._updates.total,
-            pending.scaling.scale,
-            self._ranks.size,
-        )
-        if self._ranks.size > 1:
-            message = f"{report.happened} {report.advice}"
-            finding = Finding("update_nonfinite", message, report.step, item.name, offender, severity="error")
-            self._note(finding, is_mine=True)
-            return None
-        report = replace(report, history=tuple(self._recorder.read()), environment=self._environment())
-        return self._act(report, None, may_settle=False)
+    def on_uncleared_gradients(self, step: int) -> NumericsError | None:
+        """Tells of gradients that nobody has cleared: see `LossChecks.gradients_were_not_cleared`."""
+        return self._losses.gradients_were_not_cleared(step)
 
     # -- an overflow: every rank comes here, and takes part in every reduction -------------------------------------
 
@@ -525,55 +448,31 @@ class Session:
         step = self._bad_step()
         view = self._collector.scan(step)
         agreed = self._collector.agree(view)
-        evidence = self._collector.evidence(step, agreed, self.last_report, self._rank_faults)
-        replay = self._replay(evidence, step.losses)
+        evidence = self._collector.evidence(step, agreed, self._reporter.last, self._rank_faults)
+        replay = None if self._replayer is None else self._replayer.explain(evidence, step.losses)
         evidence = replace(evidence, replay=replay, alone_because=self._ranks.alone_because)
-        report = self._judge(evidence)
+        report = self._reporter.completed(judge(evidence), self.history())
         is_open = is_unexplained(report)
         if is_open or evidence.watched is not None:
             self._armed.arm()
         if is_open and self._armed.is_armed:
             report = messages.with_armed_steps(report, ARMED_STEPS)
-        self.probes.run("evidence", self._note_unchecked)
+        self.probes.run("evidence", self._weights.note_unchecked)
         self._collector.reported(view)
         self._updates.alarm()
         self._updates.news()  # this report is about them
         if report.verdict is Verdict.RANK_FAULT and report.first is not None and report.first.rank is not None:
             self._rank_faults[report.first.rank] = report.step
         bundle = self._take_bundle(report, evidence)
-        return self._act(report, bundle, may_settle=evidence.scaling.can_fall and evidence.loss is None)
+        return self._reporter.act(report, bundle, may_settle=evidence.scaling.can_fall and evidence.loss is None)
 
     def _report_without_cause(self) -> BaseException | None:
         """Reports a bad step of which nothing else is known, because the guard has failed on this rank or another."""
         pending = self._steps.pending
         report = messages.unexplained(pending.number, pending.scaling, self._ranks.size, self._skipped)
-        report = replace(report, environment=self.probes.run("environment", self._environment) or {})
+        report = self._reporter.completed(report, ())
         with self._ranks.assembled("", ALONE_AFTER_A_FAILURE):
-            return self._act(report, None, may_settle=pending.scaling.can_fall)
-
-    def _act(
-        self, report: OverflowReport, bundle: Bundle | None, may_settle: bool, in_a_row: int = 0
-    ) -> BaseException | None:
-        self.last_report, self.reported_at = report, next(_report_numbers)
-        self._reported_steps.append(report.step)
-        self._unclean = report.recoverable is not True
-        answer = policy.agree(
-            report,
-            self._config.policy,
-            self._on_overflow,
-            self._ranks,
-            self._model.device,
-            self.probes.run("checkpoint keeper", lambda: self._can_go_back) is True,
-            self._announcer,
-            may_settle,
-            in_a_row,
-        )
-        self._to_undo = report if answer.goes_back else None
-        self.probes.run("report file", self._dump, report)
-        if bundle is not None:
-            self.probes.run("repro bundle", self._bundles.write, report, bundle)
-        self.probes.run("trackers", self._feed.report, report)
-        return answer.error
+            return self._reporter.act(report, may_settle=pending.scaling.can_fall)
 
     def _bad_step(self) -> BadStep:
         losses = self._steps.pending.losses
@@ -596,32 +495,10 @@ class Session:
             return False
         return self.probes.run("record of the batch", self._batch.seeds_are_finite) is True
 
-    def _judge(self, evidence: Evidence) -> OverflowReport:
-        return replace(judge(evidence), history=tuple(self.history()), environment=self._environment())
-
-    def _environment(self) -> Environment:
-        failed = failures()
-        return {
-            **collect(self._ranks.rank),
-            "run": self._ranks.run_id,
-            "time": run_description.utc_now(),
-            "name": self._config.name,
-            "command": run_description.command_line(),
-            "world_size": self._ranks.size,
-            **self._model.run_facts,
-            "device": device_name(self._model.device),
-            **({"guard_failures": failed} if failed else {}),
-        }
-
-    @property
-    def _can_go_back(self) -> bool:
-        can_go_back = self._config.keeper is not None and self._model.can_go_back()
-        return can_go_back and self._rollbacks < self._config.policy.max_rollbacks
-
     @property
     def keeps_scale(self) -> bool:
         """Whether the loss scale is to stay: the non-finite value arose before the loss was scaled."""
-        report = self.last_report
+        report = self._reporter.last
         return (
             self._config.policy.keep_scale
             and report is not None
@@ -632,118 +509,28 @@ class Session:
     @property
     def goes_back(self) -> bool:
         """Whether all ranks have agreed to go back to a checkpoint, and have not yet."""
-        return self._to_undo is not None
+        return self._checkpoints.to_undo is not None
 
     def go_back(self, run: Any) -> None:
-        """Rolls a run back to its last healthy checkpoint, if that was agreed. All ranks call it after every step.
-
-        Raises:
-            NumericsError: On all ranks, if there is no such checkpoint, or it cannot be loaded.
-        """
-        report, self._to_undo = self._to_undo, None
-        if report is None:
-            return
-        self._rollbacks += 1
-        try:
-            checkpoint = self._config.keeper.rollback(run)
-        except CheckpointFailed as error:
-            if self._ranks.speaks:
-                _log.error("step %d cannot be undone: %s", report.step, error)
-            raise NumericsError(report) from error
-        self._skipped = 0
-        if self._ranks.speaks:
-            allowed = self._config.policy.max_rollbacks
-            _log.warning("went back to checkpoint %s: rollback %d of %d", checkpoint, self._rollbacks, allowed)
-
-    def _update_keeper(self, applied: bool, records: Sequence[StepRecord]) -> None:
-        keeper, last = self._config.keeper, records[-1] if records else None
-        if keeper is None:
-            return
-        loss = None if last is None else last.loss
-        if self._unclean or (loss is not None and not math.isfinite(loss)):
-            keeper.bad_step()
-        elif applied:
-            keeper.clean_step(last)
+        """Rolls a run back if that was agreed: see `KeptCheckpoints.go_back`. All ranks call it after every step."""
+        if self._checkpoints.go_back(run):
+            self._skipped = 0
 
     def _write_figures(self, wait: bool) -> None:
         self._complete_figures()
         records = self._recorder.fresh(wait)
-        self.probes.run("check of the losses", self._check_losses, records, False)
-        self._feed.write(records, self._alarms)
+        self.probes.run("check of the losses", self._losses.check, records, False)
+        self._feed.write(records, self._log.alarms)
 
     def _check_applied(self, records: Sequence[StepRecord]) -> None:
         """Tells of steps that were applied though their gradients were not finite, and of which there is no report."""
         for row in records:
-            if row.applied and row.nonfinite and row.step not in self._reported_steps:
+            if row.applied and row.nonfinite and not self._reporter.has_reported(row.step):
                 message = (
                     f"step {row.step} was applied though {row.nonfinite} elements of its gradients were not finite: "
                     "the framework has not checked them, or not these"
                 )
-                self._note(Finding("bad_step_applied", message, row.step))
-
-    def _check_losses(self, records: Sequence[StepRecord], may_raise: bool) -> None:
-        """Tells of steps that were applied with a loss that was not finite, though their gradients were.
-
-        A loss is a rank's own, so that nothing is reduced here, and nothing raised where there are several ranks.
-        """
-        bad = self._recorder.bad_losses
-        for row in records:
-            if row.applied and row.step in bad and not row.nonfinite:
-                self._bad_losses += 1
-                self._tell_of_loss(row, may_raise)
-            elif row.applied and row.loss is not None:
-                self._bad_losses = 0
-
-    def _tell_of_loss(self, row: StepRecord, may_raise: bool) -> None:
-        pending, rank = self._steps.pending, self._ranks.rank
-        if pending.number == row.step and pending.losses:
-            bad, loss = look_at(pending, self._batch, rank)
-            bad = replace(bad, replay=self._loss_replay, watched=self._armed.source(pending.losses, is_alone=False))
-            if bad.source is None:
-                self._armed.arm()
-        else:
-            value = math.nan if row.loss is None or math.isfinite(row.loss) else row.loss
-            bad, loss = BadLoss(value=in_words(value)), loss_offender(value, "float64", rank)
-        report = loss_report(row, bad, self._bad_losses, loss, self._ranks.size)
-        report = replace(report, history=tuple(self._recorder.read()), environment=self._environment())
-        line = short_line(row, bad, self._bad_losses)
-        self._note(Finding("loss_nonfinite", line, row.step, "loss", report.first), is_mine=False)  # the report is loud
-        if self.last_report is not None and self.last_report.step > row.step:
-            _log.warning("%s", report.headline())
-        elif may_raise and self._ranks.size == 1:
-            self._error = self._act(report, None, may_settle=False, in_a_row=self._bad_losses) or self._error
-        else:
-            self._unclean = True
-            self.last_report, self.reported_at = report, next(_report_numbers)
-            self._announcer.announce(report, "warn")
-            self.probes.run("report file", self._dump, report)
-
-    def on_uncleared_gradients(self, step: int) -> NumericsError | None:
-        """Tells that a backward pass adds to gradients that were not finite before, as nobody has cleared them.
-
-        Args:
-            step: Number of the step under way.
-
-        Returns:
-            Error to raise when the script next calls us; None to go on.
-        """
-        report = self.last_report
-        if report is None:
-            return None
-        if self._uncleared is None or self._uncleared[1] != step - 1:
-            self._uncleared = step - 1, step - 1
-        since, self._uncleared = self._uncleared[0], (self._uncleared[0], step)
-        count = step - since
-        self._note(Finding("gradients_not_cleared", uncleared_line(step, since, count), step, severity="error"))
-        if self._ranks.size > 1:  # each rank counts by itself
-            return None
-        action = self._config.policy.action_for(report, in_a_row=count + 1)
-        return NumericsError(report) if action == "raise" and report.recoverable is not False else None
-
-    def take_error(self) -> BaseException | None:
-        """Returns what is to be raised after a step that was applied, once."""
-        error, self._error = self._error, None
-        return error
+                self._log.note(Finding("bad_step_applied", message, row.step))
 
     def _restore_statistics(self) -> None:
         """Puts back the running statistics that the skipped step's batch has made non-finite, on this rank."""
@@ -754,120 +541,22 @@ class Session:
                 f"step {number}: the batch made running statistics non-finite ({listed(names)}); as the step was "
                 "skipped, they were put back to what they were before it"
             )
-            self._note(Finding("statistics_restored", message, number, names[0]))
+            self._log.note(Finding("statistics_restored", message, number, names[0]))
 
     def _take_bundle(self, report: OverflowReport, evidence: Evidence) -> Bundle | None:
         replay = evidence.replay
         micro_batch, number = (evidence.micro_batch, 0) if replay is None else (replay.micro_batch, replay.number)
-        with self._local_gradients.muted():
-            return self._bundles.take(report, micro_batch, number)
-
-    def _dump(self, report: OverflowReport) -> None:
-        """Writes the report into the user's folder."""
-        rank, first = self._ranks.rank, report.first
-        if self._config.dump_dir is None or (rank != 0 and (first is None or first.rank != rank)):
-            return
-        folder = Path(self._config.dump_dir)
-
-        def write() -> Path:
-            name = f"overflow-step{report.step:08d}-rank{rank}-{self._ranks.run_id}"
-            path = first_free(folder / name, ".json")
-            write_whole(path, report.to_json().encode())
-            return path
-
-        self._report_files.write(report.verdict.value, write)
-
-    def _replay(self, evidence: Evidence, losses: Sequence[torch.Tensor]) -> Replayed | None:
-        """Runs the batch again where that adds evidence; the same on every rank, which all see the same evidence."""
-        if self._replayer is None or not needs_replay(evidence):
-            return None
-        with self._local_gradients.muted():
-            found = self._with_step(self._replayer, self._replay_of_model(evidence, self._replayer, losses))
-        return replace(found, origin=found.origin and self._collector.with_first_name(found.origin))
-
-    @staticmethod
-    def _with_step(replayer: Replayer, found: Replayed) -> Replayed:
-        """Runs the whole step again where the model alone explains nothing. Returns what explains more."""
-        step = replayer.rerun_step() if needs_replay_of_step(found) else None
-        return found if step is None or step.source is None else step
-
-    def _replay_of_model(self, evidence: Evidence, replayer: Replayer, losses: Sequence[torch.Tensor]) -> Replayed:
-        if not evidence.loss_known:
-            return Replayed(replayer.reason_not_to_run())
-        if evidence.loss is not None:
-            return replayer.rerun_bad_loss([bool(torch.isfinite(loss)) for loss in losses])
-        if not self._model.has_named_gradients:
-            return Replayed("the gradients of sharded parameters cannot be asked for by name")
-        return replayer.rerun_bad_gradients(evidence.scaling.scale)
+        return self._bundles.take(report, micro_batch, number)
 
     # -- weights outside of a step -----------------------------------------------------------------------------------
 
     def inspect_weights(self, when: str) -> None:
         """Reads this rank's parameters, buffers and optimizer state, and reports what is not finite."""
-        self.probes.run("scan of the weights", self._inspect_weights, when)
-
-    def _inspect_weights(self, when: str) -> None:
-        self._model.note_unchecked()
-        found = list(self._collector.inspect(when))
-        known = [*self._model.parameters, *self._model.buffers, *self._feeding.tensors]
-        for finding, is_mine in weight_findings(found, when, known):
-            self._note(finding, is_mine)
-        for name, absmax in self._collector.absurd_parameters():
-            message = f"{name} holds numbers of up to {absmax:.4g}, seen when {when}: products with them overflow"
-            self._note(Finding("absurd_weight", message, name=name))
-        self._note_unchecked()
-        self.save_gate.remember(when, [offender for offender, _ in found])
+        self.probes.run("scan of the weights", self._weights.inspect, when)
 
     def check_save(self, save: Save, is_on_guard: bool = True) -> NumericsError | None:
-        """Reads what is about to be saved. All ranks call it if they make that save together; see `Save`.
-
-        Returns:
-            Error to raise in place of the save; None to go on with it.
-        """
-        check = self.save_gate.check(save, self.last_report, is_on_guard)
-        for offender in check.legal:
-            if is_mask(offender):
-                _log.info("%s writes %s: -Inf alone, as in a mask", save.name, offender)
-            else:
-                self._note(self.save_gate.finding(save, offender), self._ranks.rank == 0)
-        if not check.is_bad:
-            return None
-        pending = self._steps.pending
-        report = report_on(check, save, self.last_report, pending.number, pending.scaling.scale, self._ranks.size)
-        report = self.probes.run("look at the updates", self._blamed, report) or report
-        if self._config.policy.on_bad_save == "warn":
-            self._note(Finding("nonfinite", report.happened, offender=report.first, severity="error"), is_mine=True)
-            return None
-        if self.last_report is None or report != replace(self.last_report, happened=report.happened):
-            history = tuple(self.probes.run("flight recorder", self.history) or ())
-            environment = self.probes.run("environment", self._environment) or {}
-            report = replace(report, history=history, environment=environment)
-            self.last_report, self.reported_at = report, next(_report_numbers)
-            self.probes.run("report file", self._dump, report)
-        return NumericsError(report)
-
-    def _blamed(self, report: OverflowReport) -> OverflowReport:
-        """The report on a save, once it is known that an update wrote what is about to be saved."""
-        names = {item.name: at for at, item in enumerate(self._model.parameters)}
-        position = None if report.first is None else names.get(report.first.name)
-        if position is None or report.verdict is Verdict.UPDATE_NONFINITE:
-            return report
-        history = self._collector.history(position)
-        if history is None or not history.is_by_update:
-            return report
-        return update_messages.blamed_on_update(report, history)
-
-    def _note_unchecked(self) -> None:
-        finding = self._model.unchecked.finding()
-        if finding is not None:
-            self._note(finding)
-
-    def _note(self, finding: Finding, is_mine: bool | None = None) -> None:
-        self.findings.append(finding)
-        self._alarms += finding.severity != "info"
-        del self.findings[:-MAX_FINDINGS]
-        is_loud = finding.severity != "info" and (self._ranks.speaks if is_mine is None else is_mine)
-        _log.log(logging.WARNING if is_loud else logging.INFO, "%s", finding)
+        """Reads what is about to be saved: see `WeightChecks.check_save`."""
+        return self._weights.check_save(save, is_on_guard)
 
     # -- failures of our own -----------------------------------------------------------------------------------------
 

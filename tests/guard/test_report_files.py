@@ -153,8 +153,7 @@ def test_runs_into_one_folder_replace_nothing_of_each_other_and_delete_nothing(t
 def test_the_same_step_again_replaces_no_report(tmp_path):
     model, optimizer = make(dump_dir=tmp_path)
     step(model, optimizer)
-    session = optimizer._guard.session
-    session._dump(optimizer.last_report)
+    optimizer._guard.session._reporter.keep(optimizer.last_report)
     first, second = sorted(tmp_path.iterdir())
     assert {first.suffix, second.suffix} == {".json"}
     assert first.read_text() == second.read_text()

@@ -152,6 +152,9 @@ class EvidenceCollector:
         armed: What was seen of the operations of a step that was watched.
         updates: Looks at the weights around each update.
         feeding: Modules that feed the model.
+
+    Attributes:
+        weights: All parameters and buffers that are read, those of feeding modules last.
     """
 
     def __init__(
@@ -170,17 +173,27 @@ class EvidenceCollector:
         self._batch = batch
         self._recorder = recorder
         self._feeding = feeding
-        self._weights = [*model.parameters, *model.buffers, *feeding.tensors]
+        self._order = ReadyOrder()
+        self._local_gradients = local_gradients
+        self._armed = armed
+        self._updates = updates
+        self._forget()
+
+    def _forget(self) -> None:
+        self.weights = [*self._model.parameters, *self._model.buffers, *self._feeding.tensors]
         self._tolerated = ToleratedNonfinites()
         # Weights of this rank that were not finite before any forward pass of ours. Master copies of them are bad
         # because they are.
         self._known: set[int] = set()
         self._absmax = torch.zeros(0)
-        self._order = ReadyOrder()
-        self._local_gradients = local_gradients
-        self._armed = armed
-        self._updates = updates
         self._when = ""
+
+    def parameters_were_added(self) -> None:
+        """Begins anew with the model's parameters as they are now; `inspect` is to follow."""
+        self.stop()
+        self._forget()
+        self._order = ReadyOrder()
+        self.start()
 
     def start(self) -> None:
         """Puts hooks on the parameters for the first step: they show in which order gradients become ready."""
@@ -209,14 +222,14 @@ class EvidenceCollector:
         Yields:
             Each tensor that is not finite, and whether this rank is the one to report it.
         """
-        stats = scan_tensors(self._weights)
+        stats = scan_tensors(self.weights)
         self._tolerated.note(stats)
         self._known = set(stats.bad_positions())
         self._absmax = stats.absmax
         self._when = when
         self._updates.weights_were_read(when, stats)
         for position in stats.bad_positions():
-            weight = self._weights[position]
+            weight = self.weights[position]
             if weight.kind == "buffer" and stats.counts[position][0] == 0:
                 continue  # Inf is how masks are written, and how running minima and maxima begin
             offender = weight.offender(stats, position, self._ranks.rank)
@@ -230,7 +243,7 @@ class EvidenceCollector:
 
     def absurd_parameters(self) -> list[tuple[str, float]]:
         """Returns names and largest numbers of the absurdly large parameters that `inspect` has seen. Synchronises."""
-        both = zip(self._weights, self._absmax.tolist(), strict=False)
+        both = zip(self.weights, self._absmax.tolist(), strict=False)
         return [(item.name, absmax) for item, absmax in both if item.kind == "parameter" and absmax > ABSURD]
 
     def agree(self, view: RankView) -> GlobalView:
@@ -263,7 +276,7 @@ class EvidenceCollector:
         """Reads every tensor that this rank holds."""
         scanned = step.pending.gradients
         gradients = by_parameter(scanned.table, scanned.pieces, len(self._model.parameters))
-        weights = scan_tensors([*self._weights, self._loss_tensor(step)])
+        weights = scan_tensors([*self.weights, self._loss_tensor(step)])
         before = self._local_gradients.stats(self._model.device)
         state, batch = self._scan_state(), self._scan_batch(step)
         return RankView(
@@ -288,16 +301,16 @@ class EvidenceCollector:
         return json.dumps(names) if names else None
 
     def _marks(self, weights: ParameterStats) -> torch.Tensor:
-        marks = torch.zeros((len(self._weights), 2), dtype=torch.int64)
+        marks = torch.zeros((len(self.weights), 2), dtype=torch.int64)
         for position in weights.bad_positions():
-            if position < len(self._weights):
+            if position < len(self.weights):
                 marks[position, 0] = int(not self._tolerated.is_tolerated(weights, position))
                 marks[position, 1] = int(self._was_bad_before(position))
         return marks.to(self._model.device)
 
     def _history(self, weights: ParameterStats) -> str | None:
         """The history of the first weight that can be the cause; of those that are trained, the first written one."""
-        positions = [at for at in weights.bad_positions() if at < len(self._weights)]
+        positions = [at for at in weights.bad_positions() if at < len(self.weights)]
         able = [
             at
             for at in positions
@@ -312,7 +325,7 @@ class EvidenceCollector:
 
     def history(self, position: int) -> WeightHistory:
         """Returns what is known of a weight that is not finite, a parameter or a buffer by position."""
-        item, module = self._weights[position], self._model.module
+        item, module = self.weights[position], self._model.module
         written = self._updates.history_of(position)
         if written is not None:
             return history_of(written, item, self._updates, self._model.optimizer)
@@ -336,7 +349,7 @@ class EvidenceCollector:
         """Whether a weight was not finite before any step, nor, if calls change it, before this step's first call."""
         if position not in self._known:
             return False
-        before = self._batch.buffer_before(self._weights[position].tensor)
+        before = self._batch.buffer_before(self.weights[position].tensor)
         return before is None or not bool(before.isfinite().all())
 
     def _scan_batch(self, step: BadStep) -> str | None:
@@ -374,15 +387,8 @@ class EvidenceCollector:
         return BeforeReduction(bad, {position: int(ranks[position]) for position in stats.bad_positions()})
 
     def _sliced_weights(self) -> torch.Tensor:
-        sliced = [item.slice is not None for item in self._weights]
+        sliced = [item.slice is not None for item in self.weights]
         return torch.tensor([*sliced, False], device=self._model.device)
-
-    def with_first_name(self, offender: Offender) -> Offender:
-        """Returns the offender under the first name of a tied weight."""
-        for weight in self._weights:
-            if offender.name in weight.aliases:
-                return replace(offender, name=weight.name, aliases=weight.aliases)
-        return offender
 
     def evidence(
         self, step: BadStep, view: GlobalView, before: OverflowReport | None, rank_faults: Mapping[int, int]
@@ -400,10 +406,10 @@ class EvidenceCollector:
         loss = None
         weight_ranks, state_ranks = view.weight_ranks.tolist(), view.state_ranks.tolist()
         for position in view.weights.bad_positions():
-            if position == len(self._weights):
+            if position == len(self.weights):
                 loss = self._loss_tensor(step).offender(view.weights, position, weight_ranks[position])
                 continue
-            offender = self._weights[position].offender(view.weights, position, weight_ranks[position])
+            offender = self.weights[position].offender(view.weights, position, weight_ranks[position])
             is_new, was_known = map(bool, view.marks[position])
             is_suspect = is_new and self._can_be_origin(view.weights, position, was_known)
             (suspects if is_suspect else bystanders).append(offender)
@@ -433,7 +439,7 @@ class EvidenceCollector:
             input_comes_back=before is not None and before.verdict is Verdict.INPUT_NONFINITE and step.skipped > 1,
             bad_feed=seen.feed,
             batch_known=view.batch_known,
-            tensors=sum(item.name not in self._model.unchecked for item in self._weights),
+            tensors=sum(item.name not in self._model.unchecked for item in self.weights),
             loss=loss,
             loss_known=view.loss_known,
             loss_shown=step.loss_known,
@@ -449,7 +455,7 @@ class EvidenceCollector:
         )
 
     def _can_be_origin(self, weights: ParameterStats, position: int, was_known: bool) -> bool:
-        if self._weights[position].kind == "parameter":
+        if self.weights[position].kind == "parameter":
             return True
         # A forward pass on a bad batch poisons running statistics: that is damage, unless it was there before. And
         # -Inf alone is how additive masks are written.

@@ -19,7 +19,8 @@ from hallo_numguard.core.records import Offender
 from hallo_numguard.core.sources import Source
 from hallo_numguard.guard.collectives import Ranks, clip
 from hallo_numguard.guard.containment import contain_failures
-from hallo_numguard.guard.diagnosis.evidence import Replayed
+from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
+from hallo_numguard.guard.diagnosis.rules import needs_replay, needs_replay_of_step
 from hallo_numguard.guard.diagnosis.texts import MAX_LINE_BYTES, MAX_NAME_BYTES, source_as_text
 from hallo_numguard.guard.guarded_model import Forward, GuardedModel
 from hallo_numguard.guard.step.batch import Batch
@@ -120,7 +121,45 @@ class Replayer:
         self._is_step_unrepeatable = False
         self._runs = 0
 
-    def rerun_bad_loss(self, losses: Sequence[bool]) -> Replayed:
+    def explain(self, evidence: Evidence, losses: Sequence[torch.Tensor]) -> Replayed | None:
+        """Reruns the step of an overflow where that adds evidence. All ranks call it with the same evidence.
+
+        Args:
+            evidence: What is known without it.
+            losses: Losses of this rank's micro-batches.
+
+        Returns:
+            What the model's calls have shown, or the whole step if that shows more; None if nothing is to be gained.
+        """
+        if not needs_replay(evidence):
+            return None
+        with self._local_gradients.muted():
+            if not evidence.loss_known:
+                found = Replayed(self._reason_without_losses())
+            elif evidence.loss is not None:
+                found = self._rerun_bad_loss([bool(torch.isfinite(loss)) for loss in losses])
+            elif not self._model.has_named_gradients:
+                found = Replayed("the gradients of sharded parameters cannot be asked for by name")
+            else:
+                found = self._rerun_bad_gradients(evidence.scaling.scale)
+            return self._explained(found)
+
+    def explain_bad_loss(self, losses: Sequence[bool]) -> Replayed:
+        """Reruns a step with a loss that is not finite, though its gradients are. All ranks call it.
+
+        Args:
+            losses: Whether the loss of each micro-batch on this rank was finite.
+        """
+        with self._local_gradients.muted():
+            return self._explained(self._rerun_bad_loss(losses))
+
+    def _explained(self, found: Replayed) -> Replayed:
+        """What the model's calls have shown, or the whole step, which is run again where they explain nothing."""
+        step = self._rerun_step() if needs_replay_of_step(found) else None
+        found = found if step is None or step.source is None else step
+        return replace(found, origin=found.origin and self._model.with_first_name(found.origin))
+
+    def _rerun_bad_loss(self, losses: Sequence[bool]) -> Replayed:
         """Reruns the first micro-batch whose loss was not finite; all calls, where one loss comes from several.
 
         Args:
@@ -146,7 +185,7 @@ class Replayer:
                 break
         return found
 
-    def rerun_bad_gradients(self, scale: float) -> Replayed:
+    def _rerun_bad_gradients(self, scale: float) -> Replayed:
         """Reruns the step's micro-batches until one has gradients that are not finite, then searches for a loss scale.
 
         Args:
@@ -183,7 +222,7 @@ class Replayer:
         )
         return Replayed(micro_batch=count - 1, is_one_ranks_fault=is_certain, gradient_sum=gradient_sum)
 
-    def rerun_step(self) -> Replayed | None:
+    def _rerun_step(self) -> Replayed | None:
         """Reruns the step's calls of the function that makes the loss, until one is not finite. All ranks call it.
 
         Returns:
@@ -231,8 +270,8 @@ class Replayer:
         self._is_step_unrepeatable = answer.match is Match.DIFFERENT
         return answer
 
-    def reason_not_to_run(self) -> str:
-        """Why the step's passes are not run again: the same on all ranks, which must all call it."""
+    def _reason_without_losses(self) -> str:
+        """Why the step's passes are not run again where a loss is unknown: the same on all ranks."""
         count = self._ranks.lowest(len(self._batch.calls), self._device)
         return self._reason_not_to_run(count) or "nothing shows whether the loss was finite"
 
@@ -259,7 +298,7 @@ class Replayer:
         captured: Captured | str
         peers, failed = self._next_peers(), False
         try:
-            with peers.collectives():
+            with self._local_gradients.muted(), peers.collectives():
                 captured = capture(self._module, name, number, self._forward_of(call), call.seeds, call.contents)
         except NotCaptured as error:
             captured = str(error)
