@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import NamedTuple
 
 from hallo_numguard.core.atomic_files import write_whole
 from hallo_numguard.core.documents import decode, encode
-from hallo_numguard.core.records import Record, counts_in_words, shape_in_words
+from hallo_numguard.core.records import Offender, Record, counts_in_words, shape_in_words
 
 SCHEMA_VERSION = 1
 
@@ -54,6 +55,23 @@ class TensorRecord:
     def counts(self) -> str:
         """The non-finite values in words, for example "2 NaN, 1 +Inf"; "" if there are none."""
         return counts_in_words(self.record.nan, self.record.pos_inf, self.record.neg_inf)
+
+    def offender(self, kind: str, name: str, module: str, rank: int | None) -> Offender:
+        """Returns this tensor as an offender; see its attributes."""
+        return Offender(
+            kind=kind,
+            name=name,
+            module=module,
+            rank=rank,
+            index=self.index,
+            nan=self.record.nan,
+            pos_inf=self.record.pos_inf,
+            neg_inf=self.record.neg_inf,
+            absmax=self.record.absmax,
+            numel=math.prod(self.shape),
+            shape=self.shape,
+            dtype=self.dtype,
+        )
 
 
 @dataclass(frozen=True)

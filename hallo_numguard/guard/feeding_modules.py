@@ -6,7 +6,6 @@ Their calls are recorded by reference. Only after a bad loss are they read, and 
 from __future__ import annotations
 
 import contextlib
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -224,25 +223,11 @@ def _run_again(call: FeedingCall) -> Origin | None:
 
 
 def _offender(name: str, origin: Origin, rank: int) -> Offender:
-    tensor = origin.tensor
     whole = ".".join(filter(None, (name, origin.name)))
+    module = whole.rpartition(".")[0] if origin.kind in ("parameter", "buffer") else whole
     operation, _, line = origin.operation.partition(" at ")
-    return Offender(
-        kind=origin.kind,
-        name=_clipped(whole),
-        module=_clipped(whole.rpartition(".")[0] if origin.kind in ("parameter", "buffer") else whole),
-        rank=rank,
-        index=origin.index,
-        nan=tensor.record.nan,
-        pos_inf=tensor.record.pos_inf,
-        neg_inf=tensor.record.neg_inf,
-        absmax=tensor.record.absmax,
-        numel=math.prod(tensor.shape),
-        shape=tensor.shape,
-        dtype=tensor.dtype,
-        operation=_clipped(operation) or None,
-        line=_clipped(line) or None,
-    )
+    offender = origin.tensor.offender(origin.kind, _clipped(whole), _clipped(module), rank)
+    return replace(offender, index=origin.index, operation=_clipped(operation) or None, line=_clipped(line) or None)
 
 
 def readable(contents: Contents) -> list[tuple[str, torch.Tensor]]:

@@ -449,20 +449,8 @@ def _offender(origin: Origin, rank: int) -> Offender:
     tensor = origin.tensor
     is_weight = origin.kind == "gradient" and not tensor.name.startswith(("input", "output"))
     name = f"{origin.name}.{tensor.name}".lstrip(".") if is_weight else origin.name or tensor.name
-    return Offender(
-        kind=origin.kind,
-        name=clip(name, MAX_NAME_BYTES),
-        module=clip(origin.name, MAX_NAME_BYTES),
-        rank=rank,
-        index=origin.index,
-        nan=tensor.record.nan,
-        pos_inf=tensor.record.pos_inf,
-        neg_inf=tensor.record.neg_inf,
-        absmax=tensor.record.absmax,
-        numel=math.prod(tensor.shape),
-        shape=tensor.shape,
-        dtype=tensor.dtype,
-    )
+    name, module = clip(name, MAX_NAME_BYTES), clip(origin.name, MAX_NAME_BYTES)
+    return replace(tensor.offender(origin.kind, name, module, rank), index=origin.index)
 
 
 def _details(origin: Origin, input_absmax: float) -> list[str]:

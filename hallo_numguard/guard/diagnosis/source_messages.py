@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 from hallo_numguard.core.overflow_report import OverflowReport
@@ -161,24 +160,10 @@ def _known_offender(seen: Evidence, source: Source) -> Offender | None:
 
 
 def _offender(source: Source) -> Offender:
-    tensor, record = source.tensor, source.tensor.record
     kind, name = source.kind, source.name
     if kind == "operation":
         kind = "gradient" if source.phase == "backward" else ("loss" if source.module is None else "activation")
         name = "loss" if source.module is None else (source.module or "output")
     elif kind in ("outside", "gradient"):
         kind, name = "input", source.name or "a tensor from outside of the model"
-    return Offender(
-        kind=kind,
-        name=name,
-        module=source.module or "",
-        rank=source.rank,
-        index=tensor.index,
-        nan=record.nan,
-        pos_inf=record.pos_inf,
-        neg_inf=record.neg_inf,
-        absmax=record.absmax,
-        numel=math.prod(tensor.shape),
-        shape=tensor.shape,
-        dtype=tensor.dtype,
-    )
+    return source.tensor.offender(kind, name, source.module or "", source.rank)
