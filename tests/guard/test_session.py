@@ -25,7 +25,7 @@ def test_a_gradient_born_bad_is_skipped_and_the_next_step_is_not():
         optimizer.watch_loss(loss).backward()
         optimizer.step()
         assert torch.equal(model[0].weight, before) == root
-    assert optimizer.last_report.verdict is ng.Verdict.BACKWARD_NONFINITE
+    assert optimizer.last_report.verdict is ng.Verdict.UNDETERMINED  # a forward value that was hidden may be the cause
     assert optimizer.last_report.first.name == "0.weight"
 
 

@@ -255,20 +255,45 @@ def reduction_overflow(seen: Evidence) -> OverflowReport:
 def backward_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
     """The backward pass made the non-finite value, whatever the loss scale."""
     where = f"module {first.module}" if first.module else "the root module"
-    proved = seen.answer is not None
-    evidence = [f"{the_loss(seen)} is finite", _finite_weights(seen)]
-    if seen.scaling.scale <= 1.0:
-        evidence.append(f"the loss scale is {seen.scaling.scale:g}: it cannot be too high")
     return report(
         seen,
         Verdict.BACKWARD_NONFINITE,
         first,
-        evidence,
-        () if proved else ("the operation behind it",),
-        f"The backward pass made it in {where}{'' if proved else ', or right behind it'}: look there for a division, a "
-        "square root, a logarithm or a norm at 0, and for a sum that is too large for the dtype.",
-        summary=f"the backward pass made it in {where}" if proved else "",
+        [f"{the_loss(seen)} is finite", _finite_weights(seen), *_scale_lines(seen)],
+        (),
+        f"The backward pass made it in {where}: look there for a division, a square root, a logarithm or a norm at 0, "
+        "and for a sum that is too large for the dtype.",
+        summary=f"the backward pass made it in {where}",
     )
+
+
+def sum_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
+    """The gradients of each micro-batch are finite when they are run again, and may well be infinite as a sum."""
+    return report(
+        seen,
+        Verdict.BACKWARD_NONFINITE,
+        first,
+        [
+            f"{the_loss(seen)} is finite",
+            _finite_weights(seen),
+            *_scale_lines(seen),
+            f"added up, the largest gradients may exceed what {first.dtype} can hold",
+        ],
+        (),
+        "Divide the loss by the number of micro-batches, or accumulate in float32 or bfloat16.",
+        summary=f"the gradients of each micro-batch are finite, and their sum in {first.name} is not",
+    )
+
+
+def _scale_lines(seen: Evidence) -> list[str]:
+    """Why the loss scale is not the cause."""
+    if seen.scaling.scale <= 1.0:
+        return [f"the loss scale is {seen.scaling.scale:g}: it cannot be too high"]
+    if not seen.scaling.dynamic:
+        return [f"the loss scale is {seen.scaling.scale:g} and does not change"]
+    if not seen.scaling.can_fall:
+        return [f"the loss scale is at its minimum, {seen.scaling.minimum:g}: it cannot be too high"]
+    return []
 
 
 def input_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
@@ -550,25 +575,27 @@ def not_reproduced(seen: Evidence) -> OverflowReport:
 def gradients_nonfinite(seen: Evidence) -> OverflowReport:
     """Gradients are bad, for a reason that the evidence does not show."""
     evidence = [f"{the_loss(seen)} is finite" if seen.loss_known else "the loss was not seen"]
-    advice = ""
+    advice, first, summary = "", seen.gradients[0], ""
     if seen.suspects:
         evidence.append(f"not finite: {', '.join(item.name for item in seen.suspects[:3])}")
         evidence += update_messages.history_lines(seen.history)
         advice = f"{update_messages.mend(seen.history, seen.suspects[0])} Else: "
     else:
         evidence.append(_finite_weights(seen))
-    if not seen.scaling.dynamic:
-        evidence.append(f"the loss scale is {seen.scaling.scale:g} and does not change")
-    elif not seen.scaling.can_fall:
-        evidence.append(f"the loss scale is at its minimum, {seen.scaling.minimum:g}: it cannot be too high")
+        if seen.loss_known and seen.loss_shown and not seen.scaling.can_fall:
+            summary = (
+                f"the loss is finite and the gradient of {first.name} is not: the operation behind it is not known"
+            )
     return report(
         seen,
         Verdict.UNDETERMINED,
-        seen.gradients[0],
-        evidence,
+        first,
+        [*evidence, *_scale_lines(seen)],
         (*_unseen_loss(seen), "the backward pass, module by module", "the gradients before the reduction"),
-        f"{advice}The gradient of {seen.gradients[0].name} is the first that is not finite: look at the operations "
-        "behind it (a division, a square root or a logarithm at 0), and at the batch.",
+        f"{advice}The gradient of {first.name} is the first that is not finite: look at the operations behind it (a "
+        "division, a square root, a logarithm or a norm at 0, and what was masked only after it was not finite), and "
+        "at the batch.",
+        summary=summary,
     )
 
 

@@ -68,8 +68,8 @@ def judge(seen: Evidence) -> OverflowReport:
         return messages.loss_backward(seen, seen.gradients[0])
     if seen.loss_known and seen.scaling.can_fall:
         return messages.scale_too_high(seen)
-    if _born_in_backward(seen):
-        return messages.backward_nonfinite(seen, seen.gradients[0])
+    if seen.answer is not None:
+        return messages.sum_nonfinite(seen, seen.gradients[0])
     return messages.gradients_nonfinite(seen)
 
 
@@ -167,11 +167,3 @@ def _is_of_loss_code(seen: Evidence) -> bool:
     """Whether the gradient was bad where it arrived at the model's output, and the loss scale cannot be the reason."""
     came_from_there = seen.replay is not None and seen.replay.came_from_the_loss
     return came_from_there and seen.loss_shown and not seen.scaling.can_fall
-
-
-def _born_in_backward(seen: Evidence) -> bool:
-    """Whether nothing but the backward pass is left: no scaling, and no reduction that could have overflowed."""
-    if not (seen.loss_known and seen.loss_shown) or seen.suspects or seen.scaling.scale > 1.0:
-        return False
-    # A sum of finite numbers may be infinite, never NaN.
-    return seen.world_size == 1 or seen.gradients[0].nan > 0 or bool(seen.bad_ranks)
