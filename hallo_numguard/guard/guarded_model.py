@@ -53,7 +53,7 @@ class GuardedModel:
         forward_compiled: Does the same, compiled as the original call if that was; None if it never is.
         recover: Puts the framework's own state in order after such a call, and its backward pass; called on all ranks,
             and told whether it has failed midway on any.
-        has_named_gradients: Whether such a call allows gradients with respect to single parameters.
+        gathers_parameters: Whether the module computes with other tensors than its parameters, gathered from shards.
         settings: The framework's configuration, for reproduction bundles.
         can_go_back: Returns whether the integration can call `go_back` when a step is over; the same on every rank.
         called_directly: Context in which what wraps the module only calls it, as a repeated step must not be reduced.
@@ -77,7 +77,7 @@ class GuardedModel:
     forward_compiled: Forward | None = None
     recover: Callable[[bool], None] = lambda _: None
     has_masters: bool = False
-    has_named_gradients: bool = True
+    gathers_parameters: bool = False
     settings: Mapping[str, Any] = field(default_factory=dict)
     can_go_back: Callable[[], bool] = lambda: False
     called_directly: Callable[[], AbstractContextManager[Any]] = nullcontext

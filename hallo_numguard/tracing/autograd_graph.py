@@ -1,10 +1,10 @@
-"""Names of the operations between a model's output and a loss, from the graph that autograd has kept."""
+"""What the graph that autograd has kept says: operations between a model's output and a loss, and the leaves."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +41,20 @@ def names_after(loss: Any, numbers: Iterable[int]) -> list[str]:
         waiting += new
     found = [name for name in names if name not in _MAKES_NOTHING]
     return sorted(found, key=lambda name: _OFTEN.index(name) if name in _OFTEN else len(_OFTEN))
+
+
+def leaves_of(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Returns the tensors that a backward pass from outputs accumulates gradients in, those near the outputs first."""
+    waiting = deque(output.grad_fn for output in outputs if output.grad_fn is not None)
+    seen, leaves = set(waiting), []
+    while waiting:
+        node = waiting.popleft()
+        if hasattr(node, "variable"):
+            leaves.append(node.variable)
+        new = [following for following, _ in node.next_functions if following is not None and following not in seen]
+        seen.update(new)
+        waiting += new
+    return leaves
 
 
 def node_number(tensor: torch.Tensor) -> int | None:

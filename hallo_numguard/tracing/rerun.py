@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import itertools
 import logging
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec
 
@@ -18,6 +19,7 @@ from hallo_numguard.core.frames import Origin
 from hallo_numguard.core.sources import Source
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.ops.table import StatsTable
+from hallo_numguard.tracing.autograd_graph import leaves_of
 from hallo_numguard.tracing.model_state import state_restored
 from hallo_numguard.tracing.nested import Contents, as_plain, contents_of, is_readable, whole_bytes
 from hallo_numguard.tracing.tracer import Trace, TraceOptions, traced
@@ -52,6 +54,10 @@ class Peers:
     def agree(self, match: Match) -> Match:
         """Returns the worst match of any rank. All of them call it after every forward and every backward pass."""
         return match
+
+    def highest(self, number: int) -> int:
+        """Returns the highest number of any rank. All of them call it."""
+        return number
 
     def collectives(self) -> contextlib.AbstractContextManager[Any]:
         """Context of a pass, in which no collective waits for a rank that has failed."""
@@ -94,11 +100,12 @@ def rerun(
     peers: Peers | None = None,
     watches: bool = False,
     is_compiled: bool = False,
+    of_leaves: bool = False,
 ) -> Attempt:
     """Runs a pass again.
 
-    Gradients are asked for by name: no accumulator, no reduction, no partition is touched. They are computed in parts,
-    so that full gradients of all parameters are never held at once; each part takes a pass.
+    Gradients are returned and not accumulated: no reduction, no partition is touched. They are computed in parts, so
+    that full gradients of all parameters are never held at once; each part takes a pass.
 
     Args:
         module: Module to be traced.
@@ -110,21 +117,25 @@ def rerun(
         peers: The other ranks, which stop together with this one. Default: there are none.
         watches: Whether every operation is watched, to find the source of what is not finite. Slow.
         is_compiled: Whether the original call was compiled, so that its random numbers were others.
+        of_leaves: Whether gradients are those of the leaves of autograd's graph, and not of the module's parameters:
+            FSDP2 computes with others, gathered ones.
 
     Returns:
         Result of the rerun. Buffers, attributes and random state are as before.
     """
     run = _Run(module, call, outputs, seeds, factor, arguments or contents_of("", ()), peers or Peers(), watches)
-    run.is_compiled = is_compiled
+    run.is_compiled, run.is_of_leaves = is_compiled, of_leaves
     try:
-        for part in [[]] if factor is None else _parts(module):
+        for number in itertools.count():
             run.contained(run.go_forward)
             is_over = run.agree() >= Match.DIFFERENT
+            parts = 1
             if factor is not None and not is_over:
-                run.contained(run.go_backward, part)
+                parts = run.number_of_parts()
+                run.contained(run.go_backward, number)
                 is_over = run.agree() >= Match.DIFFERENT
             run.contained(run.finish)
-            if is_over:
+            if is_over or number + 1 == parts:
                 break
     finally:  # an interrupt comes from anywhere
         run.close()
@@ -150,6 +161,7 @@ class _Run:
     ) -> None:
         self.attempt = Attempt()
         self.is_compiled = False
+        self.is_of_leaves = False
         self._watches = watches
         self._module = module
         self._call = call
@@ -210,8 +222,20 @@ class _Run:
         if self._watch is not None and self.attempt.source is None:
             self.attempt.source = self._watch.source_of(tensors)
 
-    def go_backward(self, part: Sequence[torch.Tensor]) -> None:
-        """Computes the gradients of some parameters."""
+    def number_of_parts(self) -> int:
+        """Returns the number of backward passes that give all gradients, the same on every rank."""
+        count = len(self._parts())
+        return self._peers.highest(count) if self.is_of_leaves else count
+
+    def _parts(self) -> list[list[torch.Tensor]]:
+        if self.is_of_leaves:
+            return _parts(leaves_of(self._outputs))
+        return _parts(reversed([item for item in self._module.parameters() if item.requires_grad]))
+
+    def go_backward(self, number: int) -> None:
+        """Computes the gradients of a part of the parameters."""
+        parts = self._parts()
+        part = parts[number] if number < len(parts) else []
         with self._peers.collectives():
             gradients = _backward(self._outputs, self._seeds, self._factor or 1.0, part)
         both = zip(part, gradients, strict=True)
@@ -258,11 +282,11 @@ def _add_trace(attempt: Attempt, tr: Trace, is_backward: bool) -> None:
     attempt.gradient_absmax = max([attempt.gradient_absmax, *gradients])
 
 
-def _parts(module: nn.Module) -> list[list[torch.Tensor]]:
-    """Trained parameters from the model's end to its beginning, as gradients become ready, in parts of limited size."""
+def _parts(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """Parameters from the model's end to its beginning, as gradients become ready, in parts of limited size."""
     parts: list[list[torch.Tensor]] = [[]]
     room = MAX_GRADIENT_BYTES
-    for parameter in reversed([item for item in module.parameters() if item.requires_grad]):
+    for parameter in parameters:
         size = whole_bytes(parameter)
         if parts[-1] and size > room:
             parts.append([])

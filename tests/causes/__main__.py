@@ -48,7 +48,6 @@ _INTRODUCTION = (
     "report of the first bad step where the cause is in the model, or where the guard knows the function that makes",
     f"the loss ({', '.join(WITH_STEP)}); elsewhere that of the second one, when the guard watches every operation.",
     "",
-    "FSDP2's gradients cannot be asked for by name: what the loss does not see is named at the second bad step.",
     "Among several ranks a bad loss with finite gradients (no label at all) is told, but not explained.",
 )
 

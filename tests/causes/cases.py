@@ -211,8 +211,6 @@ def _problems(case: Case, expected: Expected, seen: Seen) -> Iterator[str]:
 def _named_from(case: Case, expected: Expected) -> int:
     """The first step whose report must name all."""
     knows = case.way in WITH_STEP or case.place == "model"
-    if expected.is_loss_finite and case.way == "FSDP2":  # whose gradients cannot be asked for by name
-        knows = False
     return BAD_STEPS[0] if knows else BAD_STEPS[1]
 
 

@@ -79,6 +79,9 @@ class _Peers(Peers):
     def agree(self, match: Match) -> Match:
         return Match(self._ranks.highest(match, self._device))
 
+    def highest(self, number: int) -> int:
+        return self._ranks.highest(number, self._device)
+
     def collectives(self) -> contextlib.AbstractContextManager[Any]:
         return self._ranks.collectives_met(self._where)
 
@@ -138,8 +141,6 @@ class Replayer:
                 found = Replayed(self._reason_without_losses())
             elif evidence.loss is not None:
                 found = self._rerun_bad_loss([bool(torch.isfinite(loss)) for loss in losses])
-            elif not self._model.has_named_gradients:
-                found = Replayed("the gradients of sharded parameters cannot be asked for by name")
             else:
                 found = self._rerun_bad_gradients(evidence.scaling.scale)
             return self._explained(found)
@@ -262,10 +263,18 @@ class Replayer:
 
         recorded = [] if call.loss is None else [call.loss]
         seeds = {at: torch.ones_like(loss) for at, loss in enumerate(recorded)}
-        factor = 1.0 if self._model.has_named_gradients else None
-        peers = self._next_peers()
-        attempt = rerun(self._module, repeat, recorded, seeds, factor, call.contents, peers, watches=True)
-        answer = self._agree(attempt, position, factor)
+        attempt = rerun(
+            self._module,
+            repeat,
+            recorded,
+            seeds,
+            1.0,
+            call.contents,
+            self._next_peers(),
+            watches=True,
+            of_leaves=self._model.gathers_parameters,
+        )
+        answer = self._agree(attempt, position, 1.0)
         self._recover_everywhere(answer.match is Match.FAILED)
         self._is_step_unrepeatable = answer.match is Match.DIFFERENT
         return answer
@@ -371,6 +380,7 @@ class Replayer:
             self._next_peers(),
             watches,
             self._is_compiled,
+            self._model.gathers_parameters,
         )
         answer = self._agree(attempt, micro_batch, factor)
         self._recover_everywhere(answer.match is Match.FAILED)

@@ -165,7 +165,7 @@ class OptimizerGuard:
             module=module,
             forward=None if self._calls is None else self._calls.forward,
             forward_compiled=None if self._calls is None else self._calls.forward_compiled,
-            has_named_gradients=not sharded,
+            gathers_parameters=sharded,
             can_go_back=self._can_go_back,
             called_directly=self._called_directly,
             is_compiled=lambda: self._model is not None and is_compiled(self._model),

@@ -169,6 +169,61 @@ def test_ranks_that_hold_slices_find_the_element_together(tmp_path):
     run(FSDP2, tmp_path)
 
 
+FSDP2_BACKWARD = """
+from hallo_numguard.tracing import rerun
+from torch.distributed.fsdp import fully_shard
+
+rerun.MAX_GRADIENT_BYTES = 200  # several backward passes for all gradients
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(6, 8), nn.Linear(8, 6)
+
+    def forward(self, x, is_bad):
+        y = self.up(x).relu()
+        return x + self.down((y * 0).sqrt() if is_bad else y)
+
+class Stack(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x, is_bad):
+        for number, block in enumerate(self.blocks):
+            x = block(x, is_bad and number == 1)
+        return x
+
+def run(guard):
+    torch.manual_seed(0)
+    model = Stack()
+    for part in (*model.blocks, model):
+        fully_shard(part, mesh=init_device_mesh("cpu", (2,)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if guard:
+        optimizer = ng.GuardedOptimizer(optimizer, model)
+    for step in range(1, 5):
+        is_bad = step == 3 and RANK == 1
+        optimizer.zero_grad()
+        x = torch.randn(5, 6, generator=torch.Generator().manual_seed(step + 10 * RANK))
+        model(x, is_bad).square().mean().backward()
+        if guard or step != 3:
+            optimizer.step()
+    return optimizer, held_by(model)
+
+optimizer, weights = run(True)
+assert same(weights, run(False)[1])
+report = optimizer.last_report
+assert (report.step, report.verdict, report.first.module, report.first.rank) == (3, "backward_nonfinite", "blocks.1", 1)
+assert "sqrt" in report.first.line, report
+"""
+
+
+def test_the_backward_pass_of_sharded_parameters_is_run_again(tmp_path):
+    pytest.importorskip("torch.distributed.fsdp", reason="this torch has no fully_shard")
+    run(FSDP2_BACKWARD, tmp_path)
+
+
 TENSOR_PARALLEL = """
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
