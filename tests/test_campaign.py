@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from campaign import ranks as rank_processes
 from campaign.cases import FAULTS, KINDS, all_cases, problems, representative
-from campaign.ranks import Ranks
 
 CASES = representative(all_cases())
 
 
 @pytest.fixture(scope="module")
 def ranks():
-    groups = {world: Ranks(world) for world in (1, 2)}
+    groups = {world: rank_processes.start(world) for world in (1, 2)}
     yield groups
     for group in groups.values():
         group.stop()

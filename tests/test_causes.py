@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
+from causes import ranks as rank_processes
 from causes.cases import DTYPES, EXECUTIONS, PLACES, WORLDS, Case, Seen, all_cases, covering, each_once, problems
-from causes.ranks import Ranks
 from causes.table import CAUSES, EXPECTED
 from causes.ways import WAYS
 
@@ -16,7 +16,7 @@ CASES = each_once(all_cases(EXPECTED))
 
 @pytest.fixture(scope="module")
 def ranks():
-    groups = {world: Ranks(world) for world in (1, 2)}
+    groups = {world: rank_processes.start(world) for world in (1, 2)}
     yield groups
     for group in groups.values():
         group.stop()

@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from healthy import families, ways
+from healthy import ranks as rank_processes
 from healthy.lives import (
     DTYPES,
     FAMILIES,
@@ -20,14 +21,13 @@ from healthy.lives import (
     problems,
     why_unfit,
 )
-from healthy.ranks import Ranks
 
 LIVES = each_family_once(all_lives(STEPS_IN_TESTS))
 
 
 @pytest.fixture(scope="module")
 def ranks():
-    groups = {world: Ranks(world) for world in (1, 2)}
+    groups = {world: rank_processes.start(world) for world in (1, 2)}
     yield groups
     for group in groups.values():
         group.stop()
@@ -80,4 +80,4 @@ def test_a_scale_too_high_is_a_false_alarm_without_a_scaler():
 @pytest.mark.multiprocess
 @pytest.mark.parametrize("life", LIVES, ids=str)
 def test_a_healthy_run_is_left_alone(ranks, life):
-    assert problems(life, ranks[life.world].live(life)) == []
+    assert problems(life, ranks[life.world].run(life)) == []

@@ -17,8 +17,8 @@ import click
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
+from campaign import ranks as rank_processes
 from campaign.cases import CLEAN_STEPS, EXPECTED, FAULTS, WORLDS, Case, all_cases, problems
-from campaign.ranks import Ranks
 
 _INTRODUCTION = (
     "Made by `make campaign`: every fault in every engine, on real DeepSpeed engines with 1 and 2 processes, each with",
@@ -55,7 +55,7 @@ def main(only: str, markdown: Path | None) -> None:
 
 def _run(cases: Sequence[Case], console: Console) -> Results:
     results: dict[Case, Sequence[str]] = {}
-    groups = {world: Ranks(world) for world in WORLDS}
+    groups = {world: rank_processes.start(world) for world in WORLDS}
     with Progress(*Progress.get_default_columns(), MofNCompleteColumn(), console=console) as progress:
         for case in progress.track(sorted(cases, key=lambda case: case.world), description="campaign"):
             try:

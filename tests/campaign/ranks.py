@@ -1,32 +1,15 @@
-"""Ranks that stay alive between cases: one process group for many engines."""
+"""Ranks that stay alive between cases."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from campaign.cases import Case, Seen
-from processes import Processes
+from campaign.cases import Seen
+from processes import CaseRanks
 
 WORKER = Path(__file__).with_name("worker.py")
 
 
-class Ranks(Processes):
-    """A process a rank.
-
-    Args:
-        world: Number of processes.
-    """
-
-    def __init__(self, world: int) -> None:
-        super().__init__(WORKER, world)
-
-    def run(self, case: Case, timeout: float = 60) -> list[Seen]:
-        """Returns what each rank has seen.
-
-        Raises:
-            RuntimeError: If one dies or is silent for `timeout` seconds, with the end of what each has written.
-        """
-        try:
-            return [Seen.from_dict(answer) for answer in self.ask(case.to_dict(), timeout)]
-        except RuntimeError as error:
-            raise RuntimeError(f"{case}: {error}") from error
+def start(world: int) -> CaseRanks:
+    """Returns a process a rank, each started when it is first asked."""
+    return CaseRanks(WORKER, world, Seen.from_dict, timeout=60)

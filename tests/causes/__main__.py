@@ -20,6 +20,7 @@ import click
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
+from causes import ranks as rank_processes
 from causes.cases import (
     BAD_STEPS,
     WITH_STEP,
@@ -31,7 +32,6 @@ from causes.cases import (
     once_each_under_inductor,
     problems,
 )
-from causes.ranks import Ranks
 from causes.table import EXPECTED
 
 CORES = 2
@@ -115,7 +115,7 @@ def _results(cases: Sequence[Case]) -> Iterator[tuple[Case, Result]]:
     """Results of cases of the same number of processes, in the same processes."""
     if not cases:
         return
-    ranks = Ranks(cases[0].world)
+    ranks = rank_processes.start(cases[0].world)
     try:
         for case in cases:
             try:

@@ -4,29 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from causes.cases import Case, Seen
-from processes import Processes
+from causes.cases import Seen
+from processes import CaseRanks
 
 WORKER = Path(__file__).with_name("worker.py")
 
 
-class Ranks(Processes):
-    """A process a rank.
-
-    Args:
-        world: Number of processes.
-    """
-
-    def __init__(self, world: int) -> None:
-        super().__init__(WORKER, world)
-
-    def run(self, case: Case, timeout: float = 120) -> list[Seen]:
-        """Returns what each rank has seen.
-
-        Raises:
-            RuntimeError: If one dies or hangs.
-        """
-        try:
-            return [Seen(**answer) for answer in self.ask(case.to_dict(), timeout)]
-        except RuntimeError as error:
-            raise RuntimeError(f"{case}: {error}") from error
+def start(world: int) -> CaseRanks:
+    """Returns a process a rank, each started when it is first asked."""
+    return CaseRanks(WORKER, world, lambda answer: Seen(**answer), timeout=120)

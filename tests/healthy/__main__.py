@@ -23,8 +23,8 @@ import click
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
+from healthy import ranks as rank_processes
 from healthy.lives import ALLOWED, DTYPES, FAMILIES, STEPS, UNFIT, WORLDS, Life, Seen, all_lives, covering, problems
-from healthy.ranks import Ranks
 
 CORES = 2
 SHOWN = 160  # characters of a line that the guard has said
@@ -102,11 +102,11 @@ def _lived(lives: Sequence[Life]) -> Iterator[tuple[Life, Result]]:
     """Lives of the same number of processes, in the same processes."""
     if not lives:
         return
-    ranks = Ranks(lives[0].world)
+    ranks = rank_processes.start(lives[0].world)
     try:
         for life in lives:
             try:
-                seen = ranks.live(life)
+                seen = ranks.run(life)
             except RuntimeError as error:
                 yield life, Result([str(error)])
             else:

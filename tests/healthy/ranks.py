@@ -4,29 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from healthy.lives import Life, Seen
-from processes import Processes
+from healthy.lives import Seen
+from processes import CaseRanks
 
 WORKER = Path(__file__).with_name("worker.py")
 
 
-class Ranks(Processes):
-    """A process a rank.
-
-    Args:
-        world: Number of processes.
-    """
-
-    def __init__(self, world: int) -> None:
-        super().__init__(WORKER, world)
-
-    def live(self, life: Life, timeout: float = 240) -> list[Seen]:
-        """Returns what each rank has seen.
-
-        Raises:
-            RuntimeError: If one dies or hangs.
-        """
-        try:
-            return [Seen(**answer) for answer in self.ask(life.to_dict(), timeout)]
-        except RuntimeError as error:
-            raise RuntimeError(f"{life}: {error}") from error
+def start(world: int) -> CaseRanks:
+    """Returns a process a rank, each started when it is first asked."""
+    return CaseRanks(WORKER, world, lambda answer: Seen(**answer), timeout=240)

@@ -6,7 +6,7 @@ import json
 import queue
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import IO, Any
@@ -79,6 +79,33 @@ class Processes:
             file.seek(0)
             ends.append(f"--- rank {rank}\n{file.read()[-3000:].decode(errors='replace')}")
         return "\n".join(ends)
+
+
+class CaseRanks(Processes):
+    """Ranks that run one case after the other.
+
+    Args:
+        worker: Script that reads a case, runs it, and says what it has seen.
+        world: Number of processes.
+        read: Reads what a rank has said.
+        timeout: Time that a case may take, in seconds.
+    """
+
+    def __init__(self, worker: Path, world: int, read: Callable[[dict[str, Any]], Any], timeout: float) -> None:
+        super().__init__(worker, world)
+        self._read = read
+        self._timeout = timeout
+
+    def run(self, case: Any) -> list[Any]:
+        """Returns what each rank has seen of a case, which has a `to_dict`.
+
+        Raises:
+            RuntimeError: If one dies or hangs, with the end of what each has written.
+        """
+        try:
+            return [self._read(answer) for answer in self.ask(case.to_dict(), self._timeout)]
+        except RuntimeError as error:
+            raise RuntimeError(f"{case}: {error}") from error
 
 
 def _read(process: subprocess.Popen[str], lines: queue.Queue[str]) -> None:
