@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import itertools
 import logging
 import sys
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec
@@ -52,6 +54,10 @@ class Peers:
     def agree(self, match: Match) -> Match:
         """Returns the worst match of any rank. All of them call it after every forward and every backward pass."""
         return match
+
+    def have_the_same(self, number: int) -> bool:
+        """Returns whether all ranks have this number. All of them call it before a pass with gradients."""
+        return True
 
     def collectives(self) -> contextlib.AbstractContextManager[Any]:
         """Context of a pass, in which no collective waits for a rank that has failed."""
@@ -117,7 +123,7 @@ def rerun(
     run = _Run(module, call, outputs, seeds, factor, arguments or contents_of("", ()), peers or Peers(), watches)
     run.is_compiled = is_compiled
     try:
-        for part in [[]] if factor is None else _parts(module):
+        for part in [[]] if factor is None else _parts(module, run.peers):
             run.contained(run.go_forward)
             is_over = run.agree() >= Match.DIFFERENT
             if factor is not None and not is_over:
@@ -157,7 +163,7 @@ class _Run:
         self._seeds = seeds
         self._factor = factor
         self._arguments = arguments
-        self._peers = peers
+        self.peers = peers
         self._pass = contextlib.ExitStack()
         self._trace: Trace | None = None
         self._watch: OperationWatch | None = None
@@ -171,13 +177,13 @@ class _Run:
             work(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - the model's own code; training goes on
             self.attempt.match = Match.FAILED
-            self._peers.failed()
+            self.peers.failed()
             _log.warning("hallo_numguard could not run the batch again: %s: %s", type(error).__name__, error)
             _log.debug("the whole of it", exc_info=True)
 
     def agree(self) -> Match:
         """Returns the worst match of any rank."""
-        return self._peers.agree(self.attempt.match)
+        return self.peers.agree(self.attempt.match)
 
     def go_forward(self) -> None:
         """Calls the model, and compares its outputs."""
@@ -189,7 +195,7 @@ class _Run:
         if self._watches:
             modules = list(self._module.named_modules())
             self._watch = self._pass.enter_context(OperationWatch.on(modules, self._named))
-        with self._peers.collectives():
+        with self.peers.collectives():
             self._outputs = _outputs_of(self._call())
         with unwatched():
             match = _compare(self._outputs, self._recorded)
@@ -212,7 +218,7 @@ class _Run:
 
     def go_backward(self, part: Sequence[torch.Tensor]) -> None:
         """Computes the gradients of some parameters."""
-        with self._peers.collectives():
+        with self.peers.collectives():
             gradients = _backward(self._outputs, self._seeds, self._factor or 1.0, part)
         both = zip(part, gradients, strict=True)
         held = [(id(parameter), x) for parameter, x in both if x is not None and is_readable(x)]
@@ -258,8 +264,11 @@ def _add_trace(attempt: Attempt, tr: Trace, is_backward: bool) -> None:
     attempt.gradient_absmax = max([attempt.gradient_absmax, *gradients])
 
 
-def _parts(module: nn.Module) -> list[list[torch.Tensor]]:
-    """Trained parameters from the model's end to its beginning, as gradients become ready, in parts of limited size."""
+def _parts(module: nn.Module, peers: Peers) -> list[list[torch.Tensor]]:
+    """Trained parameters from the model's end to its beginning, as gradients become ready, in parts of limited size.
+
+    In a single part where ranks would take others: a backward pass to other parameters has other collectives.
+    """
     parts: list[list[torch.Tensor]] = [[]]
     room = MAX_GRADIENT_BYTES
     for parameter in reversed([item for item in module.parameters() if item.requires_grad]):
@@ -269,7 +278,8 @@ def _parts(module: nn.Module) -> list[list[torch.Tensor]]:
             room = MAX_GRADIENT_BYTES
         parts[-1].append(parameter)
         room -= size
-    return parts
+    is_shared = peers.have_the_same(zlib.crc32(repr([len(part) for part in parts]).encode()))
+    return parts if is_shared else [list(itertools.chain.from_iterable(parts))]
 
 
 def _backward(
