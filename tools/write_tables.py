@@ -25,9 +25,10 @@ from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Verdict
 from hallo_numguard.guard.diagnosis import remedies
 from hallo_numguard.guard.diagnosis.catalog import CATALOG
+from hallo_numguard.integrations.deepspeed.unsupported import refused_table
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = ("README.md", "docs/configuration.md", "docs/command_line.md", "docs/nan.md")
+DOCUMENTS = ("README.md", "docs/configuration.md", "docs/command_line.md", "docs/deepspeed.md", "docs/nan.md")
 _TABLE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -102,7 +103,14 @@ def commands() -> list[str]:
     return lines
 
 
-TABLES = {"verdicts": verdicts, "mends": mends, "guard_config": guard_config, "policy": policy, "commands": commands}
+TABLES = {
+    "verdicts": verdicts,
+    "mends": mends,
+    "guard_config": guard_config,
+    "policy": policy,
+    "commands": commands,
+    "unsupported": refused_table,
+}
 
 
 def filled_in(text: str) -> str:

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,22 +22,37 @@ MAX_TEXT_BYTES = 4096
 _NO_RANK = 1 << 31  # greater than any rank
 
 
+class Place(NamedTuple):
+    """A rank's part in a model that is cut, and held in several copies.
+
+    Attributes:
+        copy: Number of the copy that the rank's part belongs to.
+        shard: Number of the part.
+    """
+
+    copy: int
+    shard: int
+
+
 class Ranks:
-    """The ranks among which gradients are reduced. With one process, everything here is the identity.
+    """The ranks that train one model together. With one process, everything here is the identity.
 
     Args:
         group: Process group. Default: the default one.
         alone: Whether this rank trains by itself, even where other ranks exist.
+        place: This rank's part, if model parallelism has cut the model; on all ranks, or on none.
 
     Attributes:
         rank: Global rank of this process.
         alone_because: Why this rank judges the present step by itself; "" if it does not.
+        place: As given.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None, alone: bool = False) -> None:
+    def __init__(self, group: dist.ProcessGroup | None = None, alone: bool = False, place: Place | None = None) -> None:
         ready = dist.is_available() and dist.is_initialized()
         self.rank = dist.get_rank() if ready else 0
         self.alone_because = ""
+        self.place = place
         self._where = ""  # inside of `assembled`
         self._size = 1
         self._group = group
@@ -51,6 +66,10 @@ class Ranks:
         self._size = dist.get_world_size(group)
         if self._size > 1:
             self._rendezvous = Rendezvous.of(group)
+
+    def are(self, group: dist.ProcessGroup | None) -> bool:
+        """Returns whether reductions go over this very group, so that they can stand in for one of another's."""
+        return group is self._group
 
     @property
     def size(self) -> int:
@@ -134,28 +153,41 @@ class Ranks:
         """Returns the element-wise maximum over the ranks."""
         return self._reduce(marks, dist.ReduceOp.MAX)
 
-    def combine(self, local: ParameterStats, sliced: torch.Tensor) -> tuple[ParameterStats, torch.Tensor]:
+    def combine(
+        self, local: ParameterStats, sliced: torch.Tensor, is_cut: torch.Tensor | None = None
+    ) -> tuple[ParameterStats, torch.Tensor]:
         """Combines the statistics of all ranks.
 
         Args:
             local: Statistics on this rank, one row per tensor.
             sliced: Whether the ranks hold slices of the tensor, which are added up. Otherwise they hold copies, and the
                 copy on the lowest rank where it is not finite counts. bool [n].
+            is_cut: Whether model parallelism has cut the tensor: counts of its parts are added up, and the index is
+                that in the lowest rank's. bool [n]. Default: none is.
 
         Returns:
             Statistics of the whole tensors, and for each the lowest rank on which it is not finite (`NONE` if it is
             finite on all), int64 [n].
         """
         rank = self._reduce(torch.where(local.first != NONE, self.rank, NONE), dist.ReduceOp.MIN)
-        counts_here = sliced | (rank == self.rank)
+        if self.place is None:
+            counts_here = is_named = sliced | (rank == self.rank)
+        else:
+            is_in_copy = sliced | self._shares(rank, self.place.copy)
+            is_named = is_in_copy & self._shares(rank, self.place.shard)
+            counts_here = is_named if is_cut is None else is_named | (is_in_copy & is_cut)
         return (
             ParameterStats(
                 self._reduce(torch.where(counts_here[:, None], local.counts, 0), dist.ReduceOp.SUM),
-                self._reduce(torch.where(counts_here, local.first, NONE), dist.ReduceOp.MIN),
+                self._reduce(torch.where(is_named, local.first, NONE), dist.ReduceOp.MIN),
                 self._reduce(torch.where(counts_here, local.absmax, 0.0), dist.ReduceOp.MAX),
             ),
             rank,
         )
+
+    def _shares(self, rank: torch.Tensor, mine: int) -> torch.Tensor:
+        """Whether this rank's number of a copy or shard is that of the named rank, for each tensor."""
+        return self._reduce(torch.where(rank == self.rank, mine, NONE), dist.ReduceOp.MIN) == mine
 
     def first_text(self, text: str | None, device: torch.device) -> str | None:
         """Returns the text of the lowest rank that has one, the same on all ranks; None if none has. Synchronises.

@@ -13,8 +13,10 @@ from torch.nn.parameter import is_lazy
 from hallo_numguard.core.records import Offender
 from hallo_numguard.guard import readable
 from hallo_numguard.guard.parameter_stats import ParameterStats, Piece, by_parameter
+from hallo_numguard.guard.shards import Shard, in_whole_tensors
 from hallo_numguard.ops.formats import dtype_name
 from hallo_numguard.ops.layout import unravel
+from hallo_numguard.ops.table import StatsTable
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class NamedTensor:
         shape: Shape of the whole tensor. Default: that of `tensor`.
         slice: Returns this rank's slice of it and its place in the whole tensor: `Piece.start`, and `Piece.run` and
             `Piece.stride` where it is a block of columns. None where this rank holds all of it.
+        shard: Where `tensor` lies in the whole one, if model parallelism has cut it; a slice is then one of that part.
     """
 
     kind: str
@@ -37,6 +40,7 @@ class NamedTensor:
     aliases: tuple[str, ...] = ()
     shape: tuple[int, ...] | None = None
     slice: Callable[[], tuple[torch.Tensor, int] | tuple[torch.Tensor, int, int, int]] | None = None
+    shard: Shard | None = None
 
     @property
     def whole_shape(self) -> tuple[int, ...]:
@@ -102,7 +106,12 @@ def scan_tensors(tensors: Sequence[NamedTensor]) -> ParameterStats:
     held = [item.held() for item in tensors]
     found = readable.scan([tensor for tensor, *_ in held])
     pieces = [Piece(owner, *held[owner][1:]) for owner in found.owners]
-    return by_parameter(found.table, pieces, len(tensors))
+    return stats_of(tensors, found.table, pieces)
+
+
+def stats_of(tensors: Sequence[NamedTensor], table: StatsTable, pieces: Sequence[Piece]) -> ParameterStats:
+    """Adds up the records of segments by tensor, with indices in the whole tensors; see `by_parameter`."""
+    return in_whole_tensors(by_parameter(table, pieces, len(tensors)), [item.shard for item in tensors])
 
 
 class ToleratedNonfinites:

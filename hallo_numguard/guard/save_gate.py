@@ -23,8 +23,13 @@ from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.containment import Probes
 from hallo_numguard.guard.diagnosis.catalog import CATALOG
 from hallo_numguard.guard.guarded_model import GuardedModel
-from hallo_numguard.guard.named_tensors import NamedTensor, named_buffers, named_parameters, scan_tensors
-from hallo_numguard.guard.parameter_stats import by_parameter
+from hallo_numguard.guard.named_tensors import (
+    NamedTensor,
+    named_buffers,
+    named_parameters,
+    scan_tensors,
+    stats_of,
+)
 
 MAX_NAMES = 3  # of tensors in a sentence
 _LEFT, _FINITE, _BAD = range(3)  # what a rank answers; the highest counts
@@ -153,7 +158,7 @@ class SaveGate:
         weights = self._probes.run("check before saving", self._weights, save.module) or []
         together = save.on_all_ranks
         if together is None:
-            together = any(item.slice is not None for item in weights or self._model.parameters)
+            together = any(item.slice or item.shard for item in weights or self._model.parameters)
         if not is_on_guard:
             return self._answer() if together else SaveCheck()
         found = self._probes.run("check before saving", self._read, save, weights, last_report) or SaveCheck()
@@ -222,7 +227,7 @@ class SaveGate:
         Where a parameter's own values are legal, its master copy and its moments have no more of them.
         """
         scan = self._model.scan_state()
-        stats = by_parameter(scan.table, scan.pieces, len(self._model.parameters))
+        stats = stats_of(self._model.parameters, scan.table, scan.pieces)
         found: tuple[list[Offender], list[Offender]] = ([], [])
         for position in stats.bad_positions():
             item = self._model.parameters[position]

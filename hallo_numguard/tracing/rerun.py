@@ -7,6 +7,7 @@ import enum
 import itertools
 import logging
 import sys
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec
@@ -55,9 +56,9 @@ class Peers:
         """Returns the worst match of any rank. All of them call it after every forward and every backward pass."""
         return match
 
-    def highest(self, number: int) -> int:
-        """Returns the highest number of any rank. All of them call it."""
-        return number
+    def have_the_same(self, number: int) -> bool:
+        """Returns whether all ranks have this number. All of them call it before a pass with gradients."""
+        return True
 
     def collectives(self) -> contextlib.AbstractContextManager[Any]:
         """Context of a pass, in which no collective waits for a rank that has failed."""
@@ -162,6 +163,7 @@ class _Run:
         self.attempt = Attempt()
         self.is_compiled = False
         self.is_of_leaves = False
+        self._lengths: list[int] = []  # of the parts of the gradients
         self._watches = watches
         self._module = module
         self._call = call
@@ -169,7 +171,7 @@ class _Run:
         self._seeds = seeds
         self._factor = factor
         self._arguments = arguments
-        self._peers = peers
+        self.peers = peers
         self._pass = contextlib.ExitStack()
         self._trace: Trace | None = None
         self._watch: OperationWatch | None = None
@@ -183,13 +185,13 @@ class _Run:
             work(*args, **kwargs)
         except Exception as error:  # noqa: BLE001 - the model's own code; training goes on
             self.attempt.match = Match.FAILED
-            self._peers.failed()
+            self.peers.failed()
             _log.warning("hallo_numguard could not run the batch again: %s: %s", type(error).__name__, error)
             _log.debug("the whole of it", exc_info=True)
 
     def agree(self) -> Match:
         """Returns the worst match of any rank."""
-        return self._peers.agree(self.attempt.match)
+        return self.peers.agree(self.attempt.match)
 
     def go_forward(self) -> None:
         """Calls the model, and compares its outputs."""
@@ -201,7 +203,7 @@ class _Run:
         if self._watches:
             modules = list(self._module.named_modules())
             self._watch = self._pass.enter_context(OperationWatch.on(modules, self._named))
-        with self._peers.collectives():
+        with self.peers.collectives():
             self._outputs = _outputs_of(self._call())
         with unwatched():
             match = _compare(self._outputs, self._recorded)
@@ -223,20 +225,27 @@ class _Run:
             self.attempt.source = self._watch.source_of(tensors)
 
     def number_of_parts(self) -> int:
-        """Returns the number of backward passes that give all gradients, the same on every rank."""
-        count = len(self._parts())
-        return self._peers.highest(count) if self.is_of_leaves else count
+        """Returns the number of backward passes that give all gradients, the same on every rank.
 
-    def _parts(self) -> list[list[torch.Tensor]]:
+        It is one where ranks would take others: a backward pass to other parameters has other collectives.
+        """
+        if not self._lengths:
+            lengths = [len(part) for part in _parts(self._targets())]
+            is_shared = self.peers.have_the_same(zlib.crc32(repr(lengths).encode()))
+            self._lengths = lengths if is_shared else [sum(lengths)]
+        return len(self._lengths)
+
+    def _targets(self) -> Sequence[torch.Tensor]:
+        """What gradients are asked for, as they become ready."""
         if self.is_of_leaves:
-            return _parts(leaves_of(self._outputs))
-        return _parts(reversed([item for item in self._module.parameters() if item.requires_grad]))
+            return leaves_of(self._outputs)
+        return [parameter for parameter in self._module.parameters() if parameter.requires_grad][::-1]
 
     def go_backward(self, number: int) -> None:
         """Computes the gradients of a part of the parameters."""
-        parts = self._parts()
-        part = parts[number] if number < len(parts) else []
-        with self._peers.collectives():
+        begin = sum(self._lengths[:number])
+        part = self._targets()[begin : begin + self._lengths[number]]
+        with self.peers.collectives():
             gradients = _backward(self._outputs, self._seeds, self._factor or 1.0, part)
         both = zip(part, gradients, strict=True)
         held = [(id(parameter), x) for parameter, x in both if x is not None and is_readable(x)]

@@ -97,6 +97,7 @@ def make_engine(
     model: nn.Module | None = None,
     groups_of: Callable[[nn.Module], list[Any]] = trained_by,
     optimizer_of: Callable[[list[Any]], torch.optim.Optimizer] = adamw,
+    mpu: Any = None,
     **config: Any,
 ) -> Any:
     """Returns an engine.
@@ -111,6 +112,7 @@ def make_engine(
         model: A `Model` if left out.
         groups_of: Makes the optimizer's parameters or groups of the model.
         optimizer_of: Makes the optimizer of them.
+        mpu: The client's own tensor parallelism.
         config: More of DeepSpeed's configuration.
     """
     single_process_environment()
@@ -144,7 +146,7 @@ def make_engine(
     with pytest.MonkeyPatch.context() as patch:
         if setup.endswith("_fused"):
             patch.setattr("deepspeed.runtime.engine.FusedAdam", torch.optim.AdamW)
-        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+        engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, mpu=mpu, config=settings)
     return engine
 
 
@@ -194,7 +196,9 @@ def run_ranks(
     Fails if one fails or hangs, or if the guard failed in one, unless `contains_failures`.
     """
     path = folder / "script.py"
-    path.write_text(f"import tells_failures\n{script}", encoding="utf-8")
+    # What hangs shows the stacks of every rank, and ends.
+    watchdog = f"import faulthandler; faulthandler.dump_traceback_later({timeout - 10}, exit=True)"
+    path.write_text(f"{watchdog}\nimport tells_failures\n{script}", encoding="utf-8")
     port = free_port()
     streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     processes = [start_rank(path, rank, ranks, port, **streams) for rank in range(ranks)]
@@ -206,8 +210,9 @@ def run_ranks(
     finally:
         for process in processes:
             process.kill()
+    all_of_them = "\n".join(f"rank {rank}:\n{output}" for rank, output in enumerate(outputs))
     for process, output in zip(processes, outputs, strict=True):
-        assert process.returncode == 0, output
+        assert process.returncode == 0, all_of_them
         assert contains_failures or tells_failures.PREFIX not in output, output
     return outputs
 

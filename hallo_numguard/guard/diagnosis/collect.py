@@ -19,15 +19,16 @@ from hallo_numguard.guard.diagnosis.evidence import Evidence
 from hallo_numguard.guard.diagnosis.texts import source_as_text
 from hallo_numguard.guard.diagnosis.weight_history import WeightHistory, history_of
 from hallo_numguard.guard.feeding_modules import BadFeed, FeedingModules
-from hallo_numguard.guard.guarded_model import GuardedModel
+from hallo_numguard.guard.guarded_model import GuardedModel, ScannedPieces
 from hallo_numguard.guard.named_tensors import (
     NamedTensor,
     ReadyOrder,
     ToleratedNonfinites,
     is_persistent,
     scan_tensors,
+    stats_of,
 )
-from hallo_numguard.guard.parameter_stats import NONE, ParameterStats, by_parameter
+from hallo_numguard.guard.parameter_stats import NONE, ParameterStats
 from hallo_numguard.guard.step.armed import ArmedSteps
 from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.guard.step.local_gradients import LocalGradients
@@ -74,6 +75,8 @@ class RankView(NamedTuple):
         power: Base-2 logarithm of the loss scale at which the last finite steps would have fitted.
         history: History of the first bad weight that can be the cause, as JSON; None if there is none.
         is_sliced: Whether the rank holds slices of each row of `weights`. bool [weights + 1].
+        is_cut: Whether model parallelism has cut each row of `weights`, of which parameters come first. bool
+            [weights + 1].
         loss_known: Whether there are losses, or stand-ins for them.
         batch_known: Whether the batch is there, unchanged.
         local_known: Whether all gradients were scanned before the reduction.
@@ -90,6 +93,7 @@ class RankView(NamedTuple):
     power: int
     history: str | None
     is_sliced: torch.Tensor
+    is_cut: torch.Tensor
     loss_known: bool
     batch_known: bool
     local_known: bool
@@ -233,7 +237,7 @@ class EvidenceCollector:
             if weight.kind == "buffer" and stats.counts[position][0] == 0:
                 continue  # Inf is how masks are written, and how running minima and maxima begin
             offender = weight.offender(stats, position, self._ranks.rank)
-            yield offender, self._ranks.rank == 0 or weight.slice is not None
+            yield offender, self._ranks.rank == 0 or weight.slice is not None or weight.shard is not None
         state = self._scan_state()
         for position in state.bad_positions():
             if position in self._known:
@@ -252,9 +256,10 @@ class EvidenceCollector:
         Nothing else is done here: what fails between two collectives would leave the other ranks waiting.
         """
         ranks, device = self._ranks, self._model.device
-        weights, weight_ranks = ranks.combine(view.weights, view.is_sliced)
-        gradients, _ = ranks.combine(view.gradients, _all(view.gradients, self._model.sliced_gradients))
-        state, state_ranks = ranks.combine(view.state, _all(view.state, self._model.sliced_state))
+        is_cut = view.is_cut[: len(self._model.parameters)]
+        weights, weight_ranks = ranks.combine(view.weights, view.is_sliced, view.is_cut)
+        gradients, _ = ranks.combine(view.gradients, _all(view.gradients, self._model.sliced_gradients), is_cut)
+        state, state_ranks = ranks.combine(view.state, _all(view.state, self._model.sliced_state), is_cut)
         return GlobalView(
             weights,
             weight_ranks,
@@ -275,7 +280,7 @@ class EvidenceCollector:
     def scan(self, step: BadStep) -> RankView:
         """Reads every tensor that this rank holds."""
         scanned = step.pending.gradients
-        gradients = by_parameter(scanned.table, scanned.pieces, len(self._model.parameters))
+        gradients = self._stats_of(scanned)
         weights = scan_tensors([*self.weights, self._loss_tensor(step)])
         before = self._local_gradients.stats(self._model.device)
         state, batch = self._scan_state(), self._scan_batch(step)
@@ -290,7 +295,8 @@ class EvidenceCollector:
             self._names_after_the_model(),
             self._settling_power(),
             self._history(weights),
-            is_sliced=self._sliced_weights(),
+            is_sliced=self._marked([item.slice is not None for item in self.weights]),
+            is_cut=self._marked([item.shard is not None for item in self.weights]),
             loss_known=bool(step.losses),
             batch_known=self._batch.seen,
             local_known=self._local_gradients.is_watching,
@@ -372,23 +378,27 @@ class EvidenceCollector:
         return min(rooms, default=_UNKNOWN)
 
     def _scan_state(self) -> ParameterStats:
-        state = self._model.scan_state()
-        stats = by_parameter(state.table, state.pieces, len(self._model.parameters))
+        return self._stats_of(self._model.scan_state())
+
+    def _stats_of(self, scanned: ScannedPieces) -> ParameterStats:
+        """Statistics by parameter on the device on which ranks reduce: with offload, the pieces lie on the CPU."""
+        stats = stats_of(self._model.parameters, scanned.table, scanned.pieces)
         return ParameterStats(*[column.to(self._model.device) for column in stats])
 
     def _agree_before_reduction(self, view: RankView) -> BeforeReduction | None:
         """Statistics of the ranks' own gradients, if all were scanned. A fixed number of reductions in any case."""
         local = view.before_reduction
         all_known = self._ranks.lowest(int(view.local_known), self._model.device) == 1
-        stats, ranks = self._ranks.combine(local, _all(local, False))
+        is_cut = view.is_cut[: len(self._model.parameters)]
+        stats, ranks = self._ranks.combine(local, _all(local, False), is_cut)
         bad = self._ranks.total(int(bool((local.first != NONE).any())), self._model.device)
         if not all_known:
             return None
         return BeforeReduction(bad, {position: int(ranks[position]) for position in stats.bad_positions()})
 
-    def _sliced_weights(self) -> torch.Tensor:
-        sliced = [item.slice is not None for item in self.weights]
-        return torch.tensor([*sliced, False], device=self._model.device)
+    def _marked(self, weights: Sequence[bool]) -> torch.Tensor:
+        """A flag of each weight, and of the loss."""
+        return torch.tensor([*weights, False], device=self._model.device)
 
     def evidence(
         self, step: BadStep, view: GlobalView, before: OverflowReport | None, rank_faults: Mapping[int, int]

@@ -79,8 +79,8 @@ class _Peers(Peers):
     def agree(self, match: Match) -> Match:
         return Match(self._ranks.highest(match, self._device))
 
-    def highest(self, number: int) -> int:
-        return self._ranks.highest(number, self._device)
+    def have_the_same(self, number: int) -> bool:
+        return self._ranks.highest(number, self._device) == self._ranks.lowest(number, self._device)
 
     def collectives(self) -> contextlib.AbstractContextManager[Any]:
         return self._ranks.collectives_met(self._where)

@@ -10,8 +10,8 @@ from torch.nn.parameter import is_lazy
 
 from hallo_numguard.guard import readable
 from hallo_numguard.guard.containment import Probes
-from hallo_numguard.guard.named_tensors import NamedTensor
-from hallo_numguard.guard.parameter_stats import ParameterStats, Piece, by_parameter
+from hallo_numguard.guard.named_tensors import NamedTensor, stats_of
+from hallo_numguard.guard.parameter_stats import ParameterStats, Piece
 from hallo_numguard.guard.step.pending import StepOwner
 from hallo_numguard.ops.table import StatsTable
 
@@ -51,7 +51,7 @@ class LocalGradients:
         """Returns the statistics of this rank's gradients of the step, one row per parameter."""
         seen = self._steps.pending.local_gradients
         table = StatsTable.concatenate([table for table, _ in seen] or [StatsTable.empty()])
-        return by_parameter(table.to(device), [piece for _, piece in seen], len(self._parameters))
+        return stats_of(self._parameters, table.to(device), [piece for _, piece in seen])
 
     def agree_with(self, absmax: Mapping[int, float], micro_batch: int) -> bool:
         """Returns whether this rank's finite gradients of a micro-batch are those of a rerun. May synchronise.

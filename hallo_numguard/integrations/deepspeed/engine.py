@@ -9,18 +9,8 @@ from typing import Any
 
 import torch
 
-from hallo_numguard.core.errors import UnsupportedDeepSpeed
 from hallo_numguard.guard.named_tensors import NamedTensor, named_parameters
 from hallo_numguard.integrations.deepspeed.partition import slice_of
-from hallo_numguard.integrations.deepspeed.version import is_instance_of
-
-
-def check_supported(engine: Any) -> None:
-    """Raises UnsupportedDeepSpeed if the guard does not work with such an engine, whatever its optimizer."""
-    if engine.optimizer is None or is_instance_of(engine.optimizer, "DeepSpeedZeRoOffload"):
-        raise UnsupportedDeepSpeed("this engine has no optimizer: there is no step to guard")
-    if is_instance_of(engine, "PipelineEngine"):
-        raise UnsupportedDeepSpeed("the guard does not work with pipeline parallelism yet")
 
 
 def call_module(engine: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -26,7 +26,6 @@ import torch
 
 from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.errors import InvalidInput, NumericsError
-from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.feeding_modules import Also, named_modules
 from hallo_numguard.guard.guard import Guard
 from hallo_numguard.guard.guarded_model import Forward, GuardedModel, ScannedPieces
@@ -40,13 +39,14 @@ from hallo_numguard.integrations.deepspeed.adapters import adapter_class, adapte
 from hallo_numguard.integrations.deepspeed.adapters.plain import clip
 from hallo_numguard.integrations.deepspeed.engine import (
     call_module,
-    check_supported,
     overflow_check_disabled,
     parameters_of,
     recover,
     settings_of,
 )
 from hallo_numguard.integrations.deepspeed.monitor import monitor_sinks
+from hallo_numguard.integrations.deepspeed.parallel import PartFigures, clips_over, ranks_of, with_shards
+from hallo_numguard.integrations.deepspeed.unsupported import check_supported
 from hallo_numguard.integrations.deepspeed.update_view import engine_view
 from hallo_numguard.integrations.deepspeed.version import release, version
 from hallo_numguard.integrations.patches import MethodPatches, replaced
@@ -91,13 +91,13 @@ class DeepSpeedGuard(Guard):
         self._losses_divided_by = losses_divided_by
         self._step_number = step_number or self._count_of_engine
         groups = adapter_class(engine.optimizer).parameter_groups(engine.optimizer)
-        parameters = parameters_of(engine.module, groups)
+        parameters = with_shards(engine, parameters_of(engine.module, groups))
         self._adapter = adapter_for(engine.optimizer, {item.tensor: at for at, item in enumerate(parameters)})
         self._adapter.names = [item.name for item in parameters]
         self._gradients = self._adapter.gradient_source()
-        # Stage 0 has no group of its own: its clipping reduces over the engine's.
-        group = getattr(self._optimizer, "dp_process_group", None) or getattr(engine, "data_parallel_group", None)
-        self._ranks = Ranks(group)
+        self._ranks = ranks_of(engine)
+        place = self._ranks.place
+        self._figures = None if place is None else PartFigures(parameters, place, self._gradients.is_sliced)
         model = GuardedModel(
             parameters,
             named_buffers(engine.module),
@@ -116,7 +116,7 @@ class DeepSpeedGuard(Guard):
             is_compiled=lambda: bool(getattr(engine, "is_compiled", False)),
             unchecked=self._adapter.unchecked,
             optimizer=engine_view(self._adapter),
-            exchanges_figures=self._gradients.is_sliced,
+            exchanges_figures=self._gradients.is_sliced or place is not None,
             also=feeding,
             run_facts={"framework": "DeepSpeed", "zero_stage": int(engine.zero_optimization_stage())},
         )
@@ -164,6 +164,8 @@ class DeepSpeedGuard(Guard):
 
     def _replace_passes(self) -> bool:
         reason = self._adapter.reason_to_observe()
+        if self._ranks.place is not None:
+            reason = "under tensor parallelism some parameters are held by several ranks, and count once in the norm"
         if reason is not None:
             _log.info("hallo_numguard observes and replaces nothing: %s", reason)
             return False
@@ -187,7 +189,7 @@ class DeepSpeedGuard(Guard):
         _guarded_engines.discard(self._engine)
         if answers and not self._checks_overflow:
             self._answers.wrap(self._optimizer, self._checking_method, self._answer)
-        if answers and self._gradients.is_sliced:
+        if answers and (self._gradients.is_sliced or self._figures is not None):
             self._figure_answers.wrap(self._optimizer, "step", self._answer_figures)
 
     @property
@@ -282,7 +284,7 @@ class DeepSpeedGuard(Guard):
 
     def _clip(self, original: Callable[..., Any]) -> Any:
         self._scanned_early = self._scan()
-        if not self._replaces or self._scanned_early is None or self._engine.mpu is not None:
+        if not self._replaces or self._scanned_early is None or not clips_over(self._engine, self._ranks):
             return original()
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         # DeepSpeed clips the model's parameters, which need not be the optimizer's, and leaves sparse gradients as
@@ -310,13 +312,15 @@ class DeepSpeedGuard(Guard):
         if self._gradients.has_unknown:
             self._session.probes.run("addition of parameters", self._add_parameters)
             scan = self._gradients.scan()
-        self._session.before_step(step, scaling, scan)
+        whole = None if self._figures is None else self._session.probes.run("flight recorder", self._figures, scan)
+        self._session.before_step(step, scaling, scan, whole)
         return scan
 
     def _add_parameters(self) -> None:
         """Guards the parameters of groups that were added to the optimizer."""
         positions, groups = self._adapter.positions, self._adapter.parameter_groups(self._optimizer)
-        new = [item for item in parameters_of(self._engine.module, groups) if item.tensor not in positions]
+        found = with_shards(self._engine, parameters_of(self._engine.module, groups))
+        new = [item for item in found if item.tensor not in positions]
         self._session.add_parameters(new)
         positions.update({item.tensor: len(positions) + place for place, item in enumerate(new)})
         self._adapter.names += [item.name for item in new]

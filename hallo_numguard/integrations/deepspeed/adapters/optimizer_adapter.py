@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
 
-from hallo_numguard.core.errors import UnsupportedDeepSpeed
 from hallo_numguard.guard import readable
 from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.loss_scaling import LossScaling
@@ -38,7 +37,6 @@ class OptimizerAdapter(ABC):
         class_names: Names of the class, or of its bases.
         groups_attribute: Attribute with the lists of parameters that it trains, one per group.
         required_attributes: Attributes without which the guard cannot work.
-        unsupported_features: Features that the guard does not work with, by the attribute that is set for each.
         state_is_sliced: Whether the ranks hold slices of the optimizer's state; else each holds all of it.
         has_masters: Whether it keeps float32 copies of parameters in half precision, which take the updates.
         unchecked: Takes the tensors of the state that are not read.
@@ -48,11 +46,6 @@ class OptimizerAdapter(ABC):
     class_names: ClassVar[tuple[str, ...]]
     groups_attribute: ClassVar[str]
     required_attributes: ClassVar[tuple[str, ...]]
-    unsupported_features: ClassVar[Mapping[str, str]] = {
-        "has_moe_layers": "mixture-of-experts layers",
-        "swap_optimizer": "offload to NVMe",
-        "zenflow": "ZenFlow",
-    }
     state_is_sliced: ClassVar[bool]
     has_masters: ClassVar[bool] = True
 
@@ -70,13 +63,8 @@ class OptimizerAdapter(ABC):
 
     @classmethod
     def check_supported(cls, optimizer: Any) -> None:
-        """Raises UnsupportedDeepSpeed if the guard does not work with the configuration of `optimizer`."""
+        """Raises UnsupportedDeepSpeed if `optimizer` lacks an attribute that is needed."""
         require(optimizer, "step", *cls.required_attributes)
-        for name, feature in cls.unsupported_features.items():
-            if getattr(optimizer, name, False):
-                raise UnsupportedDeepSpeed(f"the guard does not work with {feature} yet")
-        if getattr(optimizer, "model_parallel_world_size", 1) > 1:
-            raise UnsupportedDeepSpeed("the guard does not work with model parallelism yet")
 
     @classmethod
     def parameter_groups(cls, optimizer: Any) -> Iterable[Sequence[torch.Tensor]]:

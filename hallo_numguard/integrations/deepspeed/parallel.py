@@ -1,0 +1,112 @@
+"""Tensor parallelism: which ranks train a model together, and which part of a tensor each of them holds.
+
+With it, `dp_process_group` joins only the ranks that hold the same part. The guard decides over all ranks instead: the
+model's own collectives, in every pass that the guard repeats, need the ranks of the other parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from hallo_numguard.guard.collectives import Place, Ranks
+from hallo_numguard.guard.guarded_model import ScannedPieces
+from hallo_numguard.guard.named_tensors import NamedTensor
+from hallo_numguard.guard.parameter_stats import PADDING
+from hallo_numguard.guard.shards import Shard, block
+
+_AUTOTP_METADATA = "ds_autotp_universal_checkpoint_meta"  # deepspeed/checkpoint/constants.py
+
+
+def shards_of(engine: Any) -> int:
+    """Returns the number of parts into which the model's tensors are cut; 1 without tensor parallelism."""
+    mpu = getattr(engine, "mpu", None)
+    if mpu is None or hasattr(mpu, "initialize_sequence_parallel"):  # the latter cuts sequences, and no weights
+        return 1
+    return int(mpu.get_model_parallel_world_size())
+
+
+def ranks_of(engine: Any) -> Ranks:
+    """Returns the ranks that share a copy of the model, and those of all other copies: the guard's only group."""
+    if shards_of(engine) > 1:
+        mpu = engine.mpu
+        return Ranks(place=Place(int(mpu.get_data_parallel_rank()), int(mpu.get_model_parallel_rank())))
+    of_optimizer = getattr(engine.optimizer, "dp_process_group", None)  # stage 0 has none of its own
+    names = ("seq_data_parallel_group", "data_parallel_group")  # equal where no sequence is cut into parts
+    return Ranks(of_optimizer or next(filter(None, (getattr(engine, name, None) for name in names)), None))
+
+
+def clips_over(engine: Any, ranks: Ranks) -> bool:
+    """Returns whether `engine.clip_fp32_gradients` reduces once, and over these ranks."""
+    group = getattr(engine, "data_parallel_group", None)
+    return getattr(engine, "mpu", None) is None and ranks.are(group)
+
+
+def spans_all_ranks(engine: Any) -> bool:
+    """Returns whether all ranks of the job train this model, if it is cut into parts."""
+    shards = shards_of(engine)
+    return shards == 1 or shards * int(engine.mpu.get_data_parallel_world_size()) == dist.get_world_size()
+
+
+def with_shards(engine: Any, parameters: Sequence[NamedTensor]) -> list[NamedTensor]:
+    """Returns the parameters with the place of this rank's part in the whole tensor, where one is cut."""
+    shards = shards_of(engine)
+    return [_located(item, engine, shards) if shards > 1 and _is_cut(item.tensor) else item for item in parameters]
+
+
+def _is_cut(parameter: torch.Tensor) -> bool:
+    """As deepspeed/runtime/utils.py, `is_model_parallel_parameter`."""
+    return bool(getattr(parameter, "model_parallel", False) or getattr(parameter, "tensor_model_parallel", False))
+
+
+def _located(item: NamedTensor, engine: Any, shards: int) -> NamedTensor:
+    """The parameter with its whole shape; with that of its part where how it was cut is not known."""
+    parameter: Any = item.tensor
+    rank, shape = int(engine.mpu.get_model_parallel_rank()), list(item.whole_shape)
+    metadata: Mapping[str, Any] = getattr(parameter, _AUTOTP_METADATA, {})
+    dimension = metadata.get("partition_dim", getattr(parameter, "partition_dim", None))
+    sizes = metadata.get("partition_sizes")
+    if not metadata and isinstance(dimension, int) and getattr(parameter, "partition_stride", 1) == 1:
+        sizes = [shape[dimension]] * shards if 0 <= dimension < len(shape) else None  # as Megatron cuts
+    if dimension is None or not sizes or sizes[rank] != shape[dimension]:
+        return replace(item, shard=Shard())
+    begin, size = sum(sizes[:rank]), shape[dimension]
+    shape[dimension] = sum(sizes)
+    return replace(item, shape=tuple(shape), shard=block(shape, dimension, begin, size))
+
+
+class PartFigures:
+    """This rank's share of the figures of a step: together, the ranks count each element of the model once.
+
+    Args:
+        parameters: The guard's list; it may grow.
+        place: This rank's part.
+        is_sliced: Whether the ranks of one part hold slices of the gradients; else copies.
+    """
+
+    def __init__(self, parameters: Sequence[NamedTensor], place: Place, is_sliced: bool) -> None:
+        self._parameters = parameters
+        self._place = place
+        self._is_sliced = is_sliced
+        self._pieces: Sequence[Any] = ()
+        self._counted: torch.Tensor | None = None
+
+    def __call__(self, scan: ScannedPieces) -> torch.Tensor:
+        """Returns the figures as in `figure_exchange.PART`. No host sync."""
+        table = scan.table
+        if self._counted is None or self._pieces != scan.pieces:
+            counted = [self._counts(piece.parameter) for piece in scan.pieces]
+            self._counted = torch.tensor(counted, dtype=torch.float64, device=table.packed.device)
+            self._pieces = list(scan.pieces)
+        counts = self._counted @ table.nonfinite_counts.double()
+        absmax = table.absmax.amax() if len(table) else counts.new_zeros(())
+        return torch.stack([counts[0], counts[1] + counts[2], absmax, self._counted @ table.sumsq])
+
+    def _counts(self, position: int) -> bool:
+        if position == PADDING.parameter or not (self._is_sliced or self._place.copy == 0):
+            return False
+        return self._place.shard == 0 or self._parameters[position].shard is not None

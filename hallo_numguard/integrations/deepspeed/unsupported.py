@@ -1,0 +1,152 @@
+"""What the guard does not work with: the one list that `attach`, the documentation and the tests read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hallo_numguard.core.errors import UnsupportedDeepSpeed
+from hallo_numguard.integrations.deepspeed.parallel import spans_all_ranks
+from hallo_numguard.integrations.deepspeed.version import is_instance_of, version
+
+_DENSE = "Train this model without the guard, or as a dense one with ZeRO stage 0 to 3."
+
+
+@dataclass(frozen=True)
+class Unsupported:
+    """A configuration that is refused when a guard is attached.
+
+    Attributes:
+        feature: What it is, as DeepSpeed's documentation calls it.
+        shown_by: Class or attribute of the engine that shows it.
+        reason: Why it is refused.
+        remedy: What to do.
+        is_on: Returns whether an engine is configured so.
+    """
+
+    feature: str
+    shown_by: str
+    reason: str
+    remedy: str
+    is_on: Callable[[Any], bool]
+
+
+def _optimizer_is_on(attribute: str) -> Callable[[Any], bool]:
+    return lambda engine: bool(getattr(engine.optimizer, attribute, False))
+
+
+def _inner_optimizer_is(*names: str) -> Callable[[Any], bool]:
+    def is_on(engine: Any) -> bool:
+        inner = getattr(engine, "basic_optimizer", None)
+        candidates = (engine.optimizer, inner, getattr(engine.optimizer, "optimizer", None))
+        return any(is_instance_of(candidate, *names) for candidate in candidates)
+
+    return is_on
+
+
+def _has_no_optimizer(engine: Any) -> bool:
+    return engine.optimizer is None or is_instance_of(engine.optimizer, "DeepSpeedZeRoOffload", "DummyOptim")
+
+
+def _steps_in_backward(engine: Any) -> bool:
+    return is_instance_of(engine.optimizer, "SuperOffloadOptimizer_Stage3")
+
+
+def _has_zenflow(engine: Any) -> bool:
+    return bool(getattr(engine, "zenflow", False) or getattr(engine.optimizer, "zenflow", False))
+
+
+def _has_experts(engine: Any) -> bool:
+    return bool(getattr(engine, "has_moe_layers", False) or getattr(engine.optimizer, "has_moe_layers", False))
+
+
+UNSUPPORTED = (
+    Unsupported(
+        "an engine without optimizer",
+        "engine.optimizer",
+        "there is no step to guard",
+        "Attach to the engine that trains.",
+        _has_no_optimizer,
+    ),
+    Unsupported(
+        "pipeline parallelism",
+        "PipelineEngine",
+        "each stage has other layers, and the schedule calls them",
+        _DENSE,
+        lambda engine: is_instance_of(engine, "PipelineEngine"),
+    ),
+    Unsupported(
+        "mixture of experts",
+        "engine.has_moe_layers",
+        "experts are reduced over groups of their own",
+        _DENSE,
+        _has_experts,
+    ),
+    Unsupported(
+        "tensor parallelism on a part of the ranks",
+        "engine.mpu",
+        "its data-parallel and model-parallel groups together are not all ranks of the job",
+        "Give every rank of the job a part of this model.",
+        lambda engine: not spans_all_ranks(engine),
+    ),
+    Unsupported(
+        "offload of the optimizer to NVMe",
+        "optimizer.swap_optimizer",
+        "its state is in memory only while it is stepped",
+        'Use "offload_optimizer": {"device": "cpu"}.',
+        _optimizer_is_on("swap_optimizer"),
+    ),
+    Unsupported(
+        "offload of parameters to NVMe",
+        "optimizer.params_in_nvme_and_cpu",
+        "weights are in memory only while they are used",
+        'Use "offload_param": {"device": "cpu"}.',
+        _optimizer_is_on("params_in_nvme_and_cpu"),
+    ),
+    Unsupported(
+        "ZenFlow",
+        "engine.zenflow",
+        "it updates important gradients apart from the others",
+        "Use ZeRO offload without it.",
+        _has_zenflow,
+    ),
+    Unsupported(
+        "SuperOffload",
+        "SuperOffloadOptimizer_Stage3",
+        "it updates sub-groups during the backward pass, before all gradients are there",
+        'Use "offload_optimizer" without "super_offload".',
+        _steps_in_backward,
+    ),
+    Unsupported(
+        "1-bit optimizers",
+        "OnebitAdam, ZeroOneAdam, OnebitLamb",
+        "they reduce gradients inside of their step, compressed",
+        "Use Adam or Lamb.",
+        _inner_optimizer_is("OnebitAdam", "ZeroOneAdam", "OnebitLamb"),
+    ),
+    Unsupported(
+        "MiCS",
+        "MiCS_Optimizer",
+        "shards are reduced over groups of their own",
+        "Use ZeRO stage 3, with zero_hpz_partition_size.",
+        lambda engine: is_instance_of(engine.optimizer, "MiCS_Optimizer"),
+    ),
+)
+
+
+def check_supported(engine: Any) -> None:
+    """Raises UnsupportedDeepSpeed if the guard does not work with such an engine, with what to do."""
+    for item in UNSUPPORTED:
+        if item.is_on(engine):
+            raise UnsupportedDeepSpeed(
+                f"the guard does not work with {item.feature}: {item.reason} (DeepSpeed {version()}, "
+                f"{type(engine).__name__} with {type(engine.optimizer).__name__}, seen by {item.shown_by}). "
+                f"{item.remedy}"
+            )
+
+
+def refused_table() -> list[str]:
+    """Returns the list as lines of a Markdown table."""
+    rows = [f"| {item.feature} | `{item.shown_by}` | {item.reason} | {item.remedy} |" for item in UNSUPPORTED]
+    return ["| refused | seen by | because | instead |", "|---|---|---|---|", *rows]
