@@ -41,4 +41,13 @@ const Kernels kAvx512 = {
     read<kPrefetchBytes>,
 };
 
+const Kernels kAvx512Linewise = {
+    {scan<Float32, false, true>, scan<Float16, false, true>, scan<BFloat16, false, true>, scan<Float64, false, true>,
+     scan<Float8E4M3FN, false, true>, scan<Float8E5M2, false, true>},
+    {scan<Float32, true, true>, scan<Float16, true, true>, scan<BFloat16, true, true>, scan<Float64, true, true>,
+     scan<Float8E4M3FN, true, true>, scan<Float8E5M2, true, true>},
+    read<0>,
+    read<kPrefetchBytes>,
+};
+
 }  // namespace numguard::cpu

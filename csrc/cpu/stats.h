@@ -9,10 +9,12 @@
 
 namespace numguard::cpu {
 
-enum Isa : int { kIsaPortable, kIsaAvx2, kIsaAvx512, kIsaAvx512Bf16, kIsas };
+// Instruction sets, and last the choices of kernels that were measured to be the fastest on a CPU.
+enum Isa : int { kIsaPortable, kIsaAvx2, kIsaAvx512, kIsaAvx512Bf16, kIsaZen5, kIsaZen4, kIsas };
 
 const char* isa_name(Isa isa);
 bool isa_supported(Isa isa);  // by this CPU, and built into this binary
+Isa fastest_isa();
 
 ScanKernel scan_kernel(Isa isa, Dtype dtype);  // without detail
 
