@@ -43,6 +43,9 @@ constexpr int kMostRoundings = 32;
 // docs/benchmarks.md).
 constexpr int kPrefetchBytes = 8192;
 
+// Bytes that a stream reads in its turn: of 512 to 4,096, the most bandwidth on Zen 4.
+constexpr int kTurnBytes = 1024;
+
 constexpr int kSmallBlock = 256;  // elements that are scanned exactly because of one of them
 constexpr int64_t kPiece = 1 << 16;
 
@@ -137,6 +140,7 @@ struct Bounds {
   static constexpr int kStrideBytes = Lanes::kUnroll * kVectorBytes;
   static constexpr int kStrides = Lanes::kDepth * Lanes::kBlocks;  // of a group
   static constexpr int kSmallStrides = kSmallBlock / (Lanes::kUnroll * Lanes::kLanes);
+  static constexpr int kTurn = kTurnBytes / kStrideBytes;  // strides of a stream before it is another's turn
 
   static_assert(kSmallStrides > 0 && kSmallStrides <= kStrides && kSmallBlock % (Lanes::kUnroll * Lanes::kLanes) == 0);
   static_assert((kAccumulators & (kAccumulators - 1)) == 0, "added up as a tree");
@@ -175,37 +179,46 @@ inline void count_lanes(Group<Lanes>& group, typename Lanes::Bits magnitude) {
   group.small = Lanes::count_small(group.small, magnitude);
 }
 
+// The strides from `at` to `stop`, of one block: at least one.
+template <class Lanes, bool kDetail, bool kPrefetch, class Stream>
+inline __attribute__((always_inline)) void add_block(Stream& stream, const uint8_t* at, const uint8_t* stop,
+                                                     typename Lanes::Sums* sums, Group<Lanes>& group) {
+  using Size = Bounds<Lanes>;
+  typename Lanes::Bits peak = group.peak;
+#pragma GCC unroll 1
+  do {
+    typename Lanes::Bits largest = Lanes::zero();
+#pragma GCC unroll 8
+    for (int k = 0; k < Lanes::kUnroll; ++k) {
+      const uint8_t* const from = at + k * Size::kVectorBytes;
+      // One line per vector; a shorter vector asks for the same line twice, which costs nothing but the slot.
+      if (kPrefetch) __builtin_prefetch(from + kPrefetchBytes);
+      const typename Lanes::Bits raw = stream.next(from);
+      const typename Lanes::Bits magnitude = Lanes::magnitude(raw);
+      largest = k == 0 ? magnitude : Lanes::max(largest, magnitude);
+      if (kDetail) count_lanes<Lanes>(group, magnitude);
+      Stream::add_squares(sums + k * Lanes::kSums, raw, from);
+    }
+    peak = Lanes::max(peak, largest);
+    at += Size::kStrideBytes;
+  } while (at != stop);
+  group.peak = peak;
+}
+
 // Whole strides from `at` on, one block after the other.
 template <class Lanes, bool kDetail, bool kPrefetch, class Stream>
 inline void scan_strides(const uint8_t* at, int64_t strides, Group<Lanes>& group) {
   using Size = Bounds<Lanes>;
   Stream stream(at);
   const uint8_t* const end = at + strides * Size::kStrideBytes;
-  typename Lanes::Bits peak = group.peak;
   while (at != end) {
     const uint8_t* const stop = at + smaller(end - at, Lanes::kDepth * Size::kStrideBytes);
     typename Lanes::Sums sums[Size::kAccumulators];
     clear<Lanes>(sums);
-#pragma GCC unroll 1
-    do {
-      typename Lanes::Bits largest = Lanes::zero();
-#pragma GCC unroll 8
-      for (int k = 0; k < Lanes::kUnroll; ++k) {
-        const uint8_t* const from = at + k * Size::kVectorBytes;
-        // One line per vector; a shorter vector asks for the same line twice, which costs nothing but the slot.
-        if (kPrefetch) __builtin_prefetch(from + kPrefetchBytes);
-        const typename Lanes::Bits raw = stream.next(from);
-        const typename Lanes::Bits magnitude = Lanes::magnitude(raw);
-        largest = k == 0 ? magnitude : Lanes::max(largest, magnitude);
-        if (kDetail) count_lanes<Lanes>(group, magnitude);
-        Stream::add_squares(sums + k * Lanes::kSums, raw, from);
-      }
-      peak = Lanes::max(peak, largest);
-      at += Size::kStrideBytes;
-    } while (at != stop);
+    add_block<Lanes, kDetail, kPrefetch>(stream, at, stop, sums, group);
     group.sum = Lanes::add(group.sum, add_up<Lanes>(sums));
+    at = stop;
   }
-  group.peak = peak;
 }
 
 // Less than a stride, without a branch: as many vectors as a stride has, with zeros beyond the end.
@@ -225,12 +238,22 @@ inline void scan_rest(const uint8_t* at, const uint8_t* end, Group<Lanes>& group
   group.sum = Lanes::add(group.sum, add_up<Lanes>(sums));
 }
 
-// The elements of one call, from the first to the last.
+// The elements of one piece, from the first to the last.
 template <class Lanes, bool kDetail, bool kPrefetch, class Stream>
 class Pass {
  public:
+  // What the clean groups have found.
+  struct Kept {
+    typename Lanes::Bits peak = Lanes::zero();
+    typename Lanes::Totals totals = Lanes::no_totals();
+  };
+
+  Pass() = default;
   Pass(const uint8_t* data, const uint8_t* end, int64_t base, Record* out)
-      : data_(data), end_(end), base_(base), out_(out), whole_(end - (end - data) % Size::kStrideBytes) {}
+      : data_(data), end_(end), whole_(end - (end - data) % Size::kStrideBytes), base_(base), out_(out) {}
+
+  const uint8_t* whole() const { return whole_; }
+  const uint8_t* end() const { return end_; }
 
   void run() {
     const uint8_t* at = data_;
@@ -238,26 +261,32 @@ class Pass {
     do {
       Group<Lanes> group;
       const uint8_t* const stop = scan_part(at, Size::kStrides, group);
-      if (__builtin_expect(Lanes::too_large(group.peak), 0)) {
-        Kept copy = kept;  // so that `kept` itself may stay in registers
-        at = scan_carefully(at, copy);
-        kept = copy;
-      } else {
-        keep(kept, group, stop);
-        at = stop;
-      }
+      at = close(group, at, stop, kept);
     } while (at != end_);
     finish(kept);
   }
 
+  // Ends the group from `begin` to `stop`. Returns where the next one begins.
+  const uint8_t* close(const Group<Lanes>& group, const uint8_t* begin, const uint8_t* stop, Kept& kept) {
+    if (__builtin_expect(Lanes::too_large(group.peak), 0)) {
+      Kept copy = kept;  // so that `kept` itself may stay in registers
+      const uint8_t* const next = scan_carefully(begin, copy);
+      kept = copy;
+      return next;
+    }
+    keep(kept, group, stop);
+    return stop;
+  }
+
+  void finish(const Kept& kept) {
+    const double absmax = Lanes::largest(kept.peak);
+    if (absmax > out_->absmax) out_->absmax = absmax;
+    if (__builtin_expect(out_->absmax < Lanes::kLow && out_->absmax > 0, 0)) return scan_exactly();
+    out_->sumsq += Lanes::total(kept.totals);
+  }
+
  private:
   using Size = Bounds<Lanes>;
-
-  // What the clean groups have found.
-  struct Kept {
-    typename Lanes::Bits peak = Lanes::zero();
-    typename Lanes::Totals totals = Lanes::no_totals();
-  };
 
   // At most so many strides, and behind the last the rest. Returns where it ends.
   const uint8_t* scan_part(const uint8_t* at, int strides, Group<Lanes>& group) {
@@ -299,13 +328,6 @@ class Pass {
     }
   }
 
-  void finish(const Kept& kept) {
-    const double absmax = Lanes::largest(kept.peak);
-    if (absmax > out_->absmax) out_->absmax = absmax;
-    if (__builtin_expect(out_->absmax < Lanes::kLow && out_->absmax > 0, 0)) return scan_exactly();
-    out_->sumsq += Lanes::total(kept.totals);
-  }
-
   __attribute__((noinline)) void scan_exactly() {
     *out_ = kEmptyRecord;
     const int64_t count = (end_ - data_) / Lanes::kBytes;
@@ -313,11 +335,11 @@ class Pass {
       rescan<Lanes, kDetail>(data_ + at * Lanes::kBytes, smaller(count - at, kPiece), base_ + at, out_);
   }
 
-  const uint8_t* const data_;
-  const uint8_t* const end_;
-  const int64_t base_;
-  Record* const out_;
-  const uint8_t* const whole_;  // end of the last whole stride
+  const uint8_t* data_ = nullptr;
+  const uint8_t* end_ = nullptr;
+  const uint8_t* whole_ = nullptr;  // end of the last whole stride
+  int64_t base_ = 0;
+  Record* out_ = nullptr;
 };
 
 // kLinewise: vectors that lie across two cache lines are put together from whole ones, and lines are prefetched.
@@ -344,6 +366,132 @@ void scan(const uint8_t* data, int64_t count, int64_t base, Record* out) {
   }
   Pass<Lanes, kDetail, kLinewise, Direct<Lanes>>(data, end, base, out).run();
 }
+
+// One of several streams that take turns: the pieces of a queue, one after the other. It adds up what `Pass::run` does,
+// in the same order, so a record is the same bits.
+template <class Lanes, bool kDetail>
+class TurnTaker {
+ public:
+  // Pieces that are too small for a turn are scanned at once. Returns whether there is one for turns.
+  bool begin(Queue queue) {
+    queue_ = queue;
+    return begin_piece();
+  }
+
+  // Reads kTurnBytes, or to the end of a block. Returns whether there is more.
+  bool take_turn() {
+    const int64_t strides = smaller(Size::kTurn, (block_end_ - at_) / Size::kStrideBytes);
+    const uint8_t* const stop = at_ + strides * Size::kStrideBytes;
+    for (int line = 0; line < kAheadLines; ++line) __builtin_prefetch(stop + 64 * line, 0, 2);
+    add_strides(stop);
+    if (at_ != block_end_) return true;
+    group_.sum = Lanes::add(group_.sum, add_up<Lanes>(sums_));
+    if (at_ == group_end_ && !end_group()) return false;
+    begin_block();
+    return true;
+  }
+
+ private:
+  using Size = Bounds<Lanes>;
+  using OnePass = Pass<Lanes, kDetail, false, Direct<Lanes>>;
+  static constexpr int kAheadLines = 4;  // asked for into the L2 cache, for the next turn
+
+  __attribute__((noinline)) void add_strides(const uint8_t* stop) {
+    typename Lanes::Sums sums[Size::kAccumulators];
+#pragma GCC unroll 16
+    for (int k = 0; k < Size::kAccumulators; ++k) sums[k] = sums_[k];
+    Direct<Lanes> stream(at_);
+    add_block<Lanes, kDetail, false>(stream, at_, stop, sums, group_);
+#pragma GCC unroll 16
+    for (int k = 0; k < Size::kAccumulators; ++k) sums_[k] = sums[k];
+    at_ = stop;
+  }
+
+  bool begin_piece() {
+    while (queue_.begin != queue_.end) {
+      const Piece& piece = *queue_.begin++;
+      const uint8_t* const end = piece.data + piece.count * Lanes::kBytes;
+      if (end - piece.data < Size::kStrideBytes) {
+        scan<Lanes, kDetail>(piece.data, piece.count, piece.base, piece.out);
+        continue;
+      }
+      *piece.out = kEmptyRecord;
+      pass_ = OnePass(piece.data, end, piece.base, piece.out);
+      kept_ = typename OnePass::Kept();
+      at_ = piece.data;
+      begin_group();
+      begin_block();
+      return true;
+    }
+    return false;
+  }
+
+  void begin_group() {
+    group_ = Group<Lanes>();
+    group_begin_ = at_;
+    group_end_ = at_ + smaller(pass_.whole() - at_, Size::kStrides * Size::kStrideBytes);
+  }
+
+  void begin_block() {
+    clear<Lanes>(sums_);
+    block_end_ = at_ + smaller(group_end_ - at_, Lanes::kDepth * Size::kStrideBytes);
+  }
+
+  // Returns whether there is another group, in this piece or in the next.
+  bool end_group() {
+    const uint8_t* stop = at_;
+    for (;;) {
+      if (stop == pass_.whole() && stop != pass_.end()) {
+        scan_rest<Lanes, kDetail>(stop, pass_.end(), group_);
+        stop = pass_.end();
+      }
+      at_ = pass_.close(group_, group_begin_, stop, kept_);
+      if (at_ == pass_.end()) {
+        pass_.finish(kept_);
+        return begin_piece();
+      }
+      begin_group();
+      if (group_end_ != at_) return true;
+      stop = at_;  // nothing but the rest is left
+    }
+  }
+
+  Queue queue_{};
+  OnePass pass_;
+  typename OnePass::Kept kept_;
+  Group<Lanes> group_;
+  typename Lanes::Sums sums_[Size::kAccumulators];
+  const uint8_t* at_ = nullptr;
+  const uint8_t* block_end_ = nullptr;
+  const uint8_t* group_begin_ = nullptr;
+  const uint8_t* group_end_ = nullptr;
+};
+
+// Several streams of memory in turn. One alone leaves a third of the DRAM bandwidth unused: the hardware prefetcher
+// stops at the end of a page, and has a page of another stream under way meanwhile.
+template <class Lanes, bool kDetail>
+void scan_streams(const Queue* queues) {
+  TurnTaker<Lanes, kDetail> streams[kStreams];
+  TurnTaker<Lanes, kDetail>* live[kStreams];
+  int count = 0;
+  for (int k = 0; k < kStreams; ++k)
+    if (streams[k].begin(queues[k])) live[count++] = &streams[k];
+  while (count > 0) {
+    for (int k = 0; k < count;) {
+      if (live[k]->take_turn()) {
+        ++k;
+      } else {
+        live[k] = live[--count];
+      }
+    }
+  }
+}
+
+template <class Lanes, bool kDetail>
+constexpr Scanner scanner = {scan<Lanes, kDetail>, scan_streams<Lanes, kDetail>};
+
+template <class Lanes, bool kDetail>
+constexpr Scanner linewise_scanner = {scan<Lanes, kDetail, true>, nullptr};
 
 }  // namespace
 }  // namespace numguard::cpu

@@ -280,7 +280,7 @@ struct Float64 : RawLanes {
 // Common code of the two 8-bit formats: 32 raw bytes become four vectors of float by way of float16.
 template <uint8_t kLargestSubnormal>
 struct Lanes8 : FloatSums {
-  static constexpr int kBytes = 1, kLanes = 32, kUnroll = 2, kSums = 4, kDepth = 24, kBlocks = 4;
+  static constexpr int kBytes = 1, kLanes = 32, kUnroll = 1, kSums = 4, kDepth = 24, kBlocks = 4;
   static constexpr int64_t kMostCounted = UINT8_MAX;
   static __m128i load_as_16(const uint8_t* from, int count) {
     return _mm_cvtepu8_epi16(_mm256_castsi256_si128(load_bytes(from, count)));
@@ -343,33 +343,56 @@ struct Float8E4M3FN : Lanes8<kFloat8E4M3FNLargestSubnormal> {
   static double largest(Bits peak) { return float_from_bits(widen_float8_e4m3fn(largest_u8(peak))); }
 };
 
-template <int kPrefetch>
-uint64_t read(const uint8_t* data, int64_t bytes) {
-  __m256i sums[8];
-  for (auto& sum : sums) sum = _mm256_setzero_si256();
-  int64_t at = 0;
-  for (; at + 256 <= bytes; at += 256) {
-#pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) {
-      if (kPrefetch > 0 && k % 2 == 0) __builtin_prefetch(data + at + 32 * k + kPrefetch);
-      sums[k] = _mm256_add_epi64(sums[k], load_256(data + at + 32 * k));
-    }
-  }
-  for (int k = 1; k < 8; ++k) sums[0] = _mm256_add_epi64(sums[0], sums[k]);
+inline uint64_t read_rest(__m256i* sums, const uint8_t* data, int64_t bytes, int64_t at) {
+  for (int k = 1; k < 8; ++k) sums[0] = _mm256_or_si256(sums[0], sums[k]);
   uint64_t rest = 0;
   for (; at < bytes; ++at) rest += data[at];
   return rest + static_cast<uint64_t>(add_all_lanes<uint64_t>(sums[0]));
 }
 
+inline void read_part(__m256i* sums, const uint8_t* data, int64_t bytes) {
+#pragma GCC unroll 1
+  for (int64_t at = 0; at < bytes; at += 256)
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) sums[k] = _mm256_or_si256(sums[k], load_256(data + at + 32 * k));
+}
+
+uint64_t read(const uint8_t* data, int64_t bytes) {
+  __m256i sums[8] = {};
+  read_part(sums, data, bytes / 256 * 256);
+  return read_rest(sums, data, bytes, bytes / 256 * 256);
+}
+
+uint64_t read_prefetched(const uint8_t* data, int64_t bytes) {
+  __m256i sums[8] = {};
+  int64_t at = 0;
+  for (; at + 256 <= bytes; at += 256) {
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) {
+      if (k % 2 == 0) __builtin_prefetch(data + at + 32 * k + kPrefetchBytes);
+      sums[k] = _mm256_or_si256(sums[k], load_256(data + at + 32 * k));
+    }
+  }
+  return read_rest(sums, data, bytes, at);
+}
+
+// As scan_streams does, in places that lie a part of `bytes` apart.
+uint64_t read_streams(const uint8_t* data, int64_t bytes) {
+  __m256i sums[8] = {};
+  const int64_t part = bytes / kStreams / kTurnBytes * kTurnBytes;
+  for (int64_t at = 0; at < part; at += kTurnBytes)
+    for (int k = 0; k < kStreams; ++k) read_part(sums, data + k * part + at, kTurnBytes);
+  return read_rest(sums, data, bytes, kStreams * part);
+}
+
 }  // namespace
 
 const Kernels kAvx2 = {
-    {scan<Float32, false>, scan<Float16, false>, scan<BFloat16, false>, scan<Float64, false>, scan<Float8E4M3FN, false>,
-     scan<Float8E5M2, false>},
-    {scan<Float32, true>, scan<Float16, true>, scan<BFloat16, true>, scan<Float64, true>, scan<Float8E4M3FN, true>,
-     scan<Float8E5M2, true>},
-    read<0>,
-    read<kPrefetchBytes>,
+    {scanner<Float32, false>, scanner<Float16, false>, scanner<BFloat16, false>, scanner<Float64, false>,
+     scanner<Float8E4M3FN, false>, scanner<Float8E5M2, false>},
+    {scanner<Float32, true>, scanner<Float16, true>, scanner<BFloat16, true>, scanner<Float64, true>,
+     scanner<Float8E4M3FN, true>, scanner<Float8E5M2, true>},
+    {read, read_prefetched, read_streams},
 };
 
 }  // namespace numguard::cpu

@@ -18,9 +18,9 @@ struct BFloat16Dot : BFloat16Base {
 
 }  // namespace
 
-const ScanKernel kAvx512Bf16Scan = scan<BFloat16Dot, false>;
-const ScanKernel kAvx512Bf16ScanDetail = scan<BFloat16Dot, true>;
-const ScanKernel kAvx512Bf16ScanLinewise = scan<BFloat16Dot, false, true>;
-const ScanKernel kAvx512Bf16ScanLinewiseDetail = scan<BFloat16Dot, true, true>;
+const Scanner kAvx512Bf16Scan = scanner<BFloat16Dot, false>;
+const Scanner kAvx512Bf16ScanDetail = scanner<BFloat16Dot, true>;
+const Scanner kAvx512Bf16ScanLinewise = linewise_scanner<BFloat16Dot, false>;
+const Scanner kAvx512Bf16ScanLinewiseDetail = linewise_scanner<BFloat16Dot, true>;
 
 }  // namespace numguard::cpu

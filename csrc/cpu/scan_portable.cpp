@@ -78,12 +78,19 @@ uint64_t read(const uint8_t* data, int64_t bytes) {
 }  // namespace
 
 const Kernels kPortable = {
-    {scan<Float32, false>, scan<Float16, false>, scan<BFloat16, false>, scan<Float64, false>, scan<Float8E4M3FN, false>,
-     scan<Float8E5M2, false>},
-    {scan<Float32, true>, scan<Float16, true>, scan<BFloat16, true>, scan<Float64, true>, scan<Float8E4M3FN, true>,
-     scan<Float8E5M2, true>},
-    read,
-    read,
+    {{scan<Float32, false>, nullptr},
+     {scan<Float16, false>, nullptr},
+     {scan<BFloat16, false>, nullptr},
+     {scan<Float64, false>, nullptr},
+     {scan<Float8E4M3FN, false>, nullptr},
+     {scan<Float8E5M2, false>, nullptr}},
+    {{scan<Float32, true>, nullptr},
+     {scan<Float16, true>, nullptr},
+     {scan<BFloat16, true>, nullptr},
+     {scan<Float64, true>, nullptr},
+     {scan<Float8E4M3FN, true>, nullptr},
+     {scan<Float8E5M2, true>, nullptr}},
+    {read, nullptr, nullptr},
 };
 
 }  // namespace numguard::cpu

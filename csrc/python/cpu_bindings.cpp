@@ -48,8 +48,8 @@ int scan_file(uintptr_t out, uintptr_t words, int descriptor, int64_t begin, int
                         static_cast<cpu::Isa>(isa), records_at(out), reinterpret_cast<int64_t*>(words));
 }
 
-uint64_t read_memory(uintptr_t data, int64_t bytes, bool prefetch, int isa, int threads) {
-  return cpu::read_memory(bytes_at(data), bytes, prefetch, static_cast<cpu::Isa>(isa), threads);
+uint64_t read_memory(uintptr_t data, int64_t bytes, int kind, int isa, int threads) {
+  return cpu::read_memory(bytes_at(data), bytes, static_cast<cpu::ReadKind>(kind), static_cast<cpu::Isa>(isa), threads);
 }
 
 std::vector<std::string> isas() {  // the position is the number that the scans take
