@@ -84,13 +84,18 @@ Maker = Callable[[Problem], Candidate]
 
 
 def memory_reads(problem: Problem) -> list[Candidate]:
-    """Returns the two ways to read memory on the CPU, on as many threads as torch uses; the faster is the limit."""
-    arguments = (problem.flat.data_ptr(), problem.bytes)
-    read = partial(_native_module().read_memory, *arguments)
-    options = (native.isa(), torch.get_num_threads())
+    """Returns the ways to read memory on the CPU, on as many threads as torch uses; the fastest is the limit."""
+    read, isas = _native_module().read_memory, native.isas()
+    arguments, threads = (problem.flat.data_ptr(), problem.bytes), torch.get_num_threads()
+    ways = [  # key, label, number of the way, instruction set
+        ("read", "memory read", 0, native.isa()),
+        ("read_prefetched", "memory read, prefetching", 1, native.isa()),
+        ("read_in_turns", "memory read, four places in turns", 2, native.isa()),
+    ]
+    if "avx2" in isas:  # not slower where vectors of 512 bits are read in two halves
+        ways.append(("read_avx2", "memory read, 256 bits", 0, isas.index("avx2")))
     return [
-        Candidate("read", "memory read", "limit", partial(read, False, *options)),
-        Candidate("read_prefetched", "memory read, prefetching", "limit", partial(read, True, *options)),
+        Candidate(key, label, "limit", partial(read, *arguments, way, isa, threads)) for key, label, way, isa in ways
     ]
 
 

@@ -9,7 +9,15 @@
 namespace numguard::cpu {
 namespace {
 
-inline __mmask64 first_lanes(int count) { return count >= 64 ? ~0ull : (1ull << count) - 1; }
+// `count` up to 255; all lanes if it is more than there are.
+inline uint64_t first_lanes(int64_t count) { return _bzhi_u64(~0ull, static_cast<uint64_t>(count)); }
+
+// Lanes of what there is of a vector between two addresses.
+template <class Lanes>
+inline uint64_t lanes_between(const uint8_t* from, const uint8_t* end) {
+  const int64_t left = (end - from) / Lanes::kBytes;
+  return first_lanes(left < 0 ? 0 : left > Lanes::kLanes ? Lanes::kLanes : left);
+}
 
 struct DoubleSums {
   __m512d low, high;
@@ -48,34 +56,40 @@ struct WideFloat {
   static double total(const Sums& sums) { return add_all(sums); }
 };
 
-// Squares in single precision within a block, blocks in double.
-struct FloatSums {
+// Raw vectors, whatever their elements.
+struct RawLanes {
+  using Bits = __m512i;
+  static constexpr bool kNeedsVector = false;
+  static Bits zero() { return _mm512_setzero_si512(); }
+  static Bits load(const uint8_t* from) { return _mm512_loadu_si512(from); }
+};
+
+// Squares in single precision within a group, groups in double.
+struct FloatSums : RawLanes {
   using Wide = WideFloat;
   using Sums = __m512;
   using Totals = DoubleSums;
+  static constexpr bool kInFloat = true;
+  static constexpr int kSquares = 1;  // in a lane, of one vector
+  static constexpr double kLow = 0;   // where no square is too small
   static Sums no_sum() { return _mm512_setzero_ps(); }
+  static Sums add(Sums a, Sums b) { return _mm512_add_ps(a, b); }
   static Totals no_totals() { return {_mm512_setzero_pd(), _mm512_setzero_pd()}; }
-  template <int kCount>
-  static void fold(Totals& totals, Sums (&sums)[kCount]) {
-#pragma GCC unroll 8
-    for (int half = kCount / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-      for (int k = 0; k < half; ++k) sums[k] = _mm512_add_ps(sums[k], sums[k + half]);
-    add_floats(totals, sums[0]);
-  }
+  static void add_to(Totals& totals, Sums sum) { add_floats(totals, sum); }
   static double total(const Totals& totals) { return add_all(totals); }
 };
 
 struct Float32 : FloatSums {
-  using Bits = __m512i;
-  static constexpr int kBytes = 4, kLanes = 16, kUnroll = 4, kSums = 1, kBlock = 1024;
+  static constexpr int kBytes = 4, kLanes = 16, kUnroll = 4, kSums = 1, kDepth = 24, kBlocks = 4;
+  static constexpr int64_t kMostCounted = UINT32_MAX;
+  static constexpr double kLow = kSafeLow;
   static constexpr uint32_t kWideSmallestNormal = kFloat32SmallestNormal;
-  static Bits zero() { return _mm512_setzero_si512(); }
-  static Bits load(const uint8_t* from) { return _mm512_loadu_si512(from); }
-  static Bits load_partial(const uint8_t* from, int count) {
+  static Bits load_before(const uint8_t* from, const uint8_t* end) {
+    return _mm512_maskz_loadu_epi32(static_cast<__mmask16>(lanes_between<Float32>(from, end)), from);
+  }
+  static Bits load_wide(const uint8_t* from, int count) {
     return _mm512_maskz_loadu_epi32(static_cast<__mmask16>(first_lanes(count)), from);
   }
-  static Bits load_wide(const uint8_t* from, int count) { return load_partial(from, count); }
   static constexpr bool kShifts = true;
   static Bits shift_by(int lanes) {
     return _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
@@ -88,11 +102,8 @@ struct Float32 : FloatSums {
     const __m512 values = _mm512_castsi512_ps(raw);
     sums[0] = _mm512_fmadd_ps(values, values, sums[0]);
   }
-  static bool needs_rescan(Bits peak) {
-    const uint32_t high = WideFloat::at_least(peak, kSafeHigh);
-    const uint32_t safe = WideFloat::at_least(peak, kSafeLow);
-    return high != 0 || (safe == 0 && WideFloat::at_least(peak, 1) != 0);
-  }
+  static void add_squares_at(Sums* sums, Bits raw, const uint8_t*) { add_squares(sums, raw); }
+  static bool too_large(Bits peak) { return WideFloat::at_least(peak, kSafeHigh) != 0; }
   static double largest(Bits peak) { return WideFloat::largest(peak); }
   static Bits count_zero(Bits counts, Bits magnitude) {
     return _mm512_mask_sub_epi32(counts, _mm512_testn_epi32_mask(magnitude, magnitude), counts, _mm512_set1_epi32(-1));
@@ -107,12 +118,10 @@ struct Float32 : FloatSums {
 // Common code of the two 16-bit formats.
 template <uint16_t kLargestSubnormal>
 struct Lanes16 : FloatSums {
-  using Bits = __m512i;
   static constexpr int kBytes = 2, kLanes = 32;
-  static Bits zero() { return _mm512_setzero_si512(); }
-  static Bits load(const uint8_t* from) { return _mm512_loadu_si512(from); }
-  static Bits load_partial(const uint8_t* from, int count) {
-    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>(first_lanes(count)), from);
+  static constexpr int64_t kMostCounted = UINT16_MAX;
+  static Bits load_before(const uint8_t* from, const uint8_t* end) {
+    return _mm512_maskz_loadu_epi16(static_cast<__mmask32>(lanes_between<Lanes16>(from, end)), from);
   }
   static __m256i load_half(const uint8_t* from, int count) {
     return _mm256_maskz_loadu_epi16(static_cast<__mmask16>(first_lanes(count)), from);
@@ -149,7 +158,7 @@ struct Lanes16 : FloatSums {
 };
 
 struct Float16 : Lanes16<kFloat16LargestSubnormal> {
-  static constexpr int kUnroll = 4, kSums = 2, kBlock = 2048;
+  static constexpr int kUnroll = 4, kSums = 2, kDepth = 24, kBlocks = 4;
   static constexpr uint32_t kWideSmallestNormal = kFloat16SmallestNormal;
   static Bits load_wide(const uint8_t* from, int count) {
     return _mm512_castps_si512(_mm512_cvtph_ps(load_half(from, count)));
@@ -160,47 +169,55 @@ struct Float16 : Lanes16<kFloat16LargestSubnormal> {
     sums[0] = _mm512_fmadd_ps(low, low, sums[0]);
     sums[1] = _mm512_fmadd_ps(high, high, sums[1]);
   }
-  static bool needs_rescan(Bits peak) { return at_least(peak, kFloat16Infinity) != 0; }
+  // Conversions that load spare the extraction.
+  static void add_squares_at(Sums* sums, Bits, const uint8_t* from) {
+    const __m512 low = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
+    const __m512 high = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + 32)));
+    sums[0] = _mm512_fmadd_ps(low, low, sums[0]);
+    sums[1] = _mm512_fmadd_ps(high, high, sums[1]);
+  }
+  static bool too_large(Bits peak) { return at_least(peak, kFloat16Infinity) != 0; }
   static double largest(Bits peak) { return float_from_bits(widen_float16(largest_raw(peak))); }
 };
 
 struct BFloat16Base : Lanes16<kBFloat16LargestSubnormal> {
   static constexpr uint32_t kWideSmallestNormal = kFloat32SmallestNormal;
+  static constexpr double kLow = kSafeLow;
   static Bits load_wide(const uint8_t* from, int count) {
     return _mm512_slli_epi32(_mm512_cvtepu16_epi32(load_half(from, count)), 16);
   }
-  static bool needs_rescan(Bits peak) {
-    if (at_least(peak, kSafeHigh >> 16) != 0) return true;
-    return at_least(peak, kSafeLow >> 16) == 0 && at_least(peak, 1) != 0;
-  }
+  static bool too_large(Bits peak) { return at_least(peak, kSafeHigh >> 16) != 0; }
   static double largest(Bits peak) { return float_from_bits(widen_bfloat16(largest_raw(peak))); }
 };
 
 struct BFloat16 : BFloat16Base {
-  static constexpr int kUnroll = 4, kSums = 2, kBlock = 2048;
+  static constexpr int kUnroll = 4, kSums = 2, kDepth = 24, kBlocks = 4;
   static void add_squares(Sums* sums, Bits raw) {
     const __m512 even = _mm512_castsi512_ps(_mm512_slli_epi32(raw, 16));
     const __m512 odd = _mm512_castsi512_ps(_mm512_and_si512(raw, _mm512_set1_epi32(static_cast<int>(0xffff0000u))));
     sums[0] = _mm512_fmadd_ps(even, even, sums[0]);
     sums[1] = _mm512_fmadd_ps(odd, odd, sums[1]);
   }
+  static void add_squares_at(Sums* sums, Bits raw, const uint8_t*) { add_squares(sums, raw); }
 };
 
 // 8 elements of float64. Squares go straight into double sums, the widest there are.
-struct Float64 {
-  using Bits = __m512i;
+struct Float64 : RawLanes {
   using Sums = __m512d;
   using Totals = __m512d;
   using Wide = Float64;
-  static constexpr int kBytes = 8, kLanes = 8, kUnroll = 4, kSums = 1, kBlock = 512;
+  static constexpr bool kInFloat = false;
+  static constexpr int kBytes = 8, kLanes = 8, kUnroll = 4, kSums = 1, kSquares = 1, kDepth = 32, kBlocks = 2;
+  static constexpr int64_t kMostCounted = INT64_MAX;
+  static constexpr double kLow = 0;
   static constexpr uint64_t kInfinity = kDoubleInfinity;
   static constexpr uint64_t kWideSmallestNormal = kFloat64SmallestNormal;
-  static Bits zero() { return _mm512_setzero_si512(); }
-  static Bits load(const uint8_t* from) { return _mm512_loadu_si512(from); }
-  static Bits load_partial(const uint8_t* from, int count) {
+  static Bits load_before(const uint8_t* from, const uint8_t* end) {
+    return _mm512_maskz_loadu_epi64(static_cast<__mmask8>(lanes_between<Float64>(from, end)), from);
+  }
+  static Bits load_wide(const uint8_t* from, int count) {
     return _mm512_maskz_loadu_epi64(static_cast<__mmask8>(first_lanes(count)), from);
   }
-  static Bits load_wide(const uint8_t* from, int count) { return load_partial(from, count); }
   static constexpr bool kShifts = true;
   static Bits shift_by(int lanes) {
     return _mm512_add_epi64(_mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7), _mm512_set1_epi64(lanes));
@@ -220,13 +237,11 @@ struct Float64 {
   static void add_squares(Sums& sums, Bits raw) {
     sums = _mm512_fmadd_pd(_mm512_castsi512_pd(raw), _mm512_castsi512_pd(raw), sums);
   }
-  template <int kCount>
-  static void fold(Totals& totals, Sums (&sums)[kCount]) {
-#pragma GCC unroll 8
-    for (int k = 0; k < kCount; ++k) totals = _mm512_add_pd(totals, sums[k]);
-  }
+  static void add_squares_at(Sums* sums, Bits raw, const uint8_t*) { add_squares(sums, raw); }
+  static Sums add(Sums a, Sums b) { return _mm512_add_pd(a, b); }
+  static void add_to(Totals& totals, Sums sum) { totals = _mm512_add_pd(totals, sum); }
   static double total(const Totals& totals) { return _mm512_reduce_add_pd(totals); }
-  static bool needs_rescan(Bits peak) { return at_least(peak, kInfinity) != 0; }
+  static bool too_large(Bits peak) { return at_least(peak, kInfinity) != 0; }
   static double largest(Bits peak) { return double_from_bits(_mm512_reduce_max_epu64(peak)); }
   static Bits count_zero(Bits counts, Bits magnitude) {
     return _mm512_mask_sub_epi64(counts, _mm512_testn_epi64_mask(magnitude, magnitude), counts, _mm512_set1_epi64(-1));
@@ -241,12 +256,12 @@ struct Float64 {
 // Common code of the two 8-bit formats: 64 raw bytes become four vectors of float by way of float16.
 template <uint8_t kLargestSubnormal>
 struct Lanes8 : FloatSums {
-  using Bits = __m512i;
-  static constexpr int kBytes = 1, kLanes = 64, kUnroll = 1, kSums = 4, kBlock = 1024;
+  static constexpr int kBytes = 1, kLanes = 64, kUnroll = 2, kSums = 4, kDepth = 24, kBlocks = 4;
+  static constexpr int64_t kMostCounted = UINT8_MAX;
   static constexpr bool kShifts = false;  // needs AVX-512 VBMI, and is not the bottleneck here
-  static Bits zero() { return _mm512_setzero_si512(); }
-  static Bits load(const uint8_t* from) { return _mm512_loadu_si512(from); }
-  static Bits load_partial(const uint8_t* from, int count) { return _mm512_maskz_loadu_epi8(first_lanes(count), from); }
+  static Bits load_before(const uint8_t* from, const uint8_t* end) {
+    return _mm512_maskz_loadu_epi8(lanes_between<Lanes8>(from, end), from);
+  }
   static __m256i load_as_16(const uint8_t* from, int count) {
     return _mm256_cvtepu8_epi16(_mm_maskz_loadu_epi8(static_cast<__mmask16>(first_lanes(count)), from));
   }
@@ -289,7 +304,8 @@ struct Float8E5M2 : Lanes8<kFloat8E5M2LargestSubnormal> {
     add_half_squares(sums, _mm512_slli_epi16(raw, 8));
     add_half_squares(sums + 2, _mm512_and_si512(raw, _mm512_set1_epi16(static_cast<short>(0xff00))));
   }
-  static bool needs_rescan(Bits peak) { return any_at_least(peak, kFloat8E5M2Infinity); }
+  static void add_squares_at(Sums* sums, Bits raw, const uint8_t*) { add_squares(sums, raw); }
+  static bool too_large(Bits peak) { return any_at_least(peak, kFloat8E5M2Infinity); }
   static double largest(Bits peak) { return float_from_bits(widen_float8_e5m2(largest_raw(peak))); }
 };
 
@@ -309,12 +325,11 @@ struct Float8E4M3FN : Lanes8<kFloat8E4M3FNLargestSubnormal> {
     add_half_squares(sums, _mm512_slli_epi16(_mm512_and_si512(raw, _mm512_set1_epi16(0x007f)), 7));
     add_half_squares(sums + 2, _mm512_srli_epi16(_mm512_and_si512(raw, _mm512_set1_epi16(0x7f00)), 1));
   }
-  template <int kCount>
-  static void fold(Totals& totals, Sums (&sums)[kCount]) {
-    for (auto& sum : sums) sum = _mm512_mul_ps(sum, _mm512_set1_ps(kFloat8E4M3FNSquareScale));
-    FloatSums::fold(totals, sums);
+  static void add_squares_at(Sums* sums, Bits raw, const uint8_t*) { add_squares(sums, raw); }
+  static void add_to(Totals& totals, Sums sum) {
+    FloatSums::add_to(totals, _mm512_mul_ps(sum, _mm512_set1_ps(kFloat8E4M3FNSquareScale)));
   }
-  static bool needs_rescan(Bits peak) { return any_at_least(peak, kFloat8E4M3FNNan); }
+  static bool too_large(Bits peak) { return any_at_least(peak, kFloat8E4M3FNNan); }
   static double largest(Bits peak) { return float_from_bits(widen_float8_e4m3fn(largest_raw(peak))); }
 };
 

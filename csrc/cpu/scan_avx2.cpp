@@ -17,18 +17,33 @@ inline double add_all(const DoubleSums& totals) {
   return _mm_cvtsd_f64(half) + _mm_cvtsd_f64(_mm_unpackhi_pd(half, half));
 }
 
-template <class Lane, int kCount>
-inline Lane largest_of(const Lane (&lanes)[kCount]) {
-  Lane largest = 0;
-  for (Lane lane : lanes) largest = lane > largest ? lane : largest;
-  return largest;
+inline uint32_t largest_u32(__m256i peak) {
+  __m128i lanes = _mm_max_epu32(_mm256_castsi256_si128(peak), _mm256_extracti128_si256(peak, 1));
+  lanes = _mm_max_epu32(lanes, _mm_shuffle_epi32(lanes, 0x4e));
+  lanes = _mm_max_epu32(lanes, _mm_shuffle_epi32(lanes, 0xb1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(lanes));
 }
 
-template <class Lane>
-inline Lane largest_lane(__m256i peak) {
-  alignas(32) Lane lanes[32 / sizeof(Lane)];
+inline uint16_t largest_u16(__m128i lanes) {  // by the one horizontal instruction, a minimum
+  const __m128i least = _mm_minpos_epu16(_mm_xor_si128(lanes, _mm_set1_epi16(-1)));
+  return static_cast<uint16_t>(~_mm_cvtsi128_si32(least));
+}
+
+inline uint16_t largest_u16(__m256i peak) {
+  return largest_u16(_mm_max_epu16(_mm256_castsi256_si128(peak), _mm256_extracti128_si256(peak, 1)));
+}
+
+inline uint8_t largest_u8(__m256i peak) {
+  const __m128i lanes = _mm_max_epu8(_mm256_castsi256_si128(peak), _mm256_extracti128_si256(peak, 1));
+  return static_cast<uint8_t>(
+      largest_u16(_mm_max_epu16(_mm_srli_epi16(lanes, 8), _mm_and_si128(lanes, _mm_set1_epi16(0xff)))));
+}
+
+inline uint64_t largest_u64(__m256i peak) {
+  alignas(32) uint64_t lanes[4];
   _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), peak);
-  return largest_of(lanes);
+  const uint64_t low = lanes[0] > lanes[1] ? lanes[0] : lanes[1], high = lanes[2] > lanes[3] ? lanes[2] : lanes[3];
+  return low > high ? low : high;
 }
 
 template <class Lane>
@@ -42,7 +57,24 @@ inline int64_t add_all_lanes(__m256i counts) {
 
 inline __m256i load_256(const uint8_t* from) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)); }
 
-// AVX2 has no masked loads of small elements: through the stack, with zeros behind.
+// 32 bytes of zeros, then 32 of ones: a load at byte n is a mask of the last n bytes of a vector.
+alignas(64) constexpr int8_t kLastBytes[64] = {
+    0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  0,
+    0,  0,  0,  0,  0,  0,  0,  0,  0,  0,  -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+    -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,
+};
+
+// What there is of a vector between `from` and `end`, in its last bytes, with zeros before: loaded where the vector
+// ends at `end`, for AVX2 has no masked loads of small elements. What others own is masked off.
+inline __m256i load_256_before(const uint8_t* from, const uint8_t* end) {
+  const int64_t left = end - from;
+  const int64_t own = left < 0 ? 0 : left > 32 ? 32 : left;
+  const uint8_t* const last = end - 32;
+  const __m256i mask = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(kLastBytes + own));
+  return _mm256_and_si256(load_256(from < last ? from : last), mask);
+}
+
+// Through the stack, with zeros behind: for the exact pass.
 inline __m256i load_bytes(const uint8_t* from, int bytes) {
   alignas(32) uint8_t buffer[32] = {};
   memcpy(buffer, from, static_cast<size_t>(bytes));
@@ -76,39 +108,44 @@ struct WideFloat {
     sums.low = _mm256_fmadd_pd(low, low, sums.low);
     sums.high = _mm256_fmadd_pd(high, high, sums.high);
   }
-  static double largest(Bits peak) { return float_from_bits(largest_lane<uint32_t>(peak)); }
+  static double largest(Bits peak) { return float_from_bits(largest_u32(peak)); }
   static double total(const Sums& sums) { return add_all(sums); }
 };
 
-// Squares in single precision within a block, blocks in double.
-struct FloatSums {
-  using Wide = WideFloat;
+// Raw vectors, whatever their elements.
+struct RawLanes {
   using Bits = __m256i;
-  using Sums = __m256;
-  using Totals = DoubleSums;
-  static constexpr bool kShifts = false;
+  static constexpr bool kNeedsVector = true, kShifts = false;
   static Bits zero() { return _mm256_setzero_si256(); }
   static Bits load(const uint8_t* from) { return load_256(from); }
+  static Bits load_before(const uint8_t* from, const uint8_t* end) { return load_256_before(from, end); }
+};
+
+// Squares in single precision within a group, groups in double.
+struct FloatSums : RawLanes {
+  using Wide = WideFloat;
+  using Sums = __m256;
+  using Totals = DoubleSums;
+  static constexpr bool kInFloat = true;
+  static constexpr int kSquares = 1;  // in a lane, of one vector
+  static constexpr double kLow = 0;   // where no square is too small
   static Sums no_sum() { return _mm256_setzero_ps(); }
+  static Sums add(Sums a, Sums b) { return _mm256_add_ps(a, b); }
   static Totals no_totals() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
-  template <int kCount>
-  static void fold(Totals& totals, Sums (&sums)[kCount]) {
-#pragma GCC unroll 8
-    for (int half = kCount / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-      for (int k = 0; k < half; ++k) sums[k] = _mm256_add_ps(sums[k], sums[k + half]);
-    totals.low = _mm256_add_pd(totals.low, _mm256_cvtps_pd(_mm256_castps256_ps128(sums[0])));
-    totals.high = _mm256_add_pd(totals.high, _mm256_cvtps_pd(_mm256_extractf128_ps(sums[0], 1)));
+  static void add_to(Totals& totals, Sums sum) {
+    totals.low = _mm256_add_pd(totals.low, _mm256_cvtps_pd(_mm256_castps256_ps128(sum)));
+    totals.high = _mm256_add_pd(totals.high, _mm256_cvtps_pd(_mm256_extractf128_ps(sum, 1)));
   }
   static double total(const Totals& totals) { return add_all(totals); }
 };
 
 struct Float32 : FloatSums {
-  static constexpr int kBytes = 4, kLanes = 8, kUnroll = 4, kSums = 1, kBlock = 512;
+  static constexpr int kBytes = 4, kLanes = 8, kUnroll = 4, kSums = 1, kDepth = 24, kBlocks = 4;
+  static constexpr int64_t kMostCounted = UINT32_MAX;
+  static constexpr double kLow = kSafeLow;
   static constexpr uint32_t kWideSmallestNormal = kFloat32SmallestNormal;
-  static Bits load_partial(const uint8_t* from, int count) { return load_bytes(from, 4 * count); }
   static Bits load_wide(const uint8_t* from, int count) {
-    return count == kLanes ? load(from) : load_partial(from, count);
+    return count == kLanes ? load(from) : load_bytes(from, 4 * count);
   }
   static Bits magnitude(Bits raw) { return WideFloat::magnitude(raw); }
   static Bits max(Bits a, Bits b) { return _mm256_max_epu32(a, b); }
@@ -116,10 +153,8 @@ struct Float32 : FloatSums {
     const __m256 values = _mm256_castsi256_ps(raw);
     sums[0] = _mm256_fmadd_ps(values, values, sums[0]);
   }
-  static bool needs_rescan(Bits peak) {
-    if (WideFloat::at_least(peak, kSafeHigh) != 0) return true;
-    return WideFloat::at_least(peak, kSafeLow) == 0 && WideFloat::at_least(peak, 1) != 0;
-  }
+  static void add_squares_at(Sums* sums, Bits raw, const uint8_t*) { add_squares(sums, raw); }
+  static bool too_large(Bits peak) { return WideFloat::at_least(peak, kSafeHigh) != 0; }
   static double largest(Bits peak) { return WideFloat::largest(peak); }
   static Bits count_zero(Bits counts, Bits magnitude) {
     return _mm256_sub_epi32(counts, _mm256_cmpeq_epi32(magnitude, zero()));
@@ -133,8 +168,8 @@ struct Float32 : FloatSums {
 // Common code of the two 16-bit formats.
 template <uint16_t kLargestSubnormal>
 struct Lanes16 : FloatSums {
-  static constexpr int kBytes = 2, kLanes = 16, kUnroll = 2, kSums = 2, kBlock = 512;
-  static Bits load_partial(const uint8_t* from, int count) { return load_bytes(from, 2 * count); }
+  static constexpr int kBytes = 2, kLanes = 16, kUnroll = 4, kSums = 2, kDepth = 24, kBlocks = 4;
+  static constexpr int64_t kMostCounted = UINT16_MAX;
   static __m128i load_half(const uint8_t* from, int count) {
     if (count == 8) return _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
     return _mm256_castsi256_si128(load_bytes(from, 2 * count));
@@ -165,11 +200,19 @@ struct Float16 : Lanes16<kFloat16LargestSubnormal> {
     sums[0] = _mm256_fmadd_ps(low, low, sums[0]);
     sums[1] = _mm256_fmadd_ps(high, high, sums[1]);
   }
-  static bool needs_rescan(Bits peak) { return any_at_least(peak, kFloat16Infinity); }
-  static double largest(Bits peak) { return float_from_bits(widen_float16(largest_lane<uint16_t>(peak))); }
+  // Two conversions that load take fewer instructions than one load, a shuffle and two conversions.
+  static void add_squares_at(Sums* sums, Bits, const uint8_t* from) {
+    const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+    const __m256 high = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 16)));
+    sums[0] = _mm256_fmadd_ps(low, low, sums[0]);
+    sums[1] = _mm256_fmadd_ps(high, high, sums[1]);
+  }
+  static bool too_large(Bits peak) { return any_at_least(peak, kFloat16Infinity); }
+  static double largest(Bits peak) { return float_from_bits(widen_float16(largest_u16(peak))); }
 };
 
 struct BFloat16 : Lanes16<kBFloat16LargestSubnormal> {
+  static constexpr double kLow = kSafeLow;
   static constexpr uint32_t kWideSmallestNormal = kFloat32SmallestNormal;
   static Bits load_wide(const uint8_t* from, int count) {
     return _mm256_slli_epi32(_mm256_cvtepu16_epi32(load_half(from, count)), 16);
@@ -180,28 +223,24 @@ struct BFloat16 : Lanes16<kBFloat16LargestSubnormal> {
     sums[0] = _mm256_fmadd_ps(even, even, sums[0]);
     sums[1] = _mm256_fmadd_ps(odd, odd, sums[1]);
   }
-  static bool needs_rescan(Bits peak) {
-    if (any_at_least(peak, kSafeHigh >> 16)) return true;
-    return !any_at_least(peak, kSafeLow >> 16) && any_at_least(peak, 1);
-  }
-  static double largest(Bits peak) { return float_from_bits(widen_bfloat16(largest_lane<uint16_t>(peak))); }
+  static void add_squares_at(Sums* sums, Bits raw, const uint8_t*) { add_squares(sums, raw); }
+  static bool too_large(Bits peak) { return any_at_least(peak, kSafeHigh >> 16); }
+  static double largest(Bits peak) { return float_from_bits(widen_bfloat16(largest_u16(peak))); }
 };
 
 // 4 elements of float64; AVX2 lacks the unsigned 64-bit maximum, a comparison and a blend make one.
-struct Float64 {
-  using Bits = __m256i;
+struct Float64 : RawLanes {
   using Sums = __m256d;
   using Totals = __m256d;
   using Wide = Float64;
-  static constexpr bool kShifts = false;
-  static constexpr int kBytes = 8, kLanes = 4, kUnroll = 4, kSums = 1, kBlock = 512;
+  static constexpr bool kInFloat = false;
+  static constexpr int kBytes = 8, kLanes = 4, kUnroll = 4, kSums = 1, kSquares = 1, kDepth = 32, kBlocks = 2;
+  static constexpr int64_t kMostCounted = INT64_MAX;
+  static constexpr double kLow = 0;
   static constexpr uint64_t kInfinity = kDoubleInfinity;
   static constexpr uint64_t kWideSmallestNormal = kFloat64SmallestNormal;
-  static Bits zero() { return _mm256_setzero_si256(); }
-  static Bits load(const uint8_t* from) { return load_256(from); }
-  static Bits load_partial(const uint8_t* from, int count) { return load_bytes(from, 8 * count); }
   static Bits load_wide(const uint8_t* from, int count) {
-    return count == kLanes ? load(from) : load_partial(from, count);
+    return count == kLanes ? load(from) : load_bytes(from, 8 * count);
   }
   static Bits magnitude(Bits raw) { return _mm256_and_si256(raw, _mm256_set1_epi64x(0x7fffffffffffffffll)); }
   static Bits max(Bits a, Bits b) { return _mm256_blendv_epi8(a, b, _mm256_cmpgt_epi64(b, a)); }
@@ -222,14 +261,12 @@ struct Float64 {
   static void add_squares(Sums& sums, Bits raw) {
     sums = _mm256_fmadd_pd(_mm256_castsi256_pd(raw), _mm256_castsi256_pd(raw), sums);
   }
-  template <int kCount>
-  static void fold(Totals& totals, Sums (&sums)[kCount]) {
-#pragma GCC unroll 8
-    for (int k = 0; k < kCount; ++k) totals = _mm256_add_pd(totals, sums[k]);
-  }
+  static void add_squares_at(Sums* sums, Bits raw, const uint8_t*) { add_squares(sums, raw); }
+  static Sums add(Sums a, Sums b) { return _mm256_add_pd(a, b); }
+  static void add_to(Totals& totals, Sums sum) { totals = _mm256_add_pd(totals, sum); }
   static double total(const Totals& totals) { return add_all({totals, _mm256_setzero_pd()}); }
-  static bool needs_rescan(Bits peak) { return at_least(peak, kInfinity) != 0; }
-  static double largest(Bits peak) { return double_from_bits(largest_lane<uint64_t>(peak)); }
+  static bool too_large(Bits peak) { return at_least(peak, kInfinity) != 0; }
+  static double largest(Bits peak) { return double_from_bits(largest_u64(peak)); }
   static Bits count_zero(Bits counts, Bits magnitude) {
     return _mm256_sub_epi64(counts, _mm256_cmpeq_epi64(magnitude, zero()));
   }
@@ -243,8 +280,8 @@ struct Float64 {
 // Common code of the two 8-bit formats: 32 raw bytes become four vectors of float by way of float16.
 template <uint8_t kLargestSubnormal>
 struct Lanes8 : FloatSums {
-  static constexpr int kBytes = 1, kLanes = 32, kUnroll = 1, kSums = 4, kBlock = 512;
-  static Bits load_partial(const uint8_t* from, int count) { return load_bytes(from, count); }
+  static constexpr int kBytes = 1, kLanes = 32, kUnroll = 1, kSums = 4, kDepth = 24, kBlocks = 4;
+  static constexpr int64_t kMostCounted = UINT8_MAX;
   static __m128i load_as_16(const uint8_t* from, int count) {
     return _mm_cvtepu8_epi16(_mm256_castsi256_si128(load_bytes(from, count)));
   }
@@ -278,8 +315,9 @@ struct Float8E5M2 : Lanes8<kFloat8E5M2LargestSubnormal> {
     add_half_squares(sums, _mm256_slli_epi16(raw, 8));
     add_half_squares(sums + 2, _mm256_and_si256(raw, _mm256_set1_epi16(static_cast<short>(0xff00))));
   }
-  static bool needs_rescan(Bits peak) { return any_at_least(peak, kFloat8E5M2Infinity); }
-  static double largest(Bits peak) { return float_from_bits(widen_float8_e5m2(largest_lane<uint8_t>(peak))); }
+  static void add_squares_at(Sums* sums, Bits raw, const uint8_t*) { add_squares(sums, raw); }
+  static bool too_large(Bits peak) { return any_at_least(peak, kFloat8E5M2Infinity); }
+  static double largest(Bits peak) { return float_from_bits(widen_float8_e5m2(largest_u8(peak))); }
 };
 
 struct Float8E4M3FN : Lanes8<kFloat8E4M3FNLargestSubnormal> {
@@ -297,42 +335,64 @@ struct Float8E4M3FN : Lanes8<kFloat8E4M3FNLargestSubnormal> {
     add_half_squares(sums, _mm256_slli_epi16(_mm256_and_si256(raw, _mm256_set1_epi16(0x007f)), 7));
     add_half_squares(sums + 2, _mm256_srli_epi16(_mm256_and_si256(raw, _mm256_set1_epi16(0x7f00)), 1));
   }
-  template <int kCount>
-  static void fold(Totals& totals, Sums (&sums)[kCount]) {
-    for (auto& sum : sums) sum = _mm256_mul_ps(sum, _mm256_set1_ps(kFloat8E4M3FNSquareScale));
-    FloatSums::fold(totals, sums);
+  static void add_squares_at(Sums* sums, Bits raw, const uint8_t*) { add_squares(sums, raw); }
+  static void add_to(Totals& totals, Sums sum) {
+    FloatSums::add_to(totals, _mm256_mul_ps(sum, _mm256_set1_ps(kFloat8E4M3FNSquareScale)));
   }
-  static bool needs_rescan(Bits peak) { return any_at_least(peak, kFloat8E4M3FNNan); }
-  static double largest(Bits peak) { return float_from_bits(widen_float8_e4m3fn(largest_lane<uint8_t>(peak))); }
+  static bool too_large(Bits peak) { return any_at_least(peak, kFloat8E4M3FNNan); }
+  static double largest(Bits peak) { return float_from_bits(widen_float8_e4m3fn(largest_u8(peak))); }
 };
 
-template <int kPrefetch>
-uint64_t read(const uint8_t* data, int64_t bytes) {
-  __m256i sums[8];
-  for (auto& sum : sums) sum = _mm256_setzero_si256();
-  int64_t at = 0;
-  for (; at + 256 <= bytes; at += 256) {
-#pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) {
-      if (kPrefetch > 0 && k % 2 == 0) __builtin_prefetch(data + at + 32 * k + kPrefetch);
-      sums[k] = _mm256_add_epi64(sums[k], load_256(data + at + 32 * k));
-    }
-  }
-  for (int k = 1; k < 8; ++k) sums[0] = _mm256_add_epi64(sums[0], sums[k]);
+inline uint64_t read_rest(__m256i* sums, const uint8_t* data, int64_t bytes, int64_t at) {
+  for (int k = 1; k < 8; ++k) sums[0] = _mm256_or_si256(sums[0], sums[k]);
   uint64_t rest = 0;
   for (; at < bytes; ++at) rest += data[at];
   return rest + static_cast<uint64_t>(add_all_lanes<uint64_t>(sums[0]));
 }
 
+inline void read_part(__m256i* sums, const uint8_t* data, int64_t bytes) {
+#pragma GCC unroll 1
+  for (int64_t at = 0; at < bytes; at += 256)
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) sums[k] = _mm256_or_si256(sums[k], load_256(data + at + 32 * k));
+}
+
+uint64_t read(const uint8_t* data, int64_t bytes) {
+  __m256i sums[8] = {};
+  read_part(sums, data, bytes / 256 * 256);
+  return read_rest(sums, data, bytes, bytes / 256 * 256);
+}
+
+uint64_t read_prefetched(const uint8_t* data, int64_t bytes) {
+  __m256i sums[8] = {};
+  int64_t at = 0;
+  for (; at + 256 <= bytes; at += 256) {
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) {
+      if (k % 2 == 0) __builtin_prefetch(data + at + 32 * k + kPrefetchBytes);
+      sums[k] = _mm256_or_si256(sums[k], load_256(data + at + 32 * k));
+    }
+  }
+  return read_rest(sums, data, bytes, at);
+}
+
+// As scan_streams does, in places that lie a part of `bytes` apart.
+uint64_t read_streams(const uint8_t* data, int64_t bytes) {
+  __m256i sums[8] = {};
+  const int64_t part = bytes / kStreams / kTurnBytes * kTurnBytes;
+  for (int64_t at = 0; at < part; at += kTurnBytes)
+    for (int k = 0; k < kStreams; ++k) read_part(sums, data + k * part + at, kTurnBytes);
+  return read_rest(sums, data, bytes, kStreams * part);
+}
+
 }  // namespace
 
 const Kernels kAvx2 = {
-    {scan<Float32, false>, scan<Float16, false>, scan<BFloat16, false>, scan<Float64, false>, scan<Float8E4M3FN, false>,
-     scan<Float8E5M2, false>},
-    {scan<Float32, true>, scan<Float16, true>, scan<BFloat16, true>, scan<Float64, true>, scan<Float8E4M3FN, true>,
-     scan<Float8E5M2, true>},
-    read<0>,
-    read<kPrefetchBytes>,
+    {scanner<Float32, false>, scanner<Float16, false>, scanner<BFloat16, false>, scanner<Float64, false>,
+     scanner<Float8E4M3FN, false>, scanner<Float8E5M2, false>},
+    {scanner<Float32, true>, scanner<Float16, true>, scanner<BFloat16, true>, scanner<Float64, true>,
+     scanner<Float8E4M3FN, true>, scanner<Float8E5M2, true>},
+    {read, read_prefetched, read_streams},
 };
 
 }  // namespace numguard::cpu

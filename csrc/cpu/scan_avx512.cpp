@@ -33,12 +33,19 @@ uint64_t read(const uint8_t* data, int64_t bytes) {
 }  // namespace
 
 const Kernels kAvx512 = {
-    {scan<Float32, false>, scan<Float16, false>, scan<BFloat16, false>, scan<Float64, false>, scan<Float8E4M3FN, false>,
-     scan<Float8E5M2, false>},
-    {scan<Float32, true>, scan<Float16, true>, scan<BFloat16, true>, scan<Float64, true>, scan<Float8E4M3FN, true>,
-     scan<Float8E5M2, true>},
-    read<0>,
-    read<kPrefetchBytes>,
+    {scanner<Float32, false>, scanner<Float16, false>, scanner<BFloat16, false>, scanner<Float64, false>,
+     scanner<Float8E4M3FN, false>, scanner<Float8E5M2, false>},
+    {scanner<Float32, true>, scanner<Float16, true>, scanner<BFloat16, true>, scanner<Float64, true>,
+     scanner<Float8E4M3FN, true>, scanner<Float8E5M2, true>},
+    {read<0>, read<kPrefetchBytes>, nullptr},
+};
+
+const Kernels kAvx512Linewise = {
+    {linewise_scanner<Float32, false>, linewise_scanner<Float16, false>, linewise_scanner<BFloat16, false>,
+     linewise_scanner<Float64, false>, linewise_scanner<Float8E4M3FN, false>, linewise_scanner<Float8E5M2, false>},
+    {linewise_scanner<Float32, true>, linewise_scanner<Float16, true>, linewise_scanner<BFloat16, true>,
+     linewise_scanner<Float64, true>, linewise_scanner<Float8E4M3FN, true>, linewise_scanner<Float8E5M2, true>},
+    {read<0>, read<kPrefetchBytes>, nullptr},
 };
 
 }  // namespace numguard::cpu

@@ -5,22 +5,22 @@ namespace numguard::cpu {
 namespace {
 
 struct BFloat16Dot : BFloat16Base {
-  static constexpr int kUnroll = 8, kSums = 1, kBlock = 2048;
+  // Two squares a lane, and perhaps two roundings.
+  static constexpr int kUnroll = 8, kSums = 1, kSquares = 2, kDepth = 12, kBlocks = 4;
+  // The instruction flushes subnormals, and products that are, whatever the caller's state. Twice 2^17 of them, all of
+  // a call, are below 2^-26 of a sum whose largest square is 2^-82.
+  static constexpr double kLow = 0x1p-41;
   static void add_squares(Sums* sums, Bits raw) {
-    // Flushes subnormals, and products that are, whatever the caller's state: see needs_rescan.
     sums[0] = _mm512_dpbf16_ps(sums[0], reinterpret_cast<__m512bh>(raw), reinterpret_cast<__m512bh>(raw));
   }
-  // 2048 squares below 2^-126 are less than 2^-26 of a block whose largest magnitude is 2^-44.
-  static bool needs_rescan(Bits peak) {
-    constexpr uint16_t kLow = 0x2980;  // bits of 2^-44
-    if (at_least(peak, kSafeHigh >> 16) != 0) return true;
-    return at_least(peak, kLow) == 0 && at_least(peak, 1) != 0;
-  }
+  static void add_squares_at(Sums* sums, Bits raw, const uint8_t*) { add_squares(sums, raw); }
 };
 
 }  // namespace
 
-const ScanKernel kAvx512Bf16Scan = scan<BFloat16Dot, false>;
-const ScanKernel kAvx512Bf16ScanDetail = scan<BFloat16Dot, true>;
+const Scanner kAvx512Bf16Scan = scanner<BFloat16Dot, false>;
+const Scanner kAvx512Bf16ScanDetail = scanner<BFloat16Dot, true>;
+const Scanner kAvx512Bf16ScanLinewise = linewise_scanner<BFloat16Dot, false>;
+const Scanner kAvx512Bf16ScanLinewiseDetail = linewise_scanner<BFloat16Dot, true>;
 
 }  // namespace numguard::cpu

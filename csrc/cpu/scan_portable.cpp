@@ -11,8 +11,11 @@ struct Scalar {
   using Sums = double;
   using Totals = double;
   using Wide = Scalar;
-  static constexpr bool kShifts = false;
-  static constexpr int kBytes = sizeof(Raw), kLanes = 1, kUnroll = 4, kSums = 1, kBlock = 1024;
+  static constexpr bool kNeedsVector = false, kShifts = false, kInFloat = false;
+  static constexpr int kBytes = sizeof(Raw), kLanes = 1, kUnroll = 4, kSums = 1, kSquares = 1, kDepth = 256;
+  static constexpr int kBlocks = 1;
+  static constexpr int64_t kMostCounted = UINT32_MAX;
+  static constexpr double kLow = 0;
   static constexpr Bits kInfinity = kInfinityBits;
   static constexpr Bits kWideSmallestNormal = kSmallestNormal;
   static constexpr Bits kSign = static_cast<Bits>(1) << (8 * sizeof(Bits) - 1);
@@ -22,7 +25,7 @@ struct Scalar {
     memcpy(&raw, from, sizeof raw);
     return kWiden(raw);
   }
-  static Bits load_partial(const uint8_t* from, int) { return load(from); }
+  static Bits load_before(const uint8_t* from, const uint8_t* end) { return from < end ? load(from) : 0; }
   static Bits load_wide(const uint8_t* from, int) { return load(from); }
   static Bits magnitude(Bits bits) { return bits & ~kSign; }
   static Bits max(Bits a, Bits b) { return a > b ? a : b; }
@@ -36,12 +39,11 @@ struct Scalar {
   static double value(uint64_t bits) { return double_from_bits(bits); }
   static void add_squares(Sums* sums, Bits bits) { add_squares(sums[0], bits); }
   static void add_squares(Sums& sums, Bits bits) { sums += value(bits) * value(bits); }
-  template <int kCount>
-  static void fold(Totals& totals, Sums (&sums)[kCount]) {
-    for (double sum : sums) totals += sum;
-  }
+  static void add_squares_at(Sums* sums, Bits bits, const uint8_t*) { add_squares(sums[0], bits); }
+  static Sums add(Sums a, Sums b) { return a + b; }
+  static void add_to(Totals& totals, Sums sum) { totals += sum; }
   static double total(double totals) { return totals; }
-  static bool needs_rescan(Bits peak) { return peak >= kInfinity; }
+  static bool too_large(Bits peak) { return peak >= kInfinity; }
   static double largest(Bits peak) { return value(peak); }
   static Bits count_zero(Bits counts, Bits magnitude) { return counts + (magnitude == 0); }
   static Bits count_small(Bits counts, Bits magnitude) { return counts + (magnitude < kWideSmallestNormal); }
@@ -76,12 +78,19 @@ uint64_t read(const uint8_t* data, int64_t bytes) {
 }  // namespace
 
 const Kernels kPortable = {
-    {scan<Float32, false>, scan<Float16, false>, scan<BFloat16, false>, scan<Float64, false>, scan<Float8E4M3FN, false>,
-     scan<Float8E5M2, false>},
-    {scan<Float32, true>, scan<Float16, true>, scan<BFloat16, true>, scan<Float64, true>, scan<Float8E4M3FN, true>,
-     scan<Float8E5M2, true>},
-    read,
-    read,
+    {{scan<Float32, false>, nullptr},
+     {scan<Float16, false>, nullptr},
+     {scan<BFloat16, false>, nullptr},
+     {scan<Float64, false>, nullptr},
+     {scan<Float8E4M3FN, false>, nullptr},
+     {scan<Float8E5M2, false>, nullptr}},
+    {{scan<Float32, true>, nullptr},
+     {scan<Float16, true>, nullptr},
+     {scan<BFloat16, true>, nullptr},
+     {scan<Float64, true>, nullptr},
+     {scan<Float8E4M3FN, true>, nullptr},
+     {scan<Float8E5M2, true>, nullptr}},
+    {read, nullptr, nullptr},
 };
 
 }  // namespace numguard::cpu

@@ -48,11 +48,11 @@ int scan_file(uintptr_t out, uintptr_t words, int descriptor, int64_t begin, int
                         static_cast<cpu::Isa>(isa), records_at(out), reinterpret_cast<int64_t*>(words));
 }
 
-uint64_t read_memory(uintptr_t data, int64_t bytes, bool prefetch, int isa, int threads) {
-  return cpu::read_memory(bytes_at(data), bytes, prefetch, static_cast<cpu::Isa>(isa), threads);
+uint64_t read_memory(uintptr_t data, int64_t bytes, int kind, int isa, int threads) {
+  return cpu::read_memory(bytes_at(data), bytes, static_cast<cpu::ReadKind>(kind), static_cast<cpu::Isa>(isa), threads);
 }
 
-std::vector<std::string> isas() {  // slowest first; the position is the number that the scans take
+std::vector<std::string> isas() {  // the position is the number that the scans take
   std::vector<std::string> names;
   for (int isa = 0; isa < cpu::kIsas; ++isa)
     if (cpu::isa_supported(static_cast<cpu::Isa>(isa))) names.emplace_back(cpu::isa_name(static_cast<cpu::Isa>(isa)));
@@ -88,5 +88,6 @@ PYBIND11_MODULE(_native, module) {
   module.def("scan_file", &scan_file, unlocked);
   module.def("read_memory", &read_memory, unlocked);
   module.def("isas", &isas);
+  module.def("fastest_isa", [] { return static_cast<int>(cpu::fastest_isa()); });
   module.def("read_tensors", &read_tensors);
 }

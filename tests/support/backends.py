@@ -12,7 +12,7 @@ import torch
 from hallo_numguard.ops import dispatch
 from hallo_numguard.ops.backends import cpu as native
 
-NATIVE = [f"native-{isa}" for isa in native.isas()]
+NATIVE = [f"native-{isa}" for isa in native.isas() if isa != "zen4"]  # whose kernels are those of others
 TRITON = ["triton-interpreted"] if importlib.util.find_spec("triton") else []
 BACKENDS = ["reference", *NATIVE, *TRITON]
 

@@ -40,14 +40,14 @@ def unavailable(device_type: str) -> str | None:
 
 
 def isas() -> list[str]:
-    """Returns the instruction sets that this CPU runs, slowest first."""
+    """Returns the instruction sets that this CPU runs, and the choices of kernels that some CPUs have."""
     module = extension()
     return [] if module is None else list(module.isas())
 
 
 @functools.cache
 def isa() -> int:
-    """Returns the number of the instruction set in use: that of HALLO_NUMGUARD_ISA, or the fastest.
+    """Returns the number of the instruction set in use: that of HALLO_NUMGUARD_ISA, or the fastest on this CPU.
 
     Raises:
         BackendUnavailable: If the variable names an instruction set that this CPU does not run.
@@ -55,7 +55,7 @@ def isa() -> int:
     available = isas()
     wanted = os.environ.get(ISA_VARIABLE)
     if not wanted:
-        return len(available) - 1
+        return int(_loaded().fastest_isa())
     if wanted not in available:
         raise BackendUnavailable(f"{ISA_VARIABLE}={wanted}, but this CPU runs {', '.join(available)}")
     return available.index(wanted)
