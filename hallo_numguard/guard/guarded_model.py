@@ -63,6 +63,7 @@ class GuardedModel:
         exchanges_figures: Whether the session has to add up the figures of ranks that hold slices of the gradients;
             else whoever calls `before_step` has them of the whole model.
         also: Frozen modules that feed the model, by name; see `feeding_modules`.
+        in_global_names: Returns a text of this rank with names that mean the same on all ranks.
         run_facts: Facts about the run for its reports: "framework", "zero_stage".
     """
 
@@ -86,6 +87,7 @@ class GuardedModel:
     optimizer: OptimizerView = field(default_factory=OptimizerView)
     exchanges_figures: bool = False
     also: Mapping[str, nn.Module] = field(default_factory=dict)
+    in_global_names: Callable[[str], str] = str
     run_facts: Mapping[str, str | int] = field(default_factory=dict)
 
     def note_unchecked(self) -> None:

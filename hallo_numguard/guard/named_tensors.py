@@ -32,6 +32,7 @@ class NamedTensor:
         slice: Returns this rank's slice of it and its place in the whole tensor: `Piece.start`, and `Piece.run` and
             `Piece.stride` where it is a block of columns. None where this rank holds all of it.
         shard: Where `tensor` lies in the whole one, if model parallelism has cut it; a slice is then one of that part.
+        is_everywhere: Whether all ranks hold it, or a part of it; `tensor` is empty on those that do not.
     """
 
     kind: str
@@ -41,6 +42,12 @@ class NamedTensor:
     shape: tuple[int, ...] | None = None
     slice: Callable[[], tuple[torch.Tensor, int] | tuple[torch.Tensor, int, int, int]] | None = None
     shard: Shard | None = None
+    is_everywhere: bool = True
+
+    @property
+    def is_shared_out(self) -> bool:
+        """Whether other ranks hold other elements of it, or another tensor in its place."""
+        return self.slice is not None or self.shard is not None or not self.is_everywhere
 
     @property
     def whole_shape(self) -> tuple[int, ...]:

@@ -158,7 +158,7 @@ class SaveGate:
         weights = self._probes.run("check before saving", self._weights, save.module) or []
         together = save.on_all_ranks
         if together is None:
-            together = any(item.slice or item.shard for item in weights or self._model.parameters)
+            together = any(item.is_shared_out for item in weights or self._model.parameters)
         if not is_on_guard:
             return self._answer() if together else SaveCheck()
         found = self._probes.run("check before saving", self._read, save, weights, last_report) or SaveCheck()

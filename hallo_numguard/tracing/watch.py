@@ -329,9 +329,10 @@ class OperationWatch(TorchDispatchMode):
 
     def _from_outside(self, tensor: torch.Tensor, record: Record) -> _Found:
         """The source of a tensor that no operation of this pass has made."""
-        kind, name = self._name_of(tensor) or ("outside", "")
+        kind, name, whole = self._holder_of(tensor) or ("outside", "", tensor)
         phase, _, line, call = self._where()
-        held = _tensor_record(name, tensor, record)
+        of_whole = _nonfinite([whole])  # of which the operation may have been given a transposed view, or a part
+        held = _tensor_record(name, whole, of_whole[0][1]) if of_whole else _tensor_record(name, tensor, record)
         return self._new(
             is_legal=_is_mask(tensor, record, kind),
             kind=kind,
@@ -349,11 +350,16 @@ class OperationWatch(TorchDispatchMode):
 
     def _name_of(self, tensor: torch.Tensor) -> tuple[str, str] | None:
         """Kind and name of a tensor that has one, or of which it is a part."""
+        holder = self._holder_of(tensor)
+        return None if holder is None else holder[:2]
+
+    def _holder_of(self, tensor: torch.Tensor) -> tuple[str, str, torch.Tensor] | None:
+        """Kind and name of a tensor, or of that of which it is a part, and that tensor as a whole."""
         begin, end = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
         for kind, name, held in self._named():
             here = held.data_ptr() if is_readable(held) else 0
             if here and here < end and begin < here + held.nbytes:
-                return kind, name
+                return kind, name, held
         return None
 
 

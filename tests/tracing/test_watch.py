@@ -153,3 +153,16 @@ def test_results_are_the_same_bits():
     with OperationWatch.on(model.named_modules(), list):
         seen = gradients()
     assert all(map(torch.equal, plain, seen))
+
+
+@pytest.mark.parametrize("kind", ["parameter", "input"])
+def test_the_index_is_that_in_the_named_tensor_and_not_in_a_view_of_it(kind):
+    model, x = nn.Linear(3, 4, bias=False), torch.ones(5, 4)
+    held = model.weight.data if kind == "parameter" else x
+    held[3, 1] = torch.nan
+    named = [(kind, "held", model.weight if kind == "parameter" else x)]
+    with OperationWatch.on([("", model)], lambda: named) as watch:
+        output = x[2:, :3] @ model.weight.t() if kind == "parameter" else x.t()[:3] @ torch.ones(5, 2)
+    source = watch.source_of([output])
+    assert (source.kind, source.name) == (kind, "held")
+    assert (source.tensor.shape, source.tensor.index) == (tuple(held.shape), (3, 1))

@@ -132,6 +132,7 @@ class GlobalView(NamedTuple):
     weight_ranks: torch.Tensor
     marks: list[list[int]]
     gradients: ParameterStats
+    gradient_ranks: torch.Tensor
     state: ParameterStats
     state_ranks: torch.Tensor
     before_reduction: BeforeReduction | None
@@ -237,7 +238,7 @@ class EvidenceCollector:
             if weight.kind == "buffer" and stats.counts[position][0] == 0:
                 continue  # Inf is how masks are written, and how running minima and maxima begin
             offender = weight.offender(stats, position, self._ranks.rank)
-            yield offender, self._ranks.rank == 0 or weight.slice is not None or weight.shard is not None
+            yield offender, self._ranks.rank == 0 or weight.is_shared_out
         state = self._scan_state()
         for position in state.bad_positions():
             if position in self._known:
@@ -258,13 +259,16 @@ class EvidenceCollector:
         ranks, device = self._ranks, self._model.device
         is_cut = view.is_cut[: len(self._model.parameters)]
         weights, weight_ranks = ranks.combine(view.weights, view.is_sliced, view.is_cut)
-        gradients, _ = ranks.combine(view.gradients, _all(view.gradients, self._model.sliced_gradients), is_cut)
+        gradients, gradient_ranks = ranks.combine(
+            view.gradients, _all(view.gradients, self._model.sliced_gradients), is_cut
+        )
         state, state_ranks = ranks.combine(view.state, _all(view.state, self._model.sliced_state), is_cut)
         return GlobalView(
             weights,
             weight_ranks,
             ranks.any(view.marks).tolist(),
             gradients,
+            gradient_ranks,
             state,
             state_ranks,
             self._agree_before_reduction(view),
@@ -291,7 +295,7 @@ class EvidenceCollector:
             state,
             before,
             batch,
-            source_as_text(self._armed.source(step.pending.losses, self._ranks.size == 1), self._ranks.rank),
+            self._watched(step),
             self._names_after_the_model(),
             self._settling_power(),
             self._history(weights),
@@ -301,6 +305,10 @@ class EvidenceCollector:
             batch_known=self._batch.seen,
             local_known=self._local_gradients.is_watching,
         )
+
+    def _watched(self, step: BadStep) -> str | None:
+        source = self._armed.source(step.pending.losses, self._ranks.size == 1)
+        return source_as_text(source, self._ranks.rank, self._model.in_global_names)
 
     def _names_after_the_model(self) -> str | None:
         names = self._batch.operations_after_the_model()[:MAX_OPERATIONS]
@@ -453,7 +461,7 @@ class EvidenceCollector:
             loss=loss,
             loss_known=view.loss_known,
             loss_shown=step.loss_known,
-            gradients=[self._gradient(view.gradients, position, reduced) for position in ready],
+            gradients=[self._gradient(view, position) for position in ready],
             bad_ranks=None if reduced is None else reduced.ranks,
             world_size=self._ranks.size,
             settles_at=None if view.power == _UNKNOWN else min(2.0**view.power, step.pending.scaling.scale / 2),
@@ -471,11 +479,14 @@ class EvidenceCollector:
         # -Inf alone is how additive masks are written.
         return was_known and not weights.only_negative_infinity(position)
 
-    def _gradient(self, gradients: ParameterStats, position: int, before: BeforeReduction | None) -> Offender:
+    def _gradient(self, view: GlobalView, position: int) -> Offender:
+        item, before = self._model.parameters[position], view.before_reduction
         rank = self._ranks.rank if self._ranks.size == 1 else None  # after the reduction it is every rank's
+        if not item.is_everywhere:
+            rank = int(view.gradient_ranks[position])
         if before is not None:
             rank = before.rank_of.get(position, rank)
-        return replace(self._model.parameters[position].offender(gradients, position, rank), kind="gradient")
+        return replace(item.offender(view.gradients, position, rank), kind="gradient")
 
     def _state(self, state: ParameterStats, position: int, rank: int) -> Offender:
         return replace(self._model.parameters[position].offender(state, position, rank), kind="optimizer_state")

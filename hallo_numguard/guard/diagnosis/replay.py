@@ -424,12 +424,19 @@ class Replayer:
             ranks.total(int(differs), device),
             ranks.lowest(ranks.rank if differs else _NONE, device),
             ranks.total(int(bad), device),
-            ranks.first_text(_origin_as_text(attempt, ranks.rank) if bad else None, device),
-            ranks.first_text(source_as_text(attempt.source, ranks.rank), device),
+            ranks.first_text(self._origin_as_text(attempt) if bad else None, device),
+            ranks.first_text(source_as_text(attempt.source, ranks.rank, self._model.in_global_names), device),
             ranks.lowest(room, device),
             float(ranks.sum(torch.tensor(largest, dtype=torch.float64, device=device))),
             ranks.lowest(int(as_recorded), device) == 1,
         )
+
+    def _origin_as_text(self, attempt: Attempt) -> str | None:
+        origin = attempt.origin
+        if origin is None:
+            return None
+        parts = [asdict(_offender(origin, self._ranks.rank)), _details(origin, attempt.input_absmax), origin.call]
+        return self._model.in_global_names(json.dumps(parts, ensure_ascii=False))
 
     def _replayed(self, answer: _Answer, micro_batch: int) -> Replayed:
         found = Replayed(
@@ -445,14 +452,6 @@ class Replayer:
             return found
         origin, details, number = json.loads(answer.origin_text)
         return replace(found, origin=decode(Offender, origin), details=tuple(details), number=number)
-
-
-def _origin_as_text(attempt: Attempt, rank: int) -> str | None:
-    if attempt.origin is None:
-        return None
-    origin = attempt.origin
-    parts = [asdict(_offender(origin, rank)), _details(origin, attempt.input_absmax), origin.call]
-    return json.dumps(parts, ensure_ascii=False)
 
 
 def _offender(origin: Origin, rank: int) -> Offender:

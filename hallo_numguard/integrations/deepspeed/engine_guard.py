@@ -44,8 +44,9 @@ from hallo_numguard.integrations.deepspeed.engine import (
     recover,
     settings_of,
 )
+from hallo_numguard.integrations.deepspeed.experts import Experts
 from hallo_numguard.integrations.deepspeed.monitor import monitor_sinks
-from hallo_numguard.integrations.deepspeed.parallel import PartFigures, clips_over, ranks_of, with_shards
+from hallo_numguard.integrations.deepspeed.parallel import clips_over, figures_of, ranks_of, with_shards
 from hallo_numguard.integrations.deepspeed.unsupported import check_supported
 from hallo_numguard.integrations.deepspeed.update_view import engine_view
 from hallo_numguard.integrations.deepspeed.version import release, version
@@ -91,16 +92,16 @@ class DeepSpeedGuard(Guard):
         self._losses_divided_by = losses_divided_by
         self._step_number = step_number or self._count_of_engine
         groups = adapter_class(engine.optimizer).parameter_groups(engine.optimizer)
-        parameters = with_shards(engine, parameters_of(engine.module, groups))
+        self._experts = Experts(engine)
+        parameters = self._experts.listed(with_shards(engine, parameters_of(engine.module, groups)))
         self._adapter = adapter_for(engine.optimizer, {item.tensor: at for at, item in enumerate(parameters)})
         self._adapter.names = [item.name for item in parameters]
         self._gradients = self._adapter.gradient_source()
         self._ranks = ranks_of(engine)
-        place = self._ranks.place
-        self._figures = None if place is None else PartFigures(parameters, place, self._gradients.is_sliced)
+        self._figures = figures_of(engine, parameters, self._ranks, self._experts, self._gradients.is_sliced)
         model = GuardedModel(
             parameters,
-            named_buffers(engine.module),
+            self._experts.listed(named_buffers(engine.module)),
             sliced_gradients=self._gradients.is_sliced,
             scan_state=self._adapter.scan_state,
             sliced_state=self._adapter.state_is_sliced,
@@ -116,7 +117,8 @@ class DeepSpeedGuard(Guard):
             is_compiled=lambda: bool(getattr(engine, "is_compiled", False)),
             unchecked=self._adapter.unchecked,
             optimizer=engine_view(self._adapter),
-            exchanges_figures=self._gradients.is_sliced or place is not None,
+            exchanges_figures=self._gradients.is_sliced or self._figures is not None,
+            in_global_names=self._experts.in_global_names,
             also=feeding,
             run_facts={"framework": "DeepSpeed", "zero_stage": int(engine.zero_optimization_stage())},
         )
@@ -284,7 +286,8 @@ class DeepSpeedGuard(Guard):
 
     def _clip(self, original: Callable[..., Any]) -> Any:
         self._scanned_early = self._scan()
-        if not self._replaces or self._scanned_early is None or not clips_over(self._engine, self._ranks):
+        is_ours = self._replaces and not self._experts.are_parted and clips_over(self._engine, self._ranks)
+        if not is_ours or self._scanned_early is None:
             return original()
         gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
         # DeepSpeed clips the model's parameters, which need not be the optimizer's, and leaves sparse gradients as
@@ -320,7 +323,7 @@ class DeepSpeedGuard(Guard):
         """Guards the parameters of groups that were added to the optimizer."""
         positions, groups = self._adapter.positions, self._adapter.parameter_groups(self._optimizer)
         found = with_shards(self._engine, parameters_of(self._engine.module, groups))
-        new = [item for item in found if item.tensor not in positions]
+        new = self._experts.listed(item for item in found if item.tensor not in positions)
         self._session.add_parameters(new)
         positions.update({item.tensor: len(positions) + place for place, item in enumerate(new)})
         self._adapter.names += [item.name for item in new]

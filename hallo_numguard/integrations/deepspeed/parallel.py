@@ -6,7 +6,7 @@ model's own collectives, in every pass that the guard repeats, need the ranks of
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +18,7 @@ from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.guard.parameter_stats import PADDING
 from hallo_numguard.guard.shards import Shard, block
+from hallo_numguard.integrations.deepspeed.experts import Experts, expert_copy_of
 
 _AUTOTP_METADATA = "ds_autotp_universal_checkpoint_meta"  # deepspeed/checkpoint/constants.py
 
@@ -84,14 +85,12 @@ class PartFigures:
 
     Args:
         parameters: The guard's list; it may grow.
-        place: This rank's part.
-        is_sliced: Whether the ranks of one part hold slices of the gradients; else copies.
+        counts_here: Returns whether this rank is the one to count a tensor, or its part of one.
     """
 
-    def __init__(self, parameters: Sequence[NamedTensor], place: Place, is_sliced: bool) -> None:
+    def __init__(self, parameters: Sequence[NamedTensor], counts_here: Callable[[NamedTensor], bool]) -> None:
         self._parameters = parameters
-        self._place = place
-        self._is_sliced = is_sliced
+        self._counts_here = counts_here
         self._pieces: Sequence[Any] = ()
         self._counted: torch.Tensor | None = None
 
@@ -107,6 +106,26 @@ class PartFigures:
         return torch.stack([counts[0], counts[1] + counts[2], absmax, self._counted @ table.sumsq])
 
     def _counts(self, position: int) -> bool:
-        if position == PADDING.parameter or not (self._is_sliced or self._place.copy == 0):
-            return False
-        return self._place.shard == 0 or self._parameters[position].shard is not None
+        return position != PADDING.parameter and self._counts_here(self._parameters[position])
+
+
+def figures_of(
+    engine: Any, parameters: Sequence[NamedTensor], ranks: Ranks, experts: Experts, is_sliced: bool
+) -> PartFigures | None:
+    """Returns how this rank's share of the figures is made; None where all that it holds is its share.
+
+    Args:
+        engine: The engine.
+        parameters: The guard's list.
+        ranks: Ranks that take part.
+        experts: Experts of the model.
+        is_sliced: Whether ranks hold slices of the gradients; else copies.
+    """
+    place = ranks.place
+    if place is not None:
+        is_first = is_sliced or place.copy == 0
+        return PartFigures(parameters, lambda item: is_first and (place.shard == 0 or item.shard is not None))
+    if experts.are_parted and not is_sliced:
+        is_first_expert = expert_copy_of(engine) == 0
+        return PartFigures(parameters, lambda item: ranks.position == 0 if item.is_everywhere else is_first_expert)
+    return None

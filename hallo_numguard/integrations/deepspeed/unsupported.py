@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hallo_numguard.core.errors import UnsupportedDeepSpeed
-from hallo_numguard.integrations.deepspeed.parallel import spans_all_ranks
+from hallo_numguard.integrations.deepspeed.parallel import shards_of, spans_all_ranks
 from hallo_numguard.integrations.deepspeed.version import is_instance_of, version
 
 _DENSE = "Train this model without the guard, or as a dense one with ZeRO stage 0 to 3."
@@ -77,11 +77,18 @@ UNSUPPORTED = (
         lambda engine: is_instance_of(engine, "PipelineEngine"),
     ),
     Unsupported(
-        "mixture of experts",
+        "experts beside tensor parallelism",
         "engine.has_moe_layers",
-        "experts are reduced over groups of their own",
-        _DENSE,
-        _has_experts,
+        "its ranks share experts otherwise than the rest of the model",
+        "Train with experts and ZeRO alone, or without the guard.",
+        lambda engine: _has_experts(engine) and shards_of(engine) > 1,
+    ),
+    Unsupported(
+        "AutoEP",
+        "AutoEPMoELayer",
+        "its experts lie in one tensor that is cut over ranks",
+        "Train with deepspeed.moe.layer.MoE, or without the guard.",
+        lambda engine: any(is_instance_of(module, "AutoEPMoELayer") for module in engine.module.modules()),
     ),
     Unsupported(
         "tensor parallelism on a part of the ranks",

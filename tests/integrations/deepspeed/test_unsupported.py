@@ -30,7 +30,7 @@ class OfTwo:
 SHOWN = {
     "an engine without optimizer": ("", "optimizer", None),
     "pipeline parallelism": ("", "__class__", "PipelineEngine"),
-    "mixture of experts": ("", "has_moe_layers", True),
+    "AutoEP": ("module", "__class__", "AutoEPMoELayer"),
     "tensor parallelism on a part of the ranks": ("", "mpu", OfTwo()),
     "offload of the optimizer to NVMe": ("optimizer", "swap_optimizer", True),
     "offload of parameters to NVMe": ("optimizer", "params_in_nvme_and_cpu", True),
@@ -41,7 +41,7 @@ SHOWN = {
 }
 
 
-@pytest.mark.parametrize("item", UNSUPPORTED, ids=lambda item: item.feature)
+@pytest.mark.parametrize("item", [item for item in UNSUPPORTED if item.feature in SHOWN], ids=lambda item: item.feature)
 def test_what_is_refused_is_refused_with_what_to_do(item, engine, monkeypatch):
     owner_name, attribute, value = SHOWN[item.feature]
     owner = getattr(engine, owner_name) if owner_name else engine
@@ -53,6 +53,14 @@ def test_what_is_refused_is_refused_with_what_to_do(item, engine, monkeypatch):
         ng.attach(engine)
     assert all(text in str(refused.value) for text in (item.reason, item.remedy, item.shown_by))
     assert dict(vars(engine)) == before
+
+
+def test_experts_beside_tensor_parallelism_are_refused(engine, monkeypatch):
+    assert {item.feature for item in UNSUPPORTED} == {*SHOWN, "experts beside tensor parallelism"}
+    monkeypatch.setattr(engine, "has_moe_layers", True)
+    monkeypatch.setattr(engine, "mpu", OfTwo())
+    with pytest.raises(ng.UnsupportedDeepSpeed, match="experts beside tensor parallelism"):
+        ng.attach(engine)
 
 
 def test_an_engine_that_is_dense_is_not_refused(engine):
