@@ -255,8 +255,10 @@ class _Unpickler(pickle.Unpickler):
             self.foreign.add("builtins.getattr")
         return ForeignObject(name)
 
-    def persistent_load(self, reference: Any) -> StoredBytes:
-        """Returns the storage behind a persistent id."""
+    def persistent_load(self, reference: Any) -> Any:
+        """Returns the storage behind a persistent id; old files keep classes behind others, with their source."""
+        if isinstance(reference, tuple) and len(reference) == 4 and reference[0] == "module":
+            return reference[1]
         _, storage, key, _, numel = reference[:5]
         if not (isinstance(storage, StorageType) and isinstance(key, str) and isinstance(numel, int)):
             raise pickle.UnpicklingError("not a reference to a storage")

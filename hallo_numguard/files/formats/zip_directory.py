@@ -18,7 +18,7 @@ _END64, _LOCATOR64 = b"PK\x06\x06", b"PK\x06\x07"
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _ENTRY_HEADER = struct.Struct("<4s4xHH4xIIIHHHHHII")
 _END_RECORD = struct.Struct("<4s4xHHIIH")
-_END64_RECORD = struct.Struct("<4s20xQQQQ")
+_END64_RECORD = struct.Struct("<4sQ12xQQQQ")
 _LOCATOR_RECORD = struct.Struct("<4s4xQI")
 _MAX_COMMENT = 0xFFFF
 _MAX_RECORDS = 2_000_000
@@ -94,8 +94,8 @@ def _extent(window: Window) -> tuple[int, int, int]:
         if where + _END64_RECORD.size <= window.nbytes:
             record = read_exactly(window.descriptor, _END64_RECORD.size, window.begin + where)
             if record.startswith(_END64):
-                _, _, count, nbytes, begin = _END64_RECORD.unpack(record)
-                end = where
+                _, own_bytes, _, count, nbytes, begin = _END64_RECORD.unpack(record)
+                end = where if where + 12 + own_bytes == tail_begin + locator else -1
     if begin + nbytes != end:
         raise _cut("does not lie before its end record: loaders differ in which one they take")
     return begin, nbytes, count

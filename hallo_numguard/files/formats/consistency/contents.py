@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +31,7 @@ class Contents:
     def of(cls, folder: Path, parts: Sequence[Source]) -> Contents:
         """Returns the contents of a folder."""
         children = list(folder.iterdir())
-        folders = frozenset(child.name for child in children if os.path.isdir(child))
+        folders = frozenset(child.name for child in children if child.is_dir())
         return cls(folder, tuple(parts), frozenset(child.name for child in children) - folders, folders)
 
     def part(self, name: str) -> Source | None:
