@@ -191,7 +191,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 
 def _bytes(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
-    plain = tensor.detach().contiguous().flatten()
+    plain = torch.empty(tensor.shape, dtype=tensor.dtype).copy_(tensor.detach()).flatten()
     return tensor.dtype, tuple(tensor.shape), plain.view(torch.uint8).numpy().tobytes() if plain.numel() else b""
 
 

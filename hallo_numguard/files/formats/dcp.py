@@ -69,7 +69,7 @@ def _optimizers(metadata: Any) -> dict[str, Any]:
     found = []
     for path in sorted({name.partition(".param_groups")[0] for name in names if ".param_groups." in name}):
         settings = {name.rpartition(".")[2]: True for name in names if name.startswith(f"{path}.param_groups.")}
-        states = {name.rpartition(".")[0]: {} for name in names if name.startswith(f"{path}.state.")}
+        states: dict[str, Any] = {name.rpartition(".")[0]: {} for name in names if name.startswith(f"{path}.state.")}
         found.append({"path": path, "groups": [settings], "states": states})
     return {"optimizers": found} if found else {}
 

@@ -393,10 +393,13 @@ def _missing(folder: Path, metadata: Mapping[str, Any], shards: Sequence[Archive
     world = metadata.get("dp_world_size")
     if metadata["zero_stage"] == 0 or not isinstance(world, int) or not 0 <= world <= _MAX_RANKS:
         return
-    present = {int(found[1]) for file in folder.glob(_OPTIMIZER) if (found := _RANK.search(file.name))}
-    for rank in sorted(set(range(world)) - present):
-        message = f"{folder.name}: the optimizer state of rank {rank} is missing: {world} ranks wrote this checkpoint"
-        yield Finding("missing_shard", message, severity="error", file=str(folder), remedy=_MISSING_REMEDY)
+    for pattern, what in ((_OPTIMIZER, "optimizer state"), (_WEIGHTS, "model state")):
+        present = {int(found[1]) for file in folder.glob(pattern) if (found := _RANK.search(file.name))}
+        if what == "model state" and not present:  # stages 1 and 2 have one for all ranks
+            continue
+        for rank in sorted(set(range(world)) - present):
+            message = f"{folder.name}: the {what} of rank {rank} is missing: {world} ranks wrote this checkpoint"
+            yield Finding("missing_shard", message, severity="error", file=str(folder), remedy=_MISSING_REMEDY)
 
 
 def _shapes(value: Any) -> dict[str, tuple[int, ...]]:

@@ -39,7 +39,7 @@ def read(path: Path) -> Source:
         if folder in owned or not (_is_filled(folder) or trackers.FILES & set(_names(folder))):
             continue
         part = _read(folder)
-        owned.update(file.parent for file in part.files if file.parent != folder)
+        owned.update(above for file in part.files for above in file.parents if folder in above.parents)
         parts.append(part)
     linked = tuple(_links(path, [file for part in parts for file in part.files]))
     if len(parts) == 1 and parts[0].root == path:

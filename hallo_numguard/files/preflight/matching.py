@@ -21,6 +21,7 @@ _ADAPTER_PART = re.compile(
     r"(lora_(A|B|embedding_A|embedding_B|magnitude_vector)|hada_\w+|lokr_\w+|ia3_l)\.\w+?(\.weight)?$"
 )
 IS_ADAPTER = re.compile(r"lora_|hada_|lokr_|ia3_|prompt_|modules_to_save|adapter")
+_MAX_PLACES = 256  # modules that a file may be of
 _MAX_CHECKED = 8  # tensors, to tell whether the model holds them
 
 
@@ -99,11 +100,26 @@ def _renamed(model: LoadedModel, names: dict[str, TensorEntry], is_loaded: bool)
     plain = _by_plain(model, names)
     if _holds(model, plain):
         return plain
+    for place in _places(model, names):
+        below = {place + name: entry for name, entry in names.items()}
+        if _holds(model, below):
+            return below
     theirs, ours = prefixes(model.shapes, {name: entry.whole_shape for name, entry in names.items()})
     moved = {
         ours + name.removeprefix(theirs) if name.startswith(theirs) else name: entry for name, entry in names.items()
     }
     return moved if _holds(model, moved) else names
+
+
+def _places(model: LoadedModel, names: Mapping[str, TensorEntry]) -> list[str]:
+    """Prefixes of modules of the model that have all the names and shapes of a file."""
+    first = next(iter(names))
+    places = [name.removesuffix(first) for name in model.shapes if name.endswith(f".{first}")][:_MAX_PLACES]
+    return [
+        place
+        for place in places
+        if all(model.shapes.get(place + name) == entry.whole_shape for name, entry in names.items())
+    ]
 
 
 def _by_plain(model: LoadedModel, names: Mapping[str, TensorEntry]) -> dict[str, TensorEntry]:

@@ -95,7 +95,7 @@ def _rest(name: str) -> str:
 def _is_meant(tensor: MeasuredTensor) -> bool:
     """Whether infinities begin a search for the best value, or switch entries off."""
     entry, record = tensor.entry, tensor.record
-    if record.nan or entry.role not in ("parameter", "buffer"):
+    if record.nan or entry.role not in (*WEIGHTS, "buffer"):
         return False
     is_negative = record.nonfinite == record.neg_inf
     if is_negative and _MASK.search(entry.name):
