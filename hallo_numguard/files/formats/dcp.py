@@ -68,7 +68,8 @@ def _optimizers(metadata: Any) -> dict[str, Any]:
     names = [name for name in _state(metadata).get("state_dict_metadata") or () if isinstance(name, str)]
     found = []
     for path in sorted({name.partition(".param_groups")[0] for name in names if ".param_groups." in name}):
-        settings = {name.rpartition(".")[2]: True for name in names if name.startswith(f"{path}.param_groups.")}
+        keys = {name.rpartition(".")[2] for name in names if name.startswith(f"{path}.param_groups.")}
+        settings = dict.fromkeys(keys - {"params"}, True)
         states: dict[str, Any] = {name.rpartition(".")[0]: {} for name in names if name.startswith(f"{path}.state.")}
         found.append({"path": path, "groups": [settings], "states": states})
     return {"optimizers": found} if found else {}

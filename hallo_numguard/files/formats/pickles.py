@@ -367,8 +367,12 @@ def _rebuild_parameter(data: Any, *_: Any) -> Any:
 def _rebuild_from_type(function: Any, _kind: Any, args: Any, state: Any = None) -> Any:
     """A tensor of a class of its own; one that only wraps others (DTensor, quantized ones) becomes a dict of these."""
     made = function(*args)
-    parts = state[0] if isinstance(state, tuple) and state else state
-    return PlainDict(parts) if made is WRAPPER and isinstance(parts, dict) else made
+    if made is not WRAPPER:
+        return made
+    parts = PlainDict()
+    for part in state if isinstance(state, tuple) else (state,):  # attributes, and those in slots
+        parts.update(part if isinstance(part, dict) else {})
+    return parts
 
 
 def _rebuild_wrapper(*_: Any) -> Any:
@@ -533,6 +537,7 @@ _DATA_MODULES = (  # classes that hold settings or state
     "deepspeed.utils.tensor_fragment.",
     "torch._C._nn.",
     "typing.",
+    "torch.distributed._mesh_layout.",
     "torch.distributed._tensor.",
     "torch.distributed.checkpoint.metadata.",
     "torch.distributed.device_mesh.",

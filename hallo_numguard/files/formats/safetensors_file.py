@@ -39,7 +39,6 @@ _DTYPES = {
     "F8_E8M0": torch.float8_e8m0fnu,
     "F4": torch.float4_e2m1fn_x2,
     "C64": torch.complex64,
-    "C128": torch.complex128,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,

@@ -235,7 +235,7 @@ class Tensors:
                 self.valueless.append(name)
             elif id(item) not in seen:
                 seen.add(id(item))
-                inside = is_in_object or (isinstance(item, ForeignObject) and item.qualified not in _CONTAINERS)
+                inside = is_in_object or (isinstance(item, ForeignObject) and not _is_container(item.qualified))
                 children = [(_joined(name, key), child, inside, name) for key, child in self._children(item)]
                 stack.extend(reversed(children))
 
@@ -252,6 +252,11 @@ class Tensors:
             yield from enumerate(item.args)
             yield from ((pair if isinstance(pair, tuple) and len(pair) == 2 else (0, pair)) for pair in item.items)
             yield from dict.items(item.state) if isinstance(item.state, dict) else [("state", item.state)]
+
+
+def _is_container(qualified: str) -> bool:
+    """Whether objects of a class hold what they were given: containers, and the places of a tensor's parts."""
+    return qualified in _CONTAINERS or qualified.startswith("torch.distributed.")
 
 
 def _joined(name: str, key: Any) -> str:

@@ -154,11 +154,11 @@ def _with_place(finding: Finding, root: Path, label: str) -> Finding:
     except ValueError:
         return finding
     shown = label if place == Path() else str(place) if label == root.name else f"{label}/{place}"
-    if shown == file.name:
-        return finding
     message = finding.message
-    message = shown + message[len(file.name) :] if message.startswith(file.name) else f"{shown}: {message}"
-    return replace(finding, message=message)
+    if message.startswith(file.name):
+        return replace(finding, message=shown + message[len(file.name) :])
+    is_plain = label == root.name and (place == Path() or (shown == file.name and not file.is_dir()))
+    return finding if is_plain else replace(finding, message=f"{shown}: {message}")
 
 
 def _by_file(entries: Iterable[TensorEntry]) -> dict[Path, list[TensorEntry]]:

@@ -11,7 +11,7 @@ from hallo_numguard.files.formats.consistency import model_config, shards, track
 from hallo_numguard.files.formats.consistency.contents import Contents
 from hallo_numguard.files.formats.source import Source
 
-_CHECKS = (shards.check, model_config.check, trackers.check, training_files.check)
+_LOST = ("missing_shard", "missing_tensor", "damaged_file", "no_values", "escape")  # then tensors are missing anyhow
 
 
 def check(folder: Path, parts: Sequence[Source]) -> tuple[dict[str, Any], list[Finding]]:
@@ -25,7 +25,11 @@ def check(folder: Path, parts: Sequence[Source]) -> tuple[dict[str, Any], list[F
         Facts for the metadata of the folder, and findings.
     """
     contents = Contents.of(folder, parts)
-    findings = {(one.kind, one.file, one.message): one for check in _CHECKS for one in check(contents)}
+    found = list(shards.check(contents))
+    is_whole = not any(one.kind in _LOST for one in (*found, *(one for part in parts for one in part.findings)))
+    found += model_config.check(contents, is_whole)
+    found += [*trackers.check(contents), *training_files.check(contents)]
+    findings = {(one.kind, one.file, one.message): one for one in found}
     damaged = {(one.kind, one.file): one for one in reversed(findings.values()) if one.kind == "damaged_file"}
     others = [one for one in findings.values() if one.kind != "damaged_file"]
     return trackers.facts(contents), [*reversed(damaged.values()), *others]

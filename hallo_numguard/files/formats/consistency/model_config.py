@@ -31,8 +31,8 @@ _WEIGHT_FILES = re.compile(r"^(model|pytorch_model|adapter_model|diffusion_pytor
 _CONFIG_REMEDY = "Take configuration and weights from the same save."
 
 
-def check(contents: Contents) -> Iterator[Finding]:
-    """Checks the configuration of a folder against the tensors in it."""
+def check(contents: Contents, is_whole: bool) -> Iterator[Finding]:
+    """Checks the configuration of a folder against the tensors in it, if no file of weights is missing or damaged."""
     for name in ("config.json", _ADAPTER, "generation_config.json", "model_index.json"):
         if name in contents.files:
             try:
@@ -44,7 +44,7 @@ def check(contents: Contents) -> Iterator[Finding]:
         return
     yield from _empty(contents)
     shapes = {entry.name: entry.whole_shape for entry in contents.weights() if 0 not in entry.whole_shape}
-    if "model_type" not in config or "peft_type" in config or not shapes:
+    if not is_whole or "model_type" not in config or "peft_type" in config or not shapes:
         return
     for text in (config, *(config[name] for name in _NESTED if isinstance(config.get(name), Mapping))):
         yield from _embedding(contents, text, shapes)
