@@ -131,7 +131,7 @@ def _by_plain(model: LoadedModel, names: Mapping[str, TensorEntry]) -> dict[str,
 def _plain(name: str) -> str:
     """A name without the parts that wrappers and adapters insert."""
     name = _WRAPPERS.sub("", name)
-    return _ADAPTER_PART.sub(lambda match: match[1] + (match[3] or ""), name) if IS_ADAPTER.search(name) else name
+    return _ADAPTER_PART.sub(r"\1", name) if IS_ADAPTER.search(name) else name
 
 
 def _holds(model: LoadedModel, names: Mapping[str, TensorEntry]) -> bool:

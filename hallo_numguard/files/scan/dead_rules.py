@@ -20,8 +20,8 @@ from hallo_numguard.files.scan.measured import (
 )
 
 _RESIDUAL = re.compile(  # layers that often begin with zeros, so that a block does nothing at first
-    r"(c_proj|o_proj|out_proj|proj_out|proj|to_out|down_proj|fc2|w2|wo|conv2|conv3|conv_out|out|up|final\w*|linear_2|up_proj"
-    r"|(?<!lm_)head\w*|classifier|decoder_pred|predictor|router|time_decay|relative_position_bias_table)"
+    r"(^|\.)(c_proj|o_proj|out_proj|proj_out|proj|to_out|down_proj|fc2|w2|wo|conv2|conv3|conv_out|out|up|final\w*|linear_2|up_proj"
+    r"|head\w*|classifier|decoder_pred|predictor|router|time_decay|relative_position_bias_table)"
     r"(\.\d+)*\.\w+$|(table|token|tokens|query|queries|embeddings?|embed|prompt|scale|shift)$",
     re.IGNORECASE,
 )
