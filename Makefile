@@ -9,7 +9,7 @@ READY := $(VENV)/development $(VENV)/cuda
 OLDER_DEEPSPEED ?= 0.18.2 0.19.3
 FUZZ_SECONDS ?= 60
 
-.PHONY: demo test quick coverage lint bench campaign chaos healthy fuzz older-deepspeed lock changelog clean
+.PHONY: demo test quick coverage lint bench campaign chaos healthy fuzz differential older-deepspeed lock changelog clean
 
 demo: $(VENV)/package
 	$(BIN)/python examples/demo.py
@@ -57,6 +57,10 @@ fuzz: $(READY)
 	for kind in pickle safetensors torch legacy distributed deepspeed index; do \
 	  $(BIN)/python tests/fuzz/fuzz_readers.py $$kind --seconds $(FUZZ_SECONDS) || exit 1; \
 	done
+
+# What the scanner reads of archives, against torch.load; the tests do it with some hundred.
+differential: $(READY)
+	$(BIN)/python tests/fuzz/differential.py
 
 # The guard on other releases; docs/deepspeed.md says what holds with which.
 older-deepspeed: $(READY)

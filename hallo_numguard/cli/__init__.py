@@ -6,6 +6,7 @@ A command returns its exit code, and raises errors, which are printed here.
 from __future__ import annotations
 
 import importlib
+import io
 import itertools
 import json
 import pkgutil
@@ -53,6 +54,9 @@ class Commands(click.Group):
     def main(self, args: Sequence[str] | None = None, *positional: Any, **options: Any) -> Any:
         """Runs a command, and exits with its code."""
         arguments = sys.argv[1:] if args is None else list(args)
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a terminal may have no letters but ASCII
         is_json = "--format=json" in arguments or ("--format", "json") in itertools.pairwise(arguments)
         try:
             code = super().main(arguments, *positional, **{**options, "standalone_mode": False})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from hallo_numguard.core.errors import InvalidInput
 @click.option("--config", type=shared.PATH, help="DeepSpeed configuration (JSON).")
 @shared.manifest_option
 @click.option("--build", metavar="MODULE:FUNCTION", help="Function that returns the model, or (model, small batch).")
+@click.option("--loss", metavar="MODULE:FUNCTION", help="Function that computes the loss from the model's output.")
 @shared.threads_option
 @shared.format_option
 def command(
@@ -40,6 +42,7 @@ def command(
     config: Path | None,
     listing: Path | None,
     build: str | None,
+    loss: str | None,
     threads: int | None,
     style: str,
 ) -> int:
@@ -58,8 +61,9 @@ def command(
     with shared.progress_bar() as advance:
         spec = RunSpec(world_size, zero_stage, dtype, read_config(config))
         built, batch = (None, None) if build is None else _built(build, models)
-        model = None if built is None else loaded_model(built)
-        found = run(PreflightInputs(models, checkpoint, listing, spec, model, batch), threads, advance)
+        model = None if built is None else replace(loaded_model(built), is_loaded=batch is not None)
+        loss_fn = None if loss is None else _function("--loss", loss)
+        found = run(PreflightInputs(models, checkpoint, listing, spec, model, batch, loss_fn), threads, advance)
     return shared.print_findings(found, style)
 
 
@@ -68,15 +72,27 @@ def _built(build: str, models: tuple[Path, ...]) -> tuple[Any, Any]:
 
     With a batch the model is filled with the weights of the files.
     """
+    from hallo_numguard.files.formats import open_source
     from hallo_numguard.files.preflight.loaded import fill
+    from hallo_numguard.files.preflight.matching import collect
+    from hallo_numguard.integrations.preflight import loaded_model
 
-    module, _, name = build.partition(":")
-    sys.path.insert(0, "")
+    function = _function("--build", build)
     try:
-        result = getattr(importlib.import_module(module), name)()
+        result = function()
         model, batch = result if isinstance(result, tuple) else (result, None)
-        if batch is not None:
-            fill(model, models)
+        if batch is not None and models:
+            fill(model, collect(loaded_model(model), [open_source(path) for path in models], False).entries)
     except Exception as error:
         raise InvalidInput(f"--build {build} failed: {type(error).__name__}: {error}") from error
     return model, batch
+
+
+def _function(option: str, where: str) -> Any:
+    """Returns the function that an option names as MODULE:FUNCTION."""
+    module, _, name = where.partition(":")
+    sys.path.insert(0, "")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:
+        raise InvalidInput(f"{option} {where} failed: {type(error).__name__}: {error}") from error

@@ -54,11 +54,13 @@ class PreflightReport:
         findings: Findings by severity, errors first.
         checked: Sentences on what was checked, and how much of it.
         unchecked: Sentences on what could not be checked, and why.
+        not_read: Files of other formats, which are not read, beside those that were.
     """
 
     findings: tuple[Finding, ...] = ()
     checked: tuple[str, ...] = ()
     unchecked: tuple[str, ...] = ()
+    not_read: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -83,6 +85,7 @@ def merge(reports: list[PreflightReport]) -> PreflightReport:
         by_severity([finding for report in reports for finding in report.findings]),
         tuple(sentence for report in reports for sentence in report.checked),
         tuple(sentence for report in reports for sentence in report.unchecked),
+        tuple(name for report in reports for name in report.not_read),
     )
 
 

@@ -100,8 +100,10 @@ def preflight(
 def loaded_model(module: nn.Module, engine: Any = None) -> LoadedModel:
     """Returns the names, shapes and tensors of a model, for comparison with files."""
     named = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
-    kept = set(module.state_dict(keep_vars=True))
+    state = module.state_dict(keep_vars=True)
+    kept = set(state)
     tensors = {name: tensor for name, tensor in named if name in kept}
+    tensors.update((name, tensor) for name, tensor in state.items() if isinstance(tensor, torch.Tensor))
     first: dict[int, str] = {}
     aliases = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
     shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors.items()}
@@ -128,13 +130,22 @@ def _forward(engine: Any) -> Callable[..., Any]:
 
 
 def _module(target: Any, engine: Any) -> nn.Module | None:
-    module = target if engine is None else engine.module
+    module = _prepared(target) if engine is None else engine.module
     if module is not None and not isinstance(module, nn.Module):
         raise InvalidInput(
             "preflight() takes a torch.nn.Module, a DeepSpeedEngine, an accelerate.Accelerator after prepare() or "
             f"nothing, got {type(target).__name__}"
         )
     return module
+
+
+def _prepared(target: Any) -> Any:
+    """The model that an Accelerator without DeepSpeed prepared, several as a list of modules; else the target."""
+    models = getattr(target, "_models", None) if hasattr(target, "unwrap_model") else None
+    if not models:
+        return target
+    unwrapped = [target.unwrap_model(model) for model in models]
+    return unwrapped[0] if len(unwrapped) == 1 else nn.ModuleList(unwrapped)
 
 
 def _world_size() -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Group
 from rich.table import Table
@@ -12,6 +12,7 @@ from hallo_numguard.core.findings import PreflightReport
 from hallo_numguard.core.safe_text import harmless
 
 _MAX_FINDINGS = 50  # JSON has all
+_MAX_NAMES = 10  # of files that were not read
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 
 
@@ -32,5 +33,12 @@ def _lines(report: PreflightReport) -> Iterator[Text]:
         yield Text(harmless(sentence))
     for sentence in report.unchecked:
         yield Text(f"Not checked: {harmless(sentence)}", style="yellow")
+    if report.not_read:
+        yield Text(f"Not read: {harmless(_listed(report.not_read))}")
     if report.ok:
-        yield Text("Nothing was found.", style="green")
+        yield Text("Nothing was found in what was read." if report.not_read else "Nothing was found.", style="green")
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MAX_NAMES} more" if len(names) > _MAX_NAMES else ""
+    return ", ".join(names[:_MAX_NAMES]) + more

@@ -89,7 +89,7 @@ def test_nested_containers_parameters_and_views_of_torch_files(tmp_path: Path) -
     assert torch.equal(load(found["list.0"]), flat[::2])
     assert found["model.step"].role == "step"
     assert found["model.weight"].index_of(6) == (2, 1)  # of the element 10
-    assert source.metadata == {"epoch": 3}
+    assert source.metadata["epoch"] == 3
 
 
 def test_a_loaded_tensor_can_be_written_to_without_changing_the_file(tmp_path: Path) -> None:
@@ -281,9 +281,15 @@ class Doubled(nn.Module):
         return self.factor * x
 
 
-def test_torchscript_is_named_and_refused(tmp_path: Path) -> None:
+def test_torchscript_is_listed_as_not_read(tmp_path: Path) -> None:
     torch.jit.save(torch.jit.script(Doubled()), str(tmp_path / "a.pt"))
-    assert only_error(tmp_path / "a.pt").kind == "torchscript"
+    report = ng.scan(tmp_path / "a.pt")
+    assert (report.findings, report.exit_code) == ((), 2)
+    assert "TorchScript" in report.unchecked[0]
+    torch.save({"weight": torch.ones(3)}, tmp_path / "b.pt")
+    beside = ng.scan(tmp_path)
+    assert beside.exit_code == 0
+    assert "TorchScript" in beside.not_read[0]
 
 
 def test_a_bare_pickle_is_named_and_refused(tmp_path: Path) -> None:
@@ -374,7 +380,7 @@ def forget_tensor(model: Path) -> None:
     ("damage", "found"),
     [
         (lose_shard, [("missing_shard", "", "")]),
-        (lose_all_shards, [("missing_shard", "", "")] * 2),
+        (lose_all_shards, [("missing_shard", "", "2 of 2 shards")]),
         (empty_shard, [("damaged_file", "", "0 bytes")]),
         (pipe_as_index, [("damaged_file", "", "no regular file")]),
         (name_tensor_in_no_shard, [("missing_tensor", "lost", "")]),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hallo_numguard.core.findings import Finding
-from hallo_numguard.files.formats.file_access import check_inside, is_plain, read_small
+from hallo_numguard.files.formats.file_access import is_plain, read_small
 from hallo_numguard.files.formats.pickles import ForeignObject, StoredTensor, unpickle
 from hallo_numguard.files.formats.source import Checksum, DamagedFile, Source, TensorEntry, damaged, role_of
 from hallo_numguard.files.formats.torch_zip import open_archive
@@ -47,7 +47,7 @@ def read(path: Path) -> Source:
         unpickled = unpickle(read_small(index, _MAX_METADATA_BYTES))
         blocks = list(_blocks(unpickled.value))
     except DamagedFile as error:
-        return damaged(LAYOUT, index, error)
+        return _without_index(path, error)
     findings = unpickled.code_findings(index)
     entries: list[TensorEntry] = []
     checksums: list[Checksum] = []
@@ -58,7 +58,36 @@ def read(path: Path) -> Source:
         except DamagedFile as error:
             findings.append(replace(error.finding(file), name=block.name))
     files = sorted({path / block.file for block in blocks} & set(path.iterdir()))
-    return Source(LAYOUT, path, (index, *files), entries, _once(findings), checksums=tuple(checksums))
+    metadata = _optimizers(unpickled.value)
+    found, sums = _by_cause(findings, path), tuple(checksums)
+    return Source(LAYOUT, path, (index, *files), entries, found, metadata=metadata, checksums=sums)
+
+
+def _optimizers(metadata: Any) -> dict[str, Any]:
+    """The metadata "optimizers": those whose groups are in the index, with the names of their settings and states."""
+    names = [name for name in _state(metadata).get("state_dict_metadata") or () if isinstance(name, str)]
+    found = []
+    for path in sorted({name.partition(".param_groups")[0] for name in names if ".param_groups." in name}):
+        keys = {name.rpartition(".")[2] for name in names if name.startswith(f"{path}.param_groups.")}
+        settings = dict.fromkeys(keys - {"params"}, True)
+        states: dict[str, Any] = {name.rpartition(".")[0]: {} for name in names if name.startswith(f"{path}.state.")}
+        found.append({"path": path, "groups": [settings], "states": states})
+    return {"optimizers": found} if found else {}
+
+
+def _without_index(path: Path, error: DamagedFile) -> Source:
+    """A checkpoint of which nothing can be read, because its index is missing or damaged."""
+    index = path / METADATA
+    if not index.exists():
+        unfinished = sorted(file.name for file in path.glob(f"{METADATA}*"))
+        left = f" ({unfinished[0]} was left: the run ended while it was written)" if unfinished else ""
+        error = DamagedFile(
+            f"is missing, and without it the {len(list(path.glob(_SHARDS)))} files of {path.resolve().name} cannot be "
+            f"loaded{left}",
+            "missing",
+            "It is written last: the save did not end. Go back to an earlier checkpoint.",
+        )
+    return replace(damaged(LAYOUT, index, error), files=(index, *sorted(path.glob(_SHARDS))))
 
 
 def _blocks(metadata: Any) -> Iterator[_Block]:
@@ -84,7 +113,6 @@ def _read(file: Path, root: Path, block: _Block, checksums: list[Checksum]) -> T
         raise DamagedFile(f"leads out of the folder: {block.file}", kind="escape", remedy=_REMEDY)
     if not file.exists():
         raise DamagedFile("is missing", kind="missing_shard", remedy=_REMEDY)
-    check_inside(file, root)
     archive = open_archive(file, block.offset, block.nbytes)
     tensor = archive.value
     if not isinstance(tensor, StoredTensor) or len(tensor.shape) != len(block.whole):
@@ -108,6 +136,17 @@ def _shape(value: Any) -> tuple[int, ...] | None:
     return tuple(value)
 
 
-def _once(findings: list[Finding]) -> tuple[Finding, ...]:
-    """One finding per message: a missing file is missing for all tensors in it."""
-    return tuple({finding.message: finding for finding in findings}.values())
+def _by_cause(findings: list[Finding], folder: Path) -> tuple[Finding, ...]:
+    """One finding for each damaged file, not one for each tensor in it."""
+    by_file: dict[tuple[str, str], list[Finding]] = {}
+    for finding in findings:
+        by_file.setdefault((finding.kind, finding.file), []).append(finding)
+    joined = []
+    for (_, file), group in by_file.items():
+        first = group[0]
+        names = [finding.name for finding in group if finding.name]
+        more = f" ({len(names)} tensors lie in it, such as {names[0]})" if len(names) > 1 else ""
+        name = "" if len(names) > 1 else first.name
+        message = first.message if Path(file).parent != folder else f"{first.message}{more}"
+        joined.append(replace(first, message=message, name=name))
+    return tuple(joined)

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from hallo_numguard.core.findings import Finding
-from hallo_numguard.files.formats.file_access import check_inside, read_tag
+from hallo_numguard.files.formats.file_access import read_tag
 from hallo_numguard.files.formats.pickles import ForeignObject, StoredTensor, plain
-from hallo_numguard.files.formats.source import DamagedFile, Source, TensorEntry, role_of
+from hallo_numguard.files.formats.source import DamagedFile, Source, TensorEntry, state_role
 from hallo_numguard.files.formats.torch_zip import Archive, named_tensors, open_archive
 
 LATEST = "latest"
@@ -148,14 +148,12 @@ def _tag_folder(path: Path) -> Path:
     folder = path / tag
     if next(folder.glob(_WEIGHTS), None) is None:
         raise DamagedFile(f"names {tag}, but no such folder has weights", kind="missing", remedy=_LATEST_REMEDY)
-    check_inside(folder, path)
     return folder
 
 
 def _archives(folder: Path, pattern: str, root: Path, contents: _Contents) -> Iterator[Archive]:
     for file in sorted(folder.glob(pattern), key=_numeric_order):
         try:
-            check_inside(file, root)
             archive = open_archive(file)
             if not isinstance(archive.value, Mapping):
                 raise DamagedFile("does not hold a dictionary, as DeepSpeed writes it")
@@ -213,7 +211,7 @@ def _add_whole_states(contents: _Contents, archive: Archive) -> None:
     for number, state in states.items():
         for key, tensor in _dict(state).items():
             if isinstance(tensor, StoredTensor):
-                contents.add(archive, names.get(number, f"parameter {number}"), role_of(str(key)), tensor)
+                contents.add(archive, names.get(number, f"parameter {number}"), state_role(str(key)), tensor)
 
 
 def _names_of_states(archive: Archive, states: Mapping[Any, Any], masters: Sequence[Any]) -> dict[Any, str]:
@@ -264,10 +262,10 @@ def _add_partitions(contents: _Contents, weights: Archive, shards: Sequence[Arch
                 if not isinstance(tensor, StoredTensor):
                     continue
                 if math.prod(tensor.shape) < math.prod(flat.shape):  # for example a step counter
-                    contents.add(shard, f"param_groups.{number}", role_of(str(key)), tensor, rank=rank)
+                    contents.add(shard, f"param_groups.{number}", state_role(str(key)), tensor, rank=rank)
                     continue
                 for piece in its_pieces:
-                    contents.add_piece(shard, role_of(str(key)), tensor, piece, rank)
+                    contents.add_piece(shard, state_role(str(key)), tensor, piece, rank)
 
 
 def _split_buffers(
@@ -395,10 +393,13 @@ def _missing(folder: Path, metadata: Mapping[str, Any], shards: Sequence[Archive
     world = metadata.get("dp_world_size")
     if metadata["zero_stage"] == 0 or not isinstance(world, int) or not 0 <= world <= _MAX_RANKS:
         return
-    present = {int(found[1]) for file in folder.glob(_OPTIMIZER) if (found := _RANK.search(file.name))}
-    for rank in sorted(set(range(world)) - present):
-        message = f"{folder.name}: the optimizer state of rank {rank} is missing: {world} ranks wrote this checkpoint"
-        yield Finding("missing_shard", message, severity="error", file=str(folder), remedy=_MISSING_REMEDY)
+    for pattern, what in ((_OPTIMIZER, "optimizer state"), (_WEIGHTS, "model state")):
+        present = {int(found[1]) for file in folder.glob(pattern) if (found := _RANK.search(file.name))}
+        if what == "model state" and not present:  # stages 1 and 2 have one for all ranks
+            continue
+        for rank in sorted(set(range(world)) - present):
+            message = f"{folder.name}: the {what} of rank {rank} is missing: {world} ranks wrote this checkpoint"
+            yield Finding("missing_shard", message, severity="error", file=str(folder), remedy=_MISSING_REMEDY)
 
 
 def _shapes(value: Any) -> dict[str, tuple[int, ...]]:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from hallo_numguard.files.formats.source import DamagedFile
 
 _MAX_TAG_BYTES = 1024
+_MAX_HOPS = 40  # of links; Linux follows no more
+_HUB_REPOSITORY = re.compile(r"(models|datasets|spaces|kernels)--.")
 
 
 @contextmanager
@@ -115,31 +118,30 @@ def is_plain(name: str) -> bool:
     return Path(name).name == name and name not in ("", ".", "..") and "\0" not in name
 
 
-def check_inside(path: Path, root: Path) -> None:
-    """Checks that a file lies inside a folder, symbolic links resolved.
+def outside_links(files: Iterable[Path], root: Path) -> list[Path]:
+    """Returns the files that are reached by links out of a folder, into no store of the Hugging Face cache."""
+    folder = Path(os.path.realpath(root))
+    trusted = (folder if folder.is_dir() else folder.parent, *hub_stores(root))
+    return [file for file in files if not any(Path(os.path.realpath(file)).is_relative_to(top) for top in trusted)]
 
-    Links from `snapshots/REVISION` to the `blobs` beside it, as in the Hugging Face cache, are allowed.
 
-    Raises:
-        DamagedFile: If it lies elsewhere.
+def hub_stores(path: Path) -> tuple[Path, ...]:
+    """Returns the folders with the files behind a path in the Hugging Face cache: the repository's, and the shared one.
+
+    The path may be the repository's folder, a snapshot, or anything in one. Empty for a path elsewhere.
     """
-    try:
-        real, folder = path.resolve(), root.resolve()
-    except (OSError, RuntimeError):  # a loop of links
-        raise DamagedFile("is a link that leads nowhere", remedy="Replace it by the file itself.") from None
-    if real.is_relative_to(folder) or real.parent == hub_blobs(folder):
-        return
-    raise DamagedFile(
-        f"leads out of the folder {root.name}, to {real}",
-        kind="escape",
-        remedy="Do not load from this folder unless you know who made the link; replace it by the file itself.",
-    )
+    real = Path(os.path.realpath(path))
+    repository = next((folder for folder in (real, *real.parents) if _HUB_REPOSITORY.match(folder.name)), None)
+    return () if repository is None else (repository / "blobs", repository.parent / "blobs")
 
 
-def hub_blobs(root: Path) -> Path | None:
-    """Returns the folder with the files behind `root` if that is a snapshot in the Hugging Face cache, else None."""
-    real = Path(os.path.realpath(root))
-    return real.parent.parent / "blobs" if real.parent.name == "snapshots" else None
+def hops(link: Path) -> Iterator[Path]:
+    """Yields the paths that a link leads through, one after the other, up to the file."""
+    for _ in range(_MAX_HOPS):
+        if not link.is_symlink():
+            return
+        link = Path(os.path.normpath(Path(os.path.realpath(link.parent)) / link.readlink()))
+        yield link
 
 
 def file_size(path: Path) -> int:

@@ -8,10 +8,11 @@ other name: nothing that a file names is ever imported.
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 import pickletools
-from collections import OrderedDict
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,8 @@ _MUTATING = {"APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD"}  #
 _MAX_METADATA_VALUES = 1_000_000
 _MAX_METADATA_DEPTH = 20
 _MAX_DIMENSIONS = 64
+_MAX_NAMES = 5  # in a message
+_CLASSES_REMEDY = "Nothing to do if you trust whoever wrote it: that import runs their code."
 _CODE_REMEDY = (
     "Do not load this file with torch.load(weights_only=False) or pickle unless you trust whoever wrote it; "
     "ask for the weights as safetensors."
@@ -67,6 +70,27 @@ class StoredTensor(_Sealed):
     offset: int
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+
+
+class Marker(_Sealed):
+    """An object that stands for itself: `VALUELESS` for a tensor on the meta device, `WRAPPER` for one of others."""
+
+
+VALUELESS, WRAPPER = Marker(), Marker()
+
+
+class PlainDict(dict[Any, Any]):
+    """Stand-in for the kinds of dictionaries whose attributes a pickle can set: these are kept apart.
+
+    Attributes:
+        attributes: What the pickle sets.
+    """
+
+    __slots__ = ("attributes",)
+    attributes: Any
+
+    def __setstate__(self, state: Any) -> None:
+        self.attributes = state
 
 
 class ForeignObject:
@@ -118,12 +142,43 @@ class Unpickled:
     foreign: set[str] = field(default_factory=set)
 
     def code_findings(self, file: Path) -> list[Finding]:
-        """Returns an error for each name that the pickle would import, unless it stands for plain data."""
-        return [
-            DamagedFile(f"holds a pickle that would run code: {name}", kind="code", remedy=_CODE_REMEDY).finding(file)
-            for name in sorted(self.foreign)
-            if not name.startswith(_DATA_MODULES) and name not in _DATA_NAMES
-        ]
+        """Returns one finding if the pickle would call functions that can do anything, or make objects of classes."""
+        called = sorted(filter(_is_dangerous, self.foreign))
+        if called:
+            names = ", ".join(called[:_MAX_NAMES])
+            damage = DamagedFile(f"holds a pickle that would run code: {names}", kind="code", remedy=_CODE_REMEDY)
+            return [damage.finding(file)]
+        classes = self.classes()
+        if not classes:
+            return []
+        names = ", ".join(classes[:_MAX_NAMES]) + (" ..." if len(classes) > _MAX_NAMES else "")
+        message = f"{file.name}: torch.load takes it with weights_only=False only, for objects of {names}"
+        return [Finding("classes", message, severity="info", file=str(file), remedy=_CLASSES_REMEDY)]
+
+    def classes(self) -> list[str]:
+        """Returns the names that torch.load refuses unless it may import them, and that are not mere data here."""
+        return sorted(
+            name
+            for name in self.foreign
+            if not name.startswith(_DATA_MODULES) and name not in _DATA_NAMES and name not in _admitted()
+        )
+
+
+@functools.cache
+def _admitted() -> frozenset[str]:
+    """Names that torch.load(weights_only=True) takes."""
+    try:
+        from torch._weights_only_unpickler import _get_allowed_globals
+    except ImportError:  # another version of torch
+        return frozenset()
+    return frozenset(_get_allowed_globals())
+
+
+def _is_dangerous(name: str) -> bool:
+    """Whether a name of the standard library, or of a function of the interpreter, stands for more than data."""
+    if name in _DATA_NAMES or name.startswith(_DATA_MODULES) or name in _admitted():
+        return False
+    return name.partition(".")[0] in sys.stdlib_module_names or name in _DANGEROUS_NAMES
 
 
 def unpickle(data: bytes) -> Unpickled:
@@ -179,6 +234,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(stream)
         self.foreign: set[str] = set()
         self._classes: dict[str, type[ForeignObject]] = {}
+        self._storages: dict[str, StoredBytes] = {}
         self._getattr = _Call(self._member)
 
     def find_class(self, module: str, name: str) -> Any:
@@ -199,12 +255,17 @@ class _Unpickler(pickle.Unpickler):
             self.foreign.add("builtins.getattr")
         return ForeignObject(name)
 
-    def persistent_load(self, reference: Any) -> StoredBytes:
-        """Returns the storage behind a persistent id."""
+    def persistent_load(self, reference: Any) -> Any:
+        """Returns the storage behind a persistent id; old files keep classes behind others, with their source."""
+        if isinstance(reference, tuple) and len(reference) == 4 and reference[0] == "module":
+            return reference[1]
         _, storage, key, _, numel = reference[:5]
         if not (isinstance(storage, StorageType) and isinstance(key, str) and isinstance(numel, int)):
             raise pickle.UnpicklingError("not a reference to a storage")
-        return StoredBytes(key, storage.dtype, numel)
+        made = StoredBytes(key, storage.dtype, numel)
+        if self._storages.setdefault(key, made) != made:  # a loader takes the first
+            raise pickle.UnpicklingError("a storage with two types or sizes")
+        return made
 
 
 @dataclass(eq=False)
@@ -303,8 +364,42 @@ def _rebuild_parameter(data: Any, *_: Any) -> Any:
     return data
 
 
-def _rebuild_from_type(function: Any, _kind: Any, args: Any, _state: Any = None) -> Any:
-    return function(*args)
+def _rebuild_from_type(function: Any, _kind: Any, args: Any, state: Any = None) -> Any:
+    """A tensor of a class of its own; one that only wraps others (DTensor, quantized ones) becomes a dict of these."""
+    made = function(*args)
+    if made is not WRAPPER:
+        return made
+    parts = PlainDict()
+    for part in state if isinstance(state, tuple) else (state,):  # attributes, and those in slots
+        parts.update(part if isinstance(part, dict) else {})
+    return parts
+
+
+def _rebuild_wrapper(*_: Any) -> Any:
+    return WRAPPER
+
+
+def _rebuild_sparse(_layout: Any, parts: Any) -> Any:
+    """Indices and values; a compressed layout has two tensors of indices."""
+    return PlainDict((f"part{number}", part) for number, part in enumerate(parts) if isinstance(part, StoredTensor))
+
+
+def _rebuild_quantized(storage: Any, offset: Any, shape: Any, stride: Any, parameters: Any, *_: Any) -> Any:
+    made = PlainDict(int_repr=_tensor(storage, storage.dtype, offset, shape, stride))
+    made.update((f"parameter{number}", part) for number, part in enumerate(parameters))
+    return made
+
+
+def _rebuild_nested(buffer: Any, *_: Any) -> Any:
+    return buffer
+
+
+def _rebuild_jagged(arguments: Any) -> Any:
+    return arguments
+
+
+def _rebuild_meta(*_: Any) -> Any:
+    return VALUELESS
 
 
 def _reconstruct(cls: Any, *_: Any) -> Any:
@@ -330,14 +425,19 @@ _STORAGES = {
     "Bool": torch.bool,
     "ComplexFloat": torch.complex64,
     "ComplexDouble": torch.complex128,
+    "QInt8": torch.int8,
+    "QUInt8": torch.uint8,
+    "QInt32": torch.int32,
+    "QUInt4x2": torch.uint8,
+    "QUInt2x4": torch.uint8,
 }
 _KNOWN: dict[str, Any] = {
-    "collections.OrderedDict": OrderedDict,
-    "collections.defaultdict": _Call(lambda *_: {}),
-    "collections.Counter": _Call(dict),
+    "collections.OrderedDict": PlainDict,
+    "collections.defaultdict": _Call(lambda *args: PlainDict(*args[1:])),
+    "collections.Counter": PlainDict,
     "builtins.set": set,
     "builtins.frozenset": frozenset,
-    "builtins.dict": dict,
+    "builtins.dict": PlainDict,
     "builtins.list": list,
     "builtins.tuple": tuple,
     "builtins.complex": complex,
@@ -350,6 +450,14 @@ _KNOWN: dict[str, Any] = {
     "torch._utils._rebuild_parameter": _Call(_rebuild_parameter),
     "torch._utils._rebuild_parameter_with_state": _Call(_rebuild_parameter),
     "torch._tensor._rebuild_from_type_v2": _Call(_rebuild_from_type),
+    "torch._utils._rebuild_wrapper_subclass": _Call(_rebuild_wrapper),
+    "torch._utils._rebuild_sparse_tensor": _Call(_rebuild_sparse),
+    "torch._utils._rebuild_sparse_csr_tensor": _Call(_rebuild_sparse),
+    "torch._utils._rebuild_qtensor": _Call(_rebuild_quantized),
+    "torch._utils._rebuild_nested_tensor": _Call(_rebuild_nested),
+    "torch.nested._internal.nested_tensor._rebuild_njt": _Call(_rebuild_jagged),
+    "torch._utils._rebuild_meta_tensor_no_storage": _Call(_rebuild_meta),
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _Call(_rebuild_parameter),
     "torch.storage.UntypedStorage": StorageType(torch.uint8),
     **{f"torch.{name}Storage": StorageType(dtype) for name, dtype in _STORAGES.items()},
     **{str(dtype): StorageType(dtype) for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)},
@@ -368,25 +476,58 @@ _DATA_NAMES = frozenset(
         "builtins.range",
         "builtins.slice",
         "builtins.str",
+        "builtins.bytes",
+        "collections.ChainMap",
+        "collections.UserDict",
+        "collections.UserList",
         "collections.deque",
         "datetime.date",
         "datetime.datetime",
+        "datetime.time",
         "datetime.timedelta",
+        "datetime.timezone",
+        "decimal.Decimal",
+        "fractions.Fraction",
+        "functools.partial",
         "numpy.dtype",
         "numpy.ndarray",
         "numpy._core.multiarray._reconstruct",
         "numpy._core.multiarray.scalar",
         "numpy.core.multiarray._reconstruct",
         "numpy.core.multiarray.scalar",
+        "pathlib.Path",
         "pathlib.PosixPath",
+        "pathlib.PurePath",
         "pathlib.PurePosixPath",
+        "pathlib.PureWindowsPath",
         "pathlib.WindowsPath",
+        "pathlib._local.PosixPath",
+        "pathlib._local.WindowsPath",
         "torch.Tensor",
         "torch.device",
         "torch.nn.parameter.Parameter",
         "torch.serialization._get_layout",
+        "_io.BytesIO",
+        "array._array_reconstructor",
+        "logging.Logger",
+        "logging.getLogger",
+        "random.Random",
+        "re._compile",
         "types.SimpleNamespace",
         "uuid.UUID",
+    }
+)
+_DANGEROUS_NAMES = frozenset(
+    {
+        "nt.system",
+        "numpy.testing._private.utils.runstring",
+        "pip.main",
+        "torch.hub.load",
+        "torch.hub.load_state_dict_from_url",
+        "torch.load",
+        "torch.serialization.load",
+        "torch.utils.cpp_extension.load",
+        "torch.utils.cpp_extension.load_inline",
     }
 )
 _DATA_MODULES = (  # classes that hold settings or state
@@ -394,7 +535,13 @@ _DATA_MODULES = (  # classes that hold settings or state
     "deepspeed.runtime.fp16.loss_scaler.",
     "deepspeed.runtime.zero.config.",
     "deepspeed.utils.tensor_fragment.",
+    "torch._C._nn.",
+    "typing.",
+    "torch.distributed._mesh_layout.",
+    "torch.distributed._tensor.",
     "torch.distributed.checkpoint.metadata.",
+    "torch.distributed.device_mesh.",
+    "torch.distributed.tensor.",
     "torch.distributed.checkpoint.filesystem._StorageInfo",
     "transformers.trainer_pt_utils.",
     "transformers.trainer_utils.",

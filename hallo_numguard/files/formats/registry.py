@@ -5,7 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol, cast
 
-from hallo_numguard.files.formats import dcp, deepspeed_checkpoint, safetensors_file, torch_legacy, torch_zip
+from hallo_numguard.files.formats import (
+    dcp,
+    deepspeed_checkpoint,
+    gguf_file,
+    numpy_file,
+    safetensors_file,
+    torch_legacy,
+    torch_zip,
+    unread,
+)
 from hallo_numguard.files.formats import universal_checkpoint as universal
 from hallo_numguard.files.formats.source import Source
 
@@ -23,4 +32,6 @@ class Reader(Protocol):
 CHECKPOINTS = cast(
     "tuple[Reader, ...]", (deepspeed_checkpoint, universal, dcp)
 )  # folders with a structure of their own
-FILES = cast("tuple[Reader, ...]", (safetensors_file, torch_legacy, torch_zip))  # the first that recognises a file wins
+FILES = cast(  # the first that recognises a file wins
+    "tuple[Reader, ...]", (unread, gguf_file, numpy_file, torch_legacy, safetensors_file, torch_zip)
+)

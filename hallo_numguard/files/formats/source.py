@@ -126,6 +126,8 @@ class Source:
         unchecked: Unread contents and the reasons, one sentence each.
         metadata: Plain values in the files beside tensors.
         checksums: Checksums stored in the files, to be compared when the bytes are read.
+        not_read: Files of formats that are not read.
+        parts: Sources of which this one consists: of a tree its folders, of a folder its files.
     """
 
     layout: str
@@ -136,6 +138,8 @@ class Source:
     unchecked: tuple[str, ...] = ()
     metadata: Mapping[str, Any] = field(default_factory=dict)
     checksums: tuple[Checksum, ...] = ()
+    not_read: tuple[str, ...] = ()
+    parts: tuple[Source, ...] = ()
 
 
 def load(entry: TensorEntry) -> torch.Tensor:
@@ -167,6 +171,11 @@ def role_of(name: str) -> str:
     return _STATE_ROLES.get(name.rpartition(".")[2], "parameter")
 
 
+def state_role(key: str) -> str:
+    """Returns the role of a tensor in the state of an optimizer, by its key there."""
+    return _STATE_ROLES.get(key, "state")
+
+
 def damaged(layout: str, path: Path, error: DamagedFile) -> Source:
     """Returns the source of a file in which nothing can be read."""
     return Source(layout, path, (path,), findings=(error.finding(path),))
@@ -184,6 +193,8 @@ def joined(layout: str, root: Path, sources: Iterable[Source], **metadata: Any) 
         tuple(sentence for part in parts for sentence in part.unchecked),
         metadata,
         tuple(checksum for part in parts for checksum in part.checksums),
+        tuple(name for part in parts for name in part.not_read),
+        tuple(parts),
     )
 
 

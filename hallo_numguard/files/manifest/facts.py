@@ -116,10 +116,17 @@ def _entries(root: Path, files: Mapping[str, Path]) -> tuple[dict[str, list[Tens
         for entry in source.entries:
             if entry.file in names:
                 entries[names[entry.file]].append(entry)
-        renamed = (replace(finding, file=names.get(Path(finding.file), finding.file)) for finding in source.findings)
+        listed = (finding for finding in source.findings if not _is_about_a_link(finding, names))
+        renamed = (replace(finding, file=names.get(Path(finding.file), finding.file)) for finding in listed)
         findings += map(_as_warning, renamed)
         findings += [Finding("no_tensors", sentence, severity="info") for sentence in source.unchecked]
     return entries, findings
+
+
+def _is_about_a_link(finding: Finding, names: Mapping[Path, str]) -> bool:
+    """Whether a finding is about a link out of the folder, whose file is not listed."""
+    file = Path(finding.file)
+    return finding.kind == "escape" or (file not in names and file.is_symlink())
 
 
 def _as_warning(finding: Finding) -> Finding:

@@ -16,12 +16,12 @@ from pathlib import Path
 
 from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.core.findings import Finding
-from hallo_numguard.files.formats.file_access import hub_blobs
+from hallo_numguard.files.formats.file_access import hops, hub_stores
 from hallo_numguard.files.manifest.listing import HUB_DOWNLOADS, is_leftover, is_listed, path_order
 
 _REMEDIES = {
-    "bad_link": "Replace the link by the file itself, or delete it.",
-    "link_outside": "Replace the link by the file itself, or delete it.",
+    "bad_link": "Download or copy the file that it should lead to.",
+    "link_outside": "Copy the file itself into the folder, if it belongs to it.",
     "special_file": "Delete it.",
     "leftover": "Delete it.",
 }
@@ -49,8 +49,8 @@ class Tree:
 def walk(root: Path, also: Iterable[str] = ()) -> Tree:
     """Returns the files below `root` that our manifests list.
 
-    Links to files are followed inside of `root`, and from a snapshot of the Hugging Face cache to its blobs; links to
-    folders are not.
+    Links to files are followed inside of `root`, and from the Hugging Face cache into its stores; links to folders are
+    not.
 
     Args:
         root: The folder.
@@ -148,8 +148,7 @@ def _link_problem(root: Path, link: str) -> tuple[str, str, str] | None:
     target = Path(os.path.realpath(link))
     if not target.is_file():
         return "bad_link", f"is a link to {Path(link).readlink()}, which is no file", "error"
-    is_inside = target.is_relative_to(os.path.realpath(root))
-    if not is_inside and target.parent != hub_blobs(root):
+    if not any(target.is_relative_to(top) for top in (Path(os.path.realpath(root)), *hub_stores(root))):
         return "link_outside", f"is a link that leads out of the folder, to {Path(link).readlink()}", "error"
     return None
 
@@ -166,8 +165,8 @@ def _case_conflicts(names: list[str]) -> Iterator[Finding]:
 
 def _blob_name(root: Path, path: Path) -> str:
     """The name of the blob that a file of a snapshot links to, which is its etag; "" for other files."""
-    target = Path(os.path.realpath(path))
-    return target.name if path.is_symlink() and target.parent == hub_blobs(root) else ""
+    stores = hub_stores(root)[:1]
+    return next((hop.name for hop in hops(path) if hop.parent in stores), "")
 
 
 def _download_etag(root: Path, name: str) -> str:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 
-from hallo_numguard.core.findings import Finding, PreflightReport, by_severity
+from hallo_numguard.core.findings import Finding, PreflightReport, by_severity, merge
+from hallo_numguard.files.formats import UnknownLayout, open_source
 from hallo_numguard.files.manifest import statement
 from hallo_numguard.files.manifest.changes import changes
 from hallo_numguard.files.manifest.facts import Progress, read_folder
@@ -77,7 +79,17 @@ def verify_manifest(
     if not listing.digests and not etags:
         reason = f"{root} has no manifest; `hallo-numguard manifest` writes one."
         return PreflightReport(by_severity([*tree.findings]), unchecked=(reason,))
-    return _compare(root, tree, listing, contents, etags, progress)
+    compared = _compare(root, tree, listing, contents, etags, progress)
+    return compared if listing.digests else merge([compared, PreflightReport(_missing_shards(root))])
+
+
+def _missing_shards(root: Path) -> tuple[Finding, ...]:
+    """Shards that an index of the folder names: without a manifest nothing else says that they belong to it."""
+    try:
+        found = open_source(root).findings
+    except UnknownLayout:
+        return ()
+    return tuple(replace(one, file=os.path.relpath(one.file, root)) for one in found if one.kind == "missing_shard")
 
 
 def _listing(root: Path, manifest: Path | None) -> Listing:

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.core.records import shape_in_words
-from hallo_numguard.files.formats import Source
 from hallo_numguard.files.preflight.loaded import LoadedModel, Shapes
 
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -19,15 +18,19 @@ _MAX_NAME_PAIRS = 40_000  # to be compared; takes seconds
 _MIN_RENAMED = 3  # names in which the same component is another
 
 
-def check(model: LoadedModel, source: Source) -> list[Finding]:
-    """Compares the names and shapes of a model with those in a file.
+def check(model: LoadedModel, saved: Shapes, path: Path) -> list[Finding]:
+    """Compares the names and shapes of a model with those in its files.
+
+    Args:
+        model: The model, or the part of it that the files are for.
+        saved: Shapes of the tensors in the files, by name.
+        path: File or folder that messages name.
 
     Returns:
         Missing and unexpected names, other shapes, and prefixes or components that differ.
     """
-    path = source.root
     # Older files may hold buffers that are no longer saved.
-    saved: Shapes = {name: shape for name, shape in _file_shapes(source).items() if name not in model.unsaved}
+    saved = {name: shape for name, shape in saved.items() if name not in model.unsaved}
     if not saved:
         return [_finding("no_weights", f"{path.name} holds no weights", path, remedy="Give the file with weights.")]
     saved, prefix = _match_prefix(model.shapes, saved, path)
@@ -35,17 +38,9 @@ def check(model: LoadedModel, source: Source) -> list[Finding]:
     return [*prefix, *renamed, *_differences(model.shapes, model.aliases, saved, path)]
 
 
-def _file_shapes(source: Source) -> Shapes:
-    """Shapes of the weights in a file; where it has only master copies (ZeRO-3), of those."""
-    masters = {entry.name: entry.whole_shape for entry in source.entries if entry.role == "fp32"}
-    return masters | {
-        entry.name: entry.whole_shape for entry in source.entries if entry.role in ("parameter", "buffer")
-    }
-
-
 def _match_prefix(model: Shapes, saved: Shapes, path: Path) -> tuple[Shapes, list[Finding]]:
     """The file's shapes under the model's names, where only the beginnings differ, with a finding about that."""
-    file_prefix, model_prefix = _prefixes(model, saved)
+    file_prefix, model_prefix = prefixes(model, saved)
     renamed = {
         model_prefix + name.removeprefix(file_prefix) if name.startswith(file_prefix) else name: shape
         for name, shape in saved.items()
@@ -63,8 +58,8 @@ def _match_prefix(model: Shapes, saved: Shapes, path: Path) -> tuple[Shapes, lis
     return renamed, [_finding("prefix", message, path, remedy=remedy)]
 
 
-def _prefixes(model: Shapes, saved: Shapes) -> tuple[str, str]:
-    """The prefixes in the file and in the model that stand before equal rests of most names; "" if there are none."""
+def prefixes(model: Shapes, saved: Shapes) -> tuple[str, str]:
+    """Returns the prefixes in the file and the model before equal rests of most names; empty if there are none."""
     by_rest: dict[str, list[str]] = {}
     for name in model:
         for rest in _rests(name):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from hallo_numguard.core.findings import Finding
-from hallo_numguard.files.formats import DamagedFile, Source, load, open_source
+from hallo_numguard.files.formats import DamagedFile, TensorEntry, load
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -30,6 +30,7 @@ class LoadedModel:
         aliases: First name of each tensor that has several, by every name.
         unsaved: Names of buffers that are not in its state dict.
         forward: Function that calls the module as training does.
+        is_loaded: Whether it should hold the values of its files; False for one that was only built.
     """
 
     module: nn.Module
@@ -38,21 +39,27 @@ class LoadedModel:
     aliases: Mapping[str, str]
     unsaved: frozenset[str]
     forward: Callable[..., Any]
+    is_loaded: bool = True
 
 
-def check(model: LoadedModel, source: Source) -> list[Finding]:
-    """Compares a model's values with those of the same name in a file. Reads the file once.
+def check(model: LoadedModel, entries: Mapping[str, TensorEntry], path: Path) -> list[Finding]:
+    """Compares a model's values with those of the same name in its files. Reads them once.
 
     Tensors on the meta device, or of another shape (ZeRO-3), are ignored.
+
+    Args:
+        model: The model.
+        entries: Tensors in the files by the model's names.
+        path: File or folder that messages name.
     """
     equal: list[str] = []
     different: list[str] = []
-    for entry in source.entries:
-        held = model.state.get(entry.name)
-        if held is None or held.is_meta or entry.role not in ("parameter", "buffer") or held.shape != entry.shape:
+    for name, entry in entries.items():
+        held = model.state.get(name)
+        if held is None or held.is_meta or held.shape != entry.shape:
             continue
         try:
-            (equal if _equal(load(entry), held) else different).append(entry.name)
+            (equal if is_equal(load(entry), held) else different).append(name)
         except (DamagedFile, OSError):
             continue  # the scan reports it
     if not different:
@@ -60,28 +67,26 @@ def check(model: LoadedModel, source: Source) -> list[Finding]:
     more = f" and {len(different) - _MAX_NAMES} more" if len(different) > _MAX_NAMES else ""
     names = ", ".join(different[:_MAX_NAMES]) + more
     total = len(equal) + len(different)
-    message = f"{len(different)} of {total} tensors of the model are not as in {source.root.name}: {names}"
+    answer = "it was loaded in part" if equal else "nothing of it was loaded"
+    message = f"{answer}: {len(different)} of {total} tensors of the model are not as in {path.name}: {names}"
     severity = "info" if _TRAINED_RATIO * len(equal) > len(different) else "warning"
     remedy = "Right if they were trained since, or come from elsewhere; else they were not loaded (strict=False)."
-    file = str(source.root)
+    file = str(path)
     return [Finding("not_loaded", message, name=different[0], severity=severity, file=file, remedy=remedy)]
 
 
-def fill(module: nn.Module, paths: Iterable[Path]) -> None:
-    """Loads the weights of files into a model where names and shapes agree; `keys` reports the others.
-
-    Raises:
-        UnknownLayout: If a file has no known layout.
-    """
+def fill(module: nn.Module, entries: Mapping[str, TensorEntry]) -> None:
+    """Loads tensors into a model where names and shapes agree; `keys` reports the others."""
     state = module.state_dict(keep_vars=True)
     with torch.no_grad():
-        for entry in (entry for path in paths for entry in open_source(path).entries):
-            held = state.get(entry.name)
+        for name, entry in entries.items():
+            held = state.get(name)
             if held is not None and held.shape == entry.shape:
                 held.copy_(load(entry))
 
 
-def _equal(saved: torch.Tensor, held: torch.Tensor) -> bool:
+def is_equal(saved: torch.Tensor, held: torch.Tensor) -> bool:
+    """Returns whether a tensor of a model has the values of one in a file, converted to its dtype."""
     saved, held = saved.to(held.dtype), held.detach().cpu()
     if not saved.is_floating_point():
         return torch.equal(saved, held)

@@ -11,6 +11,7 @@ from hallo_numguard.files.formats import DamagedFile, Source, TensorEntry, load
 from hallo_numguard.files.preflight.run_spec import RunSpec
 
 _MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum")
+_NONNEGATIVE_STATE = ("square_avg", "sum", "acc_delta", "exp_inf", "exp_avg_sq_row", "exp_avg_sq_col")
 _NONNEGATIVE_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq")
 _HYPERPARAMETERS = ("lr", "betas", "eps", "weight_decay", "momentum")
 _REMEDY = "Go back to a checkpoint with complete state; else the optimizer starts as in a new run."
@@ -28,7 +29,7 @@ def check(source: Source, spec: RunSpec) -> list[Finding]:
     Reads second moments and step counters only.
     """
     state = _state(source)
-    findings = [*_presence(source, state), *_coverage(source, state), *_negatives(state)]
+    findings = [*_presence(source, state), *_coverage(source, state), *_negatives(source)]
     return [*findings, *_steps(source, state), *_groups(source, spec), *_loss_scale(source)]
 
 
@@ -58,12 +59,19 @@ def _presence(source: Source, state: State) -> Iterator[Finding]:
     if incomplete:
         message = f"{source.root.name} holds no moments of {_some(incomplete)}, but of {len(with_moments)} others"
         yield _finding("missing_state", source, message, incomplete[0])
-    for role in ("exp_avg", "exp_avg_sq"):
-        of_adam = {name for name in with_moments if "exp_avg" in state[name] or "exp_avg_sq" in state[name]}
-        incomplete = sorted(name for name in of_adam if role not in state[name])
-        if incomplete:
+    for role, other in (("exp_avg", "exp_avg_sq"), ("exp_avg_sq", "exp_avg")):  # Adamax and Lion have one of the two
+        incomplete = sorted(name for name in with_moments if other in state[name] and role not in state[name])
+        has_both = any(role in state[name] and other in state[name] for name in with_moments)
+        if incomplete and (has_both or _is_adam(source)):
             message = f"{source.root.name} lacks {role} of {_some(incomplete)}"
             yield _finding("missing_state", source, message, incomplete[0])
+
+
+def _is_adam(source: Source) -> bool:
+    """Whether the groups are those of Adam: Lion has no eps, and Adamax another second moment."""
+    groups = source.metadata.get("param_groups") or ()
+    has_others = any(entry.role == "state" for entry in source.entries)
+    return bool(groups) and not has_others and all("eps" in group and "betas" in group for group in groups)
 
 
 def _coverage(source: Source, state: State) -> Iterator[Finding]:
@@ -80,29 +88,32 @@ def _coverage(source: Source, state: State) -> Iterator[Finding]:
                 yield _finding("incomplete_state", source, message, name)
 
 
-def _negatives(state: State) -> Iterator[Finding]:
-    for name, roles in state.items():
-        for entry in (piece for role in _NONNEGATIVE_MOMENTS for piece in roles.get(role, [])):
-            try:
-                values = load(entry).flatten()
-            except (DamagedFile, OSError):
-                continue  # the scan reports it
-            if values.numel() and values.min() < 0:
-                lowest = int(values.argmin())
-                index = ", ".join(map(str, entry.index_of(lowest)))
-                yield Finding(
-                    "negative_moment",
-                    f"{entry.file.name}: {entry.role} of {name} is {float(values[lowest]):.4g} at [{index}], and "
-                    f"{int((values < 0).sum())} values of it are negative",
-                    name=name,
-                    severity="error",
-                    file=str(entry.file),
-                    remedy=_NEGATIVE_REMEDY,
-                )
+def _negatives(source: Source) -> Iterator[Finding]:
+    for entry in source.entries:
+        last = entry.name.rpartition(".")[2]
+        if entry.role not in _NONNEGATIVE_MOMENTS and not (entry.role == "state" and last in _NONNEGATIVE_STATE):
+            continue
+        try:
+            values = load(entry).flatten()
+        except (DamagedFile, OSError):
+            continue  # the scan reports it
+        if values.numel() and values.dtype.is_floating_point and values.min() < 0:
+            lowest = int(values.argmin())
+            index = ", ".join(map(str, entry.index_of(lowest)))
+            what = entry.name if entry.role == "state" else f"{entry.role} of {_owner(entry)}"
+            yield Finding(
+                "negative_moment",
+                f"{entry.file.name}: {what} is {float(values[lowest]):.4g} at [{index}], and "
+                f"{int((values < 0).sum())} values of it are negative",
+                name=_owner(entry),
+                severity="error",
+                file=str(entry.file),
+                remedy=_NEGATIVE_REMEDY,
+            )
 
 
 def _steps(source: Source, state: State) -> Iterator[Finding]:
-    """Step counters of parameters and groups, which should be equal, and agree with the run's."""
+    """Step counters against the run's. They may differ between parameters: layers are unfrozen, or rarely used."""
     counted: dict[int, list[str]] = {}
     for name, roles in state.items():
         for entry in roles.get("step", []):
@@ -110,9 +121,6 @@ def _steps(source: Source, state: State) -> Iterator[Finding]:
     for number, group in enumerate(source.metadata.get("param_groups") or ()):
         if type(group.get("step")) is int:
             counted.setdefault(group["step"], []).append(f"group {number}")
-    if len(counted) > 1:
-        counts = "; ".join(f"{step}: {_some(names)}" for step, names in sorted(counted.items()))
-        yield _finding("step_counters", source, f"{source.root.name}: step counters of parameters differ ({counts})")
     taken, skipped = (source.metadata.get(key) for key in ("global_steps", "skipped_steps"))
     if type(taken) is not int or not counted:
         return

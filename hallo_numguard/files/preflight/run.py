@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,10 @@ from hallo_numguard.core.findings import Finding, PreflightReport, by_severity, 
 from hallo_numguard.files.formats import Source
 from hallo_numguard.files.keeper.store import META
 from hallo_numguard.files.manifest.verify import verify_manifest
-from hallo_numguard.files.preflight import keys, loaded, optimizer_state, precision, smoke, topology
+from hallo_numguard.files.preflight import keys, loaded, matching, optimizer_state, precision, smoke, topology
 from hallo_numguard.files.preflight.loaded import LoadedModel
 from hallo_numguard.files.preflight.run_spec import RunSpec
-from hallo_numguard.files.scan.scan import Progress, as_dtype, open_all, scan_opened
+from hallo_numguard.files.scan.scan import Progress, as_dtype, folders, open_all, scan_opened
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -75,7 +75,8 @@ def run(inputs: PreflightInputs, threads: int | None = None, progress: Progress 
     ]
     findings = _names(inputs.model, weights, checkpoint)
     if checkpoint is not None:
-        findings += [*optimizer_state.check(checkpoint, inputs.spec), *topology.check(checkpoint, inputs.spec)]
+        for folder in folders(checkpoint):
+            findings += [*optimizer_state.check(folder, inputs.spec), *topology.check(folder, inputs.spec)]
     findings += precision.check(inputs.spec, weights)
     reports += [PreflightReport(tuple(findings), _checked(inputs, checkpoint)), _smoke(inputs)]
     return _without_repetitions(merge(reports))
@@ -118,14 +119,19 @@ def _integrity(path: Path, manifest: Path | None) -> PreflightReport:
 
 
 def _names(model: LoadedModel | None, weights: Sequence[Source], checkpoint: Source | None) -> list[Finding]:
-    """Compares names, shapes and values of the model with those of the files."""
+    """Compares names, shapes and values of the model with those of the files; a checkpoint may not be loaded yet."""
     if model is None:
         return []
     findings = []
-    for source in [*weights, *([] if checkpoint is None else [checkpoint])]:
-        findings += keys.check(model, source)
-    for source in weights:
-        findings += loaded.check(model, source)
+    for sources, is_loaded in ((weights, model.is_loaded), ([] if checkpoint is None else [checkpoint], False)):
+        if not sources:
+            continue
+        found = matching.collect(model, sources, is_loaded)
+        shapes = {name: entry.whole_shape for name, entry in found.entries.items()}
+        part = replace(model, shapes=matching.adapter_shapes(model)) if found.is_adapter else model
+        findings += keys.check(part, shapes, found.path)
+        if is_loaded:
+            findings += loaded.check(model, found.entries, found.path)
     return findings
 
 
@@ -159,4 +165,5 @@ def _without_repetitions(report: PreflightReport) -> PreflightReport:
     """The report with each finding once: two checks of a file find the same damage."""
     unique = {(finding.kind, finding.message): finding for finding in report.findings}
     checked, unchecked = dict.fromkeys(report.checked), dict.fromkeys(report.unchecked)
-    return PreflightReport(by_severity(list(unique.values())), tuple(checked), tuple(unchecked))
+    not_read = tuple(dict.fromkeys(report.not_read))
+    return PreflightReport(by_severity(list(unique.values())), tuple(checked), tuple(unchecked), not_read)

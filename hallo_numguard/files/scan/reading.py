@@ -21,6 +21,7 @@ import torch
 from hallo_numguard.core.records import Record
 from hallo_numguard.files.formats.file_access import opened
 from hallo_numguard.files.formats.source import Checksum, DamagedFile, TensorEntry
+from hallo_numguard.files.scan.converted import PARTS, of_complex, record_of
 from hallo_numguard.files.scan.pages import Pages
 from hallo_numguard.ops import dispatch
 from hallo_numguard.ops.api import multi_tensor_stats
@@ -177,8 +178,10 @@ class _SpanReader:
         self.only_scans = not checksums and dispatch.runs_natively("cpu")
         self._checksums = checksums
         self._progress = progress
+        dtypes = [PARTS.get(entry.dtype, entry.dtype) for entry in entries]
         self._run_of_entry = [
-            _Run(entry.offset, entry.nbytes, entry.dtype) if entry.dtype in FORMATS else None for entry in entries
+            _Run(entry.offset, entry.nbytes, dtype) if dtype in FORMATS else None
+            for entry, dtype in zip(entries, dtypes, strict=True)
         ]
         self._runs = list(dict.fromkeys(run for run in self._run_of_entry if run is not None))
         self._check_extent()
@@ -242,7 +245,10 @@ class _SpanReader:
             for (row, first), record in zip(places, table.to_host(), strict=True):
                 parts[row].append((first, record))
         merged = {run: _merged(parts[row]) for row, run in enumerate(self._runs)}
-        return tuple(None if run is None else merged[run] for run in self._run_of_entry)
+        return tuple(
+            record_of(entry) if run is None else of_complex(merged[run]) if entry.dtype in PARTS else merged[run]
+            for entry, run in zip(self.entries, self._run_of_entry, strict=True)
+        )
 
     def mismatches(self) -> tuple[Checksum, ...]:
         """Returns the checksums that differ from those of the bytes."""

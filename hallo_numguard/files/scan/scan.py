@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
 import torch
 
 from hallo_numguard.core.errors import InvalidInput
-from hallo_numguard.core.findings import PreflightReport, by_severity, merge
-from hallo_numguard.files.formats import DamagedFile, Source, TensorEntry, UnknownLayout, open_source
+from hallo_numguard.core.findings import Finding, PreflightReport, by_severity, merge
+from hallo_numguard.files.formats import Checksum, DamagedFile, Source, TensorEntry, UnknownLayout, open_source
 from hallo_numguard.files.formats.file_access import file_size
+from hallo_numguard.files.scan import scale_rules, state_rules
 from hallo_numguard.files.scan.reading import ScannedFile, read_file
 from hallo_numguard.files.scan.value_rules import judge
 
@@ -26,9 +28,10 @@ def scan(
 ) -> PreflightReport:
     """Reads every tensor of files and folders, and reports damage.
 
-    Finds NaN and infinity, values that overflow the training dtype, weights that are all zeros, zeroed or misplaced
-    pages, values far above those of other layers, dtypes that differ between layers, checksum errors, and damage to
-    the structure of a file. Its limits: docs/preflight.md.
+    Finds NaN and infinity, values that overflow the training dtype, weights that are all zeros or cannot be weights,
+    zeroed or misplaced pages, values far above those of other layers, checksum errors, damage to the structure of a
+    file, optimizer state that does not belong to its weights, and files of a folder that contradict each other. Its
+    limits: docs/preflight.md.
 
     Reads every file once, with up to 8 MiB of memory per thread and 8 bytes per 4 KiB page. Runs no code from the
     files.
@@ -40,7 +43,8 @@ def scan(
         progress: Called with the number of bytes just read, and the total.
 
     Returns:
-        Report with findings; its `exit_code` is 0 without errors and warnings, 1 with some, 2 if a path was not read.
+        Report with findings; its `exit_code` is 0 without errors and warnings, 1 with some, 2 if something could not
+        be read. Files of other formats beside weights are listed as not read.
 
     Raises:
         InvalidInput: If `dtype` is not a floating-point dtype.
@@ -73,7 +77,12 @@ def scan_opened(
     """Scans sources that were opened before. See `scan`."""
     total = sum(file_size(file) for source in opened for file in _by_file(source.entries))
     report = progress or (lambda done, of: None)
-    return merge([_scan(source, dtype, threads, lambda done: report(done, total)) for source in opened])
+    reports = []
+    for source in opened:
+        found = _scan(source, dtype, threads, lambda done: report(done, total))
+        label = source.root.name if len(opened) == 1 else str(source.root)
+        reports.append(replace(found, findings=tuple(_with_place(one, source.root, label) for one in found.findings)))
+    return merge(reports)
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
@@ -101,16 +110,55 @@ def _configured_dtype(source: Source) -> torch.dtype | None:
 def _scan(
     source: Source, dtype: torch.dtype | None, threads: int | None, progress: Callable[[int], object]
 ) -> PreflightReport:
+    """Scans a file or a tree; each folder of a tree is judged by itself."""
     findings = list(source.findings)
     files: list[ScannedFile] = []
+    for folder in folders(source):
+        read, damage = _read(folder, threads, progress)
+        findings += [*damage, *judge(read, dtype or _configured_dtype(folder)), *state_rules.check(folder, read)]
+        findings += scale_rules.check(folder, read)
+        files += read
+    unchecked, not_read = source.unchecked, source.not_read
+    if not_read and not source.entries:  # nothing but what is not read
+        unchecked, not_read = (*unchecked, *(f"{name}: this format is not read" for name in not_read)), ()
+    return PreflightReport(by_severity(findings), (_summary(source, files),), unchecked, not_read)
+
+
+def folders(source: Source) -> tuple[Source, ...]:
+    """Returns the folders of a tree, each a model or checkpoint of its own; any other source as it is."""
+    return source.parts if any(part.parts for part in source.parts) else (source,)
+
+
+def _read(
+    source: Source, threads: int | None, progress: Callable[[int], object]
+) -> tuple[list[ScannedFile], list[Finding]]:
+    files: list[ScannedFile] = []
+    findings: list[Finding] = []
+    checksums: dict[Path, list[Checksum]] = {}
+    for checksum in source.checksums:
+        checksums.setdefault(checksum.file, []).append(checksum)
     for file, entries in _by_file(source.entries).items():
-        checksums = [checksum for checksum in source.checksums if checksum.file == file]
+        stored = checksums.get(file, ())
         try:
-            files.append(read_file(file, entries, (), checksums=checksums, threads=threads, progress=progress))
+            files.append(read_file(file, entries, (), checksums=stored, threads=threads, progress=progress))
         except DamagedFile as error:
             findings.append(error.finding(file))
-    findings += judge(files, dtype or _configured_dtype(source))
-    return PreflightReport(by_severity(findings), (_summary(source, files),), source.unchecked)
+    return files, findings
+
+
+def _with_place(finding: Finding, root: Path, label: str) -> Finding:
+    """The finding with the place of its file below the given path, where the message has only the file's name."""
+    file = Path(finding.file)
+    try:
+        place = file.relative_to(root)
+    except ValueError:
+        return finding
+    shown = label if place == Path() else str(place) if label == root.name else f"{label}/{place}"
+    message = finding.message
+    if message.startswith(file.name):
+        return replace(finding, message=shown + message[len(file.name) :])
+    is_plain = label == root.name and (place == Path() or (shown == file.name and not file.is_dir()))
+    return finding if is_plain else replace(finding, message=f"{shown}: {message}")
 
 
 def _by_file(entries: Iterable[TensorEntry]) -> dict[Path, list[TensorEntry]]:

@@ -1,7 +1,7 @@
-"""Rules for tensor values: each is a function from scanned tensors or files to findings.
+"""Rules for tensor values: each is a function from scanned tensors to findings.
 
 A rule that cannot distinguish damage from intact values reports nothing: biases, padding rows and the moments of
-untrained parameters are zeros, and masks hold -Inf.
+untrained parameters are zeros, masks hold -Inf, and trackers of a best value begin with infinity.
 """
 
 from __future__ import annotations
@@ -11,69 +11,42 @@ import math
 import re
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.core.records import Offender, Record
 from hallo_numguard.files.formats.source import DAMAGED_REMEDY, TensorEntry, load
-from hallo_numguard.files.scan.pages import PAGE
+from hallo_numguard.files.scan import dead_rules, page_rules
+from hallo_numguard.files.scan.measured import (
+    NUMBER,
+    WEIGHTS,
+    ZERO_INITIALISED,
+    MeasuredTensor,
+    Tensors,
+    families,
+    measured,
+    remedy_for,
+    warning,
+)
 from hallo_numguard.files.scan.reading import ScannedFile
 from hallo_numguard.ops.formats import dtype_name
 
-WEIGHTS = ("parameter", "fp32")  # roles of the values that a model computes with
-_STATE_REMEDY = "Go back to an earlier checkpoint: the optimizer would write it into the weights."
-_NUMBER = re.compile(r"\d+")
 _MASK = re.compile(r"mask|causal", re.IGNORECASE)
-_ZERO_INITIALISED = re.compile(
-    r"bias|lora_[bB]|lora_embedding_[bB]|hada_w2|adapter|controlnet|zero|gamma|alpha", re.IGNORECASE
+_TRACKER = re.compile(r"best|kth|worst|lowest|highest|(^|[._])(min|max)(_|$)|_(min|max)$", re.IGNORECASE)
+_LEARNT = re.compile(
+    r"(weight|bias|kernel|weight_[gv]|in_proj|scale\w*|scales|temperature|gamma|alpha|beta|gain|token|embed\w*|table|lora_\w*)$"
 )
-_EMBEDDING = re.compile(r"emb|wte|wpe|vocab|shared|lm_head", re.IGNORECASE)
 _MIN_FAMILY = 4  # layers, for a meaningful median
-_MIN_MATRIX_NUMEL = 4096  # smaller matrices can have a dominant value, or be all zeros in a piece
+_MIN_MATRIX_NUMEL = 4096  # smaller matrices can have a dominant value
 _MIN_OUTLIER_BITS = 5.0  # binary orders of magnitude above the family's median absmax
 _MIN_OUTLIER_DEVIATIONS = 8.0
 _MAD_TO_SIGMA = 1.4826  # standard deviations in a median absolute deviation, for normal values
 _DOMINANT_ENERGY = 0.99  # share of a tensor's sum of squares in one element
 _MAX_DUPLICATE_SHARE = 0.1  # of all matrices; with more, the model is meant so
 _CHUNK = 1 << 20  # elements
-
-Family = tuple[Path, str, tuple[int, ...], str]  # folder, name without numbers, shape, role
-
-
-@dataclass(frozen=True)
-class MeasuredTensor:
-    """A floating-point tensor and the statistics of its values."""
-
-    entry: TensorEntry
-    record: Record
-
-    @property
-    def family(self) -> Family:
-        """Common key of the same tensor in all layers."""
-        entry = self.entry
-        return entry.file.parent, _NUMBER.sub("*", entry.name), entry.whole_shape, entry.role
-
-    @property
-    def is_matrix(self) -> bool:
-        """Whether it is a weight of two or more dimensions."""
-        return self.entry.role in WEIGHTS and len(self.entry.whole_shape) >= 2
-
-    @property
-    def is_zero(self) -> bool:
-        """Whether all values are zero."""
-        return self.entry.numel > 0 and self.record.absmax == 0 and self.record.nonfinite == 0
-
-    @property
-    def is_constant(self) -> bool:
-        """Whether all values have the same magnitude: only then is the sum of squares as large as it can be."""
-        return self.record.sumsq >= self.record.absmax * self.record.absmax * self.entry.numel * (1 - 1e-5)
-
-
-Tensors = Sequence[MeasuredTensor]
 
 
 def judge(files: Sequence[ScannedFile], dtype: torch.dtype | None) -> list[Finding]:
@@ -83,34 +56,56 @@ def judge(files: Sequence[ScannedFile], dtype: torch.dtype | None) -> list[Findi
         files: Files of one model or checkpoint.
         dtype: Dtype that the weights will be converted to, if known.
     """
-    by_file = {
-        file.path: [MeasuredTensor(t.entry, t.record) for t in file.tensors if t.record is not None] for file in files
-    }
-    tensors = [tensor for group in by_file.values() for tensor in group]
+    tensors = measured(files)
     findings = [finding for rule in _RULES for finding in rule(tensors)]
     findings += overflows_dtype(tensors, dtype)
-    for file in files:
-        entries = [tensor.entry for tensor in by_file[file.path]]
-        findings += [*checksum_mismatches(file), *zero_pages(file, entries), *repeated_pages(file, entries)]
-    return findings
+    return [*findings, *(finding for file in files for finding in page_rules.check(file))]
 
 
 def nonfinite(tensors: Tensors) -> Iterator[Finding]:
-    """NaN and infinity; -Inf alone in a mask is for information."""
-    for tensor in tensors:
+    """NaN and infinity; infinity that is meant is for information: in masks, bounds and trackers of a best value."""
+    bad = [tensor for tensor in tensors if tensor.record.nonfinite]
+    sound = _by_rest(tensor for tensor in tensors if not tensor.record.nonfinite) if bad else {}
+    for tensor in bad:
         entry, record = tensor.entry, tensor.record
-        if record.nonfinite:
-            is_mask = _MASK.search(entry.name) is not None and record.nonfinite == record.neg_inf
-            offender = _offender(entry, record)
-            yield Finding(
-                "nonfinite",
-                f"{entry.file.name}: {offender}",
-                name=entry.name,
-                offender=offender,
-                severity="info" if is_mask else "error",
-                file=str(entry.file),
-                remedy="" if is_mask else _remedy(entry),
-            )
+        offender = _offender(entry, record)
+        is_meant = _is_meant(tensor)
+        copy = sound.get((_rest(entry.name), entry.whole_shape)) if "." in entry.name else None
+        known = f" The copy {copy} in the same folder is sound." if copy and entry.role == "parameter" else ""
+        yield Finding(
+            "nonfinite",
+            f"{entry.file.name}: {offender}",
+            name=entry.name,
+            offender=offender,
+            severity="info" if is_meant else "error",
+            file=str(entry.file),
+            remedy="" if is_meant else remedy_for(entry) + known,
+        )
+
+
+def _by_rest(tensors: Iterator[MeasuredTensor]) -> dict[tuple[str, tuple[int, ...]], str]:
+    return {(_rest(tensor.entry.name), tensor.entry.whole_shape): tensor.entry.name for tensor in tensors}
+
+
+def _rest(name: str) -> str:
+    """A name without its first part, which may say that it is a copy (ema, model)."""
+    return name.partition(".")[2]
+
+
+def _is_meant(tensor: MeasuredTensor) -> bool:
+    """Whether infinities begin a search for the best value, or switch entries off."""
+    entry, record = tensor.entry, tensor.record
+    if record.nan or entry.role not in (*WEIGHTS, "buffer"):
+        return False
+    is_negative = record.nonfinite == record.neg_inf
+    if is_negative and _MASK.search(entry.name):
+        return True
+    if _LEARNT.search(entry.name):
+        return False
+    is_everything = record.nonfinite == entry.numel
+    if is_negative and (is_everything or record.absmax == 0):
+        return True
+    return is_everything and (not tensor.is_matrix or _TRACKER.search(entry.name) is not None)
 
 
 def _offender(entry: TensorEntry, record: Record) -> Offender:
@@ -136,7 +131,8 @@ def overflows_dtype(tensors: Tensors, dtype: torch.dtype | None) -> Iterator[Fin
     if dtype is None:
         return
     for tensor in tensors:
-        if tensor.entry.role in (*WEIGHTS, "buffer") and _overflows(tensor.record.absmax, dtype):
+        is_value = tensor.entry.role in (*WEIGHTS, "buffer") and not tensor.is_scale
+        if is_value and not tensor.entry.dtype.is_complex and _overflows(tensor.record.absmax, dtype):
             yield _overflow(tensor.entry, dtype)
 
 
@@ -167,26 +163,12 @@ def _overflow(entry: TensorEntry, dtype: torch.dtype) -> Finding:
     )
 
 
-def all_zero(tensors: Tensors) -> Iterator[Finding]:
-    """Weight matrices that are all zeros, unless initialised so or zero in all layers."""
-    families = _families(tensors)
-    for tensor in tensors:
-        entry = tensor.entry
-        is_small_piece = entry.whole is not None and entry.numel < _MIN_MATRIX_NUMEL
-        if not (tensor.is_zero and tensor.is_matrix) or is_small_piece or _ZERO_INITIALISED.search(entry.name):
-            continue
-        family = families[tensor.family]
-        if len(family) == 1 or not all(member.is_zero for member in family):
-            message = f"{entry.role} {entry.name} is all zeros ({entry.numel} values)"
-            yield _warning("all_zero", entry, message, DAMAGED_REMEDY)
-
-
 def outliers(tensors: Tensors) -> Iterator[Finding]:
     """Weights far larger than the same weight in other layers, and single values that outweigh all others."""
-    medians = {id(tensor): median for family in _families(tensors).values() for tensor, median in _far_above(family)}
+    medians = {id(tensor): median for family in families(tensors).values() for tensor, median in _far_above(family)}
     for tensor in tensors:
         entry, record = tensor.entry, tensor.record
-        if entry.role not in WEIGHTS:
+        if entry.role not in WEIGHTS or tensor.is_scale:
             continue
         if id(tensor) in medians:
             what = f"up to {record.absmax:.3g}, and in the same weight of other layers {medians[id(tensor)]:.3g}"
@@ -195,7 +177,7 @@ def outliers(tensors: Tensors) -> Iterator[Finding]:
             what = f"up to {record.absmax:.3g}, one value that outweighs all others (root mean square {mean:.3g})"
         else:
             continue
-        yield _warning("outlier", entry, f"{entry.role} {entry.name} is {what}", DAMAGED_REMEDY)
+        yield warning("outlier", entry, f"{entry.role} {entry.name} is {what}", DAMAGED_REMEDY)
 
 
 def _far_above(family: Tensors) -> Iterator[tuple[MeasuredTensor, float]]:
@@ -213,7 +195,7 @@ def _far_above(family: Tensors) -> Iterator[tuple[MeasuredTensor, float]]:
 
 def _is_dominated(tensor: MeasuredTensor) -> bool:
     entry, record = tensor.entry, tensor.record
-    if not tensor.is_matrix or entry.numel < _MIN_MATRIX_NUMEL or _ZERO_INITIALISED.search(entry.name):
+    if not tensor.is_matrix or entry.numel < _MIN_MATRIX_NUMEL or ZERO_INITIALISED.search(entry.name):
         return False
     return record.absmax * record.absmax > _DOMINANT_ENERGY * record.sumsq
 
@@ -223,11 +205,11 @@ def duplicates(tensors: Tensors) -> Iterator[Finding]:
 
     Models whose layers were copied or initialised alike hold many such pairs; tied weights are equal in all layers.
     """
-    matrices = [one for one in tensors if one.is_matrix and _NUMBER.search(one.entry.name) and not one.is_constant]
-    families = _families(matrices)
+    matrices = [one for one in tensors if one.is_matrix and NUMBER.search(one.entry.name) and not one.is_constant]
+    extremes = {key: {one.record.absmax for one in family} for key, family in families(matrices).items()}
     groups = defaultdict(list)
     for tensor in matrices:
-        if any(member.record.absmax != tensor.record.absmax for member in families[tensor.family]):
+        if len(extremes[tensor.family]) > 1:
             entry = tensor.entry
             groups[entry.file.parent, entry.shape, entry.dtype, tensor.record.absmax].append(tensor)
     pairs = [pair for group in groups.values() for pair in itertools.pairwise(group) if _may_be_equal(*pair)]
@@ -236,7 +218,7 @@ def duplicates(tensors: Tensors) -> Iterator[Finding]:
     for first, second in pairs:
         if torch.equal(load(first.entry), load(second.entry)):
             message = f"{second.entry.role} {second.entry.name} holds the same values as {first.entry.name}"
-            yield _warning("duplicate", second.entry, message, "Check which of the two it is; load an intact copy.")
+            yield warning("duplicate", second.entry, message, "Check which of the two it is; load an intact copy.")
 
 
 def _may_be_equal(first: MeasuredTensor, second: MeasuredTensor) -> bool:
@@ -246,112 +228,32 @@ def _may_be_equal(first: MeasuredTensor, second: MeasuredTensor) -> bool:
 
 
 def dtype_differences(tensors: Tensors) -> Iterator[Finding]:
-    """Tensors of another dtype than nearly all of the same weight in other layers."""
-    for family in _families(tensors).values():
+    """A tensor of another dtype than the same weight in nearly all other layers, alone in its layer.
+
+    Whole layers, and weights beside quantized ones, are kept in another dtype by design.
+    """
+    odd: list[tuple[TensorEntry, torch.dtype]] = []
+    for family in families(tensors).values():
         (usual, count), *others = Counter(tensor.entry.dtype for tensor in family).most_common()
-        if not others or count < 3 * (len(family) - count):
-            continue
-        for entry in (tensor.entry for tensor in family if tensor.entry.dtype != usual):
+        if others and count >= 3 * (len(family) - count):
+            odd += [(tensor.entry, usual) for tensor in family if tensor.entry.dtype != usual]
+    layers = Counter((entry.file.parent, _layer(entry.name)) for entry, _ in odd)
+    for entry, usual in odd:
+        if min(entry.dtype.itemsize, usual.itemsize) > 1 and layers[entry.file.parent, _layer(entry.name)] == 1:
             own = f"{entry.role} {entry.name} is {dtype_name(entry.dtype)}"
             message = f"{own}, and in other layers {dtype_name(usual)}"
-            yield _warning("dtype", entry, message, "Check what wrote it; convert it, or load an intact copy.")
+            yield warning("dtype", entry, message, "Check what wrote it; convert it, or load an intact copy.")
 
 
-def checksum_mismatches(file: ScannedFile) -> Iterator[Finding]:
-    """Records whose CRC-32 is not the one stored in the file."""
-    for checksum in file.mismatches:
-        yield Finding(
-            "checksum",
-            f"{file.path.name}: the bytes of record {checksum.name} have changed since they were written (CRC-32)",
-            severity="error",
-            file=str(file.path),
-            remedy=f"{DAMAGED_REMEDY} torch.load does not notice.",
-        )
-
-
-def zero_pages(file: ScannedFile, entries: Sequence[TensorEntry]) -> Iterator[Finding]:
-    """Zeros that begin and end at page boundaries, in a weight with other values."""
-    for offset, nbytes in file.zero_pages:
-        for entry in _weights_at(entries, offset, nbytes):
-            begin, end = max(offset, entry.offset), min(offset + nbytes, entry.offset + entry.nbytes)
-            if end - begin >= PAGE and _was_lost(entry, begin, end):
-                message = (
-                    f"{end - begin} bytes of {entry.role} {entry.name} are zeros, exactly from page to page of the "
-                    f"file (offset {begin}): they were not written"
-                )
-                yield _error("zero_pages", entry, message)
-
-
-def _was_lost(entry: TensorEntry, begin: int, end: int) -> bool:
-    """Whether zeros end exactly with the pages, and are neither rows of an embedding nor the whole tensor."""
-    if entry.stride is not None or end - begin == entry.nbytes:
-        return False
-    values = load(entry).flatten()
-    size = entry.dtype.itemsize
-    first, last = -(-(begin - entry.offset) // size), (end - entry.offset) // size
-    if (first > 0 and values[first - 1] == 0) or (last < values.numel() and values[last] == 0):
-        return False
-    row = math.prod(entry.whole_shape[1:])
-    is_rows = (entry.start + first) % row == 0 and (entry.start + last) % row == 0
-    return not (_EMBEDDING.search(entry.name) and is_rows)
-
-
-def repeated_pages(file: ScannedFile, entries: Sequence[TensorEntry]) -> Iterator[Finding]:
-    """Pages of a weight that repeat earlier ones of the file, while the values around them do not."""
-    for offset, earlier, nbytes in file.repeated_pages:
-        for entry in _weights_at(entries, offset, nbytes):
-            if entry.offset <= offset and offset + nbytes <= entry.offset + entry.nbytes:
-                origin = next(iter(_weights_at(entries, earlier, nbytes)), entry)
-                if not _is_copy(entry, origin, offset, earlier, nbytes):
-                    message = (
-                        f"{nbytes} bytes of {entry.role} {entry.name} (offset {offset} of the file) are those of "
-                        f"{origin.name} (offset {earlier}), exactly from page to page: written to the wrong place"
-                    )
-                    yield _error("repeated_pages", entry, message)
-
-
-def _is_copy(entry: TensorEntry, origin: TensorEntry, offset: int, earlier: int, nbytes: int) -> bool:
-    """Whether the values around the pages are equal too: the model holds something twice."""
-    values, others = load(entry).view(torch.uint8).flatten(), load(origin).view(torch.uint8).flatten()
-    here, there = offset - entry.offset, earlier - origin.offset
-    size = entry.dtype.itemsize
-    if here == there == 0 and entry.nbytes == origin.nbytes:
-        return bool(torch.equal(values, others))
-    before = here >= size and there >= size and torch.equal(values[here - size : here], others[there - size : there])
-    here, there = here + nbytes, there + nbytes
-    after = torch.equal(values[here : here + size], others[there : there + size]) and here < entry.nbytes
-    return before or after
-
-
-def _weights_at(entries: Iterable[TensorEntry], offset: int, nbytes: int) -> Iterator[TensorEntry]:
-    """Weights with bytes in part of the file."""
-    for entry in entries:
-        if entry.role in WEIGHTS and entry.offset < offset + nbytes and offset < entry.offset + entry.nbytes:
-            yield entry
-
-
-def _families(tensors: Iterable[MeasuredTensor]) -> dict[Family, list[MeasuredTensor]]:
-    families = defaultdict(list)
-    for tensor in tensors:
-        families[tensor.family].append(tensor)
-    return families
-
-
-def _warning(kind: str, entry: TensorEntry, message: str, remedy: str) -> Finding:
-    return Finding(kind, f"{entry.file.name}: {message}", name=entry.name, file=str(entry.file), remedy=remedy)
-
-
-def _error(kind: str, entry: TensorEntry, message: str) -> Finding:
-    return replace(_warning(kind, entry, message, _remedy(entry)), severity="error")
-
-
-def _remedy(entry: TensorEntry) -> str:
-    return DAMAGED_REMEDY if entry.role in ("parameter", "buffer") else _STATE_REMEDY
+def _layer(name: str) -> str:
+    """The name up to its last number."""
+    numbers = list(NUMBER.finditer(name))
+    return name[: numbers[-1].end()] if numbers else ""
 
 
 _RULES: tuple[Callable[[Tensors], Iterator[Finding]], ...] = (
     nonfinite,
-    all_zero,
+    dead_rules.check,
     outliers,
     duplicates,
     dtype_differences,

@@ -1,0 +1,127 @@
+"""Rules for weights that cannot be weights: none, zeros, one value, values too small or too large for any model."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+
+from hallo_numguard.core.findings import Finding
+from hallo_numguard.files.formats.source import DAMAGED_REMEDY
+from hallo_numguard.files.scan.measured import (
+    WEIGHTS,
+    ZERO_INITIALISED,
+    MeasuredTensor,
+    Tensors,
+    error,
+    families,
+    warning,
+)
+
+_RESIDUAL = re.compile(  # layers that often begin with zeros, so that a block does nothing at first
+    r"(^|\.)(c_proj|o_proj|out_proj|proj_out|proj|to_out|down_proj|fc2|w2|wo|conv2|conv3|conv_out|out|up|final\w*|linear_2|up_proj"
+    r"|head\w*|classifier|decoder_pred|predictor|router|time_decay|relative_position_bias_table)"
+    r"(\.\d+)*\.\w+$|(table|token|tokens|query|queries|embeddings?|embed|prompt|scale|shift)$",
+    re.IGNORECASE,
+)
+_WEIGHT = re.compile(r"(weight|kernel|[._]w\d?)$")
+_LORA_A = re.compile(r"lora_(A|down|embedding_A)\b")
+_LORA_B = re.compile(r"lora_(B|up|embedding_B)\b")
+_MASK = re.compile(r"mask|causal|inv_freq|position|bias", re.IGNORECASE)
+_MIN_NUMEL = 4096  # a smaller piece of a weight can be zeros
+_MIN_FAMILY = 4  # layers, for a rule about what most of them hold
+_ABSURD = 1e8  # no trained matrix holds larger values
+_ABSURD_VECTOR = 1e20  # nor a vector: variances can be large
+_SMALLEST = {torch.float32: 1e-30, torch.float64: 1e-30, torch.bfloat16: 1e-30}  # of the largest value of a matrix
+_MAX_NAMES = 5  # in a message
+_EMPTY_REMEDY = (
+    "Save it again from the whole weights: with ZeRO-3, stage3_gather_16bit_weights_on_model_save or zero_to_fp32.py."
+)
+_MEMORY_REMEDY = "It was most likely never written, or read from other memory. Load an intact copy, or initialise it."
+
+
+def check(tensors: Tensors) -> Iterator[Finding]:
+    """Yields the findings of all these rules."""
+    yield from empty(tensors)
+    yield from all_zero(tensors)
+    yield from absurd(tensors)
+    yield from constant(tensors)
+
+
+def empty(tensors: Tensors) -> Iterator[Finding]:
+    """Weights of no elements: what ZeRO-3 leaves in the place of a weight that it has spread over the ranks."""
+    weights = [tensor for tensor in tensors if tensor.entry.role in WEIGHTS]
+    filled = {tensor.family[:2] for tensor in weights if tensor.entry.numel}
+    holes = [tensor for tensor in weights if tensor.entry.shape == (0,)]
+    is_most = 2 * len(holes) > len(weights) and len(holes) > 1
+    lost = [one for one in holes if is_most or one.family[:2] in filled or one.entry.name.endswith(".weight")]
+    if lost:
+        names = ", ".join(tensor.entry.name for tensor in lost[:_MAX_NAMES])
+        more = f" and {len(lost) - _MAX_NAMES} more" if len(lost) > _MAX_NAMES else ""
+        message = f"{len(lost)} of {len(weights)} weights have no elements, placeholders as of ZeRO-3: {names}{more}"
+        yield error("no_values", lost[0].entry, message, _EMPTY_REMEDY)
+
+
+def all_zero(tensors: Tensors) -> Iterator[Finding]:
+    """Weight matrices that are all zeros, unless a layer of their kind begins so."""
+    for family in families(tensor for tensor in tensors if tensor.is_matrix).values():
+        zeros = [tensor for tensor in family if tensor.is_zero and not _is_small_piece(tensor)]
+        if not zeros or ZERO_INITIALISED.search(zeros[0].entry.name):
+            continue
+        is_weight = zeros[0].entry.role == "fp32" or _WEIGHT.search(zeros[0].entry.name) is not None
+        if len(zeros) == len(family) and (not is_weight or _RESIDUAL.search(zeros[0].entry.name)):
+            continue
+        if len(zeros) == len(family) > 1:
+            entry = zeros[0].entry
+            message = f"{entry.role} {entry.name} and the same weight in all {len(family)} layers are all zeros"
+            yield warning("all_zero", entry, message)
+            continue
+        for entry in (tensor.entry for tensor in zeros):
+            yield warning("all_zero", entry, f"{entry.role} {entry.name} is all zeros ({entry.numel} values)")
+
+
+def _is_small_piece(tensor: MeasuredTensor) -> bool:
+    return tensor.entry.whole is not None and tensor.entry.numel < _MIN_NUMEL
+
+
+def absurd(tensors: Tensors) -> Iterator[Finding]:
+    """Finite values that no training makes: memory that was never written, or read as another type."""
+    for tensor in tensors:
+        entry, largest = tensor.entry, tensor.record.absmax
+        if entry.role not in WEIGHTS or tensor.is_scale or tensor.is_constant or _MASK.search(entry.name):
+            continue
+        what = f"{entry.role} {entry.name} holds values up to {largest:.3g}"
+        if largest > (_ABSURD if tensor.is_matrix else _ABSURD_VECTOR):
+            yield error("absurd_values", entry, f"{what}, which no trained weight does", _MEMORY_REMEDY)
+        elif tensor.is_matrix and 0 < largest < _SMALLEST.get(entry.dtype, 0.0):
+            subnormal = ", all of them subnormal" if largest < torch.finfo(entry.dtype).smallest_normal else ""
+            yield error("absurd_values", entry, f"{what} only{subnormal}: these are no weights", _MEMORY_REMEDY)
+
+
+def constant(tensors: Tensors) -> Iterator[Finding]:
+    """Matrices of one value, where the same weight of nearly all other layers is none."""
+    for family in families(tensor for tensor in tensors if tensor.is_matrix and tensor.entry.numel > 1).values():
+        flat = [tensor for tensor in family if tensor.is_constant and not tensor.is_zero and tensor.record.absmax > 0]
+        if len(family) >= _MIN_FAMILY and flat and 4 * len(flat) <= len(family):
+            for entry, value in ((tensor.entry, tensor.record.absmax) for tensor in flat):
+                message = (
+                    f"all values of {entry.role} {entry.name} are {value:.4g} in magnitude, in other layers they vary"
+                )
+                yield warning("constant", entry, message, DAMAGED_REMEDY)
+
+
+def adapters(tensors: Tensors) -> Iterator[Finding]:
+    """Adapters that add nothing, because the second factor of each is zero, as it begins."""
+    second = [tensor for tensor in tensors if _LORA_B.search(tensor.entry.name) and tensor.entry.numel]
+    first = [tensor for tensor in tensors if _LORA_A.search(tensor.entry.name) and tensor.entry.numel]
+    for factors in (second, first):
+        if factors and all(tensor.is_zero for tensor in factors):
+            entry = factors[0].entry
+            message = (
+                f"all {len(factors)} tensors like {entry.name} are zero: the adapter adds nothing, as at the beginning"
+            )
+            yield Finding(
+                "zero_adapter", f"{entry.file.name}: {message}", name=entry.name, severity="info", file=str(entry.file)
+            )
+            return
