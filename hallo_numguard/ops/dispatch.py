@@ -6,6 +6,7 @@ import functools
 import importlib
 import logging
 import os
+from types import ModuleType
 from typing import Protocol, cast
 
 import torch
@@ -72,6 +73,17 @@ def backend_for(device_type: str) -> Backend:
 def runs_natively(device_type: str) -> bool:
     """Returns whether `backend_for` gives the CPU's C++ kernels, which offer more than the other backends."""
     return getattr(backend_for(device_type), "scan_file", None) is not None
+
+
+@functools.cache
+def direct_calls() -> ModuleType | None:
+    """Returns the backend of the CPU if its calls can read tensors by themselves: `backends/cpu.py`."""
+    try:
+        found = backend_for("cpu")
+    except BackendUnavailable:  # the variable names one of another device
+        return None
+    module = importlib.import_module("hallo_numguard.ops.backends.cpu")
+    return module if found is cast(Backend, module) and module.reads_tensors() else None
 
 
 def explain(device_type: str) -> dict[str, str | None]:

@@ -39,4 +39,5 @@ def forced_backend(name: str) -> Iterator[str]:
 def clear_choices() -> None:
     """Makes the package look at the environment again."""
     dispatch.backend_for.cache_clear()
+    dispatch.direct_calls.cache_clear()
     native.isa.cache_clear()

@@ -64,6 +64,8 @@ def isa() -> int:
 def stay_on_this_thread() -> None:
     """Makes scans from this thread run on it alone: for threads that share out the work themselves."""
     _local.threads = 1
+    if (module := extension()) is not None:
+        module.stay_on_this_thread()
 
 
 def _threads() -> int:
@@ -102,6 +104,42 @@ def multi_tensor_stats(tensors: TensorList, detail: bool) -> torch.Tensor:
         _scan_list(module, part, some_addresses, some_sizes, dtype, detail)
         packed[rows] = part
     return packed
+
+
+@functools.cache
+def reads_tensors() -> bool:
+    """Returns whether `scan_tensor` and `scan_tensors` can be used: torch >= 2.10 lets C code read its tensors."""
+    module, exchange = extension(), getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if module is None or exchange is None:
+        return False
+    return bool(module.prepare(exchange, torch.Tensor, torch.nn.Parameter, torch.get_num_threads))
+
+
+def scan_tensor(flat: torch.Tensor, layout: Layout | None, detail: bool) -> torch.Tensor | None:
+    """Does what `tensor_stats` does in one call of C code, or returns None.
+
+    Returns:
+        Records as from `tensor_stats`; None unless `flat` is a dense and contiguous tensor on the CPU, no subclass, of
+        a known dtype, with all elements of the layout.
+
+    Cost: as of `tensor_stats`; 2 us on the host.
+    """
+    module = _loaded()
+    plan = None if layout is None else layout.table("native", module.Plan)
+    records: torch.Tensor | None = module.scan_tensor(flat, plan, detail, isa())
+    return records
+
+
+def scan_tensors(tensors: list[torch.Tensor], detail: bool) -> torch.Tensor | None:
+    """Does what `multi_tensor_stats` does in one call of C code, or returns None.
+
+    Returns:
+        Records as from `multi_tensor_stats`; None unless there is a tensor and all are such as in `scan_tensor`.
+
+    Cost: one pass per dtype; 40 to 70 ns per tensor on the host.
+    """
+    records: torch.Tensor | None = _loaded().scan_tensors(tensors, detail, isa())
+    return records
 
 
 def scan_file(
