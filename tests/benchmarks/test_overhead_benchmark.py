@@ -78,7 +78,7 @@ def test_missing_extension_is_said():
     hidden = "import sys; sys.modules['hallo_numguard._native'] = None; import overhead; overhead.main()"
     done = run_python("-c", hidden, "--quick", *TINY)
     assert done.returncode == 2
-    assert "extension was not built" in done.stderr
+    assert "there is no extension, for it does not load: import of hallo_numguard._native halted" in done.stderr
 
 
 def test_missing_matplotlib_is_said():

@@ -14,7 +14,7 @@ from hallo_numguard.ops.backends import cpu as native
 
 NATIVE = [f"native-{isa}" for isa in native.isas() if isa != "zen4"]  # whose kernels are those of others
 TRITON = ["triton-interpreted"] if importlib.util.find_spec("triton") else []
-BACKENDS = ["reference", *NATIVE, *TRITON]
+BACKENDS = ["reference", "torch", *NATIVE, *TRITON]
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from hallo_numguard.core.errors import BackendUnavailable
 from hallo_numguard.core.records import RECORD_FIELDS
 from hallo_numguard.ops.formats import FORMATS
 from hallo_numguard.ops.layout import Layout
-from hallo_numguard.ops.native_extension import extension
+from hallo_numguard.ops.native_extension import extension, why_missing
 from hallo_numguard.ops.tensor_list import TensorList
 
 ISA_VARIABLE = "HALLO_NUMGUARD_ISA"
@@ -31,9 +31,10 @@ def unavailable(device_type: str) -> str | None:
     """Returns why this backend cannot run on such a device, or None if it can."""
     if device_type != "cpu":
         return f"runs on cpu, not on {device_type}"
-    if extension() is None:
+    missing = why_missing()
+    if missing is not None:
         return (
-            "the extension was not built: install a C++ compiler, then reinstall "
+            f"there is no extension, for {missing}: install a C++ compiler, then reinstall "
             "with HALLO_NUMGUARD_BUILD_NATIVE=1 to see what fails"
         )
     return None
