@@ -7,6 +7,7 @@
 #include <string_view>
 #include <vector>
 
+#include "../cpu/core_share.h"
 #include "../cpu/file.h"
 #include "../cpu/stats.h"
 #include "direct.h"
@@ -90,6 +91,7 @@ PYBIND11_MODULE(_native, module) {
   module.def("scan_list", &scan_list, unlocked);
   module.def("scan_file", &scan_file, unlocked);
   module.def("read_memory", &read_memory, unlocked);
+  module.def("core_share", &cpu::core_share);
   module.def("isas", &isas);
   module.def("fastest_isa", [] { return static_cast<int>(cpu::fastest_isa()); });
   module.def("read_tensors", &read_tensors);
