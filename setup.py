@@ -31,6 +31,8 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # Every translation unit with the flags that it alone gets: one unit an instruction set, chosen between at run time.
 PORTABLE_UNITS: dict[str, list[str]] = {
     "csrc/python/cpu_bindings.cpp": [],
+    "csrc/python/direct.cpp": [],
+    "csrc/cpu/core_share.cpp": [],
     "csrc/cpu/file.cpp": [],
     "csrc/cpu/pool.cpp": [],
     "csrc/cpu/scan_portable.cpp": [],

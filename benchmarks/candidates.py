@@ -249,6 +249,9 @@ def _eager(problem: Problem) -> list[Candidate]:
         _peer("idiom_per_segment", "same, per segment", every_idiom, _idiom_report),
         _peer(AMINMAX, "aminmax + vector_norm", extremes_and_norm, _extremes_report),
         _peer(AMINMAX_PER_SEGMENT, "aminmax + _foreach_norm, per segment", every_extremes_and_norm, _extremes_report),
+        _peer("aminmax", "aminmax", lambda: ([torch.aminmax(flat)], []), _extremes_report),
+        _peer("vector_norm", "vector_norm", lambda: [torch.linalg.vector_norm(flat)], _norms_report),
+        _peer("foreach_norm", "_foreach_norm, per segment", lambda: list(torch._foreach_norm(views)), _norms_report),
         _peer("amp_unscale", "amp check and unscale (flag only)", amp, _flag_report),
     ]
 
@@ -269,13 +272,18 @@ def _idiom_report(results: list[Any]) -> Reported:
     )
 
 
+def _norms_report(norms: list[torch.Tensor]) -> Reported:
+    """Says nothing of what is not finite: a norm of finite elements may overflow."""
+    return Reported(norm=[float(norm) for norm in norms])
+
+
 def _extremes_report(result: tuple[list[Any], list[torch.Tensor]]) -> Reported:
     """Two numbers tell whether all are finite, for aminmax carries NaN along."""
     extremes, norms = result
     return Reported(
         bad=[not bool(torch.isfinite(low) & torch.isfinite(high)) for low, high in extremes],
         absmax=[max(abs(float(low)), abs(float(high))) for low, high in extremes],
-        norm=[float(value) for value in norms],
+        norm=[float(value) for value in norms] or None,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from candidates import GPU_PEERS, Candidate, Candidates, copies, gpu_backends, memory_reads, native_entry, peers, public
@@ -12,11 +12,12 @@ from figures import Run, Target, cpu_targets, gpu_targets
 from machine import describe_cpu, describe_gpu, keep_freed_memory
 from output import GIB, KIB, MIB
 from problems import Problem, memory_needed
-from timing import Clock, event_clock, host_clock
+from timing import Clock, OwnCore, event_clock, host_clock
 
 from hallo_numguard.core.errors import BackendUnavailable
 from hallo_numguard.ops import dispatch
 from hallo_numguard.ops.backends import cpu as native
+from hallo_numguard.ops.native_extension import extension
 
 _MAX_CACHED_BYTES = 32 * MIB  # no cache that one core reads alone is much larger
 
@@ -72,6 +73,11 @@ class Device:
     def clock(self, problem: Problem) -> Clock:
         """Returns what times calls on the buffer."""
         return host_clock(warm=problem.bytes <= _MAX_CACHED_BYTES)
+
+    def is_undivided(self) -> Callable[[], bool]:
+        """Returns what tells whether the host's core is this thread's alone."""
+        module = extension()
+        return OwnCore(module.core_share if module is not None else lambda: 0.0)
 
     def limits(self, problem: Problem) -> list[Candidate]:
         """Returns what sets the limit, and hints beside it. The first is what all others are paired with."""

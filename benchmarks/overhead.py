@@ -155,7 +155,14 @@ def _measure_buffer(device: Device, options: Options, setting: Setting, run: Run
     norm_errors = check(problem, candidates)
     calls = {candidate.key: candidate.call for candidate in candidates}
     seconds = options.seconds_for(setting)
-    series = measure(device.clock(problem), limits[0].call, calls, seconds, options.min_rounds)
+    series = measure(
+        device.clock(problem),
+        limits[0].call,
+        calls,
+        seconds,
+        options.min_rounds,
+        is_undivided=device.is_undivided(),
+    )
     measured = replace(setting, size=problem.bytes, segments=problem.layout.segments)
     return samples_of(measured, candidates, series, norm_errors)
 

@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import repeat
+from itertools import compress, repeat
 from typing import Any
 
 from cuda_runtime import CudaRuntime
@@ -24,6 +24,10 @@ MAX_ROUNDS = 300
 MIN_SLOW_ROUNDS = 3
 SLOW_RATIO = 20  # over a sample of the reference; beyond it, a candidate gets fewer rounds
 MAX_SLOW_SHARE = 0.1  # part of the time that a slow candidate may take, beyond its fewest rounds
+
+OWN_CORE_PROBES = 200
+SHARED_CORE = 1.15  # over the least share of a core; beyond it, another thread had a part
+MIN_UNDIVIDED = 3  # samples that are enough without the others
 
 GPU_WARM_UP_CALLS = 3  # kernels are compiled or loaded, memory is allocated
 TIMED_FLUSHES = 10
@@ -171,13 +175,22 @@ class Series:
     nanoseconds: list[float] = field(default_factory=list)
     host: list[float] = field(default_factory=list)
     fractions: list[float] = field(default_factory=list)
+    on_own_core: list[bool] = field(default_factory=list)
 
-    def add(self, spent: Spent, reference: float) -> None:
-        """Adds a sample, and the nanoseconds of the reference around it."""
+    def add(self, spent: Spent, reference: float, on_own_core: bool = True) -> None:
+        """Adds a sample, the nanoseconds of the reference around it, and whether no other thread shared the core."""
         self.nanoseconds.append(spent.work)
         self.fractions.append(reference / spent.work)
+        self.on_own_core.append(on_own_core)
         if spent.host is not None:
             self.host.append(spent.host)
+
+    def leave_out_divided(self) -> None:
+        """Leaves out the samples of a divided core, unless too few others remain."""
+        if sum(self.on_own_core) >= MIN_UNDIVIDED and not self.host:
+            self.nanoseconds = list(compress(self.nanoseconds, self.on_own_core))
+            self.fractions = list(compress(self.fractions, self.on_own_core))
+            self.on_own_core = [True] * len(self.fractions)
 
     def exceeds_share(self, elapsed: float) -> bool:
         """Whether these are the samples of a slow call that has had enough of the elapsed seconds."""
@@ -193,6 +206,7 @@ def measure(
     seconds: float,
     min_rounds: int,
     max_rounds: int = MAX_ROUNDS,
+    is_undivided: Callable[[], bool] = lambda: True,
 ) -> dict[str, Series]:
     """Times calls in rounds, each in a new order, every sample between two of the reference.
 
@@ -205,6 +219,7 @@ def measure(
         seconds: Time for all rounds together.
         min_rounds: Rounds that are done in any case.
         max_rounds: Rounds that are enough in any case.
+        is_undivided: Asked beside every sample whether the core is this thread's alone.
     """
     with no_collections():
         paired = clock(reference)
@@ -217,13 +232,32 @@ def measure(
             if number >= min_rounds and elapsed > seconds:
                 break
             due = [key for key, found in series.items() if not found.exceeds_share(elapsed)]
-            before = paired.take().work
+            before, was_undivided = paired.take().work, is_undivided()
             for key in order.sample(due, len(due)):
-                spent = samplers[key].take()
+                spent, stays_undivided = samplers[key].take(), is_undivided()
                 after = paired.take().work
-                series[key].add(spent, (before + after) / 2)
-                before = after
+                series[key].add(spent, (before + after) / 2, was_undivided and stays_undivided)
+                before, was_undivided = after, is_undivided()
+    for found in series.values():
+        found.leave_out_divided()
     return series
+
+
+class OwnCore:
+    """Tells whether a core is this thread's alone: a busy thread beside it takes half of the vector ports.
+
+    Args:
+        share: Time of a loop that the ports bound over that of one that only waits for itself; 0 if not known.
+    """
+
+    def __init__(self, share: Callable[[], float]) -> None:
+        self._share = share
+        self._alone = min(share() for _ in range(OWN_CORE_PROBES))
+
+    def __call__(self) -> bool:
+        """Returns whether it is now."""
+        self._alone = min(self._alone, found := self._share())
+        return found <= SHARED_CORE * self._alone
 
 
 def percentiles(values: list[float]) -> tuple[float, float, float]:

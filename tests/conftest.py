@@ -86,7 +86,7 @@ def each_backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield name
 
 
-@pytest.fixture(params=["reference", *NATIVE])
+@pytest.fixture(params=["reference", "torch", *NATIVE])
 def each_cpu_backend(request: pytest.FixtureRequest) -> Iterator[str]:
     """Those that a CPU runs in earnest: what its floating-point state does to Triton's interpreter, no GPU would do."""
     with forced_backend(request.param) as name:

@@ -88,7 +88,7 @@ def test_env_names_the_backend_and_why_the_others_were_not_chosen():
     facts = json.loads(done.stdout)
     assert facts["backends"]["cpu"]["chosen"] == "native"
     assert facts["instruction set"] in native.isas()
-    assert set(facts["backends"]["cpu"]["not_used"]) == {"triton", "reference"}
+    assert set(facts["backends"]["cpu"]["not_used"]) == {"triton", "torch", "reference"}
     assert ("cuda" in facts["backends"]) == (facts["gpu"] != "none")
 
 

@@ -21,7 +21,6 @@ constexpr int64_t kLargeTask = 1 << 19;  // beyond, a longer task no longer help
 constexpr int64_t kTasks = 64;           // of a layout between those two, so that no thread is left alone at the end
 constexpr int64_t kChunkCost = 256;      // cost of starting a chunk, in elements
 constexpr int64_t kStreamedBytes = 32 << 20;  // from here on, most comes from DRAM
-constexpr int64_t kSerialBytes = 512 << 10;   // below, waking a worker takes longer than the scan
 
 Scanner scanner_of(const Kernels& kernels, Dtype dtype, bool detail) {
   return detail ? kernels.scan_detail[dtype] : kernels.scan[dtype];

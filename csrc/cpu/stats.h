@@ -18,6 +18,8 @@ Isa fastest_isa();
 
 ScanKernel scan_kernel(Isa isa, Dtype dtype);  // without detail
 
+constexpr int64_t kSerialBytes = 512 << 10;  // below, one thread does it: to wake another takes longer than the scan
+
 // How the segments of a layout are cut into chunks. It depends on the sizes alone, never on the number of threads, so
 // that results are the same bits for any number. Immutable; may be used from many threads at once.
 class Plan {
@@ -26,6 +28,8 @@ class Plan {
   explicit Plan(std::vector<int64_t> offsets);
 
   int64_t segments() const { return static_cast<int64_t>(offsets_.size()) - 1; }
+  int64_t end() const { return offsets_.back(); }
+  int64_t elements() const { return offsets_.back() - offsets_.front(); }
 
  private:
   friend class Scan;

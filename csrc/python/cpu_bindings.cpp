@@ -7,8 +7,10 @@
 #include <string_view>
 #include <vector>
 
+#include "../cpu/core_share.h"
 #include "../cpu/file.h"
 #include "../cpu/stats.h"
+#include "direct.h"
 #include "tensor_list.h"
 
 namespace py = pybind11;
@@ -66,9 +68,11 @@ py::bytes as_bytes(const std::vector<T>& values) {
 
 // (addresses, sizes, dtypes, device type, device index), or None.
 py::object read_tensors(py::object sequence, py::object exchange, py::type tensor, py::type parameter) {
-  const auto list =
-      numguard::read_tensors(sequence.ptr(), exchange.ptr(), reinterpret_cast<PyTypeObject*>(tensor.ptr()),
-                             reinterpret_cast<PyTypeObject*>(parameter.ptr()));
+  const numguard::dlpack::ExchangeApi* api = numguard::dlpack::api_of(exchange.ptr());
+  if (api == nullptr) return py::none();
+  const numguard::TensorReader reader(api, reinterpret_cast<PyTypeObject*>(tensor.ptr()),
+                                      reinterpret_cast<PyTypeObject*>(parameter.ptr()));
+  const auto list = reader.read_list(sequence.ptr());
   if (!list.has_value()) return py::none();
   return py::make_tuple(as_bytes(list->addresses), as_bytes(list->sizes), as_bytes(list->dtypes), list->device_type,
                         list->device_index);
@@ -87,7 +91,9 @@ PYBIND11_MODULE(_native, module) {
   module.def("scan_list", &scan_list, unlocked);
   module.def("scan_file", &scan_file, unlocked);
   module.def("read_memory", &read_memory, unlocked);
+  module.def("core_share", &cpu::core_share);
   module.def("isas", &isas);
   module.def("fastest_isa", [] { return static_cast<int>(cpu::fastest_isa()); });
   module.def("read_tensors", &read_tensors);
+  numguard::add_direct_calls(module.ptr());
 }

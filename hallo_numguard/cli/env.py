@@ -45,7 +45,7 @@ def _facts() -> dict[str, Any]:
     import torch
 
     from hallo_numguard.ops.backends import cpu
-    from hallo_numguard.ops.native_extension import cuda_extension, extension
+    from hallo_numguard.ops.native_extension import why_cuda_missing, why_missing
 
     isas = cpu.isas()
     has_gpu = torch.cuda.is_available()
@@ -53,11 +53,11 @@ def _facts() -> dict[str, Any]:
         **{name: version or "not installed" for name, version in environment.versions().items()},
         "hallo-numguard": __version__,
         "platform": environment.collect()["platform"],
-        "native extension": "built" if extension() is not None else "not built",
+        "native extension": why_missing() or "built",
         "instruction set": isas[cpu.isa()] if isas else "none",
         "instruction sets of this CPU": ", ".join(isas) or "none",
         "threads": torch.get_num_threads(),
-        "CUDA extension": "built" if cuda_extension() is not None else "not built",
+        "CUDA extension": why_cuda_missing() or "built",
         "gpu": torch.cuda.get_device_name() if has_gpu else "none",
         "backends": {device: _backends(device) for device in (("cpu", "cuda") if has_gpu else ("cpu",))},
     }

@@ -10,7 +10,7 @@ import torch
 from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.ops import tensor_list
 from hallo_numguard.ops.device import send
-from hallo_numguard.ops.dispatch import backend_for
+from hallo_numguard.ops.dispatch import backend_for, direct_calls
 from hallo_numguard.ops.layout import Layout
 from hallo_numguard.ops.schema import multi_tensor_stats_op, tensor_stats_op
 from hallo_numguard.ops.table import StatsTable
@@ -36,8 +36,14 @@ def tensor_stats(
     Raises:
         InvalidInput: If the dtype, the memory layout or the offsets are not supported.
 
-    Cost: every byte is read once; one allocation of 64 bytes per segment; no host synchronisation.
+    Cost: every byte is read once; one allocation of 64 bytes per segment; no host synchronisation; on the CPU 3 us on
+    the host for a plain tensor (no subclass) that is contiguous, with torch >= 2.10, else about 9.
     """
+    if (offsets is None or type(offsets) is Layout) and _is_eager():
+        direct = direct_calls()  # an operator costs 3 us, and as much again where its code is not in the cache
+        packed = None if direct is None else direct.scan_tensor(flat, offsets, detail)
+        if packed is not None:
+            return StatsTable(packed, detail)
     check_has_data(flat)
     if offsets is None or isinstance(offsets, torch.Tensor):
         where = offsets
@@ -64,6 +70,10 @@ def multi_tensor_stats(tensors: Sequence[torch.Tensor], detail: bool = False) ->
     """
     tensors = list(tensors)
     if _is_eager():
+        direct = direct_calls()
+        packed = None if direct is None else direct.scan_tensors(tensors, detail)
+        if packed is not None:
+            return StatsTable(packed, detail)
         plain = tensor_list.read_plain(tensors)
         if plain is not None:  # to the backend at once: an operator costs 500 ns per tensor
             return StatsTable(backend_for(plain.device.type).multi_tensor_stats(plain, detail), detail)

@@ -6,6 +6,7 @@ import functools
 import importlib
 import logging
 import os
+from types import ModuleType
 from typing import Protocol, cast
 
 import torch
@@ -15,12 +16,12 @@ from hallo_numguard.ops.layout import Layout
 from hallo_numguard.ops.tensor_list import TensorList
 
 BACKEND_VARIABLE = "HALLO_NUMGUARD_BACKEND"
-BACKENDS = ("native", "triton", "reference")
+BACKENDS = ("native", "triton", "torch", "reference")
 
 # On a GPU both give the same bits. The CUDA extension's calls cost the host a fifth (2.7 microseconds on 200 segments,
 # Triton's 13, the driver's launches left out), and its loops 14 to 42 % fewer instructions per element (docs/gpu.md);
 # Triton needs no compiler at installation and compiles for any GPU.
-_PREFERENCE = {"cpu": ("native", "reference"), "cuda": ("native", "triton", "reference")}
+_PREFERENCE = {"cpu": ("native", "torch", "reference"), "cuda": ("native", "triton", "reference")}
 _MODULES = {("native", "cpu"): "cpu", ("native", "cuda"): "cuda"}  # "native" has one backend per device
 _log = logging.getLogger("hallo_numguard")
 
@@ -63,7 +64,7 @@ def backend_for(device_type: str) -> Backend:
         if reason is None:
             break
         reasons[name] = reason
-    if name == "reference":  # slow, so the log has the reason
+    if name in ("torch", "reference"):  # slow, so the log has the reason
         for other in [other for other in BACKENDS if other in reasons]:
             _log.warning("%s: the %s backend is not used: %s", device_type, other, reasons[other])
     return backend(name, device_type)
@@ -72,6 +73,17 @@ def backend_for(device_type: str) -> Backend:
 def runs_natively(device_type: str) -> bool:
     """Returns whether `backend_for` gives the CPU's C++ kernels, which offer more than the other backends."""
     return getattr(backend_for(device_type), "scan_file", None) is not None
+
+
+@functools.cache
+def direct_calls() -> ModuleType | None:
+    """Returns the backend of the CPU if its calls can read tensors by themselves: `backends/cpu.py`."""
+    try:
+        found = backend_for("cpu")
+    except BackendUnavailable:  # the variable names one of another device
+        return None
+    module = importlib.import_module("hallo_numguard.ops.backends.cpu")
+    return module if found is cast(Backend, module) and module.reads_tensors() else None
 
 
 def explain(device_type: str) -> dict[str, str | None]:

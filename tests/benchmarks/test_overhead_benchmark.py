@@ -20,6 +20,9 @@ PEERS = {
     "idiom_per_segment",
     "aminmax_norm",
     "aminmax_foreach_norm",
+    "aminmax",
+    "vector_norm",
+    "foreach_norm",
     "amp_unscale",
 }
 OURS = {"ours_native", "ours_public", "ours_public_detail", "ours_public_one_segment", "ours_list"}
@@ -34,7 +37,7 @@ def test_quick_run_measures_ours_and_the_peers(tmp_path):
     assert done.returncode == 0, done.stderr
     run = json.loads(found.read_text())
     measured = {sample["candidate"] for sample in run["samples"]}
-    assert {"read", "read_prefetched"} | OURS | PEERS <= measured
+    assert {"read", "read_prefetched", "read_in_turns"} | OURS | PEERS <= measured
     assert ("deepspeed" in measured) != ("deepspeed" in run["skipped"])
     assert "compile" in run["skipped"]
     for sample in run["samples"]:
@@ -78,7 +81,7 @@ def test_missing_extension_is_said():
     hidden = "import sys; sys.modules['hallo_numguard._native'] = None; import overhead; overhead.main()"
     done = run_python("-c", hidden, "--quick", *TINY)
     assert done.returncode == 2
-    assert "extension was not built" in done.stderr
+    assert "there is no extension, for it does not load: import of hallo_numguard._native halted" in done.stderr
 
 
 def test_missing_matplotlib_is_said():
@@ -195,6 +198,31 @@ def test_threads_are_refused_on_a_gpu(benchmarks, monkeypatch):
     done = run_on_fake(monkeypatch, FakeRuntime(), "--threads", "2")
     assert done.exit_code == 2
     assert "--threads" in done.output
+
+
+def test_a_core_that_another_thread_shares_is_noticed(benchmarks):
+    from timing import OwnCore
+
+    shares = iter([1.3, 1.0, *[1.1] * 198, 1.1, 1.2, 0.8, 1.1])
+    own = OwnCore(lambda: next(shares))
+    assert [own(), own(), own(), own()] == [True, False, True, False]
+
+
+@pytest.mark.parametrize(("alone", "kept"), [(5, 5), (2, 8)])
+def test_samples_of_a_divided_core_are_left_out_if_enough_others_remain(benchmarks, alone, kept):
+    from timing import Series, Spent
+
+    series = Series(repeats=1)
+    for number in range(8):
+        series.add(Spent(work=10.0, host=None), 5.0 if number < alone else 4.0, on_own_core=number < alone)
+    series.leave_out_divided()
+    assert len(series.fractions) == len(series.nanoseconds) == kept
+
+
+@needs_native
+def test_the_share_of_a_core_is_known_where_there_are_vectors():
+    module = extension()
+    assert (module.core_share() > 0) == ("avx2" in module.isas())
 
 
 def test_gpu_clock_queues_ahead_of_the_call(benchmarks):

@@ -14,7 +14,7 @@ from hallo_numguard.ops.backends import cpu as native
 
 NATIVE = [f"native-{isa}" for isa in native.isas() if isa != "zen4"]  # whose kernels are those of others
 TRITON = ["triton-interpreted"] if importlib.util.find_spec("triton") else []
-BACKENDS = ["reference", *NATIVE, *TRITON]
+BACKENDS = ["reference", "torch", *NATIVE, *TRITON]
 
 
 @contextlib.contextmanager
@@ -39,4 +39,5 @@ def forced_backend(name: str) -> Iterator[str]:
 def clear_choices() -> None:
     """Makes the package look at the environment again."""
     dispatch.backend_for.cache_clear()
+    dispatch.direct_calls.cache_clear()
     native.isa.cache_clear()

@@ -150,11 +150,13 @@ class EarlyWarnings:
     def _check_gradients(self, sample: _Sample) -> None:
         absmax: dict[int, float] = {}
         exploding: dict[int, tuple[float, float]] = {}
-        for piece, record in zip(sample.pieces, StatsTable(sample.gradients.read(), False).to_host(), strict=True):
+        table = StatsTable(sample.gradients.read(), False)
+        figures = zip(table.absmax.tolist(), table.sumsq.tolist(), strict=True)
+        for piece, (largest_value, sumsq) in zip(sample.pieces, figures, strict=True):
             if piece.parameter < 0 or piece.start > 0:  # a slice from the middle may well be rows that are not used
                 continue
-            absmax[piece.parameter] = max(record.absmax, absmax.get(piece.parameter, 0.0))
-            norm = math.sqrt(record.sumsq) / sample.loss_scale
+            absmax[piece.parameter] = max(largest_value, absmax.get(piece.parameter, 0.0))
+            norm = math.sqrt(sumsq) / sample.loss_scale
             usual, largest = self._norms_before(piece.parameter, norm)
             if usual > 0 and norm > max(EXPLODING_RATIO * usual, GROWTH_RATIO * largest):
                 exploding[piece.parameter] = norm, usual

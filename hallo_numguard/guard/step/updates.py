@@ -251,8 +251,9 @@ class UpdateWatch:
     def _tensors(self, part: int | None) -> list[torch.Tensor]:
         items = self._model.parameters
         if part is None or len(self._parts) == 1:
-            held = _held if self._sliced else _whole
-            return [held(items[at]) for at in self._trained]
+            if self._sliced:
+                return [_held(items[at]) for at in self._trained]
+            return [items[at].tensor for at in self._trained]
         return [
             _held(items[at]) if stop is None else items[at].tensor.detach().reshape(-1)[start:stop]
             for at, start, stop in self._parts[part]
@@ -444,10 +445,6 @@ def _held(item: NamedTensor) -> torch.Tensor:
     """This rank's part of a weight. What a DTensor holds is asked for directly: its place in the whole takes longer."""
     local: torch.Tensor | None = getattr(item.tensor, "_local_tensor", None)
     return item.held()[0] if local is None else local
-
-
-def _whole(item: NamedTensor) -> torch.Tensor:
-    return item.tensor
 
 
 def _bytes_of(item: NamedTensor) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -91,11 +92,14 @@ class Gradients:
 
     def collect(self) -> list[torch.Tensor]:
         """Returns this rank's part of the gradients of the last backward passes. Reads no values."""
-        held = [parameter for parameter in self._all() if parameter.grad is not None]
-        gradients = [parameter.grad for parameter in held if parameter.grad is not None]
+        held = list(self._all())
+        found = [parameter.grad for parameter in held]
+        gradients = [gradient for gradient in found if gradient is not None]
+        if len(gradients) < len(found):
+            held = [parameter for parameter, gradient in zip(held, found, strict=True) if gradient is not None]
         if self.sharded:
             gradients = [local(gradient) for gradient in gradients]
-        if list(map(id, held)) != list(map(id, self._held)):
+        if len(held) != len(self._held) or not all(map(operator.is_, held, self._held)):
             self._remember(held, gradients)
         return gradients
 

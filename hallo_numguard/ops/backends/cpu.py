@@ -17,7 +17,7 @@ from hallo_numguard.core.errors import BackendUnavailable
 from hallo_numguard.core.records import RECORD_FIELDS
 from hallo_numguard.ops.formats import FORMATS
 from hallo_numguard.ops.layout import Layout
-from hallo_numguard.ops.native_extension import extension
+from hallo_numguard.ops.native_extension import extension, why_missing
 from hallo_numguard.ops.tensor_list import TensorList
 
 ISA_VARIABLE = "HALLO_NUMGUARD_ISA"
@@ -31,9 +31,10 @@ def unavailable(device_type: str) -> str | None:
     """Returns why this backend cannot run on such a device, or None if it can."""
     if device_type != "cpu":
         return f"runs on cpu, not on {device_type}"
-    if extension() is None:
+    missing = why_missing()
+    if missing is not None:
         return (
-            "the extension was not built: install a C++ compiler, then reinstall "
+            f"there is no extension, for {missing}: install a C++ compiler, then reinstall "
             "with HALLO_NUMGUARD_BUILD_NATIVE=1 to see what fails"
         )
     return None
@@ -64,6 +65,8 @@ def isa() -> int:
 def stay_on_this_thread() -> None:
     """Makes scans from this thread run on it alone: for threads that share out the work themselves."""
     _local.threads = 1
+    if (module := extension()) is not None:
+        module.stay_on_this_thread()
 
 
 def _threads() -> int:
@@ -102,6 +105,42 @@ def multi_tensor_stats(tensors: TensorList, detail: bool) -> torch.Tensor:
         _scan_list(module, part, some_addresses, some_sizes, dtype, detail)
         packed[rows] = part
     return packed
+
+
+@functools.cache
+def reads_tensors() -> bool:
+    """Returns whether `scan_tensor` and `scan_tensors` can be used: torch >= 2.10 lets C code read its tensors."""
+    module, exchange = extension(), getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    if module is None or exchange is None:
+        return False
+    return bool(module.prepare(exchange, torch.Tensor, torch.nn.Parameter, torch.get_num_threads))
+
+
+def scan_tensor(flat: torch.Tensor, layout: Layout | None, detail: bool) -> torch.Tensor | None:
+    """Does what `tensor_stats` does in one call of C code, or returns None.
+
+    Returns:
+        Records as from `tensor_stats`; None unless `flat` is a dense and contiguous tensor on the CPU, no subclass, of
+        a known dtype, with all elements of the layout.
+
+    Cost: as of `tensor_stats`; 2 us on the host.
+    """
+    module = _loaded()
+    plan = None if layout is None else layout.table("native", module.Plan)
+    records: torch.Tensor | None = module.scan_tensor(flat, plan, detail, isa())
+    return records
+
+
+def scan_tensors(tensors: list[torch.Tensor], detail: bool) -> torch.Tensor | None:
+    """Does what `multi_tensor_stats` does in one call of C code, or returns None.
+
+    Returns:
+        Records as from `multi_tensor_stats`; None unless there is a tensor and all are such as in `scan_tensor`.
+
+    Cost: one pass per dtype; 40 to 70 ns per tensor on the host.
+    """
+    records: torch.Tensor | None = _loaded().scan_tensors(tensors, detail, isa())
+    return records
 
 
 def scan_file(

@@ -11,6 +11,7 @@ from hallo_numguard.ops import device as runtime
 from hallo_numguard.ops.backends.chunks import Chunks, chunks_of_layout, chunks_of_list, chunks_of_one
 from hallo_numguard.ops.layout import Layout
 from hallo_numguard.ops.native_extension import cuda_extension as extension
+from hallo_numguard.ops.native_extension import why_cuda_missing
 from hallo_numguard.ops.tensor_list import TensorList, aligned
 
 
@@ -21,7 +22,7 @@ def unavailable(device_type: str) -> str | None:
     module = extension()
     if module is None:
         return (
-            "the CUDA kernels were not built: install the CUDA toolkit (nvcc), then reinstall "
+            f"there is no extension, for {why_cuda_missing()}: install the CUDA toolkit (nvcc), then reinstall "
             "with HALLO_NUMGUARD_CUDA=1 to see what fails"
         )
     if not runtime.has_gpu():
