@@ -130,6 +130,7 @@ class DeepSpeedGuard(Guard):
         self._steps = 0  # the engine's own count goes back with a checkpoint
         self._explained = False  # whether this step's overflow was explained
         self._skipped_here = False  # by the guard itself; the optimizer has found no overflow
+        self._was_loaded = False  # a checkpoint, by `on_overflow`
         self._scanned_early: ScannedPieces | None = None
         self._is_stepping = False
         self._to_raise: BaseException | None = None
@@ -225,7 +226,7 @@ class DeepSpeedGuard(Guard):
     # -- patches in place of, before and after DeepSpeed's methods -------------------------------------------------
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._explained = self._skipped_here = False
+        self._explained = self._skipped_here = self._was_loaded = False
         self._steps += 1
         if not self._checks_overflow and hasattr(self._optimizer, "overflow"):
             self._optimizer.overflow = False  # DeepSpeed would leave what the guard has set
@@ -246,11 +247,12 @@ class DeepSpeedGuard(Guard):
             self._is_stepping = False
             self._adapter.end_step()
         self._take_off_if_failed(everywhere=self._ranks.size == 1)
-        if self._overflowed:
+        applied = not self._overflowed
+        if not applied:
             if not self._explained:
                 self._explain()
+                self._mark_overflow()
             self._session.essential("drop of the gradients", self._gradients.drop)
-        applied = not self._overflowed
         self._session.after_step(applied)
         if applied:
             self._to_raise = self._session.check_update() or self._to_raise
@@ -279,7 +281,9 @@ class DeepSpeedGuard(Guard):
             return original(has_overflow)
         if not self._explained:
             self._explain()
-        if self._to_raise is not None or self._session.goes_back or self._session.keeps_scale:
+        self._mark_overflow()
+        is_kept = self._was_loaded or self._session.goes_back or self._session.keeps_scale
+        if self._to_raise is not None or is_kept:
             return None  # DeepSpeed now drops the gradients; the scale stays unchanged
         try:
             return original(has_overflow)
@@ -303,7 +307,13 @@ class DeepSpeedGuard(Guard):
             undivided = loss if self._losses_divided_by == 1 else loss.detach() * self._losses_divided_by
             self._losses.show(undivided, is_certain=True)
 
+    def _mark_overflow(self) -> None:
+        """Sets the optimizer's flag again, which a checkpoint that `on_overflow` has loaded has put to its own."""
+        if self._was_loaded and hasattr(self._optimizer, "overflow"):
+            self._optimizer.overflow = True
+
     def _on_checkpoint_loaded(self, _: Any) -> None:
+        self._was_loaded = True
         self._session.inspect_weights("loaded from a checkpoint")
 
     def _clip(self, original: Callable[..., Any]) -> Any:
