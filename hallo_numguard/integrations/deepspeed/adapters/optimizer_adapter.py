@@ -93,6 +93,13 @@ class OptimizerAdapter(ABC):
         """Returns whether the optimizer, in its configuration, checks its gradients at all."""
         return True
 
+    def checks_elements(self) -> bool:
+        """Returns whether every rank checks the elements that it holds, and not the norm alone.
+
+        Under tensor parallelism, what several ranks hold counts in the norm on the first of them only.
+        """
+        return True
+
     def known_bugs(self, release: Release) -> Iterable[str]:
         """Returns the known bugs of this release of DeepSpeed with this optimizer, a sentence each."""
         return autocast.known_bugs(self.optimizer, release)

@@ -96,6 +96,10 @@ class Zero3Adapter(OptimizerAdapter):
         """Returns whether overflows, or bad norms in their place, skip the step."""
         return self.optimizer.dtype == torch.float16 or takes_bad_norm_for_overflow()
 
+    def checks_elements(self) -> bool:
+        """Returns whether overflows are looked for, and not a bad norm alone."""
+        return bool(self.optimizer.dtype == torch.float16)
+
     # -- replace mode ------------------------------------------------------------------------------------------------
 
     def replace_passes(self, patches: MethodPatches) -> None:
