@@ -43,7 +43,8 @@ campaign: $(READY)
 	cd tests && PYTHONPATH=support $(abspath $(BIN))/python -m campaign --markdown ../docs/campaign.md
 	cd tests && PYTHONPATH=support $(abspath $(BIN))/python -m causes --markdown ../docs/causes.md
 
-# Something goes wrong in a random part of the guard, 100 times on one rank and on two; the tests do it for a minute.
+# Something goes wrong in a random part of the guard, 100 times on one rank, on two and on four; the tests do it for a
+# minute.
 chaos: $(READY)
 	cd tests && PYTHONPATH=support $(abspath $(BIN))/python -m chaos --tries 100
 

@@ -48,7 +48,17 @@ ACCIDENTS = ("raise", "run out of memory", "sleep", "detach")
 FRAMEWORKS = ("transformers", "lightning")
 WAYS = {
     1: ("optimizer", "accelerate", "transformers", "lightning", "deepspeed 0", "deepspeed 2", "deepspeed 3"),
-    2: ("optimizer", "accelerate", "deepspeed 0", "deepspeed 2", "deepspeed 3"),
+    2: (
+        "optimizer",
+        "accelerate",
+        "deepspeed 0",
+        "deepspeed bf16_fp32 1",
+        "deepspeed 2",
+        "deepspeed 3",
+        "deepspeed cut bf16_fp32 1",
+        "deepspeed cut bf16 3",
+    ),
+    4: ("deepspeed bf16 2", "deepspeed cut fp32 0", "deepspeed cut bf16 2", "deepspeed cut bf16 3"),
 }
 
 
@@ -93,10 +103,11 @@ def tries(world: int, seed: int) -> Iterator[Try]:
             call=chance.choice((1, 1, 2, 3, 5)),
             rank=chance.randrange(world),
         )
-        if world > 1 and one.way == "deepspeed 0" and one.point.endswith("_reduce"):
+        is_checked_by_guard = one.way in ("deepspeed 0", "deepspeed cut fp32 0")
+        if world > 1 and is_checked_by_guard and one.point.endswith("_reduce"):
             continue  # the check of every step, which only the guard makes: if it fails, so does the process group
-        if one.accident == "detach" and (one.way in FRAMEWORKS or (world > 1 and one.way.startswith("deepspeed"))):
-            continue  # callbacks hold these guards; and all ranks of an engine detach together
+        if one.accident == "detach" and one.way in FRAMEWORKS:
+            continue  # callbacks hold these guards
         yield one
 
 

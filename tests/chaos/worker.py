@@ -42,12 +42,14 @@ class Model(nn.Module):
         self.drop = nn.Dropout(0.2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(self.drop(torch.tanh(self.norm(self.first(x))))).square().mean()
+        hidden = self.norm(self.first(x.to(self.first.weight.dtype)))
+        return self.last(self.drop(torch.tanh(hidden))).float().square().mean()
 
 
-def batch(step: int, fault: str) -> torch.Tensor:
-    x = torch.randn(8, 8, generator=torch.Generator().manual_seed(step * 10 + RANK))
-    if fault == "input" and step in BAD_STEPS and RANK == WORLD - 1:
+def batch(step: int, fault: str, way: str) -> torch.Tensor:
+    copies = 2 if "cut" in way else 1  # ranks that have the same batch
+    x = torch.randn(8, 8, generator=torch.Generator().manual_seed(step * 10 + RANK // copies))
+    if fault == "input" and step in BAD_STEPS and WORLD - copies <= RANK:
         x[0, 0] = float("nan")
     return x
 
@@ -56,6 +58,7 @@ class Run:
     """A training run, guarded.
 
     Attributes:
+        way: How it trains.
         guard: The guard.
         model: The user's model.
         train_step: Makes one step.
@@ -64,13 +67,21 @@ class Run:
 
     def __init__(self, way: str) -> None:
         torch.manual_seed(0)
+        self.way = way
         self.model: nn.Module = Model()
         self.weights = lambda: [parameter.detach().clone() for parameter in self.model.parameters()]
         config = ng.GuardConfig(policy=WARN, local_gradients="always")
         if way.startswith("deepspeed"):
             import deepspeed_support as support
 
-            engine = support.make_engine("fp32", stage=int(way[-1]), model=self.model)
+            *words, stage = way.split()[1:]
+            setup = words[-1] if words and words[-1] != "cut" else "fp32"
+            if "cut" in words:
+                import tensor_parallel
+
+                engine = tensor_parallel.make_engine(setup, int(stage), model=tensor_parallel.Regression())
+            else:
+                engine = support.make_engine(setup, stage=int(stage), model=self.model)
             self.model, self.guard = engine.module, ng.attach(engine, config)
             self.weights = lambda: list(support.weights(engine).values())
             self.train_step: Callable[[torch.Tensor], None] = lambda x: self._engine_step(engine, x)
@@ -102,7 +113,7 @@ class Run:
         for step in range(1, STEPS + 1):
             if fault == "gradient" and step in BAD_STEPS:
                 ng.inject(self.model, "gradient", "first.weight", rank=WORLD - 1)
-            self.train_step(batch(step, fault))
+            self.train_step(batch(step, fault, self.way))
 
 
 def framework_run(one: Try) -> tuple[list[str], Any]:

@@ -112,10 +112,24 @@ class ClientModel(nn.Module):
         return self.head(x + _Sum.apply(self.output(hidden), self.group, True))
 
 
-def make_engine(setup: str, stage: int, groups: Groups | None = None, **config: Any) -> Any:
+class Regression(nn.Module):
+    """A model of numbers with a loss; the layers that are cut have the names of those of `Model`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.hidden, self.output = nn.Linear(8, 16), nn.Linear(16, 24), nn.Linear(24, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.tanh(self.first(x.to(self.first.weight.dtype)))
+        return self.output(torch.tanh(self.hidden(hidden))).float().square().mean()
+
+
+def make_engine(
+    setup: str, stage: int, groups: Groups | None = None, model: nn.Module | None = None, **config: Any
+) -> Any:
     """Returns an engine of a model that is cut: by AutoTP, or by a client whose `groups` these are."""
     torch.manual_seed(0)
-    model = Model() if groups is None else ClientModel(groups)
+    model = model or (Model() if groups is None else ClientModel(groups))
     if groups is None:
         config["tensor_parallel"] = AUTOTP
         model.to({"bf16": torch.bfloat16, "fp16": torch.float16}.get(setup[:4], torch.float32))

@@ -282,14 +282,14 @@ class EvidenceCollector:
         )
 
     def scan(self, step: BadStep) -> RankView:
-        """Reads every tensor that this rank holds."""
+        """Reads every tensor that this rank holds. What ranks reduce is on the device on which they do."""
         scanned = step.pending.gradients
         gradients = self._stats_of(scanned)
         weights = scan_tensors([*self.weights, self._loss_tensor(step)])
         before = self._local_gradients.stats(self._model.device)
         state, batch = self._scan_state(), self._scan_batch(step)
         return RankView(
-            weights,
+            self._on_device(weights),
             self._marks(weights),
             gradients,
             state,
@@ -389,8 +389,10 @@ class EvidenceCollector:
         return self._stats_of(self._model.scan_state())
 
     def _stats_of(self, scanned: ScannedPieces) -> ParameterStats:
-        """Statistics by parameter on the device on which ranks reduce: with offload, the pieces lie on the CPU."""
-        stats = stats_of(self._model.parameters, scanned.table, scanned.pieces)
+        return self._on_device(stats_of(self._model.parameters, scanned.table, scanned.pieces))
+
+    def _on_device(self, stats: ParameterStats) -> ParameterStats:
+        """The statistics on the device on which ranks reduce: those of what is offloaded are made on the CPU."""
         return ParameterStats(*[column.to(self._model.device) for column in stats])
 
     def _agree_before_reduction(self, view: RankView) -> BeforeReduction | None:

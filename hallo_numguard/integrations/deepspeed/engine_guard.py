@@ -37,6 +37,7 @@ from hallo_numguard.integrations import engine_of
 from hallo_numguard.integrations.backward_calls import LossObserver
 from hallo_numguard.integrations.deepspeed.adapters import adapter_class, adapter_for
 from hallo_numguard.integrations.deepspeed.adapters.plain import clip
+from hallo_numguard.integrations.deepspeed.autocast import scaler_of_engine
 from hallo_numguard.integrations.deepspeed.engine import (
     call_module,
     overflow_check_disabled,
@@ -52,6 +53,7 @@ from hallo_numguard.integrations.deepspeed.update_view import engine_view
 from hallo_numguard.integrations.deepspeed.version import release, version
 from hallo_numguard.integrations.patches import MethodPatches, replaced
 from hallo_numguard.integrations.save_gates import SaveGates
+from hallo_numguard.integrations.torch_optim.grad_scaler import set_found_inf
 
 _log = logging.getLogger("hallo_numguard")
 
@@ -96,6 +98,8 @@ class DeepSpeedGuard(Guard):
         parameters = self._experts.listed(with_shards(engine, parameters_of(engine.module, groups)))
         self._adapter = adapter_for(engine.optimizer, {item.tensor: at for at, item in enumerate(parameters)})
         self._adapter.names = [item.name for item in parameters]
+        self._adapter.scaler = self._scaler = scaler_of_engine(engine)
+        self._stepper = self._optimizer if self._scaler is None else self._scaler  # what the engine calls
         self._gradients = self._adapter.gradient_source()
         self._ranks = ranks_of(engine)
         self._figures = figures_of(engine, parameters, self._ranks, self._experts, self._gradients.is_sliced)
@@ -123,12 +127,15 @@ class DeepSpeedGuard(Guard):
             run_facts={"framework": "DeepSpeed", "zero_stage": int(engine.zero_optimization_stage())},
         )
         self._session = Session(model, self._ranks, config, on_overflow, monitor_sinks(engine, self._step_number))
-        self._checks_overflow = self._adapter.checks_overflow()  # else only the guard does
+        is_whole = place is None or self._adapter.checks_elements()
+        self._checks_overflow = is_whole and self._adapter.checks_overflow()  # else only the guard does
         self._enforces = config.policy.enforce or not overflow_check_disabled(engine)
         self._steps = 0  # the engine's own count goes back with a checkpoint
         self._explained = False  # whether this step's overflow was explained
         self._skipped_here = False  # by the guard itself; the optimizer has found no overflow
+        self._was_loaded = False  # a checkpoint, by `on_overflow`
         self._scanned_early: ScannedPieces | None = None
+        self._is_stepping = False
         self._to_raise: BaseException | None = None
         for bug in self._adapter.known_bugs(release()):
             _log.warning("DeepSpeed %s %s", version(), bug)
@@ -148,7 +155,9 @@ class DeepSpeedGuard(Guard):
 
     def _patch(self, goes_back: bool) -> None:
         engine, optimizer, patches = self._engine, self._optimizer, self._patches
-        patches.wrap(optimizer, "step", self._step)
+        patches.wrap(self._stepper, "step", self._step)
+        if self._scaler is not None:
+            patches.wrap(self._scaler, "unscale_", self._unscale)
         if hasattr(optimizer, "_update_scale"):
             patches.wrap(optimizer, "_update_scale", self._update_scale)
         if goes_back:
@@ -190,9 +199,10 @@ class DeepSpeedGuard(Guard):
         self._session.stop()
         _guarded_engines.discard(self._engine)
         if answers and not self._checks_overflow:
-            self._answers.wrap(self._optimizer, self._checking_method, self._answer)
+            owner = self._stepper if self._checking_method == "step" else self._optimizer
+            self._answers.wrap(owner, self._checking_method, self._answer)
         if answers and (self._gradients.is_sliced or self._figures is not None):
-            self._figure_answers.wrap(self._optimizer, "step", self._answer_figures)
+            self._figure_answers.wrap(self._stepper, "step", self._answer_figures)
 
     @property
     def _checking_method(self) -> str:
@@ -205,6 +215,7 @@ class DeepSpeedGuard(Guard):
         if agreed is None:
             self._answers.restore()
         if agreed and self._enforces:
+            self._tell_scaler(lowers=True)
             self._session.essential("drop of the gradients", self._gradients.drop)
             return None
         return original(*args, **kwargs)
@@ -218,7 +229,7 @@ class DeepSpeedGuard(Guard):
     # -- patches in place of, before and after DeepSpeed's methods -------------------------------------------------
 
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        self._explained = self._skipped_here = False
+        self._explained = self._skipped_here = self._was_loaded = False
         self._steps += 1
         if not self._checks_overflow and hasattr(self._optimizer, "overflow"):
             self._optimizer.overflow = False  # DeepSpeed would leave what the guard has set
@@ -227,19 +238,24 @@ class DeepSpeedGuard(Guard):
             self._adapter.begin_step(scan)
         if not self._checks_overflow and self._checking_method == "step":
             self._skipped_here = self._found_by_guard()
+            if self._skipped_here:
+                self._tell_scaler(lowers=not (self._session.goes_back or self._session.keeps_scale))
+        self._is_stepping = True
         try:
             result = None if self._skipped_here else original(*args, **kwargs)
         except BaseException:
             self._session.after_step(applied=False)
             raise
         finally:
+            self._is_stepping = False
             self._adapter.end_step()
         self._take_off_if_failed(everywhere=self._ranks.size == 1)
-        if self._overflowed:
+        applied = not self._overflowed
+        if not applied:
             if not self._explained:
                 self._explain()
+                self._mark_overflow()
             self._session.essential("drop of the gradients", self._gradients.drop)
-        applied = not self._overflowed
         self._session.after_step(applied)
         if applied:
             self._to_raise = self._session.check_update() or self._to_raise
@@ -249,6 +265,17 @@ class DeepSpeedGuard(Guard):
             raise error
         return result
 
+    def _unscale(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Scans before the gradients are divided, which the engine does to clip them, or else the scaler's step."""
+        if not self._is_stepping:
+            self._scanned_early = self._scanned_early or self._scan()
+        return original(*args, **kwargs)
+
+    def _tell_scaler(self, lowers: bool) -> None:
+        """Tells the GradScaler of a step that is not made, so that its update lowers the scale, or keeps it."""
+        if self._scaler is not None:
+            self._session.essential("search for the loss scale", set_found_inf, self._scaler, self._optimizer, lowers)
+
     def _update_scale(self, original: Callable[..., Any], has_overflow: bool = False) -> Any:
         if not has_overflow and not self._checks_overflow and self._found_by_guard():
             # DeepSpeed reads the flag again after this call, and then drops the gradients.
@@ -257,7 +284,9 @@ class DeepSpeedGuard(Guard):
             return original(has_overflow)
         if not self._explained:
             self._explain()
-        if self._to_raise is not None or self._session.goes_back or self._session.keeps_scale:
+        self._mark_overflow()
+        is_kept = self._was_loaded or self._session.goes_back or self._session.keeps_scale
+        if self._to_raise is not None or is_kept:
             return None  # DeepSpeed now drops the gradients; the scale stays unchanged
         try:
             return original(has_overflow)
@@ -281,10 +310,18 @@ class DeepSpeedGuard(Guard):
             undivided = loss if self._losses_divided_by == 1 else loss.detach() * self._losses_divided_by
             self._losses.show(undivided, is_certain=True)
 
+    def _mark_overflow(self) -> None:
+        """Sets the optimizer's flag again, which a checkpoint that `on_overflow` has loaded has put to its own."""
+        if self._was_loaded and hasattr(self._optimizer, "overflow"):
+            self._optimizer.overflow = True
+
     def _on_checkpoint_loaded(self, _: Any) -> None:
+        self._was_loaded = True
         self._session.inspect_weights("loaded from a checkpoint")
 
     def _clip(self, original: Callable[..., Any]) -> Any:
+        if self._scaler is not None:
+            return original()
         self._scanned_early = self._scan()
         is_ours = self._replaces and not self._experts.are_parted and clips_over(self._engine, self._ranks)
         if not is_ours or self._scanned_early is None:

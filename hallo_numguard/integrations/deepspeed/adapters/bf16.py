@@ -57,3 +57,7 @@ class Bf16Adapter(OptimizerAdapter):
     def checks_overflow(self) -> bool:
         """Returns whether a step with a bad norm is skipped; before 0.19.8 it fails an assertion without a message."""
         return takes_bad_norm_for_overflow()
+
+    def checks_elements(self) -> bool:
+        """Returns False: only the norm is looked at."""
+        return False

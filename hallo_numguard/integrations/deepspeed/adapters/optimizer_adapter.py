@@ -16,6 +16,7 @@ from hallo_numguard.guard.loss_scaling import LossScaling
 from hallo_numguard.guard.parameter_stats import Piece
 from hallo_numguard.guard.readable import UncheckedTensors, is_plain
 from hallo_numguard.guard.state_tensors import state_piece, state_tensors
+from hallo_numguard.integrations.deepspeed import autocast
 from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import GradientSource, Positions
 from hallo_numguard.integrations.deepspeed.version import is_instance_of, require
 from hallo_numguard.integrations.patches import MethodPatches
@@ -41,6 +42,7 @@ class OptimizerAdapter(ABC):
         has_masters: Whether it keeps float32 copies of parameters in half precision, which take the updates.
         unchecked: Takes the tensors of the state that are not read.
         names: Names of the parameters in the guard's list, for `unchecked`.
+        scaler: GradScaler that calls the optimizer; None if the engine calls it.
     """
 
     class_names: ClassVar[tuple[str, ...]]
@@ -55,6 +57,7 @@ class OptimizerAdapter(ABC):
         self.scan: ScannedPieces | None = None  # of the step under way
         self.unchecked = UncheckedTensors()
         self.names: list[str] = []
+        self.scaler: Any = None
 
     @classmethod
     def is_for(cls, optimizer: Any) -> bool:
@@ -90,9 +93,16 @@ class OptimizerAdapter(ABC):
         """Returns whether the optimizer, in its configuration, checks its gradients at all."""
         return True
 
+    def checks_elements(self) -> bool:
+        """Returns whether every rank checks the elements that it holds, and not the norm alone.
+
+        Under tensor parallelism, what several ranks hold counts in the norm on the first of them only.
+        """
+        return True
+
     def known_bugs(self, release: Release) -> Iterable[str]:
         """Returns the known bugs of this release of DeepSpeed with this optimizer, a sentence each."""
-        return ()
+        return autocast.known_bugs(self.optimizer, release)
 
     def scan_state(self) -> ScannedPieces:
         """Reads the optimizer's state once, one row per parameter and tensor. Not for the hot path.
@@ -180,6 +190,9 @@ def linked_parts(adapter: OptimizerAdapter, flats: Any) -> Iterator[Part]:
 
 def zero_loss_scaling(optimizer: Any) -> LossScaling:
     """Returns the state of the loss scaler object of ZeRO stages 1 to 3."""
+    of_autocast = autocast.scaling_of_zero(optimizer)
+    if of_autocast is not None:
+        return of_autocast
     scaler = optimizer.loss_scaler
     return LossScaling(
         scale=float(scaler.cur_scale),

@@ -19,6 +19,7 @@ from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
 from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import GradientSource, ParameterGradients
 from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import OptimizerAdapter, Part
 from hallo_numguard.integrations.deepspeed.adapters.replaced_norms import norm_of
+from hallo_numguard.integrations.deepspeed.autocast import scaling_of_scaler
 from hallo_numguard.integrations.patches import MethodPatches
 
 
@@ -41,8 +42,8 @@ class PlainAdapter(OptimizerAdapter):
         return ParameterGradients(lambda: self.parameter_groups(self.optimizer), self.positions)
 
     def loss_scaling(self) -> LossScaling:
-        """Returns that nothing is scaled."""
-        return UNSCALED
+        """Returns the state of the GradScaler; without one, that nothing is scaled."""
+        return UNSCALED if self.scaler is None else scaling_of_scaler(self.scaler)
 
     def state_parts(self) -> Iterator[Part]:
         """Yields the moments of each parameter."""

@@ -79,8 +79,13 @@ class Zero12Adapter(OptimizerAdapter):
         is_half = optimizer.dtype != torch.bfloat16
         return takes_bad_norm_for_overflow() and is_half and getattr(optimizer, "compute_grad_norm", True)
 
+    def checks_elements(self) -> bool:
+        """Returns whether overflows are looked for, and not a bad norm alone."""
+        return bool(getattr(self.optimizer, "check_grad_overflow", True))
+
     def known_bugs(self, release: Release) -> Iterable[str]:
-        """Yields the lost micro-batches of stage 2 (0.17.6 to 0.18.2)."""
+        """Yields the lost micro-batches of stage 2 (0.17.6 to 0.18.2), and those of all stages."""
+        yield from super().known_bugs(release)
         accumulates = getattr(self.optimizer, "gradient_accumulation_steps", 1) > 1
         if accumulates and (0, 17, 6) <= release <= (0, 18, 2):
             yield "drops micro-batches under ZeRO stage 2 with gradient accumulation: upgrade it."

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -95,6 +96,10 @@ class Zero3Adapter(OptimizerAdapter):
         """Returns whether overflows, or bad norms in their place, skip the step."""
         return self.optimizer.dtype == torch.float16 or takes_bad_norm_for_overflow()
 
+    def checks_elements(self) -> bool:
+        """Returns whether overflows are looked for, and not a bad norm alone."""
+        return bool(self.optimizer.dtype == torch.float16)
+
     # -- replace mode ------------------------------------------------------------------------------------------------
 
     def replace_passes(self, patches: MethodPatches) -> None:
@@ -112,8 +117,19 @@ class Zero3Adapter(OptimizerAdapter):
         if self.scan is None or not partition_gradients:
             return original(partition_gradients)
         stand_in = torch.where(self.scan.table.any_nonfinite(), torch.nan, 0.0).reshape(1)
+        _hand_over(stand_in, getattr(self.optimizer, "reduce_and_partition_stream", None))
         with attribute_set(self.optimizer, "grad_partitions_flat_buffer", stand_in):
             return original(partition_gradients)
+
+
+def _hand_over(value: torch.Tensor, stream: Any) -> None:
+    """Lets DeepSpeed's stream wait for what was made on this one: it reads the value without waiting by itself."""
+    accelerator = sys.modules["deepspeed.accelerator"].get_accelerator()
+    if stream is None or accelerator.resolves_data_dependency():
+        return
+    stream.wait_stream(accelerator.current_stream())
+    if value.device.type != "cpu":
+        value.record_stream(stream)
 
 
 def _no_norm(_: Callable[..., Any], gradient: torch.Tensor, *__: Any) -> torch.Tensor:
