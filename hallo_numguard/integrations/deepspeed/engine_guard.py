@@ -127,7 +127,7 @@ class DeepSpeedGuard(Guard):
             run_facts={"framework": "DeepSpeed", "zero_stage": int(engine.zero_optimization_stage())},
         )
         self._session = Session(model, self._ranks, config, on_overflow, monitor_sinks(engine, self._step_number))
-        is_whole = place is None or self._adapter.checks_elements()
+        is_whole = self._ranks.place is None or self._adapter.checks_elements()
         self._checks_overflow = is_whole and self._adapter.checks_overflow()  # else only the guard does
         self._enforces = config.policy.enforce or not overflow_check_disabled(engine)
         self._steps = 0  # the engine's own count goes back with a checkpoint
