@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from hallo_numguard.core.records import Offender
 from hallo_numguard.guard import readable
 from hallo_numguard.guard.parameter_stats import ParameterStats, Piece, by_parameter
-from hallo_numguard.guard.shards import Shard, in_whole_tensors
+from hallo_numguard.guard.tensor_parts import Shard, in_whole_tensors
 from hallo_numguard.ops.formats import dtype_name
 from hallo_numguard.ops.layout import unravel
 from hallo_numguard.ops.table import StatsTable

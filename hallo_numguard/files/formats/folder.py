@@ -11,7 +11,7 @@ from typing import Any
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.files.formats import consistency
 from hallo_numguard.files.formats.consistency import trackers
-from hallo_numguard.files.formats.consistency.documents import configuration
+from hallo_numguard.files.formats.consistency.sidecar_json import configuration
 from hallo_numguard.files.formats.file_access import outside_links
 from hallo_numguard.files.formats.registry import CHECKPOINTS, FILES
 from hallo_numguard.files.formats.source import Source, joined

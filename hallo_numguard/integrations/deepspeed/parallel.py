@@ -17,7 +17,7 @@ from hallo_numguard.guard.collectives import Place, Ranks
 from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.guard.parameter_stats import PADDING
-from hallo_numguard.guard.shards import Shard, block
+from hallo_numguard.guard.tensor_parts import Shard, block
 from hallo_numguard.integrations.deepspeed.experts import Experts, expert_copy_of
 
 _AUTOTP_METADATA = "ds_autotp_universal_checkpoint_meta"  # deepspeed/checkpoint/constants.py

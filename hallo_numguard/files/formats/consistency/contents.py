@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hallo_numguard.core.findings import Finding
-from hallo_numguard.files.formats.consistency.documents import REMEDY
+from hallo_numguard.files.formats.consistency.sidecar_json import REMEDY
 from hallo_numguard.files.formats.source import Source, TensorEntry
 
 

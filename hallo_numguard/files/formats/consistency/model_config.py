@@ -9,7 +9,7 @@ from typing import Any
 
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.files.formats.consistency.contents import Contents
-from hallo_numguard.files.formats.consistency.documents import configuration, document, document_or_empty
+from hallo_numguard.files.formats.consistency.sidecar_json import configuration, document, document_or_empty
 from hallo_numguard.files.formats.source import DamagedFile
 
 _ADAPTER = "adapter_config.json"

@@ -11,7 +11,7 @@ import torch
 
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.files.formats.consistency.contents import Contents
-from hallo_numguard.files.formats.consistency.documents import REMEDY, document
+from hallo_numguard.files.formats.consistency.sidecar_json import REMEDY, document
 from hallo_numguard.files.formats.file_access import is_plain
 from hallo_numguard.files.formats.source import DamagedFile, Source, TensorEntry, load
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.files.formats.consistency.contents import Contents
-from hallo_numguard.files.formats.consistency.documents import document, document_or_empty
+from hallo_numguard.files.formats.consistency.sidecar_json import document, document_or_empty
 from hallo_numguard.files.formats.file_access import read_small
 from hallo_numguard.files.formats.source import DamagedFile
 
