@@ -13,8 +13,8 @@ import hallo_numguard as ng
 from campaign.cases import FAULTY_STEP, Case, Seen
 from campaign.models import MODELS
 
-INPUT = {"transformer": ("features", (2, 3, 1)), "unet": ("noisy", (2, 1, 6, 4))}
-BUFFER = {"transformer": (0, 1), "unet": (1,)}
+INPUT = {model: ("features", (2, 3, 1)) for model in MODELS} | {"unet": ("noisy", (2, 1, 6, 4))}
+BUFFER = {model: (0, 1) for model in MODELS} | {"unet": (1,)}
 STATE = (3, 5)
 GRADIENT = (7, 2)
 
@@ -39,6 +39,13 @@ def plant(case: Case, target: Any, model: Any) -> tuple[str, tuple[int, ...]]:
     Returns:
         Name that the report must give, and index.
     """
+    name, index = _plant(case, target, model)
+    if case.model == "experts" and case.fault != "optimizer_state":  # that is planted on both ranks, so in expert 1 too
+        name = name.replace(".deepspeed_experts.1", f".deepspeed_experts.{2 * case.culprit + 1}")
+    return name, index
+
+
+def _plant(case: Case, target: Any, model: Any) -> tuple[str, tuple[int, ...]]:
     shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
     mine = None if case.stage == 3 else case.culprit  # a slice has one owner, a copy may be bad on one rank only
 
@@ -63,7 +70,7 @@ def plant(case: Case, target: Any, model: Any) -> tuple[str, tuple[int, ...]]:
         value, rank = (float("nan"), case.culprit) if case.fault == "gradient" else (40000.0, None)
         inject("gradient", model.trainable, index=GRADIENT, value=value, rank=rank)
         return model.trainable, GRADIENT
-    if case.fault == "forward" and case.is_half:
+    if case.has_large_weight:
         inject("parameter", model.trainable, index=(0, 0), value=60000.0, rank=mine)
     elif case.fault == "forward":
         inject("activation", model.module, value=float("inf"), rank=case.culprit)

@@ -84,6 +84,41 @@ class Transformer(nn.Module):
         return functional.cross_entropy(output.float().flatten(0, 1), target.flatten())
 
 
+class MixtureOfExperts(nn.Module):
+    """DeepSpeed's layer with four experts, shared out over two ranks where there are two."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        import deepspeed
+        from deepspeed.moe.layer import MoE
+
+        expert = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        deepspeed.init_distributed("gloo", verbose=False)
+        parts = torch.distributed.get_world_size()
+        self.layer = MoE(width, expert, num_experts=2 * parts, ep_size=parts, use_rts=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layer(x)[0]
+
+
+class Experts(Transformer):
+    """The same, with experts in its second block; the last is the second one of the last rank."""
+
+    trainable = "blocks.1.mlp.layer.deepspeed_moe.experts.deepspeed_experts.1.0.weight"
+    module = "blocks.1.mlp.layer.deepspeed_moe.experts.deepspeed_experts.1.0"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[1].mlp = MixtureOfExperts(16)
+
+    def groups(self) -> list[dict[str, object]]:
+        """The parameters as the optimizer takes them: those of experts apart."""
+        from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        return split_params_into_different_moe_groups_for_optimizer({"params": trained, "name": "all"})
+
+
 class Residual(nn.Module):
     def __init__(self, channels: int, norm: nn.Module) -> None:
         super().__init__()
@@ -139,4 +174,4 @@ class UNet(nn.Module):
         return (output.float() - target).square().mean()
 
 
-MODELS = {"transformer": Transformer, "unet": UNet}
+MODELS = {"transformer": Transformer, "unet": UNet, "experts": Experts}

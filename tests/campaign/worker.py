@@ -34,9 +34,12 @@ def main() -> None:
 def run(case: Case) -> Seen:
     """Trains a model with the fault in it, guarded."""
     # DeepSpeed converts parameters, not buffers: whoever trains in half precision does so himself.
+    support.single_process_environment()
+    support.allow_fp16()
     model = build(case).to(DTYPES.get(case.setup, torch.bfloat16))
     power = 34 if case.fault == "scale" else 6
-    engine = support.make_engine(case.setup, power, case.stage, case.offload, model)
+    groups_of = support.trained_by if case.model != "experts" else type(model).groups
+    engine = support.make_engine(case.setup, power, case.stage, case.offload, model, groups_of)
     reports: list[ng.OverflowReport] = []
     guard = ng.attach(engine, config_of(case), on_overflow=reports.append)
     planted = plant(case, engine, model)
