@@ -71,5 +71,5 @@ torch.distributed.barrier()
 
 
 def test_every_rank_of_a_model_that_is_cut_takes_part(tmp_path):
-    cases = [("bf16_fp32", 1, False), ("bf16", 3, False), ("bf16", 3, True), ("fp32", 0, True)]
+    cases = [("bf16_fp32", 1, False), ("bf16", 3, True)]  # others: `make chaos`
     run_ranks(f"CASES = {cases}{SCRIPT}", tmp_path, timeout=130)
