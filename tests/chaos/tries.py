@@ -56,6 +56,12 @@ CUT_WAYS = {
     2: ("deepspeed cut fp16 0", "deepspeed cut bf16_fp32 1", "deepspeed cut bf16 3"),
     4: ("deepspeed cut fp32 0", "deepspeed cut bf16_fp32 1", "deepspeed cut bf16 2", "deepspeed cut bf16 3"),
 }
+CHECKED_BY_GUARD = (
+    "deepspeed 0",
+    "deepspeed cut fp32 0",
+    "deepspeed cut bf16_fp32 1",
+    "deepspeed cut bf16 3",
+)
 
 
 @dataclass(frozen=True)
@@ -100,8 +106,7 @@ def tries(world: int, seed: int, is_cut: bool = False) -> Iterator[Try]:
             call=chance.choice((1, 1, 2, 3, 5)),
             rank=chance.randrange(world),
         )
-        is_checked_by_guard = one.way in ("deepspeed 0", "deepspeed cut fp32 0")
-        if world > 1 and is_checked_by_guard and one.point.endswith("_reduce"):
+        if world > 1 and one.way in CHECKED_BY_GUARD and one.point.endswith("_reduce"):
             continue  # the check of every step, which only the guard makes: if it fails, so does the process group
         if one.accident == "detach" and one.way in FRAMEWORKS:
             continue  # callbacks hold these guards
