@@ -28,10 +28,12 @@ class Place(NamedTuple):
     Attributes:
         copy: Number of the copy that the rank's part belongs to.
         shard: Number of the part.
+        copies: How many copies there are.
     """
 
     copy: int
     shard: int
+    copies: int
 
 
 class Ranks:

@@ -12,7 +12,7 @@ import sys
 import click
 
 from chaos.ranks import run
-from chaos.tries import WAYS
+from chaos.tries import CUT_WAYS, WAYS
 
 
 @click.command()
@@ -21,11 +21,12 @@ from chaos.tries import WAYS
 def main(tries: int, seed: int) -> None:
     """Lets something go wrong in a random part of the guard, and looks whether the run notices."""
     failed = False
-    for world in WAYS:
-        outcome = run(world, seed, tries)
+    for world, is_cut in [*((world, False) for world in WAYS), *((world, True) for world in CUT_WAYS)]:
+        outcome = run(world, seed, tries, is_cut)
         for line in outcome.wrong:
             click.echo(line)
-        click.echo(f"{world} ranks: {tries} tries, {outcome.hit} of them met what they were to meet")
+        what = f"{world} ranks{', the model cut' if is_cut else ''}"
+        click.echo(f"{what}: {tries} tries, {outcome.hit} of them met what they were to meet")
         failed |= bool(outcome.wrong) or not outcome.hit
     sys.exit(1 if failed else 0)
 

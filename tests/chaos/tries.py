@@ -48,18 +48,20 @@ ACCIDENTS = ("raise", "run out of memory", "sleep", "detach")
 FRAMEWORKS = ("transformers", "lightning")
 WAYS = {
     1: ("optimizer", "accelerate", "transformers", "lightning", "deepspeed 0", "deepspeed 2", "deepspeed 3"),
-    2: (
-        "optimizer",
-        "accelerate",
-        "deepspeed 0",
-        "deepspeed bf16_fp32 1",
-        "deepspeed 2",
-        "deepspeed 3",
-        "deepspeed cut bf16_fp32 1",
-        "deepspeed cut bf16 3",
-    ),
-    4: ("deepspeed bf16 2", "deepspeed cut fp32 0", "deepspeed cut bf16 2", "deepspeed cut bf16 3"),
+    2: ("optimizer", "accelerate", "deepspeed 0", "deepspeed bf16_fp32 1", "deepspeed 2", "deepspeed 3"),
+    4: ("deepspeed 0", "deepspeed bf16_fp32 1", "deepspeed 2", "deepspeed bf16 3"),
 }
+# Once one engine of a process was cut by AutoTP, DeepSpeed makes none that is not.
+CUT_WAYS = {
+    2: ("deepspeed cut fp16 0", "deepspeed cut bf16_fp32 1", "deepspeed cut bf16 3"),
+    4: ("deepspeed cut fp32 0", "deepspeed cut bf16_fp32 1", "deepspeed cut bf16 2", "deepspeed cut bf16 3"),
+}
+CHECKED_BY_GUARD = (
+    "deepspeed 0",
+    "deepspeed cut fp32 0",
+    "deepspeed cut bf16_fp32 1",
+    "deepspeed cut bf16 3",
+)
 
 
 @dataclass(frozen=True)
@@ -91,20 +93,20 @@ class Try:
         return self.accident == "detach" or (self.way.startswith("deepspeed") and self.point.endswith("_reduce"))
 
 
-def tries(world: int, seed: int) -> Iterator[Try]:
-    """Yields tries without end, the same on all ranks."""
+def tries(world: int, seed: int, is_cut: bool = False) -> Iterator[Try]:
+    """Yields tries without end, the same on all ranks; of models that are cut over ranks, or of others."""
     chance = random.Random(f"{world} {seed}")
+    ways = (CUT_WAYS if is_cut else WAYS)[world]
     while True:
         one = Try(
-            way=chance.choice(WAYS[world]),
+            way=chance.choice(ways),
             fault=chance.choice(("input", "gradient")),
             point=chance.choice(POINTS),
             accident=chance.choice(ACCIDENTS),
             call=chance.choice((1, 1, 2, 3, 5)),
             rank=chance.randrange(world),
         )
-        is_checked_by_guard = one.way in ("deepspeed 0", "deepspeed cut fp32 0")
-        if world > 1 and is_checked_by_guard and one.point.endswith("_reduce"):
+        if world > 1 and one.way in CHECKED_BY_GUARD and one.point.endswith("_reduce"):
             continue  # the check of every step, which only the guard makes: if it fails, so does the process group
         if one.accident == "detach" and one.way in FRAMEWORKS:
             continue  # callbacks hold these guards

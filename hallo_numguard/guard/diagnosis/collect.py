@@ -482,12 +482,13 @@ class EvidenceCollector:
         return was_known and not weights.only_negative_infinity(position)
 
     def _gradient(self, view: GlobalView, position: int) -> Offender:
-        item, before = self._model.parameters[position], view.before_reduction
+        item, place = self._model.parameters[position], self._ranks.place
         rank = self._ranks.rank if self._ranks.size == 1 else None  # after the reduction it is every rank's
-        if not item.is_everywhere:
-            rank = int(view.gradient_ranks[position])
-        if before is not None:
-            rank = before.rank_of.get(position, rank)
+        is_of_one = item.shard is not None and place is not None and place.copies == 1
+        if is_of_one or not item.is_everywhere:
+            rank = int(view.gradient_ranks[position])  # that of the part, which is reduced over no other rank
+        if view.before_reduction is not None:
+            rank = view.before_reduction.rank_of.get(position, rank)
         return replace(item.offender(view.gradients, position, rank), kind="gradient")
 
     def _state(self, state: ParameterStats, position: int, rank: int) -> Offender:

@@ -211,14 +211,19 @@ class DeepSpeedGuard(Guard):
 
     def _answer(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Takes part in the check of the ranks that are still on guard; skips what they skip."""
+        if self._checking_method == "_update_scale" and (args or tuple(kwargs.values()))[:1] == (True,):
+            return original(*args, **kwargs)  # DeepSpeed has found it on every rank, and no guard asks
         agreed = self._session.answer()
         if agreed is None:
             self._answers.restore()
-        if agreed and self._enforces:
-            self._tell_scaler(lowers=True)
-            self._session.essential("drop of the gradients", self._gradients.drop)
-            return None
-        return original(*args, **kwargs)
+        is_skipped = bool(agreed) and self._enforces
+        if hasattr(self._optimizer, "overflow") and (is_skipped or self._checking_method == "step"):
+            self._optimizer.overflow = is_skipped  # DeepSpeed reads it again
+        if not is_skipped:
+            return original(*args, **kwargs)
+        self._tell_scaler(lowers=True)
+        self._session.essential("drop of the gradients", self._gradients.drop)
+        return original(True) if self._checking_method == "_update_scale" else None
 
     def _answer_figures(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Takes part in the figures of the ranks that are still on guard."""
@@ -238,6 +243,8 @@ class DeepSpeedGuard(Guard):
             self._adapter.begin_step(scan)
         if not self._checks_overflow and self._checking_method == "step":
             self._skipped_here = self._found_by_guard()
+            if self._skipped_here and hasattr(self._optimizer, "overflow"):
+                self._optimizer.overflow = True
             if self._skipped_here:
                 self._tell_scaler(lowers=not (self._session.goes_back or self._session.keeps_scale))
         self._is_stepping = True

@@ -35,7 +35,8 @@ def ranks_of(engine: Any) -> Ranks:
     """Returns the ranks that share a copy of the model, and those of all other copies: the guard's only group."""
     if shards_of(engine) > 1:
         mpu = engine.mpu
-        return Ranks(place=Place(int(mpu.get_data_parallel_rank()), int(mpu.get_model_parallel_rank())))
+        numbers = mpu.get_data_parallel_rank(), mpu.get_model_parallel_rank(), mpu.get_data_parallel_world_size()
+        return Ranks(place=Place(*map(int, numbers)))
     of_optimizer = getattr(engine.optimizer, "dp_process_group", None)  # stage 0 has none of its own
     names = ("seq_data_parallel_group", "data_parallel_group")  # equal where no sequence is cut into parts
     return Ranks(of_optimizer or next(filter(None, (getattr(engine, name, None) for name in names)), None))
@@ -97,10 +98,10 @@ class PartFigures:
     def __call__(self, scan: ScannedPieces) -> torch.Tensor:
         """Returns the figures as in `figure_exchange.PART`. No host sync."""
         table = scan.table
-        if self._counted is None or self._pieces != scan.pieces:
+        if self._counted is None or (self._pieces is not scan.pieces and self._pieces != scan.pieces):
             counted = [self._counts(piece.parameter) for piece in scan.pieces]
             self._counted = torch.tensor(counted, dtype=torch.float64, device=table.packed.device)
-            self._pieces = list(scan.pieces)
+            self._pieces = scan.pieces
         counts = self._counted @ table.nonfinite_counts.double()
         absmax = table.absmax.amax() if len(table) else counts.new_zeros(())
         return torch.stack([counts[0], counts[1] + counts[2], absmax, self._counted @ table.sumsq])

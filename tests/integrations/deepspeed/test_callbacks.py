@@ -12,7 +12,7 @@ import deepspeed_support as support
 pytestmark = pytest.mark.deepspeed
 
 WARN = ng.GuardConfig(policy=ng.Policy(on_unrecoverable="warn"))
-KINDS = [("fp16", 0), ("fp32", 0), ("bf16_fp32", 1), ("fp16", 2), ("bf16", 2), ("bf16", 3)]
+KINDS = [("fp32", 0), ("bf16_fp32", 1), ("fp16", 2), ("bf16", 3)]
 
 
 def trained(engine):

@@ -51,6 +51,7 @@ for setup, stage, client in CASES:
             handle.remove()
         first = guard.last_report.first
         assert (first.name, first.index, first.shape, first.nan) == (f"{name}.weight", index, shape, 1), (case, first)
+        assert first.rank == (1 if name == "output" and WORLD == 2 else None), (case, first)
         step = guard.last_report.step
         tp.train_step(made[0], 4)
         assert guard.last_report.step == step, case
@@ -71,5 +72,5 @@ torch.distributed.barrier()
 
 
 def test_every_rank_of_a_model_that_is_cut_takes_part(tmp_path):
-    cases = [("bf16_fp32", 1, False), ("bf16", 3, False), ("bf16", 3, True), ("fp32", 0, True)]
+    cases = [("bf16_fp32", 1, False), ("bf16", 3, True)]  # others: `make chaos`
     run_ranks(f"CASES = {cases}{SCRIPT}", tmp_path, timeout=130)
