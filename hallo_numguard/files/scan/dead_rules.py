@@ -26,8 +26,7 @@ _RESIDUAL = re.compile(  # layers that often begin with zeros, so that a block d
     re.IGNORECASE,
 )
 _WEIGHT = re.compile(r"(weight|kernel|[._]w\d?)$")
-_LORA_A = re.compile(r"lora_(A|down|embedding_A)\b")
-_LORA_B = re.compile(r"lora_(B|up|embedding_B)\b")
+_FACTOR = re.compile(r"(lora_(A|B|E|up|down|embedding_A|embedding_B)|hada_w[12](_[ab])?|lokr_w[12](_[ab])?)(?=\.|$)")
 _MASK = re.compile(r"mask|causal|inv_freq|position|bias", re.IGNORECASE)
 _MIN_NUMEL = 4096  # a smaller piece of a weight can be zeros
 _MIN_FAMILY = 4  # layers, for a rule about what most of them hold
@@ -112,16 +111,16 @@ def constant(tensors: Tensors) -> Iterator[Finding]:
 
 
 def adapters(tensors: Tensors) -> Iterator[Finding]:
-    """Adapters that add nothing, because the second factor of each is zero, as it begins."""
-    second = [tensor for tensor in tensors if _LORA_B.search(tensor.entry.name) and tensor.entry.numel]
-    first = [tensor for tensor in tensors if _LORA_A.search(tensor.entry.name) and tensor.entry.numel]
-    for factors in (second, first):
-        if factors and all(tensor.is_zero for tensor in factors):
-            entry = factors[0].entry
-            message = (
-                f"all {len(factors)} tensors like {entry.name} are zero: the adapter adds nothing, as at the beginning"
-            )
-            yield Finding(
-                "zero_adapter", f"{entry.file.name}: {message}", name=entry.name, severity="info", file=str(entry.file)
-            )
+    """Adapters that add nothing, because one factor of each is zero, as it begins."""
+    factors: dict[str, list[MeasuredTensor]] = {}
+    for tensor in tensors:
+        match = _FACTOR.search(tensor.entry.name)
+        if match is not None and tensor.entry.role == "parameter" and tensor.entry.numel:
+            factors.setdefault(match[1], []).append(tensor)
+    for same in factors.values():
+        if all(tensor.is_zero for tensor in same):
+            entry = same[0].entry
+            what = f"all {len(same)} tensors like {entry.name} are zero: the adapter adds nothing, as at the beginning"
+            message, file = f"{entry.file.name}: {what}", str(entry.file)
+            yield Finding("zero_adapter", message, name=entry.name, severity="info", file=file)
             return

@@ -52,6 +52,7 @@ def check(source: Source, files: Sequence[ScannedFile]) -> Iterator[Finding]:
     yield from _vanished(tensors)
     yield from _other_masters(tensors)
     yield from _other_rank(tensors)
+    yield from _other_step_of_rank(tensors)
     yield from _idle_adapter(source, tensors)
 
 
@@ -267,6 +268,24 @@ def _other_rank(tensors: Sequence[MeasuredTensor]) -> Iterator[Finding]:
                 f"the optimizer state of rank {rank} holds the values of rank {twin}'s: one file was copied over it"
             )
             yield error("other_rank", group[0].entry, message, "Copy the file of this rank again.")
+
+
+def _other_step_of_rank(tensors: Sequence[MeasuredTensor]) -> Iterator[Finding]:
+    """Ranks whose optimizer has counted other steps than that of the others: their file is of another save."""
+    steps: dict[int, set[int]] = defaultdict(set)
+    entries = {}
+    for entry in (tensor.entry for tensor in tensors):
+        if entry.role == "step" and entry.rank is not None:
+            steps[entry.rank].add(_number(entry))
+            entries[entry.rank] = entry
+    common = Counter(frozenset(counted) for counted in steps.values()).most_common(1)
+    odd = [rank for rank, counted in sorted(steps.items()) if frozenset(counted) != common[0][0]] if common else []
+    if odd:
+        counted, usual = (", ".join(map(str, sorted(one))) for one in (steps[odd[0]], common[0][0]))
+        message = f"the optimizer of rank {odd[0]} has counted {counted} steps, and that of others {usual}"
+        yield error(
+            "step_counters", entries[odd[0]], message, "Files of several checkpoints were mixed: copy it again."
+        )
 
 
 def _is_copy(group: Sequence[MeasuredTensor], other: Sequence[MeasuredTensor]) -> bool:
