@@ -90,6 +90,14 @@ def without(*parts: str) -> Change:
     return change
 
 
+def renamed(prefix: str) -> Change:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        save_file({prefix + name: value for name, value in tensors.items()}, folder / "model.safetensors")
+
+    return change
+
+
 def tokenizer(highest: int) -> Change:
     content = {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": highest, "content": "<x>"}]}
     return lambda folder: write_json(folder / "tokenizer.json", content)
@@ -115,6 +123,13 @@ def both(first: Change, second: Change) -> Change:
         (tokenizer(48), ["tokenizer"]),
         (tokenizer(47), []),
         (lambda folder: (folder / "config.json").write_text('{"arch'), ["damaged_file"]),
+        (without("embed_tokens"), ["missing_embedding"]),
+        (both(without("embed_tokens"), other_config(tie_word_embeddings=True)), []),
+        (without("layers.2.mlp"), ["missing_tensor"]),
+        (without("layers.0.mlp"), []),
+        (renamed("_orig_mod."), ["wrapped_names"]),
+        (other_config(quantization_config={"quant_method": "bitsandbytes"}), ["config"]),
+        (other_config(quantization_config={"quant_method": "torchao"}), []),
     ],
 )
 def test_a_configuration_and_its_tensors(model: Path, change: Change, kinds: list[str]) -> None:
@@ -197,6 +212,16 @@ def test_a_file_of_weights_without_any(model: Path, save: Callable[..., object])
     assert grave(model) == ["no_values"]
     save({"base_model.model.a.lora_A.weight": torch.rand(4, 4)}, model / name)
     assert grave(model) == []
+
+
+def test_the_rank_of_an_adapter(tmp_path: Path) -> None:
+    save_file(
+        {"a.lora_A.weight": torch.rand(4, 8), "a.lora_B.weight": torch.rand(8, 4)},
+        tmp_path / "adapter_model.safetensors",
+    )
+    for rank, more, kinds in ((4, {}, []), (8, {}, ["config"]), (8, {"rank_pattern": {"a": 4}}, [])):
+        write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA", "r": rank, **more})
+        assert grave(tmp_path) == kinds
 
 
 @pytest.fixture

@@ -110,6 +110,23 @@ def test_an_adapter_that_adds_nothing(tmp_path: Path) -> None:
     assert grave(tmp_path) == []
 
 
+@pytest.mark.parametrize("change", [None, "negative", "never moved"])
+def test_running_statistics(tmp_path: Path, change: str | None) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    torch.save(net.state_dict(), tmp_path / "new.pt")
+    net(torch.randn(2, 3, 8, 8))
+    state = net.state_dict()
+    if change == "negative":
+        state["1.running_var"][2] = -1e-5
+    elif change:
+        state["1.running_var"].fill_(1.0)
+        state["1.running_mean"].fill_(0.0)
+    torch.save(state, tmp_path / "trained.pt")
+    assert grave(tmp_path / "new.pt") == []
+    assert grave(tmp_path / "trained.pt") == (["running_statistics"] if change else [])
+
+
 def quantized() -> Tensors:
     """fp8 weights scaled by blocks of 128, beside others that are not quantized."""
     torch.manual_seed(0)
