@@ -127,6 +127,8 @@ def both(first: Change, second: Change) -> Change:
         (both(without("embed_tokens"), other_config(tie_word_embeddings=True)), []),
         (without("layers.2.mlp"), ["missing_tensor"]),
         (without("layers.0.mlp"), []),
+        (other_config(architectures=["LlamaForSequenceClassification"]), []),
+        (both(without("lm_head"), other_config(architectures=["LlamaForSequenceClassification"])), ["missing_head"]),
         (renamed("_orig_mod."), ["wrapped_names"]),
         (other_config(quantization_config={"quant_method": "bitsandbytes"}), ["config"]),
         (other_config(quantization_config={"quant_method": "torchao"}), []),
@@ -361,6 +363,18 @@ def test_a_tracker_that_names_what_is_not_there(tmp_path: Path, name: str) -> No
     assert grave(tmp_path) == []
     (tmp_path / name).write_text(bad)
     assert grave(tmp_path) == ["missing"]
+
+
+def test_a_newest_checkpoint_of_fewer_ranks(tmp_path: Path) -> None:
+    for number in (100, 200):
+        for rank in range(2):
+            folder = tmp_path / f"iter_{number:07d}" / f"mp_rank_{rank:02d}"
+            folder.mkdir(parents=True)
+            torch.save({"model": weights()}, folder / "model_optim_rng.pt")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("200")
+    assert grave(tmp_path) == []
+    shutil.rmtree(folder)
+    assert grave(tmp_path) == ["missing_shard"]
 
 
 def test_the_shared_store_of_the_hub_is_followed_through_every_hop(model: Path, tmp_path: Path) -> None:

@@ -60,6 +60,11 @@ FAULTS: dict[str, tuple[Callable[[], Tensors], list[str]]] = {
         lambda: {"head.weight": torch.randint(1, 2000, (40, 32), dtype=torch.int32).view(torch.float32)},
         ["absurd_values"],
     ),
+    "integers read as half floats": (
+        lambda: {"score.weight": torch.randint(1, 200, (80, 64), dtype=torch.int16).view(torch.float16)},
+        ["absurd_values"],
+    ),
+    "half floats that began with zeros": (lambda: {"final_head.weight": torch.full((80, 64), 1e-5).half()}, []),
     "a large mask": (lambda: {"attn.masked_bias": torch.full((4, 4), -1e30)}, []),
     "one constant layer": (lambda: {"layers.4.attn.q_proj.weight": torch.full((32, 32), 0.5)}, ["constant"]),
     "bounds and trackers": (
@@ -106,8 +111,12 @@ def test_an_adapter_that_adds_nothing(tmp_path: Path) -> None:
     assert [(one.kind, one.severity) for one in ng.scan(tmp_path).findings] == [("zero_adapter", "info")]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 2000}))
     assert [(one.kind, one.severity) for one in ng.scan(tmp_path).findings] == [("zero_adapter", "error")]
-    save_file({**tensors, "layers.2.q_proj.lora_B.weight": torch.randn(16, 4)}, tmp_path / "adapter_model.safetensors")
+    trained = {name: torch.randn(16, 4) for name in tensors if "lora_B" in name}
+    save_file({**tensors, **trained}, tmp_path / "adapter_model.safetensors")
     assert grave(tmp_path) == []
+    idle = {name.replace("q_proj", "v_proj"): tensor.clone() for name, tensor in tensors.items()}
+    save_file({**tensors, **trained, **idle}, tmp_path / "adapter_model.safetensors")
+    assert grave(tmp_path) == ["zero_adapter"]
 
 
 @pytest.mark.parametrize("change", [None, "negative", "never moved"])
@@ -261,6 +270,14 @@ STATES: dict[str, tuple[Callable[[dict[int, dict[str, torch.Tensor]]], object], 
     "zero second moments": (
         lambda state: [entry["exp_avg_sq"].zero_() for entry in state.values()],
         "vanished_moments",
+    ),
+    "no elements": (
+        lambda state: [e.update(exp_avg=torch.empty(0), exp_avg_sq=torch.empty(0)) for e in state.values()],
+        "no_values",
+    ),
+    "steps alone": (
+        lambda state: [(e.pop("exp_avg"), e.pop("exp_avg_sq")) for e in state.values()],
+        "no_optimizer_state",
     ),
     "another order": (swap, "optimizer_order"),
     "another model": (other_model, "optimizer_shape"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ _MAX_OTHER = 0.02  # share of masters that differ from their weights by more tha
 _MIN_SAMPLES = 64  # values in common, to judge a tensor
 _STEPS_BEHIND = 0.5  # of the run's steps; steps that overflowed are not counted
 _MAX_NAMES = 5  # in a message
+_FOLDER_STEP = re.compile(r"^(?:checkpoint|step|global_step|iter)[-_]?(\d{1,12})$")
 _EMPTY_REMEDY = "The optimizer would start as in a new run: resume from a checkpoint that has its state."
 _OTHER_REMEDY = (
     "The optimizer would apply the momentum of one weight to another: take state and weights from the same save."
@@ -60,7 +62,7 @@ def _without_state(source: Source, leaf: Source, optimizer: Mapping[str, Any]) -
     """An optimizer with parameters and no state for any of them, after the run has gone on."""
     groups = optimizer["groups"]
     needs = any(any(key in group for key in _ADAM_KEYS) or bool(group.get("momentum")) for group in groups)
-    if optimizer["states"] or not needs:
+    if any(set(state) - {"step"} for state in optimizer["states"].values()) or not needs:
         return
     steps = _progress(source, leaf)
     if steps == 0:
@@ -90,7 +92,8 @@ def _progress(source: Source, leaf: Source) -> int | None:
         for key in ("last_epoch", "_step_count")
         if type(value := scheduler.get(key)) is int
     ]
-    return max(found, default=None)
+    named = _FOLDER_STEP.search(source.root.resolve().name)
+    return max([*found, *([int(named[1])] if named else [])], default=None)
 
 
 def _other_shapes(source: Source, leaf: Source, optimizer: Mapping[str, Any]) -> Iterator[Finding]:
@@ -304,7 +307,7 @@ def _idle_adapter(source: Source, tensors: Sequence[MeasuredTensor]) -> Iterator
     for finding in adapters(tensors):
         remedy = "It was never trained, or saved before: check that its parameters are in the optimizer."
         trained = replace(finding, message=f"{finding.message}, after {steps} steps", severity="error", remedy=remedy)
-        yield trained if steps else finding
+        yield trained if steps and finding.severity == "info" else finding
 
 
 def _words(shape: Sequence[int]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from hallo_numguard.core.findings import Finding
@@ -20,6 +20,8 @@ _HEAD = re.compile(
     r"(^|\.)(lm_head|embed_out|output|output_layer|decoder|cls|generator|lm_proj|head|proj_out|score)(\.|$)"
 )
 _GENERATES = re.compile(r"ForCausalLM$|LMHeadModel$")
+_CLASSIFIES = re.compile(r"For(Sequence|Token|Image|Audio)\w*Classification$|ForQuestionAnswering$")
+_CLASSIFIER = re.compile(r"classif|score|qa_|logits|head|summary|label|output_layer", re.IGNORECASE)
 _LAYER = re.compile(r"^(?P<before>.*?(^|\.)(layers|layer|h|blocks))\.(?P<number>\d+)\.")
 _EXPERT = re.compile(r"^(?P<before>(.*\.)?experts)\.(?P<number>\d+)\.")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
@@ -136,11 +138,16 @@ def _head(contents: Contents, config: Mapping[str, Any], shapes: Mapping[str, tu
         if isinstance(nested, Mapping) and "tie_word_embeddings" in nested and tied is None:
             tied = nested["tie_word_embeddings"]
     classes = config.get("architectures")
-    generates = isinstance(classes, Sequence) and any(_GENERATES.search(str(name)) for name in classes)
+    classes = classes if isinstance(classes, list) else []
+    generates = any(_GENERATES.search(str(name)) for name in classes)
     embedding = next(filter(_EMBEDDING.search, shapes), None)
     if tied is False and generates and "lm_head.weight" in shapes and not any(map(_ANY_EMBEDDING.search, shapes)):
         message = "there is a head (lm_head.weight) and no embedding, and config.json says that they are not tied"
         yield contents.finding("missing_embedding", message, "config.json", remedy="Save the model with its embedding.")
+    kind = next((str(name) for name in classes if _CLASSIFIES.search(str(name))), "")
+    if kind and not any(map(_CLASSIFIER.search, shapes)):
+        message = f"config.json says that this is a {kind}, and there is no head for that: it would be random"
+        yield contents.finding("missing_head", message, "config.json", remedy="Save the whole model, with its head.")
     if tied is not False or not generates or embedding is None or any(map(_HEAD.search, shapes)):
         return
     message = (

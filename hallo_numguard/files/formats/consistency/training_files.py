@@ -122,7 +122,7 @@ def numbers(part: Source) -> Iterator[Finding]:
     for where, group in _groups(part):
         for key in _NUMBERS:
             value = group.get(key)
-            if isinstance(value, float) and not math.isfinite(value):
+            if isinstance(value, float) and (not math.isfinite(value) or (key == "lr" and value < 0)):
                 yield finding(f"{key} of {where} is {value}")
     for scheduler in part.metadata.get("schedulers") or ():
         rates = [rate for rate in scheduler.get("_last_lr") or () if isinstance(rate, float)]
