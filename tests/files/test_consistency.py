@@ -407,3 +407,9 @@ def test_linked_and_deep_folders_are_read(tmp_path: Path) -> None:
     linked = ng.scan(tmp_path / "run")
     assert [finding.severity for finding in linked.findings] == ["error", "info"]
     assert "reached by a link out of run" in linked.findings[1].message
+
+
+def test_digits_of_other_kinds_in_names(tmp_path: Path) -> None:
+    torch.save({"module": weights()}, tmp_path / "²1_model_states.pt")
+    torch.save({"module": weights()}, tmp_path / "mp_rank_٠٠_model_states.pt")
+    assert "28 tensors" in ng.scan(tmp_path).checked[0]

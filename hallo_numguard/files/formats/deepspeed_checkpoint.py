@@ -163,7 +163,7 @@ def _archives(folder: Path, pattern: str, root: Path, contents: _Contents) -> It
 
 
 def _numeric_order(path: Path) -> list[int | str]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def _rank(archive: Archive) -> int | None:
