@@ -411,5 +411,5 @@ def test_linked_and_deep_folders_are_read(tmp_path: Path) -> None:
 
 def test_digits_of_other_kinds_in_names(tmp_path: Path) -> None:
     torch.save({"module": weights()}, tmp_path / "²1_model_states.pt")
-    torch.save({"module": weights()}, tmp_path / "mp_rank_٠٠_model_states.pt")
+    torch.save({"module": weights()}, tmp_path / "mp_rank_\u0660\u0660_model_states.pt")
     assert "28 tensors" in ng.scan(tmp_path).checked[0]

@@ -153,7 +153,7 @@ def _other_step(source: Source, leaf: Source, optimizer: Mapping[str, Any]) -> I
     """An optimizer that has counted other steps than the Trainer beside it."""
     taken = source.metadata.get("trainer_steps")
     counters = {_number(entry) for entry in leaf.entries if entry.role == "step" and entry.numel == 1} | {
-        int(state["step"]) for state in optimizer["states"].values() if isinstance(state.get("step"), (int, float))
+        state["step"] for state in optimizer["states"].values() if type(state.get("step")) is int
     }
     counted = max(counters, default=0)
     if type(taken) is int and counted > 0 and not _STEPS_BEHIND * taken <= counted <= taken:

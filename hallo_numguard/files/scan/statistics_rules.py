@@ -19,7 +19,8 @@ def check(files: Sequence[ScannedFile]) -> Iterator[Finding]:
     layers: dict[tuple[Path, str], dict[str, TensorEntry]] = {}
     for entry in (tensor.entry for file in files for tensor in file.tensors):
         module, _, last = entry.name.rpartition(".")
-        if last in _NAMES and 0 < entry.numel <= _MAX_NUMEL and entry.role in ("parameter", "buffer"):
+        is_plain = entry.dtype.itemsize > 1 and not entry.dtype.is_complex and 0 < entry.numel <= _MAX_NUMEL
+        if last in _NAMES and is_plain and entry.role in ("parameter", "buffer"):
             layers.setdefault((entry.file, module), {})[last] = entry
     frozen = []
     for held in layers.values():

@@ -22,8 +22,8 @@ _HEAD = re.compile(
 _GENERATES = re.compile(r"ForCausalLM$|LMHeadModel$")
 _CLASSIFIES = re.compile(r"For(Sequence|Token|Image|Audio)\w*Classification$|ForQuestionAnswering$")
 _CLASSIFIER = re.compile(r"classif|score|qa_|logits|head|summary|label|output_layer", re.IGNORECASE)
-_LAYER = re.compile(r"^(?P<before>.*?(^|\.)(layers|layer|h|blocks))\.(?P<number>\d+)\.")
-_EXPERT = re.compile(r"^(?P<before>(.*\.)?experts)\.(?P<number>\d+)\.")
+_LAYER = re.compile(r"^(?P<before>.*?(^|\.)(layers|layer|h|blocks))\.(?P<number>\d{1,6})\.")
+_EXPERT = re.compile(r"^(?P<before>(.*\.)?experts)\.(?P<number>\d{1,6})\.")
 _LAYER_COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _NESTED = ("text_config", "llm_config", "language_config", "thinker_config")
@@ -171,7 +171,7 @@ def _parts(stack: str, numbers: set[int], shapes: Mapping[str, tuple[int, ...]])
     for name in shapes:
         rest = name.removeprefix(f"{stack}.")
         number, dot, part = rest.partition(".")
-        if rest != name and dot and number.isdigit():
+        if rest != name and dot and number.isdecimal() and len(number) <= 6 and int(number) in parts:
             parts[int(number)].add(part)
     return parts
 
