@@ -10,6 +10,7 @@ Exit code: 0 none, 1 some, which are printed.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import logging
 import sys
@@ -106,6 +107,11 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }
 
 
+def library(name: str) -> Any:
+    """Returns a module, whose types are not looked at: it may not be installed."""
+    return importlib.import_module(name)
+
+
 def step(module: nn.Module, folder: Path | None = None) -> None:
     """Makes two steps of AdamW with random gradients; with a folder, writes the optimizer's state into it."""
     optimizer = torch.optim.AdamW(module.parameters(), 1e-3)
@@ -121,12 +127,12 @@ def architecture(name: str, options: dict[str, Any], is_stepped: bool) -> Writer
     """Returns what writes a model of transformers."""
 
     def write(folder: Path) -> None:
-        from transformers import CONFIG_MAPPING, AutoModel, AutoModelForCausalLM
-        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-
-        config = CONFIG_MAPPING[name](**options)
-        is_decoder = name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and name not in ("bert", "roberta", "electra")
-        model = (AutoModelForCausalLM if is_decoder else AutoModel).from_config(config)
+        transformers = library("transformers")
+        decoders = library("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        config = transformers.CONFIG_MAPPING[name](**options)
+        is_decoder = name in decoders and name not in ("bert", "roberta", "electra")
+        made = transformers.AutoModelForCausalLM if is_decoder else transformers.AutoModel
+        model = made.from_config(config)
         if is_stepped:
             step(model, folder)
         model.save_pretrained(folder, **({"max_shard_size": "100KB"} if is_stepped else {}))
@@ -141,8 +147,7 @@ def net() -> nn.Sequential:
 
 def trainer(folder: Path) -> None:
     """Writes checkpoints with the Trainer of transformers."""
-    from transformers import AutoModelForSequenceClassification, Trainer, TrainingArguments
-    from transformers.models.auto import CONFIG_MAPPING
+    transformers = library("transformers")
 
     class Data(torch.utils.data.Dataset[Any]):
         def __len__(self) -> int:
@@ -151,24 +156,26 @@ def trainer(folder: Path) -> None:
         def __getitem__(self, number: int) -> Any:
             return {"input_ids": torch.arange(8) + 3, "labels": number % 3}
 
-    model = AutoModelForSequenceClassification.from_config(CONFIG_MAPPING["bert"](**TEXT, num_labels=3))
+    config = transformers.CONFIG_MAPPING["bert"](**TEXT, num_labels=3)
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
     options = {"max_steps": 4, "save_steps": 2, "report_to": [], "use_cpu": True, "disable_tqdm": True}
-    run = Trainer(model, TrainingArguments(str(folder), **options), train_dataset=Data())
+    arguments = transformers.TrainingArguments(str(folder), **options)
+    run = transformers.Trainer(model, arguments, train_dataset=Data())
     run.train()
     run.save_model()
 
 
 def lightning(folder: Path) -> None:
     """Writes a checkpoint with Lightning."""
-    import lightning
+    lightning = library("lightning")
 
-    class Module(lightning.LightningModule):
+    class Module(lightning.LightningModule):  # type: ignore[name-defined, misc] # it is imported when needed
         def __init__(self, width: int = 16) -> None:
             super().__init__()
             self.save_hyperparameters()
             self.net = net()
 
-        def training_step(self, batch: torch.Tensor, _: int) -> torch.Tensor:
+        def training_step(self, batch: torch.Tensor, _: int) -> Any:
             return self.net(batch).square().mean()
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -176,16 +183,15 @@ def lightning(folder: Path) -> None:
 
     options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
     run = lightning.Trainer(**options, enable_model_summary=False, default_root_dir=str(folder))
-    run.fit(Module(), torch.utils.data.DataLoader(torch.randn(32, 16), 8))
+    run.fit(Module(), torch.utils.data.DataLoader(list(torch.randn(32, 16)), 8))
 
 
 def accelerate(folder: Path) -> None:
     """Writes two checkpoints with Accelerate."""
-    from accelerate import Accelerator
-
-    accelerator, model = Accelerator(cpu=True), net()
-    optimizer = torch.optim.AdamW(model.parameters())
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=10)
+    accelerator = library("accelerate").Accelerator(cpu=True)
+    model: Any = net()
+    optimizer: Any = torch.optim.AdamW(model.parameters())
+    scheduler: Any = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.01, total_steps=10)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     for number in range(2):
         accelerator.backward(model(torch.randn(8, 16)).square().mean())
@@ -196,9 +202,8 @@ def accelerate(folder: Path) -> None:
 
 def distributed(folder: Path) -> None:
     """Writes two checkpoints with torch.distributed.checkpoint."""
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.state_dict import get_state_dict
-
+    dcp = library("torch.distributed.checkpoint")
+    get_state_dict = library("torch.distributed.checkpoint.state_dict").get_state_dict
     model = net()
     optimizer = torch.optim.AdamW(model.parameters())
     for number in (1, 2):
@@ -220,7 +225,7 @@ def plain(make: Callable[..., torch.optim.Optimizer]) -> Writer:
             model(torch.randn(8, 16)).square().mean().backward()
             optimizer.step()
             scheduler.step()
-        parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
+        parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
         torch.save({name: part.state_dict() for name, part in parts.items()} | {"epoch": 3}, folder / "last.pt")
 
     return write
@@ -230,10 +235,8 @@ def adapter(kind: str, is_stepped: bool) -> Writer:
     """Returns what writes an adapter of peft."""
 
     def write(folder: Path) -> None:
-        import peft
-        from transformers import CONFIG_MAPPING, AutoModelForCausalLM
-
-        model = AutoModelForCausalLM.from_config(CONFIG_MAPPING["llama"](**GROUPED))
+        peft, transformers = library("peft"), library("transformers")
+        model = transformers.AutoModelForCausalLM.from_config(transformers.CONFIG_MAPPING["llama"](**GROUPED))
         options: dict[str, Any] = {"task_type": "CAUSAL_LM"}
         if kind == "dora":
             options["use_dora"] = True
@@ -344,9 +347,7 @@ def diffusion(name: str, is_stepped: bool) -> Writer:
     """Returns what writes a model of diffusers."""
 
     def write(folder: Path) -> None:
-        import diffusers
-
-        model = getattr(diffusers, name)(**DIFFUSERS[name])
+        model = getattr(library("diffusers"), name)(**DIFFUSERS[name])
         if is_stepped:
             step(model)
         model.save_pretrained(folder / "unet")
