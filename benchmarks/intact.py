@@ -182,8 +182,9 @@ def lightning(folder: Path) -> None:
             return torch.optim.Adam(self.parameters())
 
     options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    data: Any = torch.randn(32, 16)
     run = lightning.Trainer(**options, enable_model_summary=False, default_root_dir=str(folder))
-    run.fit(Module(), torch.utils.data.DataLoader(list(torch.randn(32, 16)), 8))
+    run.fit(Module(), torch.utils.data.DataLoader(data, 8))
 
 
 def accelerate(folder: Path) -> None:
