@@ -409,6 +409,21 @@ def test_linked_and_deep_folders_are_read(tmp_path: Path) -> None:
     assert "reached by a link out of run" in linked.findings[1].message
 
 
+def test_a_pipeline_without_one_of_its_parts(tmp_path: Path) -> None:
+    parts = {
+        "unet": ["diffusers", "UNet2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "safety_checker": [None, None],
+    }
+    write_json(tmp_path / "model_index.json", {"_class_name": "Pipeline", **parts})
+    for name in ("unet", "vae"):
+        (tmp_path / name).mkdir()
+        save_file(weights(), tmp_path / name / "diffusion_pytorch_model.safetensors")
+    assert grave(tmp_path) == []
+    shutil.rmtree(tmp_path / "vae")
+    assert grave(tmp_path) == ["missing"]
+
+
 def test_digits_of_other_kinds_in_names(tmp_path: Path) -> None:
     torch.save({"module": weights()}, tmp_path / "²1_model_states.pt")
     torch.save({"module": weights()}, tmp_path / "mp_rank_\u0660\u0660_model_states.pt")

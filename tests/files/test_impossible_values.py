@@ -77,6 +77,7 @@ FAULTS: dict[str, tuple[Callable[[], Tensors], list[str]]] = {
     ),
     "an additive mask": (lambda: {"attn.bias": torch.full((4, 4), float("-inf")).triu(1)}, ["nonfinite"]),
     "an additive mask of another name": (lambda: {"attn.allowed": torch.full((4, 4), float("-inf")).triu(1)}, []),
+    "infinite statistics": (lambda: {"bn.running_var": torch.full((4,), float("inf"))}, ["nonfinite"]),
     "an infinite scale": (lambda: {"logit_scale": torch.tensor(float("inf"))}, ["nonfinite"]),
     "half of the layers in another type": (
         lambda: {name: tensor.half() for name, tensor in base().items() if "layers.0." in name or "layers.5." in name},

@@ -32,6 +32,7 @@ _FIRST_FACTOR = re.compile(r"\.lora_A\.(\w+\.)?weight$")
 _WRAPPER = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.|^module\.")
 _BY_LOADERS = ("bitnet", "torchao", "quark", "auto-round")  # methods whose weights may lie there as they were
 _MAX_TOKENS = 4_000_000
+_MAX_NAMES = 5  # in a message
 _MIN_WEIGHTS = 3  # of a layer, to tell its kind
 _WEIGHT_FILES = re.compile(r"^(model|pytorch_model|adapter_model|diffusion_pytorch_model)\b.*\.(safetensors|bin)$")
 _CONFIG_REMEDY = "Take configuration and weights from the same save."
@@ -46,6 +47,7 @@ def check(contents: Contents, is_whole: bool) -> Iterator[Finding]:
             except DamagedFile as error:
                 yield error.finding(contents.folder / name)
     config = configuration(contents.folder)
+    yield from _components(contents)
     if not contents.parts:
         return
     yield from _empty(contents)
@@ -65,6 +67,22 @@ def check(contents: Contents, is_whole: bool) -> Iterator[Finding]:
     yield from _layers(contents, config, shapes)
     yield from _experts(contents, config, shapes)
     yield from _tokens(contents, shapes)
+
+
+def _components(contents: Contents) -> Iterator[Finding]:
+    """Parts of a pipeline of diffusers that have no folder."""
+    if "model_index.json" not in contents.files:
+        return
+    named = document_or_empty(contents.folder / "model_index.json")
+    lost = [
+        name
+        for name, value in named.items()
+        if isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+        if name not in contents.folders
+    ]
+    if lost:
+        message = f"model_index.json names {', '.join(lost[:_MAX_NAMES])}, and there is no such folder"
+        yield contents.finding("missing", message, "model_index.json", "warning", "Download the whole pipeline.")
 
 
 def _empty(contents: Contents) -> Iterator[Finding]:
