@@ -19,9 +19,11 @@ _STYLES = {"error": "bold red", "warning": "yellow", "info": "dim"}
 def render(report: PreflightReport) -> Group:
     """Returns a display for `rich.console.Console.print`, errors first."""
     table = Table.grid(padding=(0, 1))
-    for finding in report.findings[:_MAX_FINDINGS]:
+    shown = report.findings[:_MAX_FINDINGS]
+    for number, finding in enumerate(shown):
         table.add_row(Text(finding.severity, style=_STYLES[finding.severity]), Text(harmless(finding.message)))
-        if finding.remedy:
+        is_repeated = [after.remedy for after in shown[number + 1 : number + 2]] == [finding.remedy]
+        if finding.remedy and not is_repeated:  # once under all lines that share it
             table.add_row("", Text(harmless(finding.remedy), style="dim"))
     return Group(*([table] if report.findings else []), *_lines(report))
 

@@ -87,6 +87,30 @@ def test_what_is_not_finite_is_never_healthy(keeper, caplog, where):
     assert f"checkpoint {bad} is passed over" in caplog.text
 
 
+class Tracker:
+    """State of the user's own class, with a tensor in it, and bounds that begin with infinity."""
+
+    def __init__(self, model):
+        self.average = model.weight.detach().clone()
+        self.best = torch.tensor(float("inf"))
+
+    def state_dict(self):
+        return {"tracker": self}
+
+    def load_state_dict(self, state):
+        self.__dict__.update(vars(state["tracker"]))
+
+
+@pytest.mark.parametrize(("value", "is_healthy"), [(1.0, True), (float("nan"), False)])
+def test_state_of_the_user_s_own_classes_is_read_as_well(keeper, value, is_healthy):
+    run = make_run()
+    run["tracker"] = Tracker(run["model"][0])
+    run["tracker"].average[1, 2] = value
+    saved = keeper.save(run, step=1)
+    prove(keeper)
+    assert (keeper.latest_healthy() == saved) is is_healthy
+
+
 def test_a_manifest_that_was_written_anew_is_no_proof(keeper, caplog):
     """Whoever changes a file and its manifest has made another checkpoint, which has not been checked."""
     saved = keeper.save(make_run(), step=1)

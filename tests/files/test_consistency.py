@@ -90,6 +90,14 @@ def without(*parts: str) -> Change:
     return change
 
 
+def renamed(prefix: str) -> Change:
+    def change(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        save_file({prefix + name: value for name, value in tensors.items()}, folder / "model.safetensors")
+
+    return change
+
+
 def tokenizer(highest: int) -> Change:
     content = {"model": {"vocab": {"a": 0}}, "added_tokens": [{"id": highest, "content": "<x>"}]}
     return lambda folder: write_json(folder / "tokenizer.json", content)
@@ -115,6 +123,15 @@ def both(first: Change, second: Change) -> Change:
         (tokenizer(48), ["tokenizer"]),
         (tokenizer(47), []),
         (lambda folder: (folder / "config.json").write_text('{"arch'), ["damaged_file"]),
+        (without("embed_tokens"), ["missing_embedding"]),
+        (both(without("embed_tokens"), other_config(tie_word_embeddings=True)), []),
+        (without("layers.2.mlp"), ["missing_tensor"]),
+        (without("layers.0.mlp"), []),
+        (other_config(architectures=["LlamaForSequenceClassification"]), []),
+        (both(without("lm_head"), other_config(architectures=["LlamaForSequenceClassification"])), ["missing_head"]),
+        (renamed("_orig_mod."), ["wrapped_names"]),
+        (other_config(quantization_config={"quant_method": "bitsandbytes"}), ["config"]),
+        (other_config(quantization_config={"quant_method": "torchao"}), []),
     ],
 )
 def test_a_configuration_and_its_tensors(model: Path, change: Change, kinds: list[str]) -> None:
@@ -197,6 +214,16 @@ def test_a_file_of_weights_without_any(model: Path, save: Callable[..., object])
     assert grave(model) == ["no_values"]
     save({"base_model.model.a.lora_A.weight": torch.rand(4, 4)}, model / name)
     assert grave(model) == []
+
+
+def test_the_rank_of_an_adapter(tmp_path: Path) -> None:
+    save_file(
+        {"a.lora_A.weight": torch.rand(4, 8), "a.lora_B.weight": torch.rand(8, 4)},
+        tmp_path / "adapter_model.safetensors",
+    )
+    for rank, more, kinds in ((4, {}, []), (8, {}, ["config"]), (8, {"rank_pattern": {"a": 4}}, [])):
+        write_json(tmp_path / "adapter_config.json", {"peft_type": "LORA", "r": rank, **more})
+        assert grave(tmp_path) == kinds
 
 
 @pytest.fixture
@@ -338,6 +365,18 @@ def test_a_tracker_that_names_what_is_not_there(tmp_path: Path, name: str) -> No
     assert grave(tmp_path) == ["missing"]
 
 
+def test_a_newest_checkpoint_of_fewer_ranks(tmp_path: Path) -> None:
+    for number in (100, 200):
+        for rank in range(2):
+            folder = tmp_path / f"iter_{number:07d}" / f"mp_rank_{rank:02d}"
+            folder.mkdir(parents=True)
+            torch.save({"model": weights()}, folder / "model_optim_rng.pt")
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("200")
+    assert grave(tmp_path) == []
+    shutil.rmtree(folder)
+    assert grave(tmp_path) == ["missing_shard"]
+
+
 def test_the_shared_store_of_the_hub_is_followed_through_every_hop(model: Path, tmp_path: Path) -> None:
     hub = tmp_path / "hub"
     repository, store = hub / "models--a--b", hub / "blobs" / "ab"
@@ -368,3 +407,24 @@ def test_linked_and_deep_folders_are_read(tmp_path: Path) -> None:
     linked = ng.scan(tmp_path / "run")
     assert [finding.severity for finding in linked.findings] == ["error", "info"]
     assert "reached by a link out of run" in linked.findings[1].message
+
+
+def test_a_pipeline_without_one_of_its_parts(tmp_path: Path) -> None:
+    parts = {
+        "unet": ["diffusers", "UNet2DModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "safety_checker": [None, None],
+    }
+    write_json(tmp_path / "model_index.json", {"_class_name": "Pipeline", **parts})
+    for name in ("unet", "vae"):
+        (tmp_path / name).mkdir()
+        save_file(weights(), tmp_path / name / "diffusion_pytorch_model.safetensors")
+    assert grave(tmp_path) == []
+    shutil.rmtree(tmp_path / "vae")
+    assert grave(tmp_path) == ["missing"]
+
+
+def test_digits_of_other_kinds_in_names(tmp_path: Path) -> None:
+    torch.save({"module": weights()}, tmp_path / "²1_model_states.pt")
+    torch.save({"module": weights()}, tmp_path / "mp_rank_\u0660\u0660_model_states.pt")
+    assert "28 tensors" in ng.scan(tmp_path).checked[0]

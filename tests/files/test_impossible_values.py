@@ -60,6 +60,11 @@ FAULTS: dict[str, tuple[Callable[[], Tensors], list[str]]] = {
         lambda: {"head.weight": torch.randint(1, 2000, (40, 32), dtype=torch.int32).view(torch.float32)},
         ["absurd_values"],
     ),
+    "integers read as half floats": (
+        lambda: {"score.weight": torch.randint(1, 200, (80, 64), dtype=torch.int16).view(torch.float16)},
+        ["absurd_values"],
+    ),
+    "half floats that began with zeros": (lambda: {"final_head.weight": torch.full((80, 64), 1e-5).half()}, []),
     "a large mask": (lambda: {"attn.masked_bias": torch.full((4, 4), -1e30)}, []),
     "one constant layer": (lambda: {"layers.4.attn.q_proj.weight": torch.full((32, 32), 0.5)}, ["constant"]),
     "bounds and trackers": (
@@ -72,6 +77,7 @@ FAULTS: dict[str, tuple[Callable[[], Tensors], list[str]]] = {
     ),
     "an additive mask": (lambda: {"attn.bias": torch.full((4, 4), float("-inf")).triu(1)}, ["nonfinite"]),
     "an additive mask of another name": (lambda: {"attn.allowed": torch.full((4, 4), float("-inf")).triu(1)}, []),
+    "infinite statistics": (lambda: {"bn.running_var": torch.full((4,), float("inf"))}, ["nonfinite"]),
     "an infinite scale": (lambda: {"logit_scale": torch.tensor(float("inf"))}, ["nonfinite"]),
     "half of the layers in another type": (
         lambda: {name: tensor.half() for name, tensor in base().items() if "layers.0." in name or "layers.5." in name},
@@ -106,8 +112,29 @@ def test_an_adapter_that_adds_nothing(tmp_path: Path) -> None:
     assert [(one.kind, one.severity) for one in ng.scan(tmp_path).findings] == [("zero_adapter", "info")]
     (tmp_path / "trainer_state.json").write_text(json.dumps({"global_step": 2000}))
     assert [(one.kind, one.severity) for one in ng.scan(tmp_path).findings] == [("zero_adapter", "error")]
-    save_file({**tensors, "layers.2.q_proj.lora_B.weight": torch.randn(16, 4)}, tmp_path / "adapter_model.safetensors")
+    trained = {name: torch.randn(16, 4) for name in tensors if "lora_B" in name}
+    save_file({**tensors, **trained}, tmp_path / "adapter_model.safetensors")
     assert grave(tmp_path) == []
+    idle = {name.replace("q_proj", "v_proj"): tensor.clone() for name, tensor in tensors.items()}
+    save_file({**tensors, **trained, **idle}, tmp_path / "adapter_model.safetensors")
+    assert grave(tmp_path) == ["zero_adapter"]
+
+
+@pytest.mark.parametrize("change", [None, "negative", "never moved"])
+def test_running_statistics(tmp_path: Path, change: str | None) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+    torch.save(net.state_dict(), tmp_path / "new.pt")
+    net(torch.randn(2, 3, 8, 8))
+    state = net.state_dict()
+    if change == "negative":
+        state["1.running_var"][2] = -1e-5
+    elif change:
+        state["1.running_var"].fill_(1.0)
+        state["1.running_mean"].fill_(0.0)
+    torch.save(state, tmp_path / "trained.pt")
+    assert grave(tmp_path / "new.pt") == []
+    assert grave(tmp_path / "trained.pt") == (["running_statistics"] if change else [])
 
 
 def quantized() -> Tensors:
@@ -244,6 +271,14 @@ STATES: dict[str, tuple[Callable[[dict[int, dict[str, torch.Tensor]]], object], 
     "zero second moments": (
         lambda state: [entry["exp_avg_sq"].zero_() for entry in state.values()],
         "vanished_moments",
+    ),
+    "no elements": (
+        lambda state: [e.update(exp_avg=torch.empty(0), exp_avg_sq=torch.empty(0)) for e in state.values()],
+        "no_values",
+    ),
+    "steps alone": (
+        lambda state: [(e.pop("exp_avg"), e.pop("exp_avg_sq")) for e in state.values()],
+        "no_optimizer_state",
     ),
     "another order": (swap, "optimizer_order"),
     "another model": (other_model, "optimizer_shape"),

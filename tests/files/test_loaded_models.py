@@ -157,7 +157,7 @@ def test_the_command_takes_a_model_without_a_batch_and_a_loss(tmp_path: Path, mo
 
     assert run("--build", "more_user_code:model")[0] == 0
     code, text = run("--build", "more_user_code:with_batch")
-    assert (code, "give loss_fn" in text) == (2, True)
+    assert (code, "mean square of the output" in text) == (0, True)
     code, text = run("--build", "more_user_code:with_batch", "--loss", "more_user_code:loss")
     assert (code, "Smoke step: loss" in text) == (0, True)
     torch.save(prefixed("module.")(model().state_dict()), tmp_path / "a.pt")

@@ -482,6 +482,9 @@ def test_a_loss_far_from_that_of_then_is_told(tmp_path):
 def test_a_model_without_a_loss_and_one_that_fails_are_told_without_a_traceback():
     batch = {"x": torch.randn(4, 4)}
     report = ng.preflight(WithLoss(), batch=batch)
+    assert report.exit_code == 0
+    assert any("the model returns no loss" in sentence for sentence in report.checked)
+    report = ng.preflight(WithLoss(), batch=batch, loss_fn=lambda output: None)
     assert report.exit_code == 2
     assert "give loss_fn" in report.unchecked[0]
     (finding,) = of_kind(ng.preflight(WithLoss(), batch={"z": 1}), "smoke")

@@ -29,6 +29,7 @@ UNREAD = {
     "model.tflite": b"\x1c\0\0\0TFL3" + RAW,
     "tokenizer.model": TOKENIZER,
     "cache.pkl": pickle.dumps({"a": 1}),
+    "weights.zip": b"PK\x03\x04" + b"\0" * 22 + b"\x06\0\0\0" + b"a.pt" + b"archive/data.pkl" + RAW,
     "archive.tar": b"\0" * 257 + b"ustar" + RAW,
 }
 

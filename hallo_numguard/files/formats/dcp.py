@@ -70,7 +70,9 @@ def _optimizers(metadata: Any) -> dict[str, Any]:
     for path in sorted({name.partition(".param_groups")[0] for name in names if ".param_groups." in name}):
         keys = {name.rpartition(".")[2] for name in names if name.startswith(f"{path}.param_groups.")}
         settings = dict.fromkeys(keys - {"params"}, True)
-        states: dict[str, Any] = {name.rpartition(".")[0]: {} for name in names if name.startswith(f"{path}.state.")}
+        states: dict[str, dict[str, bool]] = {}
+        for owner, _, key in (name.rpartition(".") for name in names if name.startswith(f"{path}.state.")):
+            states.setdefault(owner, {})[key] = True
         found.append({"path": path, "groups": [settings], "states": states})
     return {"optimizers": found} if found else {}
 

@@ -118,7 +118,7 @@ def read(path: Path) -> Source:
         if its_weights is not None:
             _add_partitions(contents, its_weights, group)
     metadata = _metadata(folder, weights, shards)
-    contents.findings += _missing(folder, metadata, shards)
+    contents.findings += [*_missing(folder, metadata, shards), *_missing_slices(folder, metadata)]
     files = tuple(sorted(file for file in folder.iterdir() if file.is_file()))
     latest = path / LATEST
     archives = [*weights, *shards]
@@ -163,7 +163,7 @@ def _archives(folder: Path, pattern: str, root: Path, contents: _Contents) -> It
 
 
 def _numeric_order(path: Path) -> list[int | str]:
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def _rank(archive: Archive) -> int | None:
@@ -399,6 +399,18 @@ def _missing(folder: Path, metadata: Mapping[str, Any], shards: Sequence[Archive
             continue
         for rank in sorted(set(range(world)) - present):
             message = f"{folder.name}: the {what} of rank {rank} is missing: {world} ranks wrote this checkpoint"
+            yield Finding("missing_shard", message, severity="error", file=str(folder), remedy=_MISSING_REMEDY)
+
+
+def _missing_slices(folder: Path, metadata: Mapping[str, Any]) -> Iterator[Finding]:
+    """Slices of a tensor-parallel model whose file of weights is missing."""
+    size = metadata.get("mp_world_size")
+    present = {int(found[1]) for file in folder.glob(_WEIGHTS) if (found := _MODEL_RANK.search(file.name))}
+    if isinstance(size, int) and 1 < size <= _MAX_RANKS:
+        for rank in sorted(set(range(size)) - present):
+            message = (
+                f"{folder.name}: the weights of slice {rank} are missing: the model has {size} (mp_rank_{rank:02d})"
+            )
             yield Finding("missing_shard", message, severity="error", file=str(folder), remedy=_MISSING_REMEDY)
 
 

@@ -17,6 +17,7 @@ from hallo_numguard.files.formats.registry import CHECKPOINTS, FILES
 from hallo_numguard.files.formats.source import Source, joined
 
 _INDEX = ".index.json"
+_TELLING = frozenset({*trackers.FILES, "model_index.json"})  # files that say what lies in the folders beside them
 _MAX_FOLDERS = 100_000
 _MAX_FILES_PER_FOLDER = 100_000
 _OF_TOOLS = frozenset({".cache", ".git", ".hg", ".ipynb_checkpoints", ".locks", ".no_exist", ".venv", "__pycache__"})
@@ -36,7 +37,7 @@ def read(path: Path) -> Source:
     parts: list[Source] = []
     owned: set[Path] = set()  # folders that belong to a checkpoint above them
     for folder in walk:
-        if folder in owned or not (_is_filled(folder) or trackers.FILES & set(_names(folder))):
+        if folder in owned or not (_is_filled(folder) or _TELLING & set(_names(folder))):
             continue
         part = _read(folder)
         owned.update(above for file in part.files for above in file.parents if folder in above.parents)

@@ -33,6 +33,7 @@ from hallo_numguard.files.formats.training_state import state_roles, training_st
 from hallo_numguard.files.formats.zip_directory import Member, members, place
 
 LAYOUT = "torch"
+UP_TO_CLASSES = "but what is loaded is up to those classes"  # words of a sentence on what could not be checked
 _SUFFIXES = (".pt", ".pth", ".ckpt")
 _BIN_NAMES = re.compile(r"model|optimizer|scheduler|sampler|adapter|training_args|custom_checkpoint")
 _ARRAYS = frozenset(
@@ -156,8 +157,8 @@ def _limits(archive: Archive, tensors: Tensors, source: Source) -> dict[str, Any
     if tensors.in_objects:
         classes = ", ".join(archive.unpickled.classes()[:_MAX_NAMES])
         unchecked.append(
-            f"{name} holds objects of {classes}, not a state dict: the values were read as they are stored, but what "
-            "is loaded is up to those classes. To check it: load it where it is trusted, and save its state_dict()"
+            f"{name} holds objects of {classes}, not a state dict: the values were read as they are stored, "
+            f"{UP_TO_CLASSES}. To check it: load it where it is trusted, and save its state_dict()"
         )
     arrays = (f"{name}: {tensors.arrays} arrays of numpy",) if tensors.arrays else ()
     findings = [one for one in source.findings if one.kind != "classes" or (source.entries and not tensors.in_objects)]

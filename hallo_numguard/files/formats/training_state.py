@@ -58,7 +58,7 @@ def _optimizer(path: str, item: Mapping[Any, Any]) -> dict[str, Any]:
     states = {key: state for key, state in item["state"].items() if isinstance(state, Mapping)}
     return {
         "path": path,
-        "groups": [{**_numbers(group), "params": plain(group.get("params"))} for group in groups],
+        "groups": [{**_numbers(group), "params": _keys(group.get("params"))} for group in groups],
         "states": {
             str(key): {
                 str(name): part.shape if isinstance(part, StoredTensor) else plain(part) for name, part in state.items()
@@ -66,6 +66,12 @@ def _optimizer(path: str, item: Mapping[Any, Any]) -> dict[str, Any]:
             for key, state in states.items()
         },
     }
+
+
+def _keys(params: Any) -> list[Any]:
+    """The keys of a group's parameters."""
+    keys = plain(params)
+    return keys if isinstance(keys, list) else []
 
 
 def _numbers(item: Mapping[Any, Any]) -> dict[str, Any]:

@@ -176,9 +176,11 @@ def _is_pickle(path: Path, beginning: bytes) -> bool:
 
 
 def _is_other_zip(path: Path, beginning: bytes) -> bool:
-    if not beginning.startswith(b"PK\x03\x04") or b"data.pkl" in beginning:
+    if not beginning.startswith(b"PK\x03\x04"):
         return False
-    return path.suffix == ".keras" or b".weights.h5" in beginning or path.suffix in (".zip", ".mlpackage", ".pt2")
+    if path.suffix == ".zip" or b"data.pkl" in beginning:
+        return path.suffix == ".zip"
+    return path.suffix == ".keras" or b".weights.h5" in beginning or path.suffix in (".mlpackage", ".pt2")
 
 
 def _is_tar(_: Path, beginning: bytes) -> bool:

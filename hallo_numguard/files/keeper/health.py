@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.core.findings import Finding, PreflightReport
 from hallo_numguard.core.safe_text import harmless
+from hallo_numguard.files.formats.torch_zip import UP_TO_CLASSES
 from hallo_numguard.files.manifest.facts import sources
 from hallo_numguard.files.manifest.tree import walk
 from hallo_numguard.files.manifest.verify import verify_manifest
@@ -37,7 +39,8 @@ def _value_problem(folder: Path) -> str | None:
         return "no file in it has a layout that can be read, so its values are unknown"
     report = scan_opened(opened)
     errors = [item for item in report.findings if item.severity == "error" and item.kind not in _TRUSTED_KINDS]
-    return _in_words(errors, report)
+    unchecked = tuple(sentence for sentence in report.unchecked if UP_TO_CLASSES not in sentence)  # classes of this run
+    return _in_words(errors, replace(report, unchecked=unchecked))
 
 
 def _in_words(problems: Sequence[Finding], report: PreflightReport) -> str | None:

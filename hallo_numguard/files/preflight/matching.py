@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hallo_numguard.files.formats import DamagedFile, Source, TensorEntry, load
 from hallo_numguard.files.preflight.keys import prefixes
-from hallo_numguard.files.preflight.loaded import LoadedModel, is_equal
+from hallo_numguard.files.preflight.loaded import LoadedModel, is_constant, is_equal
 
 _OTHER_FILES = re.compile(
     r"^(optimizer|scheduler|scaler|sampler|random_states|rng_state|training_args|custom_checkpoint|dl_state)"
@@ -147,7 +147,7 @@ def _holds(model: LoadedModel, names: Mapping[str, TensorEntry]) -> bool:
             values = load(entry)
         except (DamagedFile, OSError):
             continue
-        if not values.dtype.is_floating_point or bool((values == values.flatten()[0]).all()):
+        if not values.dtype.is_floating_point or is_constant(values):
             continue
         if is_equal(values, held):
             same += 1

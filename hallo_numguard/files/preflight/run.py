@@ -140,7 +140,13 @@ def _checked(inputs: PreflightInputs, checkpoint: Source | None) -> tuple[str, .
     if inputs.model is not None and inputs.paths:
         checked.append(f"Names and shapes of the model's {len(inputs.model.shapes)} tensors")
     if checkpoint is not None:
-        checked.append(f"Optimizer state, ranks, stage and loss scaler of {checkpoint.root} ({checkpoint.layout})")
+        has_state = any(entry.role not in ("parameter", "buffer") for entry in checkpoint.entries)
+        what = (
+            "Optimizer state, ranks, stage and loss scaler"
+            if has_state
+            else "Ranks and stage, without optimizer state,"
+        )
+        checked.append(f"{what} of {checkpoint.root} ({checkpoint.layout})")
     return tuple(checked)
 
 

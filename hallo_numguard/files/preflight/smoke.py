@@ -20,7 +20,7 @@ LossFunction = Callable[[Any], torch.Tensor]
 
 
 class NoLoss(Exception):
-    """The model's output has no loss, and no loss function was given."""
+    """The model's output has neither a loss nor a tensor to make one of, and no loss function was given."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class _Pass:
     loss: float
     outputs: list[torch.Tensor]
     seeds: dict[int, torch.Tensor]
+    is_stand_in: bool = False
 
 
 def check(
@@ -41,7 +42,8 @@ def check(
     Args:
         module: The model.
         call: Calls the model with the batch, and returns its output.
-        loss_fn: Computes the loss from the output (default: the output, or its `loss`).
+        loss_fn: Computes the loss from the output (default: the output, or its `loss`; where there is none, the mean
+            of its squares stands in for it).
         expected_loss: Loss when the checkpoint was saved.
     """
     try:
@@ -66,23 +68,27 @@ def call_with(module: Callable[..., Any], batch: Any) -> Any:
 def _pass(module: nn.Module, call: Callable[[], Any], loss_fn: LossFunction | None) -> _Pass:
     with undisturbed(module):
         output = call()
-        loss = _loss(output, loss_fn)
+        loss, is_stand_in = _loss(output, loss_fn)
         outputs = [tensor for _, tensor in floating_tensors_in("output", output)]
         wanted = {position: tensor for position, tensor in enumerate(outputs) if tensor.requires_grad}
         given = torch.autograd.grad(loss, list(wanted.values()), allow_unused=True) if wanted else ()
         seeds = {place: seed for place, seed in zip(wanted, given, strict=True) if seed is not None}
-        return _Pass(float(loss.detach()), [tensor.detach() for tensor in outputs], seeds)
+        return _Pass(float(loss.detach()), [tensor.detach() for tensor in outputs], seeds, is_stand_in)
 
 
-def _loss(output: Any, loss_fn: LossFunction | None) -> torch.Tensor:
+def _loss(output: Any, loss_fn: LossFunction | None) -> tuple[torch.Tensor, bool]:
+    """The loss, and whether it stands in for one that the model does not return."""
     loss = loss_fn(output) if loss_fn is not None else output
     if loss_fn is None and isinstance(output, Mapping):
         loss = output.get("loss")
     elif loss_fn is None and not isinstance(output, torch.Tensor):
         loss = getattr(output, "loss", None)
     if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        raise NoLoss("the model returns no loss: give loss_fn, which computes it from the output")
-    return loss.reshape(())
+        outputs = [tensor for _, tensor in floating_tensors_in("output", output) if tensor.requires_grad]
+        if loss_fn is not None or not outputs:
+            raise NoLoss("the model returns no loss: give loss_fn, which computes it from the output")
+        return torch.stack([tensor.square().mean().float() for tensor in outputs]).sum(), True
+    return loss.reshape(()), False
 
 
 def _judge(module: nn.Module, call: Callable[[], Any], first: _Pass, expected_loss: float | None) -> PreflightReport:
@@ -97,7 +103,7 @@ def _judge(module: nn.Module, call: Callable[[], Any], first: _Pass, expected_lo
         findings.append(
             _error(f"smoke step: the loss is finite, its gradients are not: {second.origin}", second.origin.name)
         )
-    elif expected_loss is not None and first.loss > _MAX_LOSS_RATIO * abs(expected_loss):
+    elif expected_loss is not None and not first.is_stand_in and first.loss > _MAX_LOSS_RATIO * abs(expected_loss):
         findings.append(
             Finding(
                 "smoke",
@@ -109,7 +115,8 @@ def _judge(module: nn.Module, call: Callable[[], Any], first: _Pass, expected_lo
         message = "smoke step: the model returns other values for the same batch and random numbers"
         findings.append(Finding("smoke", message, severity="info"))
     trained = sum(parameter.requires_grad for parameter in module.parameters())
-    checked = f"Smoke step: loss {_words(first.loss)}; every activation, and the gradients of {trained} parameters"
+    what = "mean square of the output (the model returns no loss)" if first.is_stand_in else "loss"
+    checked = f"Smoke step: {what} {_words(first.loss)}; every activation, and the gradients of {trained} parameters"
     return PreflightReport(tuple(findings), (checked,))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -26,15 +26,15 @@ _RESIDUAL = re.compile(  # layers that often begin with zeros, so that a block d
     re.IGNORECASE,
 )
 _WEIGHT = re.compile(r"(weight|kernel|[._]w\d?)$")
-_LORA_A = re.compile(r"lora_(A|down|embedding_A)\b")
-_LORA_B = re.compile(r"lora_(B|up|embedding_B)\b")
+_FACTOR = re.compile(r"(lora_(A|B|E|up|down|embedding_A|embedding_B)|hada_w[12](_[ab])?|lokr_w[12](_[ab])?)(?=\.|$)")
 _MASK = re.compile(r"mask|causal|inv_freq|position|bias", re.IGNORECASE)
 _MIN_NUMEL = 4096  # a smaller piece of a weight can be zeros
 _MIN_FAMILY = 4  # layers, for a rule about what most of them hold
 _ABSURD = 1e8  # no trained matrix holds larger values
-_ABSURD_VECTOR = 1e20  # nor a vector: variances can be large
-_SMALLEST = {torch.float32: 1e-30, torch.float64: 1e-30, torch.bfloat16: 1e-30}  # of the largest value of a matrix
+_ABSURD_VECTOR = 1e12  # nor a vector: variances can be large
+_SMALLEST = {torch.float32: 1e-30, torch.float64: 1e-30, torch.bfloat16: 1e-30, torch.float16: 6e-5}
 _MAX_NAMES = 5  # in a message
+_IDLE_REMEDY = "They were not trained: check that their parameters are in the optimizer, and in the forward pass."
 _EMPTY_REMEDY = (
     "Save it again from the whole weights: with ZeRO-3, stage3_gather_16bit_weights_on_model_save or zero_to_fp32.py."
 )
@@ -44,6 +44,7 @@ _MEMORY_REMEDY = "It was most likely never written, or read from other memory. L
 def check(tensors: Tensors) -> Iterator[Finding]:
     """Yields the findings of all these rules."""
     yield from empty(tensors)
+    yield from empty_moments(tensors)
     yield from all_zero(tensors)
     yield from absurd(tensors)
     yield from constant(tensors)
@@ -53,14 +54,25 @@ def empty(tensors: Tensors) -> Iterator[Finding]:
     """Weights of no elements: what ZeRO-3 leaves in the place of a weight that it has spread over the ranks."""
     weights = [tensor for tensor in tensors if tensor.entry.role in WEIGHTS]
     filled = {tensor.family[:2] for tensor in weights if tensor.entry.numel}
-    holes = [tensor for tensor in weights if tensor.entry.shape == (0,)]
+    holes = [tensor for tensor in weights if tensor.entry.numel == 0]
     is_most = 2 * len(holes) > len(weights) and len(holes) > 1
-    lost = [one for one in holes if is_most or one.family[:2] in filled or one.entry.name.endswith(".weight")]
+    lost = [one for one in holes if is_most or one.family[:2] in filled or _is_placeholder(one)]
     if lost:
         names = ", ".join(tensor.entry.name for tensor in lost[:_MAX_NAMES])
         more = f" and {len(lost) - _MAX_NAMES} more" if len(lost) > _MAX_NAMES else ""
         message = f"{len(lost)} of {len(weights)} weights have no elements, placeholders as of ZeRO-3: {names}{more}"
         yield error("no_values", lost[0].entry, message, _EMPTY_REMEDY)
+
+
+def _is_placeholder(tensor: MeasuredTensor) -> bool:
+    return tensor.entry.shape == (0,) and tensor.entry.name.endswith(".weight")
+
+
+def empty_moments(tensors: Tensors) -> Iterator[Finding]:
+    """Moments of no elements, all of them: the optimizer's state was saved while it was spread over the ranks."""
+    moments = [tensor.entry for tensor in tensors if tensor.entry.role in ("exp_avg", "exp_avg_sq", "momentum")]
+    if moments and not any(entry.numel for entry in moments):
+        yield error("no_values", moments[0], f"all {len(moments)} moments of the optimizer have no elements")
 
 
 def all_zero(tensors: Tensors) -> Iterator[Finding]:
@@ -94,9 +106,16 @@ def absurd(tensors: Tensors) -> Iterator[Finding]:
         what = f"{entry.role} {entry.name} holds values up to {largest:.3g}"
         if largest > (_ABSURD if tensor.is_matrix else _ABSURD_VECTOR):
             yield error("absurd_values", entry, f"{what}, which no trained weight does", _MEMORY_REMEDY)
-        elif tensor.is_matrix and 0 < largest < _SMALLEST.get(entry.dtype, 0.0):
+        elif tensor.is_matrix and 0 < largest < _SMALLEST.get(entry.dtype, 0.0) and not _may_be_tiny(tensor):
             subnormal = ", all of them subnormal" if largest < torch.finfo(entry.dtype).smallest_normal else ""
             yield error("absurd_values", entry, f"{what} only{subnormal}: these are no weights", _MEMORY_REMEDY)
+
+
+def _may_be_tiny(tensor: MeasuredTensor) -> bool:
+    """Whether float16 weights are so small because they have just begun to move from zero."""
+    name = tensor.entry.name
+    begins_with_zeros = ZERO_INITIALISED.search(name) is not None or _RESIDUAL.search(name) is not None
+    return tensor.entry.dtype == torch.float16 and (begins_with_zeros or tensor.entry.numel < _MIN_NUMEL)
 
 
 def constant(tensors: Tensors) -> Iterator[Finding]:
@@ -112,16 +131,28 @@ def constant(tensors: Tensors) -> Iterator[Finding]:
 
 
 def adapters(tensors: Tensors) -> Iterator[Finding]:
-    """Adapters that add nothing, because the second factor of each is zero, as it begins."""
-    second = [tensor for tensor in tensors if _LORA_B.search(tensor.entry.name) and tensor.entry.numel]
-    first = [tensor for tensor in tensors if _LORA_A.search(tensor.entry.name) and tensor.entry.numel]
-    for factors in (second, first):
-        if factors and all(tensor.is_zero for tensor in factors):
-            entry = factors[0].entry
-            message = (
-                f"all {len(factors)} tensors like {entry.name} are zero: the adapter adds nothing, as at the beginning"
-            )
-            yield Finding(
-                "zero_adapter", f"{entry.file.name}: {message}", name=entry.name, severity="info", file=str(entry.file)
-            )
+    """Adapters that add nothing, because one factor of each is zero, as it begins."""
+    factors: dict[str, list[MeasuredTensor]] = {}
+    for tensor in tensors:
+        match = _FACTOR.search(tensor.entry.name)
+        if match is not None and tensor.entry.role == "parameter" and tensor.entry.numel:
+            factors.setdefault(match[1], []).append(tensor)
+    yield from _idle_targets(factors)
+    for same in factors.values():
+        if all(tensor.is_zero for tensor in same):
+            entry = same[0].entry
+            what = f"all {len(same)} tensors like {entry.name} are zero: the adapter adds nothing, as at the beginning"
+            message, file = f"{entry.file.name}: {what}", str(entry.file)
+            yield Finding("zero_adapter", message, name=entry.name, severity="info", file=file)
             return
+
+
+def _idle_targets(factors: Mapping[str, Sequence[MeasuredTensor]]) -> Iterator[Finding]:
+    """Target modules whose adapters add nothing in any layer, while those of other modules do."""
+    for same in factors.values():
+        groups = list(families(same).values())
+        idle = [group for group in groups if all(tensor.is_zero for tensor in group)]
+        if idle and len(idle) < len(groups):
+            entry = idle[0][0].entry
+            message = f"all {len(idle[0])} tensors like {entry.name} are zero, and those of other modules are not"
+            yield warning("zero_adapter", entry, message, _IDLE_REMEDY)

@@ -21,7 +21,7 @@ SCALE = re.compile(
     r"(^|[._])(scales?|scale_inv|scale_2|absmax|zero_points?|qzeros|quant_map|global_scale|amax|qstate|g_idx)$"
 )
 ZERO_INITIALISED = re.compile(
-    r"bias|lora_|hada_w2|adapter|controlnet|zero|gamma|alpha|gate|modulation|adaln|grn|temporal|motion|ip_adapter",
+    r"bias|lora_|hada_|lokr_|vera_|adapter|controlnet|zero|gamma|alpha|gate|modulation|adaln|grn|temporal|motion|ip_adapter",
     re.IGNORECASE,
 )
 _STATE_REMEDY = "Go back to an earlier checkpoint: the optimizer would write it into the weights."

@@ -65,6 +65,10 @@ def zero_pages(file: ScannedFile, entries: _ByOffset) -> Iterator[Finding]:
     for offset, nbytes in file.zero_pages:
         for entry in entries.at(offset, nbytes):
             begin, end = max(offset, entry.offset), min(offset + nbytes, entry.offset + entry.nbytes)
+            if not entry.dtype.is_floating_point and entry.nbytes - (end - begin) < 2 * PAGE:
+                if not load(entry).any():
+                    yield error("all_zero", entry, f"{entry.name} is all zeros ({entry.numel} packed values)")
+                continue
             if end - begin >= PAGE and _was_lost(entry, begin, end):
                 message = (
                     f"{end - begin} bytes of {entry.role} {entry.name} are zeros, exactly from page to page of the "

@@ -300,10 +300,11 @@ def _read_in_any_order(reader: _SpanReader, workers: int) -> None:
     """Every thread takes the next span, reads it and computes on it."""
     spans = iter(reader.spans)
     lock = threading.Lock()
+    stopped = threading.Event()
 
     def take() -> _Span | None:
         with lock:
-            return next(spans, None)
+            return None if stopped.is_set() else next(spans, None)
 
     def read_and_compute() -> None:
         buffer = reader.buffer()
@@ -317,8 +318,11 @@ def _read_in_any_order(reader: _SpanReader, workers: int) -> None:
 
     with _pool(workers) as pool:
         job = scan if reader.only_scans else read_and_compute
-        for future in [pool.submit(job) for _ in range(min(workers, len(reader.spans)))]:
-            future.result()
+        try:
+            for future in [pool.submit(job) for _ in range(min(workers, len(reader.spans)))]:
+                future.result()
+        finally:
+            stopped.set()  # where the user interrupts it, threads end with the spans that they have
 
 
 def _read_in_order(reader: _SpanReader, workers: int, digests: _Digests) -> None:

@@ -13,7 +13,7 @@ from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.core.findings import Finding, PreflightReport, by_severity, merge
 from hallo_numguard.files.formats import Checksum, DamagedFile, Source, TensorEntry, UnknownLayout, open_source
 from hallo_numguard.files.formats.file_access import file_size
-from hallo_numguard.files.scan import scale_rules, state_rules
+from hallo_numguard.files.scan import scale_rules, state_rules, statistics_rules
 from hallo_numguard.files.scan.reading import ScannedFile, read_file
 from hallo_numguard.files.scan.value_rules import judge
 
@@ -116,7 +116,7 @@ def _scan(
     for folder in folders(source):
         read, damage = _read(folder, threads, progress)
         findings += [*damage, *judge(read, dtype or _configured_dtype(folder)), *state_rules.check(folder, read)]
-        findings += scale_rules.check(folder, read)
+        findings += [*scale_rules.check(folder, read), *statistics_rules.check(read)]
         files += read
     unchecked, not_read = source.unchecked, source.not_read
     if not_read and not source.entries:  # nothing but what is not read

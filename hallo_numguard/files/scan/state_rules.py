@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +27,7 @@ _MAX_OTHER = 0.02  # share of masters that differ from their weights by more tha
 _MIN_SAMPLES = 64  # values in common, to judge a tensor
 _STEPS_BEHIND = 0.5  # of the run's steps; steps that overflowed are not counted
 _MAX_NAMES = 5  # in a message
+_FOLDER_STEP = re.compile(r"^(?:checkpoint|step|global_step|iter)[-_]?(\d{1,12})$")
 _EMPTY_REMEDY = "The optimizer would start as in a new run: resume from a checkpoint that has its state."
 _OTHER_REMEDY = (
     "The optimizer would apply the momentum of one weight to another: take state and weights from the same save."
@@ -52,6 +54,7 @@ def check(source: Source, files: Sequence[ScannedFile]) -> Iterator[Finding]:
     yield from _vanished(tensors)
     yield from _other_masters(tensors)
     yield from _other_rank(tensors)
+    yield from _other_step_of_rank(tensors)
     yield from _idle_adapter(source, tensors)
 
 
@@ -59,7 +62,7 @@ def _without_state(source: Source, leaf: Source, optimizer: Mapping[str, Any]) -
     """An optimizer with parameters and no state for any of them, after the run has gone on."""
     groups = optimizer["groups"]
     needs = any(any(key in group for key in _ADAM_KEYS) or bool(group.get("momentum")) for group in groups)
-    if optimizer["states"] or not needs:
+    if any(set(state) - {"step"} for state in optimizer["states"].values()) or not needs:
         return
     steps = _progress(source, leaf)
     if steps == 0:
@@ -89,7 +92,8 @@ def _progress(source: Source, leaf: Source) -> int | None:
         for key in ("last_epoch", "_step_count")
         if type(value := scheduler.get(key)) is int
     ]
-    return max(found, default=None)
+    named = _FOLDER_STEP.search(source.root.resolve().name)
+    return max([*found, *([int(named[1])] if named else [])], default=None)
 
 
 def _other_shapes(source: Source, leaf: Source, optimizer: Mapping[str, Any]) -> Iterator[Finding]:
@@ -149,7 +153,7 @@ def _other_step(source: Source, leaf: Source, optimizer: Mapping[str, Any]) -> I
     """An optimizer that has counted other steps than the Trainer beside it."""
     taken = source.metadata.get("trainer_steps")
     counters = {_number(entry) for entry in leaf.entries if entry.role == "step" and entry.numel == 1} | {
-        int(state["step"]) for state in optimizer["states"].values() if isinstance(state.get("step"), (int, float))
+        state["step"] for state in optimizer["states"].values() if type(state.get("step")) is int
     }
     counted = max(counters, default=0)
     if type(taken) is int and counted > 0 and not _STEPS_BEHIND * taken <= counted <= taken:
@@ -269,6 +273,24 @@ def _other_rank(tensors: Sequence[MeasuredTensor]) -> Iterator[Finding]:
             yield error("other_rank", group[0].entry, message, "Copy the file of this rank again.")
 
 
+def _other_step_of_rank(tensors: Sequence[MeasuredTensor]) -> Iterator[Finding]:
+    """Ranks whose optimizer has counted other steps than that of the others: their file is of another save."""
+    steps: dict[int, set[int]] = defaultdict(set)
+    entries = {}
+    for entry in (tensor.entry for tensor in tensors):
+        if entry.role == "step" and entry.rank is not None:
+            steps[entry.rank].add(_number(entry))
+            entries[entry.rank] = entry
+    common = Counter(frozenset(counted) for counted in steps.values()).most_common(1)
+    odd = [rank for rank, counted in sorted(steps.items()) if frozenset(counted) != common[0][0]] if common else []
+    if odd:
+        counted, usual = (", ".join(map(str, sorted(one))) for one in (steps[odd[0]], common[0][0]))
+        message = f"the optimizer of rank {odd[0]} has counted {counted} steps, and that of others {usual}"
+        yield error(
+            "step_counters", entries[odd[0]], message, "Files of several checkpoints were mixed: copy it again."
+        )
+
+
 def _is_copy(group: Sequence[MeasuredTensor], other: Sequence[MeasuredTensor]) -> bool:
     pairs = zip(group, other, strict=True)
     try:
@@ -285,7 +307,7 @@ def _idle_adapter(source: Source, tensors: Sequence[MeasuredTensor]) -> Iterator
     for finding in adapters(tensors):
         remedy = "It was never trained, or saved before: check that its parameters are in the optimizer."
         trained = replace(finding, message=f"{finding.message}, after {steps} steps", severity="error", remedy=remedy)
-        yield trained if steps else finding
+        yield trained if steps and finding.severity == "info" else finding
 
 
 def _words(shape: Sequence[int]) -> str:

@@ -37,7 +37,7 @@ from hallo_numguard.ops.formats import dtype_name
 _MASK = re.compile(r"mask|causal", re.IGNORECASE)
 _TRACKER = re.compile(r"best|kth|worst|lowest|highest|(^|[._])(min|max)(_|$)|_(min|max)$", re.IGNORECASE)
 _LEARNT = re.compile(
-    r"(weight|bias|kernel|weight_[gv]|in_proj|scale\w*|scales|temperature|gamma|alpha|beta|gain|token|embed\w*|table|lora_\w*)$"
+    r"(weight|bias|kernel|weight_[gv]|in_proj|scale\w*|scales|temperature|gamma|alpha|beta|gain|token|embed\w*|running_\w+|table|lora_\w*)$"
 )
 _MIN_FAMILY = 4  # layers, for a meaningful median
 _MIN_MATRIX_NUMEL = 4096  # smaller matrices can have a dominant value

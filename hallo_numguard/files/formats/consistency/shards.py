@@ -18,7 +18,7 @@ from hallo_numguard.files.formats.source import DamagedFile, Source, TensorEntry
 _INDEX = ".index.json"
 _IS_INDEX = re.compile(r"\.index(\.\w+)?\.json$")
 _SHARD = re.compile(
-    r"^(?P<stem>.*?)[-_.]?(?P<number>\d{2,6})-of-(?P<count>\d{2,6})(?P<rest>.*\.(safetensors|bin|pt|pth))$"
+    r"^(?P<stem>.*?)[-_.]?(?P<number>\d{2,6})-of-(?P<count>\d{2,6})(?P<rest>.*\.(safetensors|bin|pt|pth|gguf))$"
 )
 _WHOLE = re.compile(
     r"^(?P<stem>model|pytorch_model|adapter_model|diffusion_pytorch_model)(?P<variant>\.\w+)?\.(?P<kind>safetensors|bin)$"

@@ -53,6 +53,7 @@ def _megatron(contents: Contents) -> Iterator[Finding]:
         number = int(text)
         there = {int(match[1]): name for name in contents.folders if (match := _ITERATION.search(name))}
         if number in there:
+            yield from _fewer_ranks(contents, there[number], set(there.values()))
             return
         wanted = f"iter_{number:07d}"
         newest = f"; the newest here is {there[max(there)]}" if there else ""
@@ -64,6 +65,16 @@ def _megatron(contents: Contents) -> Iterator[Finding]:
     else:
         message = f"{_MEGATRON} names no iteration: {text[:40]!r}"
     yield contents.finding("missing", message, _MEGATRON, remedy=_REMEDY)
+
+
+def _fewer_ranks(contents: Contents, name: str, others: set[str]) -> Iterator[Finding]:
+    """The newest checkpoint with fewer folders of ranks than an earlier one."""
+    counts = {other: len(list((contents.folder / other).glob("mp_rank_*"))) for other in others}
+    most = max(counts, key=lambda other: counts[other])
+    if counts[name] < counts[most]:
+        message = f"{name} has {counts[name]} folders mp_rank_*, and {most} has {counts[most]}"
+        remedy = "Copy the folders of all ranks, or go back to the earlier checkpoint."
+        yield contents.finding("missing_shard", message, name, remedy=remedy)
 
 
 def _named(contents: Contents, tracker: str) -> Iterator[Finding]:

@@ -122,17 +122,20 @@ def numbers(part: Source) -> Iterator[Finding]:
     for where, group in _groups(part):
         for key in _NUMBERS:
             value = group.get(key)
-            if isinstance(value, float) and not math.isfinite(value):
+            if isinstance(value, float) and (not math.isfinite(value) or (key == "lr" and value < 0)):
                 yield finding(f"{key} of {where} is {value}")
     for scheduler in part.metadata.get("schedulers") or ():
-        rates = [rate for rate in scheduler.get("_last_lr") or () if isinstance(rate, float)]
+        rates = scheduler.get("_last_lr")
+        rates = [rate for rate in rates if isinstance(rate, float)] if isinstance(rates, list) else []
         if any(not math.isfinite(rate) for rate in rates):
             yield finding(f"the learning rate in the scheduler is {rates[0]}")
     for scaler in part.metadata.get("scalers") or ():
         scale = scaler.get("scale")
-        if isinstance(scale, (int, float)) and (not math.isfinite(scale) or scale <= 0):
+        if not isinstance(scale, (int, float)):
+            continue
+        if scale <= 0 or (isinstance(scale, float) and not math.isfinite(scale)):
             yield finding(f"the loss scale is {scale}")
-        elif isinstance(scale, (int, float)) and scale < _MIN_SCALE:
+        elif scale < _MIN_SCALE:
             yield finding(f"the loss scale is {scale:.3g}: every step before it overflowed", "warning")
 
 
