@@ -77,8 +77,15 @@ def _in_statistics(sample: Row) -> bool:
     return sample["threads"] == 1 and sample["kind"] != "limit" and (size == 256 or (size, dtype) == (4, "fp32"))
 
 
+def _in_statistics_by_size(sample: Row) -> bool:
+    return sample["threads"] == 1 and sample["kind"] != "limit" and sample["size"] >> 20 in (4, 256)
+
+
+_STATISTICS = ("{label}", {"{size}, {dtype}": "{fraction:#.2g}"})
+
 TABLES = {
-    "statistics": Table("overhead", "{label}", {"{size}, {dtype}": "{fraction:#.2g}"}, _in_statistics, "samples"),
+    "statistics": Table("overhead", *_STATISTICS, _in_statistics, "samples"),
+    "statistics-avx2": Table("overhead_avx2", *_STATISTICS, _in_statistics_by_size, "samples"),
     "scan-warm": Table(
         "scan",
         "{candidate}",

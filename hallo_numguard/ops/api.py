@@ -6,6 +6,7 @@ from array import array
 from collections.abc import Sequence
 
 import torch
+from torch.compiler import is_dynamo_compiling
 
 from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.ops import tensor_list
@@ -41,9 +42,11 @@ def tensor_stats(
     """
     if (offsets is None or type(offsets) is Layout) and _is_eager():
         direct = direct_calls()  # an operator costs 3 us, and as much again where its code is not in the cache
-        packed = None if direct is None else direct.scan_tensor(flat, offsets, detail)
-        if packed is not None:
-            return StatsTable(packed, detail)
+        if direct is not None:
+            plan = None if offsets is None else offsets.table("native", direct.Plan)
+            packed = direct.scan_tensor(flat, plan, detail, direct.isa)
+            if packed is not None:
+                return StatsTable(packed, detail)
     check_has_data(flat)
     if offsets is None or isinstance(offsets, torch.Tensor):
         where = offsets
@@ -71,7 +74,7 @@ def multi_tensor_stats(tensors: Sequence[torch.Tensor], detail: bool = False) ->
     tensors = list(tensors)
     if _is_eager():
         direct = direct_calls()
-        packed = None if direct is None else direct.scan_tensors(tensors, detail)
+        packed = None if direct is None else direct.scan_tensors(tensors, detail, direct.isa)
         if packed is not None:
             return StatsTable(packed, detail)
         plain = tensor_list.read_plain(tensors)
@@ -102,7 +105,7 @@ def _gather(tensors: list[torch.Tensor], devices: list[torch.device], detail: bo
 
 def _is_eager() -> bool:
     """Whether operators are neither traced nor intercepted."""
-    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() == 0
+    return not (is_dynamo_compiling() or torch._C._len_torch_dispatch_stack() > 0 or torch._C._is_tracing())
 
 
 def check_has_data(tensor: torch.Tensor, where: str = "") -> None:

@@ -6,12 +6,13 @@ import functools
 import importlib
 import logging
 import os
-from types import ModuleType
 from typing import Protocol, cast
 
 import torch
 
 from hallo_numguard.core.errors import BackendUnavailable
+from hallo_numguard.ops.backends import cpu
+from hallo_numguard.ops.backends.cpu import DirectCalls
 from hallo_numguard.ops.layout import Layout
 from hallo_numguard.ops.tensor_list import TensorList
 
@@ -76,14 +77,17 @@ def runs_natively(device_type: str) -> bool:
 
 
 @functools.cache
-def direct_calls() -> ModuleType | None:
-    """Returns the backend of the CPU if its calls can read tensors by themselves: `backends/cpu.py`."""
+def direct_calls() -> DirectCalls | None:
+    """Returns the calls that go from tensors on the CPU to records without a backend; None if there are none.
+
+    Raises:
+        BackendUnavailable: If HALLO_NUMGUARD_ISA names an instruction set that this CPU does not run.
+    """
     try:
         found = backend_for("cpu")
     except BackendUnavailable:  # the variable names one of another device
         return None
-    module = importlib.import_module("hallo_numguard.ops.backends.cpu")
-    return module if found is cast(Backend, module) and module.reads_tensors() else None
+    return cpu.direct_calls() if found is cast(Backend, cpu) else None
 
 
 def explain(device_type: str) -> dict[str, str | None]:

@@ -16,7 +16,7 @@ from hallo_numguard.ops.schema import multi_tensor_stats_op, tensor_stats_op
 
 from backends import forced_backend
 
-pytestmark = pytest.mark.skipif(not native.reads_tensors(), reason="needs the extension, and torch >= 2.10")
+pytestmark = pytest.mark.skipif(not native.direct_calls(), reason="needs the extension, and torch >= 2.10")
 
 NAN, INF = math.nan, math.inf
 
@@ -76,16 +76,16 @@ def test_the_records_are_those_of_the_operator(make: Callable[[], torch.Tensor])
 def test_tensors_that_are_read_as_they_are(make: Callable[[], torch.Tensor]) -> None:
     direct = direct_calls()
     assert direct is not None
-    assert direct.scan_tensor(make(), None, False) is not None
-    assert direct.scan_tensors([make(), make()], False) is not None
+    assert direct.scan_tensor(make(), None, False, direct.isa) is not None
+    assert direct.scan_tensors([make(), make()], False, direct.isa) is not None
 
 
 @pytest.mark.parametrize("make", LEFT.values(), ids=LEFT)
 def test_tensors_that_are_left_to_python(make: Callable[[], torch.Tensor]) -> None:
     direct = direct_calls()
     assert direct is not None
-    assert direct.scan_tensor(make(), None, False) is None
-    assert direct.scan_tensors([values(3), make()], False) is None
+    assert direct.scan_tensor(make(), None, False, direct.isa) is None
+    assert direct.scan_tensors([values(3), make()], False, direct.isa) is None
 
 
 def test_infinities_of_a_negated_view_have_the_signs_that_torch_shows() -> None:
@@ -124,6 +124,15 @@ def test_a_dispatch_mode_sees_the_operators() -> None:
         ng.multi_tensor_stats([values(9)])
     assert tensor_stats_op in seen
     assert multi_tensor_stats_op in seen
+
+
+def test_a_traced_function_has_the_operators() -> None:
+    def measure(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return ng.tensor_stats(tensor, OFFSETS["layout"]).packed, ng.multi_tensor_stats([tensor]).packed
+
+    traced = torch.jit.trace(measure, values(9), check_trace=False)
+    for result, expected in zip(traced(values(9) * 2), measure(values(9) * 2), strict=True):
+        assert torch.equal(result, expected)
 
 
 def test_a_list_that_changes_keeps_its_records_apart() -> None:

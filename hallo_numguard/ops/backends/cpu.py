@@ -7,7 +7,8 @@ import itertools
 import os
 import threading
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
 
@@ -107,40 +108,34 @@ def multi_tensor_stats(tensors: TensorList, detail: bool) -> torch.Tensor:
     return packed
 
 
-@functools.cache
-def reads_tensors() -> bool:
-    """Returns whether `scan_tensor` and `scan_tensors` can be used: torch >= 2.10 lets C code read its tensors."""
+@dataclass(frozen=True)
+class DirectCalls:
+    """C functions that read torch's tensors by themselves, and allocate the records: 2 us on the host.
+
+    Attributes:
+        scan_tensor: Does what `tensor_stats` does. Takes the tensor, a `Plan` or None, `detail` and `isa`; returns None
+            unless the tensor is dense and contiguous, on the CPU, no subclass, of a known dtype, and has all elements
+            of the plan.
+        scan_tensors: Does what `multi_tensor_stats` does. Takes a list or tuple, `detail` and `isa`; returns None
+            unless there is a tensor, and all are such.
+        Plan: Makes a plan of a list of offsets.
+        isa: Number of the instruction set.
+    """
+
+    scan_tensor: Callable[[torch.Tensor, Any, bool, int], torch.Tensor | None]
+    scan_tensors: Callable[[Sequence[torch.Tensor], bool, int], torch.Tensor | None]
+    Plan: Callable[[list[int]], Any]
+    isa: int
+
+
+def direct_calls() -> DirectCalls | None:
+    """Returns these functions; None before torch 2.10, whose tensors C code cannot read, or without the extension."""
     module, exchange = extension(), getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     if module is None or exchange is None:
-        return False
-    return bool(module.prepare(exchange, torch.Tensor, torch.nn.Parameter, torch.get_num_threads))
-
-
-def scan_tensor(flat: torch.Tensor, layout: Layout | None, detail: bool) -> torch.Tensor | None:
-    """Does what `tensor_stats` does in one call of C code, or returns None.
-
-    Returns:
-        Records as from `tensor_stats`; None unless `flat` is a dense and contiguous tensor on the CPU, no subclass, of
-        a known dtype, with all elements of the layout.
-
-    Cost: as of `tensor_stats`; 2 us on the host.
-    """
-    module = _loaded()
-    plan = None if layout is None else layout.table("native", module.Plan)
-    records: torch.Tensor | None = module.scan_tensor(flat, plan, detail, isa())
-    return records
-
-
-def scan_tensors(tensors: list[torch.Tensor], detail: bool) -> torch.Tensor | None:
-    """Does what `multi_tensor_stats` does in one call of C code, or returns None.
-
-    Returns:
-        Records as from `multi_tensor_stats`; None unless there is a tensor and all are such as in `scan_tensor`.
-
-    Cost: one pass per dtype; 40 to 70 ns per tensor on the host.
-    """
-    records: torch.Tensor | None = _loaded().scan_tensors(tensors, detail, isa())
-    return records
+        return None
+    if not module.prepare(exchange, torch.Tensor, torch.nn.Parameter, torch.get_num_threads):
+        return None
+    return DirectCalls(module.scan_tensor, module.scan_tensors, module.Plan, isa())
 
 
 def scan_file(
