@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import _pop_mode
 
 from hallo_numguard.guard import containment
 
+import fork_server
 from backends import BACKENDS, NATIVE, TRITON, forced_backend
 
 
@@ -30,6 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="extensions-")
     if config.getoption("markexpr") != "gpu":
         os.environ["TRITON_INTERPRET"] = "1"
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        fork_server.start()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

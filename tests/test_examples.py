@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 import deepspeed_support as support
+import fork_server
 from paths import TESTS
 
 FOLDER = Path(__file__).parent.parent / "examples"
@@ -26,7 +27,7 @@ EXPECTED = {
     "with_lightning": ["weights_nonfinite", "parameter net.0.weight[3, 5]: 1 NaN of 128 values"],
     "with_trackers": ["step,loss,loss_scale", "\n3,", ",0,1,0\n"],
 }
-RANKS = {"with_ddp": 2, "with_fsdp2": 2}
+LAUNCHED = {"with_ddp", "with_fsdp2"}
 OWN_TESTS = {"demo"}
 
 
@@ -36,10 +37,11 @@ def test_every_script_is_run():
 
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_a_script(name, tmp_path):
-    ranks = RANKS.get(name, 1)
     port = support.free_port()
+    # The launcher starts fresh processes; of the others, one does.
+    python = [sys.executable] if name == "plain_pytorch" or name in LAUNCHED else fork_server.command()
     launcher = (
-        ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={port}"] if ranks > 1 else []
+        ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"] if name in LAUNCHED else []
     )
     environment = {
         key: value
@@ -49,7 +51,7 @@ def test_a_script(name, tmp_path):
     runner = [str(TESTS / "support" / "without_compiling.py")] if "deepspeed" in name else []
     environment |= {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(port), "TMPDIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, *launcher, *runner, str(FOLDER / f"{name}.py")],
+        [*python, *launcher, *runner, str(FOLDER / f"{name}.py")],
         env=environment,
         cwd=tmp_path,
         capture_output=True,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,8 @@ import pytest
 from hallo_numguard.ops import dispatch
 from hallo_numguard.ops.backends import cpu as native
 from hallo_numguard.ops.native_extension import extension
+
+import fork_server
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
@@ -28,7 +29,7 @@ def run_python(*arguments: str, **variables: str) -> subprocess.CompletedProcess
         if name not in (dispatch.BACKEND_VARIABLE, native.ISA_VARIABLE, *_OF_RANKS)
     }
     return subprocess.run(
-        [sys.executable, *arguments],
+        [*fork_server.command(), *arguments],
         cwd=BENCHMARKS,
         env=clean | variables,
         capture_output=True,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fork_server
 import tells_failures
 from paths import IMPORTABLE
 
@@ -185,7 +185,7 @@ def start_rank(script: Path, rank: int, ranks: int, port: int, **streams: Any) -
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(filter(None, [IMPORTABLE, os.environ.get("PYTHONPATH")])),
     }
-    return subprocess.Popen([sys.executable, str(script)], env=environment, text=True, **streams)
+    return subprocess.Popen([*fork_server.command(), str(script)], env=environment, text=True, **streams)
 
 
 def run_ranks(
