@@ -19,6 +19,8 @@ from hallo_numguard.guard import containment
 import fork_server
 from backends import BACKENDS, NATIVE, TRITON, forced_backend
 
+LINEAR = torch.nn.functional.linear
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """Lets Triton's interpreter run the kernels, which looks when they are defined; but for GPU tests.
@@ -129,9 +131,8 @@ def nothing_stays() -> Iterator[None]:
     A guard that a test has left in the middle of a watched step has begun a mode; DeepSpeed's stage 3 replaces torch's
     linear layer for good, so that its gradients become ready in another order.
     """
-    linear = torch.nn.functional.linear
     yield
-    torch.nn.functional.linear = linear
+    torch.nn.functional.linear = LINEAR
     while torch._C._len_torch_dispatch_stack():
         _pop_mode()
     torch.autograd.set_detect_anomaly(False)

@@ -11,10 +11,10 @@ from torch import nn
 import hallo_numguard as ng
 
 from campaign.cases import FAULTY_STEP, Case, Seen
-from campaign.models import MODELS
+from campaign.models import WITH_EXPERTS
 
-INPUT = {model: ("features", (2, 3, 1)) for model in MODELS} | {"unet": ("noisy", (2, 1, 6, 4))}
-BUFFER = {model: (0, 1) for model in MODELS} | {"unet": (1,)}
+INPUT = {model: ("features", (2, 3, 1)) for model in WITH_EXPERTS} | {"unet": ("noisy", (2, 1, 6, 4))}
+BUFFER = {model: (0, 1) for model in WITH_EXPERTS} | {"unet": (1,)}
 STATE = (3, 5)
 GRADIENT = (7, 2)
 
@@ -22,7 +22,7 @@ GRADIENT = (7, 2)
 def build(case: Case, kind: type[nn.Module] | None = None) -> Any:
     """Returns the case's model, with the damage that it has before the run."""
     torch.manual_seed(0)
-    model = (kind or MODELS[case.model])()
+    model = (kind or WITH_EXPERTS[case.model])()
     if case.fault == "buffer":
         dict(model.named_buffers())[model.buffer].view(-1)[1] = float("nan")
     return model

@@ -174,4 +174,5 @@ class UNet(nn.Module):
         return (output.float() - target).square().mean()
 
 
-MODELS = {"transformer": Transformer, "unet": UNet, "experts": Experts}
+MODELS = {"transformer": Transformer, "unet": UNet}
+WITH_EXPERTS = {**MODELS, "experts": Experts}  # under DeepSpeed only

@@ -291,7 +291,7 @@ def test_only_the_end_is_kept_if_the_first_is_all_that_is_wanted():
 
 
 def test_a_mask_of_negative_infinity_does_not_end_a_trace_that_stops_at_the_first():
-    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(40)], Of(lambda x: x / 0), nn.Linear(4, 4))
+    model = nn.Sequential(*[nn.Linear(4, 4) for _ in range(40)], Of(lambda x: x.abs() / 0), nn.Linear(4, 4))
     model.register_buffer("mask", torch.full((4, 4), float("-inf")).triu(1))
     assert first_of(model, torch.randn(2, 4), stop_at_first=True).name == "40"
 
