@@ -123,9 +123,25 @@ def _partitioned(item: NamedTensor) -> NamedTensor:
     parameter: Any = item.tensor
     if not hasattr(parameter, "ds_tensor"):
         return item
+    shape = tuple(parameter.ds_shape)
+    return NamedTensor(item.kind, item.name, item.tensor, item.aliases, shape, _LocalSlice(parameter))
 
-    def local_slice() -> tuple[torch.Tensor, int]:
-        mine = slice_of(parameter)
-        return parameter.ds_tensor.detach().view(-1)[: mine.real], mine.start
 
-    return NamedTensor(item.kind, item.name, item.tensor, item.aliases, tuple(parameter.ds_shape), local_slice)
+class _LocalSlice:
+    """Returns this rank's part of a partitioned parameter, and its place in the whole.
+
+    It is made anew only where DeepSpeed has moved the part: updates are looked at twice a step.
+    """
+
+    def __init__(self, parameter: Any) -> None:
+        self._parameter = parameter
+        self._made: tuple[torch.Tensor, int] | None = None
+        self._place: tuple[int, int] | None = None
+
+    def __call__(self) -> tuple[torch.Tensor, int]:
+        part: torch.Tensor = self._parameter.ds_tensor
+        place = part.data_ptr(), part.numel()
+        if self._made is None or place != self._place:
+            mine = slice_of(self._parameter)
+            self._made, self._place = (part.detach().view(-1)[: mine.real], mine.start), place
+        return self._made
