@@ -93,7 +93,6 @@ RANKS = """
 import json, os, sys
 import torch
 import deepspeed_support as support
-import fork_server
 import faulty
 from pathlib import Path
 import hallo_numguard as ng
@@ -134,7 +133,6 @@ TRAINING_SCRIPT = """
 import sys
 import torch
 import deepspeed_support as support
-import fork_server
 import faulty
 
 class Own(torch.nn.Module):  # what a training script defines itself is pickled as __main__.Own

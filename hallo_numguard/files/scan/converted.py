@@ -49,14 +49,6 @@ def byte_values(dtype: torch.dtype) -> torch.Tensor:
     return every.view(dtype).float().unsqueeze(1)
 
 
-def as_parts(entry: TensorEntry) -> TensorEntry:
-    """Returns an entry of complex numbers as one of twice as many real numbers; any other entry as it is."""
-    part = PARTS.get(entry.dtype)
-    if part is None:
-        return entry
-    return replace(entry, dtype=part, shape=(entry.nbytes // part.itemsize,), stride=None, whole=None, corner=None)
-
-
 def of_complex(record: Record) -> Record:
     """Returns the statistics of the parts of complex numbers with the place of the first bad number among these."""
     first = record.first_nonfinite

@@ -57,10 +57,6 @@ class Experts:
         """Whether ranks hold different experts."""
         return any(layer.parts > 1 for layer in self._layers.values())
 
-    def is_expert(self, item: NamedTensor) -> bool:
-        """Returns whether a tensor is one of an expert."""
-        return self._layer_of(item.name) is not None
-
     def listed(self, tensors: Iterable[NamedTensor]) -> list[NamedTensor]:
         """Returns the tensors with those of all experts, in an order that is the same on all ranks."""
         return [item for tensor in tensors for item in self._in_all_parts(tensor)]
