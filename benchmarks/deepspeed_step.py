@@ -1,13 +1,15 @@
 """What a guard costs: whole training steps of DeepSpeed, without it, observing, and in replace mode.
 
-    python benchmarks/deepspeed_step.py [--quick] [--case fp16-2 --case bf16-2-10000x64] [--rounds 15] [--json FILE]
+    python benchmarks/deepspeed_step.py [--quick] [--case fp16-2 --case bf16-2-10000x64] [--rounds 15] [--device cuda]
+        [--json FILE]
 
 Three engines of the same model take turns, in a new order every round, so that noise hits all alike; a figure is the
 median over the rounds of a guarded step over the unguarded one of the same round. Beside it: what DeepSpeed's own
 check and norm take in a step, and in replace mode the guard with what is left of them.
 
 A case is a dtype, a ZeRO stage, where gradients and optimizer state lie, and if it ends in `10000x64` so many
-parameters of 64 elements, which show the cost of a parameter; else a stack of 24 Linear(1024, 1024).
+parameters of 64 elements, which show the cost of a parameter; else a stack of 24 Linear(1024, 1024), on a GPU of 24
+Linear(4096, 4096). On a GPU a step is timed until its work is done, check and norm until their calls return.
 
 Exit code: 0 done, 2 wrong usage or no native extension.
 """
@@ -24,13 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
 import click
 import psutil  # type: ignore[import-untyped, unused-ignore]
 import torch
-from machine import describe_cpu, require_native
-from output import json_option, make_console, print_facts, quick_option, rounds_option, write_json
+from machine import prepare
+from output import device_option, json_option, make_console, print_facts, quick_option, rounds_option, write_json
 from page import print_results
 from timing import alternate, median_ratio
 from torch import nn
@@ -40,7 +40,8 @@ from hallo_numguard.integrations.deepspeed import DeepSpeedGuard
 
 MODES = ("off", "observe", "replace")
 DTYPES = {"fp16": torch.half, "bf16": torch.bfloat16, "fp32": torch.float32}
-LAYERS, WIDTH, BATCH, ROUNDS = 24, 1024, 8, 15
+LAYERS, BATCH, ROUNDS = 24, 8, 15
+WIDTHS = {"cpu": 1024, "cuda": 4096}  # by device
 QUICK_LAYERS, QUICK_WIDTH, QUICK_ROUNDS = 4, 64, 3
 SMALL_PARAMETER = 64  # elements
 
@@ -164,8 +165,9 @@ class Trained:
 
     def __init__(self, case: Case, mode: str, layers: int, width: int) -> None:
         rows, columns = (1, 1) if case.small_parameters else (BATCH, width)
-        self._input = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(DTYPES[case.dtype])
         self._engine = make_engine(case, layers, width)
+        values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
+        self._input = values.to(self._engine.device, DTYPES[case.dtype])
         self.stopwatch = Stopwatch()
         optimizer = self._engine.optimizer
         self.stopwatch.watch(optimizer, *[name for name in CHECKS if hasattr(optimizer, name)])
@@ -180,6 +182,8 @@ class Trained:
         self.stopwatch.seconds = 0.0
         self._engine.backward(self._engine(self._input).float().square().mean())
         self._engine.step()
+        if self._engine.device.type != "cpu":
+            torch.cuda.synchronize()
 
 
 def make_engine(case: Case, layers: int, width: int) -> Any:
@@ -231,7 +235,7 @@ def measure(case: Case, layers: int, width: int, rounds: int) -> Result:
 
 def growth(steps: int) -> float:
     """Returns KiB by which the process grows in a guarded step, once the flight recorder is full."""
-    engine = Trained(CASES["bf16-2-100x64"], "replace", LAYERS, WIDTH)
+    engine = Trained(CASES["bf16-2-100x64"], "replace", LAYERS, WIDTHS["cpu"])
     process = psutil.Process()
     for _ in range(2 * ng.GuardConfig().history):
         engine.step()
@@ -241,14 +245,17 @@ def growth(steps: int) -> float:
     return (process.memory_info().rss - before) / steps / 1024
 
 
-def prepare() -> None:
-    """Lets deepspeed.initialize start alone on a CPU, in fp16 too, and log less."""
+def let_deepspeed_start(device: str) -> None:
+    """Lets deepspeed.initialize start alone, on a CPU in fp16 too, and log less."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ.update(alone)
+    os.environ["DS_ACCELERATOR"] = device
     logging.disable(logging.WARNING)
+    if device != "cpu":
+        return
     from deepspeed.accelerator import set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
@@ -272,18 +279,23 @@ def prepare() -> None:
 @click.option(
     "--growth", "growth_steps", type=click.IntRange(min=1), help="Measure the growth of memory in so many steps."
 )
+@device_option
 @rounds_option
 @quick_option
 @json_option
 def main(
-    names: tuple[str, ...], growth_steps: int | None, rounds: int | None, quick: bool, json_path: Path | None
+    names: tuple[str, ...],
+    growth_steps: int | None,
+    device: str,
+    rounds: int | None,
+    quick: bool,
+    json_path: Path | None,
 ) -> None:
     """Measure whole training steps of DeepSpeed, without and with the guard."""
-    require_native()
-    prepare()
-    console, machine = make_console(), describe_cpu()
+    console, machine = make_console(), prepare(device)
+    let_deepspeed_start(device)
     print_facts(console, machine)
-    layers, width = (QUICK_LAYERS, QUICK_WIDTH) if quick else (LAYERS, WIDTH)
+    layers, width = (QUICK_LAYERS, QUICK_WIDTH) if quick else (LAYERS, WIDTHS[device])
     results = []
     for name in names:
         results.append(measure(CASES[name], layers, width, rounds or (QUICK_ROUNDS if quick else ROUNDS)))

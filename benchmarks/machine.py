@@ -9,6 +9,9 @@ import platform
 import sys
 from datetime import datetime, timezone
 
+from cuda_runtime import CudaRuntime
+
+from hallo_numguard.ops import dispatch
 from hallo_numguard.ops.backends import cpu as native
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
@@ -32,12 +35,19 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(_M_MMAP_THRESHOLD, _MMAP_THRESHOLD) and mallopt(_M_TRIM_THRESHOLD, _TRIM_THRESHOLD))
 
 
-def require_native() -> None:
-    """Ends the script with exit code 2 if there is no native extension to measure."""
-    reason = native.unavailable("cpu")
+def prepare(device: str = "cpu") -> dict[str, str]:
+    """Returns what is known of the machine that a step runs on, by name.
+
+    Ends the script with exit code 2 where there is no kernel to measure.
+    """
+    runtime = CudaRuntime()
+    reason = native.unavailable("cpu") if device == "cpu" else runtime.unavailable()
     if reason is not None:
         print(f"Error: there is nothing to measure: {reason}", file=sys.stderr)
         sys.exit(2)
+    if device == "cpu":
+        return describe_cpu()
+    return describe_gpu(runtime.describe(), getattr(dispatch.backend_for(device), "__name__", "unknown"))
 
 
 def describe_cpu() -> dict[str, str]:

@@ -1,6 +1,7 @@
 """What a guarded step of a plain optimizer costs, against clipping and stepping as torch does.
 
-    python benchmarks/optimizer_step.py [--quick] [--case fp32-25M-200-fused] [--rounds 15] [--json FILE]
+    python benchmarks/optimizer_step.py [--quick] [--case fp32-25M-200-fused] [--rounds 15] [--device cuda]
+        [--json FILE]
 
 All ways take turns on the same optimizer and gradients, in a new order every round; before each, untimed, the gradients
 are put back to what they were. A figure is the median over the rounds of a step over that of `clip_grad_norm_` and
@@ -24,8 +25,8 @@ from pathlib import Path
 
 import click
 import torch
-from machine import describe_cpu, require_native
-from output import json_option, make_console, print_facts, quick_option, rounds_option, write_json
+from machine import prepare
+from output import device_option, json_option, make_console, print_facts, quick_option, rounds_option, write_json
 from page import print_results
 from timing import Call, alternate, median_ratio
 from torch import nn
@@ -90,22 +91,23 @@ class Result:
 class Trained:
     """Parameters with gradients that can be put back, and their optimizer."""
 
-    def __init__(self, case: Case, elements: int) -> None:
+    def __init__(self, case: Case, elements: int, device: str) -> None:
         generator = torch.Generator().manual_seed(0)
         weights = [1 + number % 4 for number in range(case.tensors)]  # sizes differ, as those of layers do
         sizes = [max(1, elements * weight // sum(weights)) for weight in weights]
-        self._parameters = [nn.Parameter(torch.zeros(size, dtype=DTYPES[case.dtype])) for size in sizes]
-        self._gradients = [torch.randn(size, generator=generator).to(DTYPES[case.dtype]) for size in sizes]
+        self._parameters = [nn.Parameter(torch.zeros(size, dtype=DTYPES[case.dtype], device=device)) for size in sizes]
+        self._gradients = [torch.randn(size, generator=generator).to(device, DTYPES[case.dtype]) for size in sizes]
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             parameter.grad = gradient.clone()
         options = {case.kind: True}
         self._optimizer = torch.optim.AdamW(self._parameters, lr=1e-4, **options)  # type: ignore[arg-type]
 
     def restore(self) -> None:
-        """Puts the gradients back."""
+        """Puts the gradients back, and waits until they are."""
         for parameter, gradient in zip(self._parameters, self._gradients, strict=True):
             assert parameter.grad is not None
             parameter.grad.copy_(gradient)
+        self._finish()
 
     def ways(self) -> dict[str, Call]:
         """Returns all ways to make a step, by name."""
@@ -116,18 +118,32 @@ class Trained:
             nn.utils.clip_grad_norm_(self._parameters, LOW_LIMIT)
             optimizer.step()
 
-        return {
+        ways = {
             "step": optimizer.step,
             "torch": clip_and_step,
             "guard": ng.GuardedOptimizer(optimizer, named).step,
             "guard, clips": ng.GuardedOptimizer(optimizer, named, clip_norm=LOW_LIMIT).step,
             "guard, within": ng.GuardedOptimizer(optimizer, named, clip_norm=HIGH_LIMIT).step,
         }
+        return {name: self._whole(call) for name, call in ways.items()}
+
+    def _whole(self, call: Call) -> Call:
+        """Returns a call that ends when its work is done."""
+
+        def whole() -> None:
+            call()
+            self._finish()
+
+        return whole if self._gradients[0].is_cuda else call
+
+    def _finish(self) -> None:
+        if self._gradients[0].is_cuda:
+            torch.cuda.synchronize()
 
 
-def measure(case: Case, elements: int, rounds: int) -> Result:
+def measure(case: Case, elements: int, rounds: int, device: str) -> Result:
     """Times a case."""
-    trained = Trained(case, elements)
+    trained = Trained(case, elements, device)
     seconds = alternate(trained.ways(), rounds, prepare=trained.restore)
     ratios = {way: median_ratio(taken, seconds["torch"]) for way, taken in seconds.items()}
     return Result(str(case), rounds, 1e3 * statistics.median(seconds["torch"]), ratios)
@@ -135,18 +151,18 @@ def measure(case: Case, elements: int, rounds: int) -> Result:
 
 @click.command()
 @click.option("--case", "names", type=click.Choice(list(CASES)), multiple=True, default=tuple(CASES), help="Repeat.")
+@device_option
 @rounds_option
 @quick_option
 @json_option
-def main(names: tuple[str, ...], rounds: int | None, quick: bool, json_path: Path | None) -> None:
+def main(names: tuple[str, ...], device: str, rounds: int | None, quick: bool, json_path: Path | None) -> None:
     """Measure steps of AdamW, guarded and clipped, against clip_grad_norm_ and step."""
-    require_native()
-    console, machine = make_console(), describe_cpu()
+    console, machine = make_console(), prepare(device)
     print_facts(console, machine)
     results = []
     for name in names:
         size = QUICK_SIZE if quick else SIZES[CASES[name].size]
-        results.append(measure(CASES[name], size, rounds or (QUICK_ROUNDS if quick else ROUNDS)))
+        results.append(measure(CASES[name], size, rounds or (QUICK_ROUNDS if quick else ROUNDS), device))
         gc.collect()
     print_results(console, "optimizer_step", results)
     write_json(json_path, machine, results)

@@ -22,6 +22,9 @@ json_option = click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="File for machine and figures."
 )
 quick_option = click.option("--quick", is_flag=True, help="Less of everything: to see that it works.")
+device_option = click.option(
+    "--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True, help="What trains."
+)
 rounds_option = click.option("--rounds", type=click.IntRange(min=1), help="Samples of each candidate.")
 
 

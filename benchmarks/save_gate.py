@@ -23,7 +23,7 @@ from pathlib import Path
 import accelerate
 import click
 import torch
-from machine import describe_cpu, require_native
+from machine import prepare
 from output import MIB, json_option, make_console, print_facts, print_table, quick_option, rounds_option, write_json
 from timing import alternate, median_ratio
 from torch import nn
@@ -104,8 +104,7 @@ def measure(run: Run, case: str, rounds: int) -> Result:
 @json_option
 def main(names: tuple[str, ...], rounds: int | None, quick: bool, json_path: Path | None) -> None:
     """Measure the check before a save against the save."""
-    require_native()
-    console, machine = make_console(), describe_cpu()
+    console, machine = make_console(), prepare()
     print_facts(console, machine)
     run = Run(QUICK_SIZE if quick else SIZE)
     results = [measure(run, name, rounds or (QUICK_ROUNDS if quick else ROUNDS)) for name in names]

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import click
 import torch
-from machine import describe_cpu, require_native
+from machine import prepare
 from output import json_option, make_console, print_facts, write_json
 from page import print_results
 from safetensors import safe_open
@@ -157,8 +157,7 @@ def main(
     mib: int, dtype: str, counts: tuple[int, ...], rounds: int, cold: bool, folder: Path | None, json_path: Path | None
 ) -> None:
     """Measure how fast files are scanned."""
-    require_native()
-    console, machine = make_console(), describe_cpu() | {"file": f"{mib} MiB, {dtype}"}
+    console, machine = make_console(), prepare() | {"file": f"{mib} MiB, {dtype}"}
     print_facts(console, machine)
     results: list[Result] = []
     with tempfile.TemporaryDirectory(dir=folder) as scratch:

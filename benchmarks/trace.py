@@ -26,7 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import click
 import torch
-from machine import describe_cpu, require_native
+from machine import prepare
 from output import json_option, make_console, print_facts, quick_option, write_json
 from page import print_results
 from timing import Call, alternate
@@ -188,8 +188,7 @@ def measure(name: str, quick: bool) -> list[Result]:
 @json_option
 def main(names: tuple[str, ...], quick: bool, json_path: Path | None) -> None:
     """Measure what a trace of the forward pass costs."""
-    require_native()
-    console, machine = make_console(), describe_cpu()
+    console, machine = make_console(), prepare()
     print_facts(console, machine)
     results = [result for name in names for result in measure(name, quick)]
     print_results(console, "trace", results)

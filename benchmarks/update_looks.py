@@ -19,7 +19,7 @@ from pathlib import Path
 
 import click
 import torch
-from machine import describe_cpu, require_native
+from machine import prepare
 from output import json_option, make_console, print_facts, print_table, quick_option, rounds_option, write_json
 from timing import Call, alternate, median_ratio
 from torch import nn
@@ -104,8 +104,7 @@ class Run:
 @json_option
 def main(rounds: int | None, quick: bool, json_path: Path | None) -> None:
     """Measure the looks around an update against a step of training."""
-    require_native()
-    console, machine = make_console(), describe_cpu()
+    console, machine = make_console(), prepare()
     print_facts(console, machine)
     run = Run(QUICK_WIDTH, QUICK_LAYERS, QUICK_TOKENS) if quick else Run(WIDTH, LAYERS, TOKENS)
     count = rounds or (QUICK_ROUNDS if quick else ROUNDS)

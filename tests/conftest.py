@@ -23,7 +23,7 @@ LINEAR = torch.nn.functional.linear
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Lets Triton's interpreter run the kernels, which looks when they are defined; but for GPU tests.
+    """Lets Triton's interpreter run the kernels, which looks when they are defined; but where there is a GPU to use.
 
     One thread a process: the workers of the tests, and the ranks that they start, share the cores.
     """
@@ -31,7 +31,7 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(1)
     if "PYTEST_XDIST_WORKER" not in os.environ:
         os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="extensions-")
-    if config.getoption("markexpr") != "gpu":
+    if config.getoption("markexpr") != "gpu" and os.environ.get("DS_ACCELERATOR", "cpu") == "cpu":
         os.environ["TRITON_INTERPRET"] = "1"
     if "PYTEST_XDIST_WORKER" not in os.environ:
         fork_server.start()

@@ -64,7 +64,7 @@ def train(case: Case, engine: Any, step: int) -> None:
     batch = 0 if case.fault == "scale" else step  # what one batch needs, another may not
     generator = torch.Generator().manual_seed(batch + 1000 * RANK)
     arguments, target = model.batch(generator, next(model.parameters()).dtype)
-    loss = model.loss(engine(*arguments), target)
+    loss = model.loss(engine(*[argument.to(engine.device) for argument in arguments]), target.to(engine.device))
     if case.fault == "loss" and step == FAULTY_STEP and case.culprit == RANK:
         loss = loss * float("inf")
     engine.backward(loss)
@@ -75,7 +75,7 @@ def is_finite(engine: Any) -> bool:
     """Whether what this rank holds of the weights is."""
     held = (getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters())
     ours = all(bool(torch.isfinite(tensor).all()) for tensor in held)
-    flag = torch.tensor(int(ours))
+    flag = torch.tensor(int(ours), device=engine.device)
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
     return bool(flag)
 

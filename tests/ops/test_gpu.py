@@ -6,14 +6,13 @@ tests/tools/test_check_gpu_kernels.py.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import os
 import threading
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from gpu import NEEDS_GPU, host_sync_is_an_error
 from test_stats import assert_records, normal
 
 import hallo_numguard as ng
@@ -30,15 +29,7 @@ from cases import CASES, Case, definition, expected_of, flat_of
 BACKENDS = {"triton": triton, "native": cuda}
 
 
-def missing() -> str | None:
-    if not torch.cuda.is_available():
-        return "needs a GPU"
-    if os.environ.get(triton.INTERPRET_VARIABLE) == "1":
-        return "Triton's interpreter is on, which cannot read a GPU's memory: run these alone, with pytest -m gpu"
-    return None
-
-
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(missing() is not None, reason=str(missing()))]
+pytestmark = NEEDS_GPU
 
 
 @pytest.fixture(params=BACKENDS)
@@ -48,17 +39,6 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip(f"{request.param}: {reason}")
     with forced_backend(request.param) as name:
         yield name
-
-
-@contextlib.contextmanager
-def host_sync_is_an_error() -> Iterator[None]:
-    """Whatever makes the host wait for the GPU is an error."""
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def kernels_of(call: Callable[[], object]) -> list[str]:

@@ -1,4 +1,7 @@
-"""Real DeepSpeed engines on the CPU: a small model, its configuration, and runs of several processes."""
+"""Real DeepSpeed engines: a small model, its configuration, and runs of several processes.
+
+On the CPU, or on the accelerator that DS_ACCELERATOR names.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,8 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 import pytest
 import torch
 from torch import nn
+
+DEVICE = torch.device(os.environ["DS_ACCELERATOR"])
 
 
 class Model(nn.Module):
@@ -61,7 +66,9 @@ def single_process_environment() -> None:
 
 def allow_fp16() -> None:
     """DeepSpeed asks the CPU for a fast path to fp16, not for a right one; and it need not compile its shared-memory
-    collective for tests."""
+    collective for tests. Other accelerators are what they are."""
+    if DEVICE.type != "cpu":
+        return
     from deepspeed.accelerator import get_accelerator, set_accelerator
     from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 
@@ -153,7 +160,7 @@ def make_engine(
 def train_step(engine: Any, step: int = 0, poison: float = 1.0) -> float:
     """One forward, backward and step; the loss is multiplied by `poison`."""
     generator = torch.Generator().manual_seed(step + 100 * int(os.environ["RANK"]))
-    tokens = torch.randint(0, 7, (4, 6), generator=generator)
+    tokens = torch.randint(0, 7, (4, 6), generator=generator).to(DEVICE)
     logits = engine(tokens)
     loss = nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens.flatten()) * poison
     engine.backward(loss)

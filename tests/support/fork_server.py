@@ -50,7 +50,7 @@ def start() -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(CLIENT.parent), "DS_ACCELERATOR": "cpu"},
+        env={**os.environ, "PYTHONPATH": str(CLIENT.parent), "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")},
     )
     server.stdout.readline()  # it listens
     atexit.register(server.communicate)

@@ -202,9 +202,9 @@ def test_a_bad_sample_is_named_and_the_run_goes_on(make):
             return self.layer(batch["pixels"]) + mask
 
     engine, guard = make("half", model=Regression(), config=ng.GuardConfig(policy=ng.Policy(keep_scale=True)))
-    mask = torch.tensor([0.0, 0.0, 0.0]).half()
+    mask = torch.zeros(3, dtype=torch.half, device=support.DEVICE)
     for step in range(4):
-        pixels = torch.randn(4, 6).half()
+        pixels = torch.randn(4, 6).to(support.DEVICE, torch.half)
         if step == 2:
             pixels[3, 5] = float("nan")
         engine.backward(engine({"pixels": pixels}, mask=mask).float().square().mean())
@@ -223,7 +223,9 @@ def test_bad_samples_without_end_stop_the_run(make):
     engine, guard = make("half", model=torch.nn.Linear(6, 3), config=ng.GuardConfig(policy=policy))
     with pytest.raises(ng.NumericsError) as caught:
         for _ in range(5):
-            engine.backward(engine(torch.full((4, 6), float("nan")).half()).float().square().mean())
+            engine.backward(
+                engine(torch.full((4, 6), float("nan")).to(support.DEVICE, torch.half)).float().square().mean()
+            )
             engine.step()
     assert caught.value.report.verdict is ng.Verdict.INPUT_NONFINITE
     assert caught.value.report.consecutive_skips == 3 == len(guard.history)
@@ -231,7 +233,7 @@ def test_bad_samples_without_end_stop_the_run(make):
 
 def test_a_batch_that_was_changed_after_the_forward_is_not_judged(make):
     engine, guard = make("fp16", model=torch.nn.Linear(6, 3))
-    x = torch.randn(4, 6).half()
+    x = torch.randn(4, 6).to(support.DEVICE, torch.half)
     loss = engine(x).float().square().mean() * float("nan")
     engine.backward(loss)
     x[0, 0] = float("nan")

@@ -26,8 +26,7 @@ class Branches(nn.Module):
 
 
 def train(engine, step, left):
-    dtype = next(engine.module.parameters()).dtype
-    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step)).to(dtype)
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step)).to(next(engine.module.parameters()))
     loss = engine(x, left).float().square().mean()
     engine.backward(loss)
     engine.step()

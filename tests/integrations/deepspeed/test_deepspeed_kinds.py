@@ -87,7 +87,7 @@ def test_in_replace_mode_deepspeed_makes_no_pass_of_its_own(make, kind):
         else:
             engine, _ = make(kind, config=ng.GuardConfig(mode=mode), gradient_clipping=0.0)
         support.train_step(engine, 0)
-        tokens = torch.randint(0, 7, (4, 6))
+        tokens = torch.randint(0, 7, (4, 6), device=support.DEVICE)
         loss = torch.nn.functional.cross_entropy(engine(tokens).float().flatten(0, 1), tokens.flatten())
         with Reductions() as backward:
             engine.backward(loss)
@@ -310,9 +310,8 @@ def test_stage_0_in_float32_is_clipped_as_deepspeed_does_without_its_norm(make, 
     read = {}
     for mode in ("observe", "replace"):
         engine, guard = make(FLOAT32, config=ng.GuardConfig(mode=mode), gradient_clipping=max_norm)
-        loss = torch.nn.functional.cross_entropy(
-            engine(torch.zeros(4, 6, dtype=torch.long)).flatten(0, 1), torch.zeros(24, dtype=torch.long)
-        )
+        tokens = torch.zeros(4, 6, dtype=torch.long, device=support.DEVICE)
+        loss = torch.nn.functional.cross_entropy(engine(tokens).flatten(0, 1), tokens.flatten())
         engine.backward(loss)
         with Reductions() as step:
             engine.step()

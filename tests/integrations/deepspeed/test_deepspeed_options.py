@@ -82,7 +82,7 @@ def test_statistics_that_a_bad_sample_has_poisoned_are_not_the_cause_and_are_put
     engine = support.make_engine("fp32", stage=stage, model=Normalised())
     guard = attach(engine)
     for step in range(4):
-        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step))
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(step)).to(support.DEVICE)
         if step == 2:
             x[1, 3] = float("nan")
         engine.backward(engine(x).square().mean())
@@ -108,7 +108,7 @@ def test_the_micro_batch_that_was_bad_is_named(attach, stage, offload):
     )
     guard = attach(engine)
     for micro_step in range(6):
-        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(micro_step)).half()
+        x = torch.randn(4, 6, generator=torch.Generator().manual_seed(micro_step)).to(support.DEVICE, torch.half)
         if micro_step == 4:
             x[3, 0] = float("inf")
         engine.backward(engine(x).float().square().mean())
@@ -134,7 +134,7 @@ def test_batches_of_any_mapping_are_searched_and_keep_their_type(attach, kind):
     engine = support.make_engine("half", model=Mapped())
     guard = attach(engine)
     for step in range(3):
-        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(step)).half()
+        x = torch.randn(3, 4, generator=torch.Generator().manual_seed(step)).to(support.DEVICE, torch.half)
         if step == 1:
             x[2, 1] = float("nan")
         engine.backward(engine(kind({"x": x})).float().square().mean())

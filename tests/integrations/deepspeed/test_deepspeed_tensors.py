@@ -40,7 +40,7 @@ def train(engine, steps, bad=None, extra=None):
         x = torch.randn(4, 8, generator=torch.Generator().manual_seed(step))
         if step == bad:
             x[1, 2] = NAN
-        loss = engine(x.to(engine.module.down.weight.dtype)).float().square().mean()
+        loss = engine(x.to(engine.module.down.weight)).float().square().mean()
         engine.backward(loss if extra is None else loss + extra.square().sum())
         engine.step()
 
@@ -84,7 +84,7 @@ class Recommender(nn.Module):
         self.down = nn.Linear(8, 8)
 
     def forward(self, x):
-        return self.down(self.table(torch.tensor([1, 5, 1, 9])) + x)
+        return self.down(self.table(torch.tensor([1, 5, 1, 9], device=x.device)) + x)
 
 
 def sgd(groups):

@@ -59,13 +59,12 @@ def make(kind, model=None, **options):
 
 
 def batch(engine, step):
-    dtype = next(engine.module.parameters()).dtype
-    return torch.randn(8, 6, generator=torch.Generator().manual_seed(step)).to(dtype)
+    return torch.randn(8, 6, generator=torch.Generator().manual_seed(step)).to(next(engine.module.parameters()))
 
 
 def train(engine, step, inside=False, poison=1.0):
     x = batch(engine, step)
-    loss = engine(x, torch.zeros(8, 3, dtype=x.dtype)) if inside else engine(x).float().square().mean()
+    loss = engine(x, x.new_zeros(8, 3)) if inside else engine(x).float().square().mean()
     engine.backward(loss * poison)
     engine.step()
     return loss.item()
@@ -267,7 +266,7 @@ def test_stage_3_trains_on_after_the_replay_of_a_model_that_reads_parameters_wit
     engine = support.make_engine("fp16", scale_power=30, stage=3, model=Attends())
     guard = attach(engine)
     for step in range(30):
-        x = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(step)).half()
+        x = torch.randn(4, 5, 8, generator=torch.Generator().manual_seed(step)).to(support.DEVICE, torch.half)
         engine.backward(engine(x).float().square().mean())
         engine.step()
     assert guard.last_report.verdict is ng.Verdict.SCALE_TOO_HIGH
