@@ -204,7 +204,7 @@ def peers(problem: Problem, with_compile: bool, others: Mapping[str, Maker]) -> 
     """
     made: dict[str, Candidate | str] = {peer.key: peer for peer in _eager(problem)}
     made["compile"] = _tried(_compiled, problem) if with_compile else "switched off with --no-compile"
-    for key, maker in {"deepspeed": _deepspeed, **others}.items():
+    for key, maker in {"amp_unscale": _amp, "deepspeed": _deepspeed, **others}.items():
         made[key] = _tried(maker, problem)
     return made
 
@@ -242,7 +242,6 @@ def _eager(problem: Problem) -> list[Candidate]:
     def every_extremes_and_norm() -> tuple[list[Any], list[torch.Tensor]]:
         return [torch.aminmax(view) for view in views], list(torch._foreach_norm(views))
 
-    amp = partial(_amp_unscale, problem.scratch)
     return [
         _peer(ISFINITE, "isfinite.all (flag only)", lambda: torch.isfinite(flat).all(), _all_finite_report),
         _peer("idiom", "isfinite + abs.max + norm", lambda: [_idiom(flat)], _idiom_report),
@@ -252,7 +251,6 @@ def _eager(problem: Problem) -> list[Candidate]:
         _peer("aminmax", "aminmax", lambda: ([torch.aminmax(flat)], []), _extremes_report),
         _peer("vector_norm", "vector_norm", lambda: [torch.linalg.vector_norm(flat)], _norms_report),
         _peer("foreach_norm", "_foreach_norm, per segment", lambda: list(torch._foreach_norm(views)), _norms_report),
-        _peer("amp_unscale", "amp check and unscale (flag only)", amp, _flag_report),
     ]
 
 
@@ -284,6 +282,13 @@ def _extremes_report(result: tuple[list[Any], list[torch.Tensor]]) -> Reported:
         bad=[not bool(torch.isfinite(low) & torch.isfinite(high)) for low, high in extremes],
         absmax=[max(abs(float(low)), abs(float(high))) for low, high in extremes],
         norm=[float(value) for value in norms] or None,
+    )
+
+
+def _amp(problem: Problem) -> Candidate:
+    """Exists for some dtypes on some devices only."""
+    return _peer(
+        "amp_unscale", "amp check and unscale (flag only)", partial(_amp_unscale, problem.scratch), _flag_report
     )
 
 

@@ -9,7 +9,7 @@ check and norm take in a step, and in replace mode the guard with what is left o
 
 A case is a dtype, a ZeRO stage, where gradients and optimizer state lie, and if it ends in `10000x64` so many
 parameters of 64 elements, which show the cost of a parameter; else a stack of 24 Linear(1024, 1024), on a GPU of 24
-Linear(4096, 4096). On a GPU a step is timed until its work is done, check and norm until their calls return.
+Linear(2048, 2048). On a GPU a step is timed until its work is done, check and norm until their calls return.
 
 Exit code: 0 done, 2 wrong usage or no native extension.
 """
@@ -41,7 +41,7 @@ from hallo_numguard.integrations.deepspeed import DeepSpeedGuard
 MODES = ("off", "observe", "replace")
 DTYPES = {"fp16": torch.half, "bf16": torch.bfloat16, "fp32": torch.float32}
 LAYERS, BATCH, ROUNDS = 24, 8, 15
-WIDTHS = {"cpu": 1024, "cuda": 4096}  # by device
+WIDTHS = {"cpu": 1024, "cuda": 2048}  # by device
 QUICK_LAYERS, QUICK_WIDTH, QUICK_ROUNDS = 4, 64, 3
 SMALL_PARAMETER = 64  # elements
 

@@ -45,9 +45,11 @@ def collect(rank: int | None = None) -> Environment:
         A guard adds "run" (see `run_description.new_run_id`), "time", "name", "command", "world_size", "framework",
         "zero_stage", "device", and "guard_failures": tracebacks of its own failures.
     """
+    torch = sys.modules.get("torch")
     return {
         **versions(),
-        "cuda": getattr(getattr(sys.modules.get("torch"), "version", None), "cuda", None),
+        **({} if torch is None else {"torch": str(torch.__version__)}),  # with the build, as +cu130
+        "cuda": getattr(getattr(torch, "version", None), "cuda", None),
         "platform": platform.platform(),
         "hostname": platform.node(),
         "rank": rank,

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+from hallo_numguard.ops import device as runtime
 from hallo_numguard.ops.table import StatsTable
 
 NONE = torch.iinfo(torch.int64).max
@@ -71,7 +72,8 @@ def by_parameter(table: StatsTable, pieces: Sequence[Piece], parameters: int) ->
     first = torch.full((rows,), NONE, dtype=torch.int64, device=device)
     absmax = torch.zeros(rows, dtype=torch.float64, device=device)
     if pieces:
-        owner, start, run, stride = torch.tensor(pieces, dtype=torch.int64, device=device).unbind(dim=1)
+        words = torch.tensor(pieces, dtype=torch.int64, device="cpu")
+        owner, start, run, stride = runtime.send(words.numpy().tobytes(), device).view_as(words).unbind(dim=1)
         owner = owner % rows
         index = table.first_nonfinite
         place = index // run * stride + index % run + start

@@ -52,6 +52,7 @@ from hallo_numguard.guard.step.step_call import StepCall
 from hallo_numguard.guard.step.updates import UpdateWatch
 from hallo_numguard.guard.update_checks import UpdateChecks
 from hallo_numguard.guard.weight_checks import WeightChecks
+from hallo_numguard.ops.device import AsyncHostCopy
 from hallo_numguard.tracing.rerun import is_rerunning
 from hallo_numguard.trackers.base import Sink
 from hallo_numguard.trackers.choose import sink_for
@@ -332,6 +333,14 @@ class Session:
         No `before_step` may come between setting a step aside and resuming it.
         """
         return self._steps.swap(PendingStep() if step is None else step)
+
+    def step_is_left_to_the_optimizer(self, nonfinite: AsyncHostCopy) -> None:
+        """Lets `history` say of a step whether it was applied before `after_step` does.
+
+        Args:
+            nonfinite: Numbers of which the first is 0 if the optimizer applies the step.
+        """
+        self.probes.run("flight recorder", self._recorder.leave_to_the_optimizer, nonfinite)
 
     def look_at_update(self) -> None:
         """Looks at what the optimizer has just written; done by `after_step` if that comes at once. No host sync."""

@@ -61,6 +61,20 @@ def send(words: bytes, device: torch.device) -> torch.Tensor:
     return _staging(device).send(host)
 
 
+def send_to_keep(words: bytes, device: torch.device) -> torch.Tensor:
+    """Returns int64 [n] on `device`, as `send` does, to be used by later calls as well.
+
+    Raises:
+        RuntimeError: If a CUDA graph is captured, which would copy the words only when it is replayed.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured, and it is the first call with tensors of these sizes, which copies tables "
+            "of them to the GPU: make such a call before the capture"
+        )
+    return send(words, device) if words else torch.empty(0, dtype=torch.int64, device=device)
+
+
 class HostRing:
     """Rows of float64 on their way from a device to the host; an early read waits.
 
@@ -71,11 +85,14 @@ class HostRing:
         rows: Number of rows that are kept; row i is overwritten by row i + rows.
         width: Numbers in a row.
         device: Device on which the rows are made.
+
+    Attributes:
+        device: That device.
     """
 
     def __init__(self, rows: int, width: int, device: torch.device) -> None:
         self._made = torch.zeros((rows, width), dtype=torch.float64, device=device)
-        self._device = device
+        self.device = device
         self._host = self._made
         self._arrived: list[torch.cuda.Event] = []
         if device.type == "cuda":
@@ -91,7 +108,7 @@ class HostRing:
         if self._arrived:
             place = index % len(self._made)
             self._host[place].copy_(self._made[place], non_blocking=True)
-            self._arrived[place].record(torch.cuda.current_stream(self._device))
+            self._arrived[place].record(torch.cuda.current_stream(self.device))
 
     def read(self, index: int, wait: bool) -> list[float] | None:
         """Returns row `index`, one of those sent last; without `wait`, None if it is still under way."""

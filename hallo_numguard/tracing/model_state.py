@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hallo_numguard.ops.device import AsyncHostCopy
 from hallo_numguard.tracing.nested import Contents, is_generator, is_readable
 from hallo_numguard.tracing.rng_and_autocast import RandomState
 
@@ -297,19 +298,22 @@ class Snapshot:
             else:
                 owner[key] = value
 
-    def changed_slots(self) -> list[Slot]:
-        """Returns the attributes and buffers that have another value now. May synchronise."""
-        tensors = [
+    def changes(self) -> _Changes:
+        """Compares attributes and buffers with what they are now; large ones count as changed. No host sync."""
+        changed = [
             (owner, key)
-            for owner, key, tensor, copy in self._tensors()
-            if owner.get(key) is not tensor or not torch.equal(tensor, copy)
+            for owner, key, saved in self._slots
+            if isinstance(saved, _LargeTensor) or not saved.is_same(owner.get(key, _ABSENT))
         ]
-        others = [(owner, key) for owner, key, saved in self._slots if not saved.is_same(owner.get(key, _ABSENT))]
-        return tensors + others
-
-    def large_slots(self) -> list[Slot]:
-        """Returns the attributes and buffers of which only the version is known."""
-        return [(owner, key) for owner, key, saved in self._slots if isinstance(saved, _LargeTensor)]
+        asked: dict[torch.device, list[tuple[Slot, torch.Tensor]]] = {}
+        for owner, key, tensor, copy in self._tensors():
+            if owner.get(key) is not tensor or tensor.shape != copy.shape:
+                changed.append((owner, key))
+            elif tensor.device.type != "cpu":
+                asked.setdefault(tensor.device, []).append(((owner, key), (tensor != copy).any()))
+            elif not torch.equal(tensor, copy):
+                changed.append((owner, key))
+        return _Changes(changed, list(asked.values()))
 
     def is_same_elsewhere(self) -> bool:
         """Returns whether all generators and containers are as they were."""
@@ -333,6 +337,31 @@ class Snapshot:
                 _write(tensor, copy)
                 owner[key] = tensor
         return poisoned
+
+
+class _Changes:
+    """Attributes and buffers that have changed, as far as the device has answered.
+
+    Args:
+        known: Those of which that is known.
+        asked: Those of one device each, with a flag there that says whether they have.
+    """
+
+    def __init__(self, known: list[Slot], asked: Sequence[Sequence[tuple[Slot, torch.Tensor]]]) -> None:
+        self._known = known
+        self._asked = [
+            ([slot for slot, _ in some], AsyncHostCopy(torch.stack([flag for _, flag in some]))) for some in asked
+        ]
+
+    @property
+    def arrived(self) -> bool:
+        """Whether `slots` need not wait."""
+        return all(flags.arrived for _, flags in self._asked)
+
+    def slots(self) -> list[Slot]:
+        """Returns them; waits if necessary."""
+        answers = [zip(slots, flags.read().tolist(), strict=True) for slots, flags in self._asked]
+        return [*self._known, *(slot for slot, changed in itertools.chain(*answers) if changed)]
 
 
 def _write(tensor: torch.Tensor, copy: torch.Tensor) -> None:
@@ -389,6 +418,7 @@ class StateRecorder:
         self._others: list[Slot] = []  # volatile, but no tensors that are copied
         self._draws = False  # from Python's or numpy's global generator
         self._learning: tuple[Snapshot, Snapshot] | None = None
+        self._changes: _Changes | None = None  # of the last call to learn from, as long as they are not noted
 
     def before_call(self, arguments: Contents) -> Snapshot:
         """Saves the state that a call begins with.
@@ -402,11 +432,14 @@ class StateRecorder:
             self._modes.add(self._module.training)
             self._learn_until = self._calls + LEARNING_CALLS
         self._calls += 1
+        self._note_changes()
         others = [*arguments.containers, *arguments.generators]
         self._learning = None
-        if self._is_due():
+        is_unknown = self._changes is not None
+        if is_unknown or self._is_due():
             held = Snapshot(_slots_of(self._module), [*others, *_global_generators()])
-            self._learning = held, Snapshot((), _global_generators())
+            if not is_unknown:
+                self._learning = held, Snapshot((), _global_generators())
             return held
         copies = [group.copy() for group in self._current_groups()]
         return Snapshot(self._others, [*others, *(_global_generators() if self._draws else ())], copies=copies)
@@ -426,15 +459,22 @@ class StateRecorder:
         return self._groups
 
     def after_call(self) -> None:
-        """Notes what the call has changed, if it is one to learn from."""
+        """Asks what the call has changed, if it is one to learn from. No host sync."""
         if self._learning is None:
             return
         (held, generators), self._learning = self._learning, None
         held.add_new(_slots_of(self._module))
-        for owner, key in (*held.changed_slots(), *held.large_slots()):
-            self._volatile[id(owner), key] = owner, key
-        self._groups = None
+        self._changes = held.changes()
         self._draws = self._draws or not generators.is_same_elsewhere()
+        self._note_changes()
+
+    def _note_changes(self) -> None:
+        """Notes what a call has changed, once the device has answered."""
+        if self._changes is None or not self._changes.arrived:
+            return
+        for owner, key in self._changes.slots():
+            self._volatile[id(owner), key] = owner, key
+        self._groups, self._changes = None, None
 
 
 @contextlib.contextmanager

@@ -108,7 +108,7 @@ def test_no_host_sync(backend: str) -> None:
     def step() -> None:
         table = ng.tensor_stats(flat, layout)
         table.total_norm(), table.found_inf(), table.norm()
-        recorder.begin(0, 1.0, ScannedPieces(table, [Piece(0, 0), Piece(1, 0)]), [loss])
+        recorder.begin(0, 1.0, ScannedPieces(table, [Piece(0, 0), Piece(1, 0)]), loss)
         recorder.end(applied=True)
         ng.multi_tensor_stats(short)
         ng.multi_tensor_stats(long)
@@ -121,7 +121,8 @@ def test_no_host_sync(backend: str) -> None:
     assert len(recorder.read()) == 8
 
 
-def test_launches_and_copies(backend: str) -> None:
+def test_launches_and_copies(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # the fixture asks for it
     flat, layout = torch.randn(1_000_000, device="cuda"), ng.Layout([0, 10, 1_000_000])
     long = [torch.randn(100, device="cuda") for _ in range(1000)]
     ng.tensor_stats(flat, layout), ng.multi_tensor_stats(long)

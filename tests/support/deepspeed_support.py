@@ -184,6 +184,12 @@ def plant(engine: Any, name: str, index: tuple[int, ...], value: float = float("
             tensor.ds_tensor.view(-1)[place] = value
 
 
+def skip_without_a_gpu_for_each(ranks: int) -> None:
+    """Skips a test on GPUs if there are fewer of them: NCCL takes one rank a GPU."""
+    if DEVICE.type == "cuda" and torch.cuda.device_count() < ranks:
+        pytest.skip(f"needs {ranks} GPUs")
+
+
 def start_rank(script: Path, rank: int, ranks: int, port: int, **streams: Any) -> subprocess.Popen[str]:
     """Starts a script as one of several ranks, which can import the helpers of the tests."""
     environment = {
@@ -202,6 +208,7 @@ def run_ranks(
 
     Fails if one fails or hangs, or if the guard failed in one, unless `contains_failures`.
     """
+    skip_without_a_gpu_for_each(ranks)
     path = folder / "script.py"
     # What hangs shows the stacks of every rank, and ends.
     watchdog = f"import faulthandler; faulthandler.dump_traceback_later({timeout - 10}, exit=True)"
@@ -311,4 +318,5 @@ def check_rollback(folder: Path | str, options: dict[str, Any], lost: int, kind:
     assert engine.global_steps == SAVED + STEPS - lost
     undamaged = make_engine(**options)
     for batch in [*range(1, SAVED + 1), *range(lost + 1, STEPS + 1)]:
-        assert train_step(undamaged, batch) == losses[batch], (options, batch)
+        rounding = 0.0 if DEVICE.type == "cpu" else 1e-5  # GPUs add up the rows of an embedding in any order
+        assert train_step(undamaged, batch) == pytest.approx(losses[batch], rel=rounding, abs=0.0), (options, batch)

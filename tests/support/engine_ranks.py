@@ -7,8 +7,10 @@ import functools
 from pathlib import Path
 
 import tells_failures
+from deepspeed_support import skip_without_a_gpu_for_each
 from processes import Processes
 
+RANKS = 2
 WORKER = Path(__file__).with_name("engine_worker.py")
 
 _HEAD = """
@@ -27,6 +29,7 @@ def run_engines(script: str, timeout: float = 200, contains_failures: bool = Fal
 
     Fails if one fails or hangs, or if the guard failed in one, unless `contains_failures`.
     """
+    skip_without_a_gpu_for_each(RANKS)
     answers = _ranks().ask({"script": _HEAD + script}, timeout)
     outputs = [answer["output"] for answer in answers]
     if any(answer["failed"] for answer in answers):
@@ -39,6 +42,6 @@ def run_engines(script: str, timeout: float = 200, contains_failures: bool = Fal
 
 @functools.cache
 def _ranks() -> Processes:
-    ranks = Processes(WORKER, 2)
+    ranks = Processes(WORKER, RANKS)
     atexit.register(ranks.stop)
     return ranks

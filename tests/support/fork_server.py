@@ -34,7 +34,12 @@ _LONGEST_REQUEST = 1 << 20
 
 
 def command() -> list[str]:
-    """Returns what takes the place of `sys.executable` in a command that runs a script, or -c and code."""
+    """Returns what takes the place of `sys.executable` in a command that runs a script, or -c and code.
+
+    With a GPU that is what it is: what is imported for one starts threads, which no fork has.
+    """
+    if os.environ.get("DS_ACCELERATOR", "cpu") != "cpu":
+        return [sys.executable]
     if VARIABLE not in os.environ:
         start()
     return [sys.executable, "-ISs", str(CLIENT), os.environ[VARIABLE]]
@@ -50,7 +55,7 @@ def start() -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(CLIENT.parent), "DS_ACCELERATOR": os.environ.get("DS_ACCELERATOR", "cpu")},
+        env={**os.environ, "PYTHONPATH": str(CLIENT.parent), "DS_ACCELERATOR": "cpu"},
     )
     server.stdout.readline()  # it listens
     atexit.register(server.communicate)

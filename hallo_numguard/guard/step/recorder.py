@@ -12,7 +12,7 @@ import torch
 from hallo_numguard.core.records import GradientRecord, StepRecord
 from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.step.figure_exchange import PART, norm_of
-from hallo_numguard.ops.device import HostRing
+from hallo_numguard.ops.device import AsyncHostCopy, HostRing
 
 MAX_TABLE_BYTES = 64 << 20  # beyond it only totals of the steps are kept
 ROW_WIDTH = len(PART) + 1
@@ -25,9 +25,10 @@ class _Stamp:
 
     step: int
     loss_scale: float
-    has_loss: bool
+    loss_on: torch.device | None  # the device that the loss was made on; None: there was none
     is_of_backward: bool = False
     applied: bool = False
+    nonfinite: AsyncHostCopy | None = None  # where the optimizer decides: it applies the step if the first number is 0
 
 
 class Recorder:
@@ -52,6 +53,7 @@ class Recorder:
         self._limit = limit
         self._is_part = is_part
         self._rows: HostRing | None = None
+        self._losses: dict[torch.device, HostRing] = {}  # by device, where it is not that of the rows
         self._stamps: list[_Stamp] = []
         self._tables: deque[ScannedPieces] = deque()  # of the last steps
         self._written = 0
@@ -97,8 +99,8 @@ class Recorder:
             row[_ABSMAX] = table.absmax.amax() if len(table) else 0.0
             row[_SUMSQ] = table.sumsq.sum()
         if loss is not None:
-            row[_LOSS] = loss.detach().reshape(())
-        self._stamps.append(_Stamp(step, loss_scale, loss is not None, is_of_backward))
+            self._loss_at(row, loss.device).copy_(loss.detach().reshape(()))
+        self._stamps.append(_Stamp(step, loss_scale, None if loss is None else loss.device, is_of_backward))
         del self._stamps[: -self._length]
         self._written += 1
         if not self._is_part:
@@ -109,6 +111,14 @@ class Recorder:
             self._tables.popleft()
         return row[:_LOSS]
 
+    def _loss_at(self, row: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """0-dim float64: where the loss of the step with that row is written. With offload it is made elsewhere."""
+        if device == row.device:
+            return row[_LOSS]
+        if device not in self._losses:
+            self._losses[device] = HostRing(self._length, 1, device)
+        return self._losses[device].row(self._written)[0]
+
     def complete(self, whole: torch.Tensor | None) -> None:
         """Gives the step that was begun last the figures of all ranks; None where they stay this rank's."""
         if self._rows is None or self._sent == self._written:
@@ -117,6 +127,8 @@ class Recorder:
             self._rows.row(self._written - 1)[:_LOSS].copy_(whole, non_blocking=True)
         for number in range(self._sent, self._written):
             self._rows.send(number)
+            for losses in self._losses.values():
+                losses.send(number)
         self._sent = self._written
 
     def last_norm(self) -> torch.Tensor:
@@ -130,7 +142,15 @@ class Recorder:
 
     def end(self, applied: bool) -> None:
         """Completes the step that was begun last."""
-        self._stamps[-1].applied = applied
+        self._stamps[-1].applied, self._stamps[-1].nonfinite = applied, None
+
+    def leave_to_the_optimizer(self, nonfinite: AsyncHostCopy) -> None:
+        """Lets `read` say of the step that was begun last whether it was applied, until `end` does.
+
+        Args:
+            nonfinite: Numbers of which the first is 0 if the optimizer applies the step.
+        """
+        self._stamps[-1].nonfinite = nonfinite
 
     def read(self) -> list[StepRecord]:
         """Returns the steps that are kept, oldest first. Waits for rows that are still on their way."""
@@ -154,28 +174,35 @@ class Recorder:
         records: list[StepRecord] = []
         self.bad_losses = set()
         for number in range(begin, self._sent):
-            row = None if self._rows is None else self._rows.read(number, wait)
+            behind = number - self._written
+            stamp = self._stamps[behind]
+            row = self._row(number, stamp, wait)
             if row is None:
                 break
-            behind = number - self._written
             gradients = self._tables[behind] if -behind <= len(self._tables) else None
-            stamp = self._stamps[behind]
-            if stamp.is_of_backward and stamp.has_loss and not math.isfinite(row[_LOSS]):
+            if stamp.is_of_backward and stamp.loss_on is not None and not math.isfinite(row[_LOSS]):
                 self.bad_losses.add(stamp.step)
             records.append(self._step_record(stamp, row, gradients))
         return records
+
+    def _row(self, number: int, stamp: _Stamp, wait: bool) -> list[float] | None:
+        row = None if self._rows is None else self._rows.read(number, wait)
+        if row is None or stamp.loss_on not in self._losses:
+            return row
+        loss = self._losses[stamp.loss_on].read(number, wait)
+        return None if loss is None else [*row[:_LOSS], *loss]
 
     def _step_record(self, stamp: _Stamp, row: list[float], gradients: ScannedPieces | None) -> StepRecord:
         nan, inf = int(row[_NAN]), int(row[_INF])
         norm = math.sqrt(row[_SUMSQ])
         return StepRecord(
             step=stamp.step,
-            loss=row[_LOSS] if stamp.has_loss else None,
+            loss=None if stamp.loss_on is None else row[_LOSS],
             loss_scale=stamp.loss_scale,
             absmax=row[_ABSMAX],
             norm=math.nan if nan else math.inf if inf else norm,
             nonfinite=nan + inf,
-            applied=stamp.applied,
+            applied=stamp.applied if stamp.nonfinite is None else stamp.nonfinite.read()[0].item() == 0,
             limit=self._limit,
             parameters={} if gradients is None else _GradientRecords(self._names, gradients),
         )

@@ -468,7 +468,9 @@ class OptimizerGuard:
     def postpone(self, totals: torch.Tensor) -> None:
         """Puts the step aside for `resolve_pending_step`, with its batch, and begins the next. No host sync."""
         self.updated()
-        self._put_aside = AsyncHostCopy(totals), self.session.swap_step()
+        copy = AsyncHostCopy(totals)
+        self.session.step_is_left_to_the_optimizer(copy)
+        self._put_aside = copy, self.session.swap_step()
 
     def resolve_pending_step(self) -> None:
         """Completes the step put aside, if any: like `skip` if it was bad. All ranks call it in the same step.

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from hallo_numguard.core.records import RECORD_FIELDS
+from hallo_numguard.ops import device as runtime
 from hallo_numguard.ops.formats import FORMATS
 from hallo_numguard.ops.layout import Layout
 
@@ -60,7 +61,7 @@ def chunks_of(sizes: torch.Tensor, codes: torch.Tensor, device: torch.device) ->
         codes: int64 [segments] on the CPU: `Format.code` of the dtype of each.
         device: Device for the tables.
 
-    Cost: a few passes over the tables, and a copy to the device that may wait. Not for the hot path.
+    Cost: a few passes over the tables, and a copy to the device. No host sync, but not for the hot path.
     """
     counts = ((sizes + CHUNK - 1) // CHUNK).clamp(min=1)
     order = torch.argsort(codes, stable=True)
@@ -85,8 +86,8 @@ def chunks_of(sizes: torch.Tensor, codes: torch.Tensor, device: torch.device) ->
             launches.append((dtype, first, n_chunks))
         first += n_chunks
     return Chunks(
-        table=torch.stack([segment, number, length, row], dim=1).to(device, torch.int32),
-        splits=splits.to(device, torch.int32),
+        table=_sent(torch.stack([segment, number, length, row], dim=1), device),
+        splits=_sent(splits, device),
         launches=tuple(launches),
         segments=sizes.numel(),
         rows=sizes.numel() + int(of_split.sum()),
@@ -122,9 +123,18 @@ def chunks_of_layout(layout: Layout, dtype: torch.dtype, device: torch.device) -
         ends = _on_host(offsets)
         sizes = ends[1:] - ends[:-1]
         codes = torch.full_like(sizes, FORMATS[dtype].code)
-        return chunks_of(sizes, codes, device), (ends[:-1] * dtype.itemsize).to(device)
+        return chunks_of(sizes, codes, device), runtime.send_to_keep(
+            (ends[:-1] * dtype.itemsize).numpy().tobytes(), device
+        )
 
     return layout.table(f"chunks.{device}.{dtype}", make)
+
+
+def _sent(table: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Returns an int64 table of the CPU as int32 on a device."""
+    words = table.to(torch.int32).numpy().tobytes()
+    whole = words + bytes(-len(words) % 8)
+    return runtime.send_to_keep(whole, device).view(torch.int32)[: table.numel()].view_as(table)
 
 
 def _on_host(values: Sequence[int]) -> torch.Tensor:

@@ -171,6 +171,7 @@ LAUNCHERS = {
 
 @pytest.mark.parametrize("launcher", list(LAUNCHERS))
 def test_launchers(tmp_path, launcher):
+    support.skip_without_a_gpu_for_each(2)
     script = tmp_path / "train.py"
     script.write_text(LAUNCHED)
     port = support.free_port()
@@ -178,7 +179,7 @@ def test_launchers(tmp_path, launcher):
         name: value for name, value in os.environ.items() if name not in support.rank_environment(0, 1, port)
     }
     environment |= {
-        "PYTHONPATH": IMPORTABLE,
+        "PYTHONPATH": os.pathsep.join(filter(None, [IMPORTABLE, os.environ.get("PYTHONPATH")])),
         "OMP_NUM_THREADS": "1",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }

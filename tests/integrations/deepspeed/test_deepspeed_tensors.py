@@ -122,7 +122,7 @@ def test_learnt_loss_weights_outside_of_the_model(attach, low_rank, setup, clipp
     """At stage 0: ZeRO itself does not take them."""
     runs = []
     for guarded in (False, True):
-        extra = nn.Parameter(torch.ones(2))
+        extra = nn.Parameter(torch.ones(2, device=support.DEVICE))
 
         def groups_of(model, extra=extra):
             return [{"params": support.trained_by(model)}, {"params": [extra]}]
@@ -146,10 +146,10 @@ def test_a_group_that_is_added_later_is_checked(attach, low_rank):
     engine = engine_of(("fp32", 0, False), low_rank)
     guard = attach(engine)
     train(engine, [1])
-    extra = nn.Parameter(torch.ones(2))
+    extra = nn.Parameter(torch.ones(2, device=support.DEVICE))
     engine.optimizer.add_param_group({"params": [extra]})
     train(engine, [2], extra=extra)
-    assert not torch.equal(extra, torch.ones(2))
+    assert not torch.equal(extra, torch.ones_like(extra))
     extra.register_hook(lambda gradient: gradient * NAN)
     before = extra.detach().clone()
     train(engine, [3], extra=extra)

@@ -33,6 +33,18 @@ def held(parameter):
     return getattr(parameter, "ds_tensor", parameter).data
 
 
+def train_until_known(engine, step):
+    """A step, and on a GPU one more: nothing waits there for what was seen of an update."""
+    support.train_step(engine, step)
+    if support.DEVICE.type != "cpu":
+        support.train_step(engine, step + 1)
+
+
+def steps_of_the_report(step):
+    """That of the update, or on a GPU the next one, whose loss is not finite."""
+    return [step] if support.DEVICE.type == "cpu" else [step, step + 1]
+
+
 @each_kind
 def test_a_nan_learning_rate_is_named_in_its_step(attach, kind):
     engine = engine_of(kind)
@@ -41,10 +53,11 @@ def test_a_nan_learning_rate_is_named_in_its_step(attach, kind):
     support.train_step(engine, 1)
     set_rate(engine, math.nan)
     with pytest.raises(ng.NumericsError) as caught:
-        support.train_step(engine, 2)
+        train_until_known(engine, 2)
     report = caught.value.report
     assert report is guard.last_report
-    assert (report.step, report.verdict, report.recoverable) == (3, ng.Verdict.UPDATE_NONFINITE, False)
+    assert report.step in steps_of_the_report(3)
+    assert (report.verdict, report.recoverable) == (ng.Verdict.UPDATE_NONFINITE, False)
     assert report.first.name == "embedding.weight"
     text = " ".join(report.evidence)
     assert "7 of 7 weights turned non-finite in that update" in text
@@ -53,7 +66,7 @@ def test_a_nan_learning_rate_is_named_in_its_step(attach, kind):
     if kind[0] != "fp32":
         assert "its float32 master copy, which takes the updates, is not finite either" in text
     assert "file" not in report.advice
-    assert [record.applied for record in guard.history] == [True] * 3
+    assert [record.applied for record in guard.history][:3] == [True] * 3
 
 
 @each_kind
@@ -76,9 +89,10 @@ def test_a_copy_that_cannot_hold_its_master_is_told_apart(attach, kind):
     support.train_step(engine, 0)
     set_rate(engine, 1e6)
     with pytest.raises(ng.NumericsError) as caught:
-        support.train_step(engine, 1)
+        train_until_known(engine, 1)
     report = caught.value.report
-    assert (report.step, report.verdict) == (2, ng.Verdict.UPDATE_NONFINITE)
+    assert report.step in steps_of_the_report(2)
+    assert report.verdict is ng.Verdict.UPDATE_NONFINITE
     text = " ".join(report.evidence)
     assert "its float32 master copy is finite and reaches" in text
     assert "more than float16 holds (65504)" in text

@@ -193,7 +193,7 @@ def test_an_accelerator_that_runs_deepspeed(attach, alone):
     guard, keeper = attach(accelerator)
     ng.inject(model, "parameter", "weight", step=6)
     for step in range(1, 9):
-        accelerator.backward(model(torch.randn(4, 6).bfloat16()).float().square().mean())
+        accelerator.backward(model(torch.randn(4, 6).to(support.DEVICE, torch.bfloat16)).float().square().mean())
         if step == 2:
             assert keeper.save(accelerator).step == 2
     assert guard.last_report.step == 6
@@ -208,7 +208,7 @@ def test_a_moment_that_is_not_finite_is_found_in_the_shards(tmp_path, caplog, st
     keeper = ng.CheckpointKeeper(tmp_path, healthy_after=2)
     support.train_step(engine, 1)
     ng.inject(engine, "optimizer_state", "hidden.weight", index=(20, 3))
-    engine(torch.zeros(4, 6, dtype=torch.long))
+    engine(torch.zeros(4, 6, dtype=torch.long, device=support.DEVICE))
     bad = keeper.save(engine)
     keeper.clean_step()
     keeper.clean_step()
