@@ -9,7 +9,7 @@ READY := $(VENV)/development $(VENV)/cuda
 OLDER_DEEPSPEED ?= 0.18.2 0.19.3
 FUZZ_SECONDS ?= 60
 
-.PHONY: demo test quick coverage lint bench campaign chaos healthy fuzz differential older-deepspeed lock changelog clean
+.PHONY: demo test quick coverage lint bench gpu-test campaign chaos healthy fuzz differential older-deepspeed lock changelog clean
 
 demo: $(VENV)/package
 	$(BIN)/python examples/demo.py
@@ -37,6 +37,11 @@ lint: $(READY)
 bench: $(READY)
 	mkdir -p bench
 	$(BIN)/python benchmarks/overhead.py --json bench/overhead.json --plot bench/overhead.png
+
+# With a GPU, and a torch that can use it: alone, for Triton's interpreter is left off; then DeepSpeed's engines.
+gpu-test: $(READY)
+	$(BIN)/python -m pytest -q -n 2 -m gpu tests/ops tests/integrations
+	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -q -n 4 tests/integrations/deepspeed
 
 # Every fault in every engine, and every cause in every way of training; the tests run a part of them.
 campaign: $(READY)

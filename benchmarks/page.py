@@ -81,7 +81,30 @@ def _in_statistics_by_size(sample: Row) -> bool:
     return sample["threads"] == 1 and sample["kind"] != "limit" and sample["size"] >> 20 in (4, 256)
 
 
+def _in_gpu_statistics(sample: Row) -> bool:
+    size, dtype = sample["size"] >> 20, sample["dtype"]
+    return sample["kind"] != "limit" and (size == 1024 or (size, dtype) in ((1, "fp32"), (16, "fp32"), (256, "fp32")))
+
+
 _STATISTICS = ("{label}", {"{size}, {dtype}": "{fraction:#.2g}"})
+
+_GUARDED_STEPS = (
+    "{case}",
+    {
+        "step ms": "{step_ms:.0f}",
+        "observe": "{observe:.3f}",
+        "replace": "{replace:.3f}",
+        "DeepSpeed's check and norm ms": "{theirs_ms:.1f}",
+        "guard ms": "{ours_ms:.1f}",
+    },
+)
+_OPTIMIZER_STEPS = (
+    "{case}",
+    {
+        "torch ms": "{torch_ms:.4g}",
+        **{way: f"{{ratios[{way}]:.3f}}" for way in ("step", "guard", "guard, clips", "guard, within")},
+    },
+)
 
 TABLES = {
     "statistics": Table("overhead", *_STATISTICS, _in_statistics, "samples"),
@@ -93,18 +116,9 @@ TABLES = {
         lambda row: not row["cold"],
     ),
     "scan-cold": Table("scan", "{candidate}", {"{threads}T": "{fraction:.2f}"}, lambda row: bool(row["cold"])),
-    "guarded-steps": Table(
-        "deepspeed_step",
-        "{case}",
-        {
-            "step ms": "{step_ms:.0f}",
-            "observe": "{observe:.3f}",
-            "replace": "{replace:.3f}",
-            "DeepSpeed's check and norm ms": "{theirs_ms:.1f}",
-            "guard ms": "{ours_ms:.1f}",
-        },
-        lambda row: "x64" not in row["case"],
-    ),
+    "statistics-h100": Table("overhead_h100", *_STATISTICS, _in_gpu_statistics, "samples"),
+    "guarded-steps": Table("deepspeed_step", *_GUARDED_STEPS, lambda row: "x64" not in row["case"]),
+    "guarded-steps-h100": Table("deepspeed_step_h100", *_GUARDED_STEPS),
     "guarded-steps-by-parameters": Table(
         "deepspeed_step",
         "{case}",
@@ -117,14 +131,8 @@ TABLES = {
         {"{model}, ms more": "{overhead:.3g}", "{model}, ratio": "{ratio:.2g}"},
         lambda row: row["way"] != "plain",
     ),
-    "optimizer-steps": Table(
-        "optimizer_step",
-        "{case}",
-        {
-            "torch ms": "{torch_ms:.4g}",
-            **{way: f"{{ratios[{way}]:.3f}}" for way in ("step", "guard", "guard, clips", "guard, within")},
-        },
-    ),
+    "optimizer-steps": Table("optimizer_step", *_OPTIMIZER_STEPS),
+    "optimizer-steps-h100": Table("optimizer_step_h100", *_OPTIMIZER_STEPS),
 }
 
 

@@ -15,6 +15,8 @@ import torch
 
 _MIN_CAPACITY = 512  # addresses
 
+_raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)  # in builds for CUDA; makes no object of the stream
+
 
 def has_gpu() -> bool:
     """Returns whether torch sees a GPU."""
@@ -36,7 +38,9 @@ def current_index() -> int:
 
 def stream_of(device: torch.device) -> int:
     """Returns the handle of this thread's current stream on `device`; 0 on the CPU."""
-    return torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if device.type != "cuda":
+        return 0
+    return _raw_stream(device.index) if _raw_stream is not None else torch.cuda.current_stream(device).cuda_stream
 
 
 @contextlib.contextmanager
