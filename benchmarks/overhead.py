@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -58,12 +58,14 @@ class Options:
         seconds: Time to measure in all, checks excluded.
         min_rounds: Fewest rounds.
         with_compile: Whether torch.compile is measured.
+        aligned: Whether segments begin at cache lines.
     """
 
     settings: Sequence[Setting]
     seconds: float
     min_rounds: int
     with_compile: bool
+    aligned: bool
 
     def seconds_for(self, setting: Setting) -> float:
         """Returns the part of the time for one buffer."""
@@ -76,6 +78,7 @@ class Options:
 @click.option("--size", "sizes", type=float, multiple=True, help="Size of a buffer, MiB; may be a fraction; repeat.")
 @click.option("--dtype", "dtypes", type=click.Choice(list(DTYPES)), multiple=True, help="Type of elements; repeat.")
 @click.option("--segments", type=click.IntRange(min=1), default=200, show_default=True, help="Segments of a buffer.")
+@click.option("--aligned", is_flag=True, help="Segments begin at cache lines, in place of any element.")
 @click.option("--threads", type=click.IntRange(min=1), multiple=True, help="Threads on the CPU; repeat.")
 @click.option("--seconds", type=float, help="Time to measure in all, checks excluded.")
 @click.option("--compile/--no-compile", "with_compile", default=True, help="Measure torch.compile, too.")
@@ -87,6 +90,7 @@ def main(
     sizes: tuple[float, ...],
     dtypes: tuple[str, ...],
     segments: int,
+    aligned: bool,
     threads: tuple[int, ...],
     seconds: float | None,
     quick: bool,
@@ -107,25 +111,27 @@ def main(
         if not quick:
             settings += [Setting(MANY_SEGMENTS * MANY_SEGMENT_BYTES, count, "fp32", MANY_SEGMENTS) for count in counts]
         seconds = seconds if seconds is not None else (QUICK_SECONDS if quick else SECONDS)
-        options = Options(settings, seconds, QUICK_MIN_ROUNDS if quick else MIN_ROUNDS, with_compile)
-        run = run_all(device, options, make_console())
+        options = Options(settings, seconds, QUICK_MIN_ROUNDS if quick else MIN_ROUNDS, with_compile, aligned)
+        run = run_all(device, options, make_console(), lambda run: _write(json_path, run))
     except (Unusable, plot.MissingPlotting) as error:
         click.echo(f"Error: {error}", err=True)
         sys.exit(2)
     except WrongResult as error:
         raise click.ClickException(f"wrong result, so nothing was timed: {error}") from error
-    if json_path is not None:
-        json_path.write_text(json.dumps(asdict(run), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     if plot_path is not None:
         plot.draw(run, plot_path)
 
 
-def run_all(device: Device, options: Options, console: Console) -> Run:
-    """Measures and prints everything."""
+def _write(path: Path | None, run: Run) -> None:
+    if path is not None:
+        path.write_text(json.dumps(asdict(run), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def run_all(device: Device, options: Options, console: Console, keep: Callable[[Run], None]) -> Run:
+    """Measures and prints everything; `keep` is called after each size: a run that is cut off leaves what it has."""
     machine = device.prepare()
-    run = Run(
-        machine[device.fact], device.limit, machine, {"seconds": options.seconds, "min_rounds": options.min_rounds}
-    )
+    asked = {"seconds": options.seconds, "min_rounds": options.min_rounds, "aligned": options.aligned}
+    run = Run(machine[device.fact], device.limit, machine, asked)
     print_header(console, run, device.time)
     shortages = {setting: device.shortage(setting.size, setting.segments) for setting in options.settings}
     run.skipped.update(
@@ -138,7 +144,9 @@ def run_all(device: Device, options: Options, console: Console) -> Run:
         samples = [sample for setting in group for sample in _measure_buffer(device, options, setting, run)]
         print_samples(console, samples)
         run.samples += samples
+        keep(run)
     run.targets = device.targets(run)
+    keep(run)
     print_targets(console, run)
     return run
 
@@ -147,7 +155,7 @@ def _measure_buffer(device: Device, options: Options, setting: Setting, run: Run
     """Measures everything on one buffer. Adds to the run what is left out."""
     if setting.threads is not None:
         torch.set_num_threads(setting.threads)
-    problem = make_problem(setting.size, setting.dtype, setting.segments, device.torch_device)
+    problem = make_problem(setting.size, setting.dtype, setting.segments, device.torch_device, options.aligned)
     made = device.candidates(problem, options.with_compile)
     run.skipped.update({key: reason for key, reason in made.items() if isinstance(reason, str)})
     limits = device.limits(problem)

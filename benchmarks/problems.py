@@ -19,6 +19,7 @@ DTYPES = {
     "fp64": torch.float64,
 }
 
+CACHE_LINE = 64  # bytes
 _VALUE_SCALE = 1e-3  # gradients are small
 _PATTERN_NUMEL = 1 << 22  # elements after which the values repeat
 _PLANTED_ABSMAX = 96.0
@@ -70,16 +71,26 @@ class Expected:
     norm: float
 
 
-def make_problem(size: int, dtype: str, segments: int, device: torch.device) -> Problem:
-    """Returns a buffer of `size` bytes in nearly equal segments, at any alignment; all devices get the same."""
+def make_problem(size: int, dtype: str, segments: int, device: torch.device, aligned: bool = False) -> Problem:
+    """Returns a buffer of `size` bytes in nearly equal segments; all devices get the same.
+
+    Args:
+        size: Bytes of the buffer.
+        dtype: Key of `DTYPES`.
+        segments: Number of segments.
+        device: Device of the buffer.
+        aligned: Whether segments begin at cache lines, in place of any element.
+    """
     count = max(1, size // DTYPES[dtype].itemsize)
+    step = CACHE_LINE // DTYPES[dtype].itemsize if aligned else 1
     segments = min(segments, count)
     pattern = torch.randn(min(count, _PATTERN_NUMEL), generator=torch.Generator().manual_seed(0))
     pattern = (pattern * _VALUE_SCALE).to(device, DTYPES[dtype])
     flat = torch.empty(count, dtype=DTYPES[dtype], device=device)
     for part in flat.split(pattern.numel()):
         part.copy_(pattern[: part.numel()])
-    layout = ng.Layout([index * count // segments for index in range(segments + 1)])
+    begins = [index * count // segments // step * step for index in range(segments)]
+    layout = ng.Layout([*begins, count])
     spare = flat.clone()
     return Problem(dtype, flat, layout, _views(flat, layout), spare, _views(spare, layout))
 

@@ -19,11 +19,10 @@ from hallo_numguard.ops.tensor_list import TensorList
 BACKEND_VARIABLE = "HALLO_NUMGUARD_BACKEND"
 BACKENDS = ("native", "triton", "torch", "reference")
 
-# On a GPU both give the same bits. The CUDA extension's calls cost the host a fifth (2.7 microseconds on 200 segments,
-# Triton's 13, the driver's launches left out), and its loops 14 to 42 % fewer instructions per element (docs/gpu.md);
-# Triton needs no compiler at installation and compiles for any GPU.
+# On a GPU both give the same bits, and are as fast; a call through Triton takes the host twice as long (docs/gpu.md),
+# but needs no compiler at installation and compiles for any GPU.
 _PREFERENCE = {"cpu": ("native", "torch", "reference"), "cuda": ("native", "triton", "reference")}
-_MODULES = {("native", "cpu"): "cpu", ("native", "cuda"): "cuda"}  # "native" has one backend per device
+_MODULES = {"torch": "torch_operators", "native cpu": "cpu", "native cuda": "cuda"}  # "native" has one per device
 _log = logging.getLogger("hallo_numguard")
 
 
@@ -45,7 +44,7 @@ class Backend(Protocol):
 
 def backend(name: str, device_type: str = "cpu") -> Backend:
     """Returns the backend of that name for such devices, whether it can run or not."""
-    module = _MODULES.get((name, device_type), name)
+    module = _MODULES.get(f"{name} {device_type}") or _MODULES.get(name, name)
     return cast(Backend, importlib.import_module(f"hallo_numguard.ops.backends.{module}"))
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu import NEEDS_GPU, host_sync_is_an_error
 from torch import nn
 
 import hallo_numguard as ng
+
+from gpu import NEEDS_GPU, host_sync_is_an_error
 
 pytestmark = NEEDS_GPU
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator
 
 import pytest
 import torch
-from gpu import NEEDS_GPU, host_sync_is_an_error
 from test_stats import assert_records, normal
 
 import hallo_numguard as ng
@@ -25,6 +24,7 @@ from hallo_numguard.ops.formats import FORMATS
 
 from backends import forced_backend
 from cases import CASES, Case, definition, expected_of, flat_of
+from gpu import NEEDS_GPU, host_sync_is_an_error
 
 BACKENDS = {"triton": triton, "native": cuda}
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from gpu import NEEDS_GPU, host_syncs
 
 import hallo_numguard as ng
 
 import deepspeed_support as support
 from deepspeed_support import KINDS, name_of
+from gpu import NEEDS_GPU, host_syncs
 
 pytestmark = [
     *NEEDS_GPU,
