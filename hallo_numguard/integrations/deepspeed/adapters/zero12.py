@@ -4,7 +4,7 @@
 |---|---|
 | `has_overflow_partitioned_grads_serial` | returns the flag of the table |
 | `get_grad_norm_direct(gradients, params)` | is called with one element |
-| offload: `update_offload_overflow_tracker(grad)`, every backward | sets `local_overflow` before the step |
+| offload: `update_offload_overflow_tracker(grad)`, `.._for_param_grad`, every backward | sets `local_overflow` before the step |
 | offload: `set_norm_for_param_grad`, `.._in_gpu`, every backward | notes only that the parameter took part |
 | offload: `complete_grad_norm_calculation_for_cpu_offload(params)` | is called with one parameter that has it all |
 """
@@ -74,14 +74,15 @@ class Zero12Adapter(OptimizerAdapter):
     def checks_overflow(self) -> bool:
         """Returns whether overflows, or bad norms in their place, skip the step."""
         optimizer = self.optimizer
-        if getattr(optimizer, "check_grad_overflow", True):
+        if self.checks_elements():
             return True
         is_half = optimizer.dtype != torch.bfloat16
         return takes_bad_norm_for_overflow() and is_half and getattr(optimizer, "compute_grad_norm", True)
 
     def checks_elements(self) -> bool:
         """Returns whether overflows are looked for, and not a bad norm alone."""
-        return bool(getattr(self.optimizer, "check_grad_overflow", True))
+        is_half = self.optimizer.dtype == torch.float16
+        return bool(getattr(self.optimizer, "check_grad_overflow", is_half))  # a setting since 0.17.1
 
     def known_bugs(self, release: Release) -> Iterable[str]:
         """Yields the lost micro-batches of stage 2 (0.17.6 to 0.18.2), and those of all stages."""
@@ -100,7 +101,9 @@ class Zero12Adapter(OptimizerAdapter):
             patches.wrap(optimizer, "has_overflow_partitioned_grads_serial", self._has_overflow)
             patches.wrap(optimizer, "get_grad_norm_direct", norms.get_grad_norm_direct)
             return
-        patches.wrap(optimizer, "update_offload_overflow_tracker", _do_nothing)
+        for name in ("update_offload_overflow_tracker", "update_overflow_tracker_for_param_grad"):
+            if hasattr(optimizer, name):  # the second up to 0.17.5
+                patches.wrap(optimizer, name, _do_nothing)
         for name in ("set_norm_for_param_grad", "set_norm_for_param_grad_in_gpu"):
             patches.wrap(optimizer, name, norms.note_parameter)
         patches.wrap(optimizer, "complete_grad_norm_calculation_for_cpu_offload", norms.complete_grad_norm)

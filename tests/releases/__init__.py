@@ -1,0 +1,1 @@
+"""Other releases of DeepSpeed: what holds with each."""
