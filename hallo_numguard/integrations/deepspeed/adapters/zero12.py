@@ -4,7 +4,7 @@
 |---|---|
 | `has_overflow_partitioned_grads_serial` | returns the flag of the table |
 | `get_grad_norm_direct(gradients, params)` | is called with one element |
-| offload: `update_offload_overflow_tracker(grad)`, `.._for_param_grad`, every backward | sets `local_overflow` before the step |
+| offload: `update_offload_overflow_tracker`, `.._for_param_grad` | sets `local_overflow` before the step |
 | offload: `set_norm_for_param_grad`, `.._in_gpu`, every backward | notes only that the parameter took part |
 | offload: `complete_grad_norm_calculation_for_cpu_offload(params)` | is called with one parameter that has it all |
 """
