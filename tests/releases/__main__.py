@@ -24,7 +24,7 @@ from paths import IMPORTABLE
 
 WORKER = Path(__file__).with_name("worker.py")
 TIMEOUT = 600  # seconds for a release
-_TABLE = re.compile(r"(<!-- table: releases -->\n).*?(<!-- end -->)", re.DOTALL)
+_TABLE = re.compile(r"(<!-- releases -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Found = Mapping[str, str]
 """By kind of engine what does not hold, "" where all does."""

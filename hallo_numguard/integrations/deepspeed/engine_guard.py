@@ -207,7 +207,7 @@ class DeepSpeedGuard(Guard):
     @property
     def _checking_method(self) -> str:
         """Name of the optimizer's method in which the guard checks in DeepSpeed's place."""
-        return "_update_scale" if hasattr(self._optimizer, "_update_scale") else "step"
+        return "_update_scale" if self._adapter.updates_scale() else "step"
 
     def _answer(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Takes part in the check of the ranks that are still on guard; skips what they skip."""

@@ -17,6 +17,7 @@ from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import (
     OptimizerAdapter,
     Part,
     Release,
+    takes_bad_norm_for_overflow,
 )
 from hallo_numguard.integrations.patches import MethodPatches
 
@@ -34,12 +35,24 @@ class _Fp16Adapter(OptimizerAdapter):
 
     def loss_scaling(self) -> LossScaling:
         """Returns the state of the optimizer's loss scaler."""
-        config = getattr(self.optimizer, "loss_scale_config", self.optimizer)  # the optimizer itself before 0.18.6
+        config = self._loss_scale_config
         return LossScaling(
             scale=float(config.cur_scale),
-            dynamic=bool(config.dynamic_loss_scale),
+            dynamic=bool(getattr(config, "dynamic_loss_scale", False)),  # there in fp16 alone before 0.18.6
             minimum=float(getattr(config, "min_loss_scale", None) or 1.0),
         )
+
+    @property
+    def _loss_scale_config(self) -> Any:
+        return getattr(self.optimizer, "loss_scale_config", self.optimizer)  # the optimizer itself before 0.18.6
+
+    def checks_overflow(self) -> bool:
+        """Returns whether an overflow skips the step: in bf16 it is found and has no effect from 0.17.1 to 0.19.7."""
+        return takes_bad_norm_for_overflow() or bool(getattr(self._loss_scale_config, "use_grad_scaling", True))
+
+    def updates_scale(self) -> bool:
+        """Returns whether every step calls `_update_scale`, as those do in which an overflow has an effect."""
+        return self.checks_overflow()
 
     def known_bugs(self, release: Release) -> Iterable[str]:
         """Yields the missing loss scaling of stage 0 in fp16 (0.18.3 to 0.19.8)."""

@@ -100,6 +100,10 @@ class OptimizerAdapter(ABC):
         """
         return True
 
+    def updates_scale(self) -> bool:
+        """Returns whether every step calls `_update_scale`, with the flag that all ranks have agreed on."""
+        return hasattr(self.optimizer, "_update_scale")
+
     def known_bugs(self, release: Release) -> Iterable[str]:
         """Returns the known bugs of this release of DeepSpeed with this optimizer, a sentence each."""
         return autocast.known_bugs(self.optimizer, release)
