@@ -201,8 +201,12 @@ class EvidenceCollector:
         self.start()
 
     def start(self) -> None:
-        """Puts hooks on the parameters for the first step: they show in which order gradients become ready."""
-        self._order.learn(self._model.parameters)
+        """Puts hooks on the parameters for the first step: they show in which order gradients become ready.
+
+        Not in a pipeline, where each rank would learn the order of its own stage.
+        """
+        if self._model.stage is None:
+            self._order.learn(self._model.parameters)
 
     def stop(self) -> None:
         """Removes the hooks from the parameters."""
@@ -285,7 +289,7 @@ class EvidenceCollector:
         """Reads every tensor that this rank holds. What ranks reduce is on the device on which they do."""
         scanned = step.pending.gradients
         gradients = self._stats_of(scanned)
-        weights = scan_tensors([*self.weights, self._loss_tensor(step)])
+        weights = scan_tensors([*self.weights, self._loss_of_this_rank(step)])
         before = self._local_gradients.stats(self._model.device)
         state, batch = self._scan_state(), self._scan_batch(step)
         return RankView(
@@ -484,8 +488,8 @@ class EvidenceCollector:
     def _gradient(self, view: GlobalView, position: int) -> Offender:
         item, place = self._model.parameters[position], self._ranks.place
         rank = self._ranks.rank if self._ranks.size == 1 else None  # after the reduction it is every rank's
-        is_of_one = item.shard is not None and place is not None and place.copies == 1
-        if is_of_one or not item.is_everywhere:
+        is_of_one = item.shard is not None or not item.is_everywhere
+        if is_of_one and (place is None or place.copies == 1):
             rank = int(view.gradient_ranks[position])  # that of the part, which is reduced over no other rank
         if view.before_reduction is not None:
             rank = view.before_reduction.rank_of.get(position, rank)
@@ -493,6 +497,12 @@ class EvidenceCollector:
 
     def _state(self, state: ParameterStats, position: int, rank: int) -> Offender:
         return replace(self._model.parameters[position].offender(state, position, rank), kind="optimizer_state")
+
+    def _loss_of_this_rank(self, step: BadStep) -> NamedTensor:
+        """The losses, if this rank has made them; finite ones in their place if another stage has."""
+        item, stage = self._loss_tensor(step), self._model.stage
+        is_told = step.loss_known and stage is not None and not stage.is_last
+        return replace(item, tensor=torch.zeros_like(item.tensor)) if is_told else item
 
     def _loss_tensor(self, step: BadStep) -> NamedTensor:
         """The micro-batches' losses as one tensor, so that the index of an offender is the micro-batch."""

@@ -10,6 +10,7 @@ from hallo_numguard.core.sources import Source
 from hallo_numguard.guard.diagnosis.weight_history import WeightHistory
 from hallo_numguard.guard.feeding_modules import BadFeed
 from hallo_numguard.guard.loss_scaling import LossScaling
+from hallo_numguard.guard.stages import LostBetween
 
 WATCHED = "this step, which was watched operation by operation"
 
@@ -96,6 +97,7 @@ class Evidence:
         bad_samples: Number of samples of the input that are not finite, and of all of them; None if unknown.
         input_comes_back: Whether the step before was skipped because of an input as well.
         bad_feed: First module outside of the model, of those that feed it, that made a non-finite value.
+        lost_between: Stages of a pipeline between which the batch became non-finite; None if it did not.
     """
 
     step: int
@@ -125,6 +127,7 @@ class Evidence:
     bad_samples: tuple[int, int] | None = None
     input_comes_back: bool = False
     bad_feed: BadFeed | None = None
+    lost_between: LostBetween | None = None
 
     @property
     def answer(self) -> Replayed | None:
