@@ -444,7 +444,9 @@ class EvidenceCollector:
             if not suspects or suspects[0].name != first:
                 history = None
         ready = self._order.sort(view.gradients.bad_positions())
-        reduced = view.before_reduction
+        reduced, stage = view.before_reduction, self._model.stage
+        # In a pipeline, a stage's bad gradients make those of the stages before it bad: their number shows nothing.
+        is_number_known = reduced is not None and (stage is None or reduced.ranks == 0)
         seen = _SeenInput() if view.input is None else decode(_SeenInput, json.loads(view.input))
         return Evidence(
             step=step.pending.number,
@@ -468,7 +470,8 @@ class EvidenceCollector:
             loss_known=view.loss_known,
             loss_shown=step.loss_known,
             gradients=[self._gradient(view, position) for position in ready],
-            bad_ranks=None if reduced is None else reduced.ranks,
+            bad_ranks=reduced.ranks if reduced is not None and is_number_known else None,
+            copies=None if stage is None else stage.copies,
             world_size=self._ranks.size,
             settles_at=None if view.power == _UNKNOWN else min(2.0**view.power, step.pending.scaling.scale / 2),
             proved_before=_proved_before(before, step),

@@ -85,6 +85,7 @@ class Evidence:
         gradients: Offending gradients in ready order.
         bad_ranks: Number of ranks whose gradients were not finite before the reduction; None if unknown.
         world_size: Number of ranks.
+        copies: Number of ranks whose gradients of one parameter are added up; None for all.
         settles_at: Loss scale up to which the gradients of the last finite steps would have fitted, or half of the
             present one if that is lower; None if no step was finite yet.
         proved_before: Loss scale at which a batch was finite that was skipped since the last step that was applied.
@@ -128,6 +129,7 @@ class Evidence:
     input_comes_back: bool = False
     bad_feed: BadFeed | None = None
     lost_between: LostBetween | None = None
+    copies: int | None = None
 
     @property
     def answer(self) -> Replayed | None:

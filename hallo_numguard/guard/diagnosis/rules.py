@@ -144,7 +144,7 @@ def _has_bad_moment(seen: Evidence) -> bool:
 
 def _overflowed_in_the_reduction(seen: Evidence) -> bool:
     """Whether a sum of finite numbers is infinite; NaN alone came from elsewhere (a hook that ran after ours)."""
-    if seen.loss is not None or not seen.gradients or seen.world_size == 1:
+    if seen.loss is not None or not seen.gradients or 1 in (seen.world_size, seen.copies):
         return False
     first = seen.gradients[0]
     is_possible = seen.answer is not None and seen.answer.gradient_sum > LARGEST.get(first.dtype, math.inf)

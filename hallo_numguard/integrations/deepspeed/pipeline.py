@@ -27,6 +27,7 @@ from hallo_numguard.integrations.deepspeed.unsupported import check_supported
 
 _RECEIVED = "forward_input"  # argument of PipelineModule.forward
 _LABELS = "labels"
+_MAX_NUMBERS = 8
 _TIED = "tied_modules."  # DeepSpeed adds up the gradients of these over the stages
 
 
@@ -129,14 +130,16 @@ class Pipeline:
         if not stages:
             return []
         ranks = sorted(rank for stage in stages for rank in self._topology.filter_match(pipe=stage))
-        what = f"layer {number} ({layer[0]}) is" if layer is not None else f"{first.name or 'the layers'} is"
-        where = f"stage {stages[0]}" if len(stages) == 1 else f"stages {_in_words(stages)}"
-        of_ranks = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {_in_words(ranks)}"
-        return [f"{what} on {where} of {self.stage.stages} (0 is the first), {of_ranks}"]
+        what = first.name or "the model" if layer is None else f"layer {number} ({layer[0]})"
+        where = f"{_in_words('stage', stages)} of {self.stage.stages}, counted from 0"
+        return [f"{what}: {where}, on {_in_words('rank', ranks)}"]
 
 
-def _in_words(numbers: Sequence[int]) -> str:
-    return f"{', '.join(map(str, numbers[:-1]))} and {numbers[-1]}"
+def _in_words(noun: str, numbers: Sequence[int]) -> str:
+    if len(numbers) == 1:
+        return f"{noun} {numbers[0]}"
+    few = numbers if len(numbers) <= _MAX_NUMBERS else [*numbers[: _MAX_NUMBERS - 1], "..."]
+    return f"{noun}s {', '.join(map(str, few[:-1]))} and {numbers[-1]}"
 
 
 def _key(item: NamedTensor | _Described) -> tuple[str, str, tuple[int, ...]]:
