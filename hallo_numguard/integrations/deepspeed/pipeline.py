@@ -273,8 +273,17 @@ class ScheduleHooks:
         try:
             method(engine, **kwargs)
         except BaseException:
-            engine._force_grad_boundary = False  # else the next step would begin as if at its end
+            _end_step(engine)
             raise
+
+
+def _end_step(engine: Any) -> None:
+    """Ends what a step that raises leaves open: the next one would begin as if at its end, and with running timers."""
+    engine._force_grad_boundary = False
+    timers: Mapping[str, Any] = getattr(engine.timers, "timers", {})
+    for timer in timers.values():
+        if timer.started_:
+            timer.stop(record=False)
 
 
 _NO_LOSS = torch.zeros(())
