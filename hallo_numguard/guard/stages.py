@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.tracing.nested import as_plain, is_readable
+
+
+_ROUNDING = 1e-5
 
 
 @dataclass(frozen=True)
@@ -20,14 +24,14 @@ class Stage:
         stages: Number of stages.
         copy: Number of the copy of the pipeline that it belongs to.
         copies: Number of copies, among which gradients are averaged.
-        received: Name of the argument that a stage's call has from the stage before.
+        argument: Name of the argument that a stage's call has from the stage before.
     """
 
     number: int
     stages: int
     copy: int
     copies: int
-    received: str
+    argument: str
 
     @property
     def is_last(self) -> bool:
@@ -36,31 +40,61 @@ class Stage:
 
     def is_received(self, name: str) -> bool:
         """Returns whether what a call was given under that name comes from the stage before."""
-        return self.number > 0 and name.startswith(self.received)
+        return self.number > 0 and name.startswith(self.argument)
 
-    def was_given_bad(self, tensors: Sequence[tuple[str, torch.Tensor]]) -> bool:
-        """Returns whether what came from the stage before holds NaN or +Inf. Synchronises.
+    def received(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> list[torch.Tensor]:
+        """Returns what came from the stage before of what a call was given, by name."""
+        return [tensor for name, tensor in tensors if self.is_received(name)]
 
-        Args:
-            tensors: What a call was given, by name.
-        """
-        return hold_nan_or_inf([tensor for name, tensor in tensors if self.is_received(name)])
+
+class Figures(NamedTuple):
+    """What a number of tensors hold together.
+
+    Attributes:
+        numel: Number of elements.
+        nonfinite: Number of NaN and +Inf: -Inf alone is how masks are written.
+        absmax: Largest finite absolute value.
+        sumsq: Sum of squares of the finite elements.
+    """
+
+    numel: float
+    nonfinite: float
+    absmax: float
+    sumsq: float
+
+    @classmethod
+    def of(cls, tensors: Iterable[torch.Tensor]) -> Figures:
+        """Reads tensors once, without those that hold integers. Synchronises."""
+        plain = [as_plain(tensor) for tensor in tensors if is_readable(tensor)]
+        table = multi_tensor_stats(plain)
+        absmax = float(table.absmax.max()) if plain else 0.0
+        nonfinite, sumsq = float((table.nan + table.pos_inf).sum()), float(table.sumsq.sum())
+        return cls(float(sum(tensor.numel() for tensor in plain)), nonfinite, absmax, sumsq)
+
+
+def are_alike(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """Returns whether figures can be of the same elements, of which sums are rounded otherwise in another layout.
+
+    Args:
+        left, right: The fields of `Figures` in the last dimension.
+    """
+    is_same = left == right
+    is_close = torch.isclose(left[..., -1], right[..., -1], rtol=_ROUNDING, atol=0.0)
+    return is_same[..., :-1].all(dim=-1) & (is_close | is_same[..., -1])
 
 
 @dataclass(frozen=True)
 class LostBetween:
-    """A micro-batch that was finite where a stage returned it, and not where the next one was given it.
+    """A micro-batch that was not, where a stage was given it, what the stage before had returned.
 
     Attributes:
         stage: Number of the stage that was given it.
         micro_batch: Position of the micro-batch in the step.
+        returned: What the stage before had returned.
+        given: What the stage was given.
     """
 
     stage: int
     micro_batch: int
-
-
-def hold_nan_or_inf(tensors: Sequence[torch.Tensor]) -> bool:
-    """Returns whether one of them holds NaN or +Inf: -Inf alone is how masks are written. Synchronises."""
-    table = multi_tensor_stats([as_plain(tensor) for tensor in tensors if is_readable(tensor)])
-    return bool((table.nan + table.pos_inf).sum() > 0)
+    returned: Figures
+    given: Figures

@@ -23,6 +23,7 @@ from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
 from hallo_numguard.guard.diagnosis.rules import needs_replay, needs_replay_of_step
 from hallo_numguard.guard.diagnosis.texts import MAX_LINE_BYTES, MAX_NAME_BYTES, source_as_text
 from hallo_numguard.guard.guarded_model import Forward, GuardedModel
+from hallo_numguard.guard.stages import Figures
 from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.guard.step.local_gradients import LocalGradients
 from hallo_numguard.guard.step.model_call import ModelCall
@@ -245,7 +246,7 @@ class Replayer:
 
     def _was_given_bad(self, call: ModelCall) -> bool:
         stage = self._model.stage
-        return stage is not None and stage.was_given_bad(call.contents.tensors)
+        return stage is not None and Figures.of(stage.received(call.contents.tensors)).nonfinite > 0
 
     def _drop_bad_seeds(self, count: int) -> bool:
         """Drops gradients that the next stage has sent and that are not finite: their cause lies there.

@@ -1,15 +1,16 @@
-"""What the stages of a pipeline tell each other of a bad step: losses, and where something was lost between two."""
+"""What the stages of a pipeline tell each other of a bad step: losses, and what was lost between two stages."""
 
 from __future__ import annotations
 
 import torch
 
 from hallo_numguard.guard.collectives import Ranks
-from hallo_numguard.guard.stages import LostBetween, Stage, hold_nan_or_inf
+from hallo_numguard.guard.stages import Figures, LostBetween, Stage, are_alike
 from hallo_numguard.guard.step.pending import MAX_CALLS, PendingStep
 
-_HAS_LOSS, _LOSS, _WAS_CALLED, _WAS_GIVEN_BAD, _HAS_RETURNED_BAD = range(5)
-_COLUMNS = 5
+_HAS_LOSS, _LOSS, _WAS_CALLED = range(3)
+_GIVEN, _RETURNED = slice(3, 7), slice(7, 11)
+_COLUMNS = 11
 
 
 def share_losses(ranks: Ranks, stage: Stage, pending: PendingStep, device: torch.device) -> LostBetween | None:
@@ -47,14 +48,19 @@ def _seen_here(stage: Stage, pending: PendingStep) -> torch.Tensor:
     for row, call in zip(rows, pending.calls, strict=False):
         if call.outputs is not None:
             row[_WAS_CALLED] = 1.0
-            row[_WAS_GIVEN_BAD] = float(stage.was_given_bad(call.contents.tensors))
-            row[_HAS_RETURNED_BAD] = float(hold_nan_or_inf(call.outputs))
+            row[_GIVEN] = torch.tensor(Figures.of(stage.received(call.contents.tensors)), dtype=torch.float64)
+            row[_RETURNED] = torch.tensor(Figures.of(call.outputs), dtype=torch.float64)
     return rows
 
 
 def _lost_between(seen: torch.Tensor) -> LostBetween | None:
-    flags = seen > 0
-    both_called = flags[:, :-1, :, _WAS_CALLED] & flags[:, 1:, :, _WAS_CALLED]
-    is_lost = both_called & ~flags[:, :-1, :, _HAS_RETURNED_BAD] & flags[:, 1:, :, _WAS_GIVEN_BAD]
-    found = is_lost.any(dim=0).T.nonzero()  # of the first micro-batch, and of its stages the first
-    return LostBetween(int(found[0, 1]) + 1, int(found[0, 0])) if len(found) else None
+    """The first difference between what a stage has returned and what the next one was given, of all copies."""
+    before, after = seen[:, :-1], seen[:, 1:]
+    returned, given = before[..., _RETURNED], after[..., _GIVEN]
+    are_seen = (before[..., _WAS_CALLED] > 0) & (after[..., _WAS_CALLED] > 0)
+    differ = (are_seen & ~are_alike(returned, given)).permute(2, 1, 0)  # micro-batch, stage, copy
+    if not differ.any():
+        return None
+    micro_batch, stage, copy = map(int, differ.nonzero()[0])
+    places = copy, stage, micro_batch
+    return LostBetween(stage + 1, micro_batch, Figures(*returned[places].tolist()), Figures(*given[places].tolist()))

@@ -120,19 +120,19 @@ class Pipeline:
         return [] if report.first is None else self._where(report.first)
 
     def _where(self, first: Offender) -> list[str]:
-        stages: Sequence[int] = self._stages_of.get(first.name, ())
         number = first.name.partition(".")[0]
         layer = self._layers.get(int(number)) if number.isdecimal() else None
-        if layer is not None:
-            stages = [layer[1]]
-        elif not stages and first.rank is not None:
-            stages = [int(self._topology.get_coord(first.rank).pipe)]
-        if not stages:
+        stages: Sequence[int] = self._stages_of.get(first.name, ()) if layer is None else [layer[1]]
+        if stages:
+            what = first.name if layer is None else f"layer {number} ({layer[0]})"
+            ranks = sorted(rank for stage in stages for rank in self._topology.filter_match(pipe=stage))
+            return [f"{what}: {self._named(stages)}, on {_in_words('rank', ranks)}"]
+        if first.rank is None:
             return []
-        ranks = sorted(rank for stage in stages for rank in self._topology.filter_match(pipe=stage))
-        what = first.name or "the model" if layer is None else f"layer {number} ({layer[0]})"
-        where = f"{_in_words('stage', stages)} of {self.stage.stages}, counted from 0"
-        return [f"{what}: {where}, on {_in_words('rank', ranks)}"]
+        return [f"rank {first.rank}: {self._named([int(self._topology.get_coord(first.rank).pipe)])}"]
+
+    def _named(self, stages: Sequence[int]) -> str:
+        return f"{_in_words('stage', stages)} of {self.stage.stages}, counted from 0"
 
 
 def _in_words(noun: str, numbers: Sequence[int]) -> str:
