@@ -11,7 +11,6 @@ import torch
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.tracing.nested import as_plain, is_readable
 
-
 _ROUNDING = 1e-5
 
 
@@ -76,7 +75,8 @@ def are_alike(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Returns whether figures can be of the same elements, of which sums are rounded otherwise in another layout.
 
     Args:
-        left, right: The fields of `Figures` in the last dimension.
+        left: The fields of `Figures` in the last dimension.
+        right: The others.
     """
     is_same = left == right
     is_close = torch.isclose(left[..., -1], right[..., -1], rtol=_ROUNDING, atol=0.0)
