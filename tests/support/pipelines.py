@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import deepspeed
 import torch
 from deepspeed.pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from deepspeed.runtime.pipe import schedule
+from deepspeed.runtime.pipe.topology import ProcessTopology
 from torch import nn
 from torch.nn import functional
 
@@ -41,13 +42,26 @@ def loss_of(output: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return functional.mse_loss(output.float(), target.float())
 
 
-def make_engine(setup: str, stage: int, topology: Any = None, loss: Any = loss_of, **options: Any) -> Any:
+class RootNorm(nn.Module):
+    """Divides by the root of the mean square, which has no derivative at 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(dim=-1, keepdim=True)) * self.weight
+
+
+def make_engine(
+    setup: str, stage: int, axes: Sequence[str] = ("pipe", "data"), third: type[nn.Module] = Block, **options: Any
+) -> Any:
     """Returns an engine: layers 0 to 2 on its first stage, layers 3 to 5 on its second one.
 
     Args:
         setup, stage, options: As in `deepspeed_support.make_engine`.
-        topology: Of the ranks. Default: two stages, and as many copies as ranks allow.
-        loss: Makes the loss of the last layer's output and the labels.
+        axes: Of the ranks' numbers, the one that changes most slowly first.
+        third: Class of the first layer of the second stage.
     """
     support.allow_fp16()
     deepspeed.init_distributed()
@@ -56,14 +70,17 @@ def make_engine(setup: str, stage: int, topology: Any = None, loss: Any = loss_o
         TiedLayerSpec("ends", nn.Linear, 16, 16, bias=False),
         LayerSpec(Block),
         LayerSpec(nn.LayerNorm, 16),
-        LayerSpec(Block),
+        LayerSpec(third),
         torch.nn.functional.softplus,
         TiedLayerSpec("ends", nn.Linear, 16, 16, bias=False, forward_fn=transposed),
     ]
-    places = {"num_stages": 2} if topology is None else {"topology": topology}
-    interval = options.pop("activation_checkpoint_interval", 0)
+    sizes = {"pipe": 2, "data": torch.distributed.get_world_size() // 2, "model": 1}
     model = PipelineModule(
-        layers, loss_fn=loss, partition_method="uniform", activation_checkpoint_interval=interval, **places
+        layers,
+        topology=ProcessTopology(list(axes), [sizes[axis] for axis in axes]),
+        loss_fn=loss_of,
+        partition_method="uniform",
+        activation_checkpoint_interval=options.pop("activation_checkpoint_interval", 0),
     )
     return support.make_engine(
         setup,

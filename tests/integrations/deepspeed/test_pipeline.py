@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from engine_ranks import run_engines
 
 from deepspeed_support import run_ranks
-from engine_ranks import run_engines
 
 HEAD = """
 import logging, os
@@ -51,24 +51,21 @@ def labels(x, y):
     y[1, 3] = torch.nan
 
 
-for setup, stage, options in CASES:
-    case = setup, stage, options
-    engines = [pipelines.make_engine(setup, stage, gradient_clipping=clip, scale_power=13, **options) for clip in (0.5, 0.5, 0.0, 0.0)]
-    guards = [ng.attach(engines[at], ng.GuardConfig(policy=WARN, mode=mode))
-              for at, mode in ((0, "observe"), (2, "replace"))]
-    engine, guard = engines[0], guards[0]
+for setup, stage, mode, options in CASES:
+    case = setup, stage, mode, options
+    engines = [pipelines.make_engine(setup, stage, gradient_clipping=0.5, scale_power=13, **options) for _ in range(2)]
+    engine, guard = engines[0], ng.attach(engines[0], ng.GuardConfig(policy=WARN, mode=mode))
     for number in range(2):
         losses = [step(one, number) for one in engines]
-        assert losses[0] == losses[1] and losses[2] == losses[3], (case, losses)
         norms = float(guard.grad_norm), engines[1].get_global_grad_norm()
-        assert norms[1] is None or setup == "fp16_fused" or abs(norms[0] / float(norms[1]) - 1) < 1e-3, (case, norms)
-    for left, right in ((0, 1), (2, 3)):
-        for mine, other in zip(engines[left].module.parameters(), engines[right].module.parameters(), strict=True):
-            assert torch.equal(mine, other), case
-    assert all(one.last_report is None and one.findings == [] for one in guards), case
-    guards[1].detach()
+        assert losses[0] == losses[1] or mode == "replace", (case, losses)
+        assert norms[1] is None or abs(norms[0] / float(norms[1]) - 1) < 1e-3, (case, norms)
+    for mine, other in zip(engine.module.parameters(), engines[1].module.parameters(), strict=True):
+        assert torch.allclose(mine, other, rtol=1e-2 if mode == "replace" else 0.0, atol=1e-6), case
+    assert guard.last_report is None and guard.findings == [], case
     COPIES = engine.grid.data_parallel_size
-    FIRST, LAST = COPIES - 1, 2 * COPIES - 1
+    FIRST, LAST = (engine.grid._topo.filter_match(pipe=place)[-1] for place in range(2))
+    LOWEST = engine.grid._topo.filter_match(pipe=1)[0]
     alone = COPIES == 1
 
     for name, rank in (("3.up.weight", LAST), ("1.down.bias", FIRST), (TIED, None)):
@@ -102,7 +99,7 @@ for setup, stage, options in CASES:
     step(engine, 8)
     engine.module.loss_fn = pipelines.loss_of
     found = report_of(guard, engine.global_steps - 1)
-    assert (found.verdict, found.first.kind, found.first.rank) == ("loss_nonfinite", "loss", 2 * COPIES - COPIES), found
+    assert (found.verdict, found.first.kind, found.first.rank) == ("loss_nonfinite", "loss", LOWEST), found
     assert "mul" in found.first.operation, found
 
     with_transfer(engine, lambda x: x.zero_(), 9)
@@ -124,11 +121,121 @@ for setup, stage, options in CASES:
 
 
 def test_two_stages():
-    cases = [("fp32", 0, {}), ("bf16", 1, {}), ("fp16", 1, {}), ("bf16_fp32", 1, {"activation_checkpoint_interval": 1})]
+    cases = [("fp32", 0, "observe", {}), ("fp16", 1, "replace", {"activation_checkpoint_interval": 1})]
     run_engines(f"CASES = {cases}{TOOLS}{FAULTS}")
 
 
 @pytest.mark.multiprocess
 def test_two_stages_of_two_copies(tmp_path):
-    cases = [("fp32", 1, {}), ("fp16_fused", 0, {}), ("bf16", 0, {})]
+    cases = [("bf16", 1, "observe", {"axes": ["data", "model", "pipe"]}), ("bf16_fp32", 1, "replace", {})]
     run_ranks(f"{HEAD}CASES = {cases}{TOOLS}{FAULTS}", tmp_path, ranks=4)
+
+
+DECISIONS = """
+def weights(engine):
+    return [parameter.detach().clone() for parameter in engine.module.parameters()]
+
+
+for setup in ("fp16", "fp16_fused", "fp32"):
+    engine = pipelines.make_engine(setup, 0)
+    guard = ng.attach(engine, ng.GuardConfig(policy=WARN))
+    step(engine, 0)
+    for name in ("3.up.weight", "1.up.weight"):
+        before = weights(engine)
+        with_hook(engine, name, (0, 0), 1)
+        assert all(map(torch.equal, before, weights(engine))), (setup, name)
+    guard.detach()
+"""
+
+
+def test_what_overflows_on_one_stage_is_skipped_by_all():
+    """https://github.com/deepspeedai/DeepSpeed/pull/994"""
+    run_engines(f"{TOOLS}{DECISIONS}")
+
+
+TRANSFER = """
+engine = pipelines.make_engine("bf16", 0, third=pipelines.RootNorm)
+guard = ng.attach(engine, ng.GuardConfig(policy=WARN))
+step(engine, 0)
+for number, change in ((1, lambda x: x.zero_()), (2, lambda x: x[0, 0].fill_(torch.nan))):
+    with_transfer(engine, change, number)
+    report = report_of(guard, number)
+    assert report.verdict == "undetermined", report
+    assert report.summary == "stage 1 of the pipeline was given something else than stage 0 has returned", report
+    assert "micro-batch 0: stage 0 has returned 64 values (0 of them NaN" in report.evidence[1], report.evidence
+step(engine, 3)
+assert guard.history[-1].applied
+guard.detach()
+"""
+
+
+def test_what_is_lost_between_two_stages_is_told():
+    """https://github.com/deepspeedai/Megatron-DeepSpeed/issues/203: zeros arrive, gradients become infinite."""
+    run_engines(f"{TOOLS}{TRANSFER}")
+
+
+SCALES = """
+engine = pipelines.make_engine("fp16", 1, scale_power=12)
+guard = ng.attach(engine, ng.GuardConfig(policy=WARN))
+step(engine, 0)
+for name, settles in (("3", False), ("1", True)):
+    with_layer(engine, name, pipelines.steep(3e4), 1)
+    report = report_of(guard, engine.global_steps - 1)
+    assert report.verdict == "scale_too_high" and report.provisional is not settles, report
+    assert settles == any("run again, this batch was finite at" in line for line in report.evidence), report
+    assert settles != any("the stages before it cannot be tried" in line for line in report.evidence), report
+step(engine, 2)
+guard.detach()
+
+engine = pipelines.make_engine("fp16", 1)
+weight = part_of(engine, "3.down.weight")
+if weight is not None:
+    before, weight.data[1, 2] = weight.data[1, 2].clone(), torch.inf
+guard = ng.attach(engine)
+assert (weight is None) == (not guard.findings), guard.findings
+for _ in range(2):  # the scale does not fall down to its minimum
+    try:
+        step(engine, 0)
+    except ng.NumericsError as error:
+        found = seen(error.report)
+    assert found == ("weights_nonfinite", "parameter", "3.down.weight", 1, (1, 2)), found
+if weight is not None:
+    weight.data[1, 2] = before
+step(engine, 1)
+assert guard.history[-1].applied and engine.loss_scale() == 2.0**8, engine.loss_scale()
+guard.detach()
+"""
+
+
+def test_loss_scales():
+    """https://github.com/deepspeedai/DeepSpeed/issues/1773: down to 1, and for ever NaN."""
+    run_engines(f"{TOOLS}{SCALES}")
+
+
+REFUSED = """
+import hallo_numguard.guard.rendezvous as rendezvous
+engine = pipelines.make_engine("fp32", 1)
+engine.grid.slice_parallel_size += RANK
+try:
+    ng.attach(engine)
+except ng.UnsupportedDeepSpeed as refused:
+    assert "tensor parallelism inside of a pipeline" in str(refused), refused
+else:
+    raise AssertionError("not refused")
+engine.grid.slice_parallel_size = 1
+
+rendezvous.MAX_WAIT_SECONDS, waits = 0.2, rendezvous.MAX_WAIT_SECONDS
+if RANK == 0:
+    try:
+        ng.attach(engine)
+    except ng.InvalidInput as refused:
+        assert "not every rank has called attach" in str(refused), refused
+    else:
+        raise AssertionError("not refused")
+rendezvous.MAX_WAIT_SECONDS = waits
+step(engine, 0)
+"""
+
+
+def test_a_pipeline_is_guarded_on_all_ranks_or_on_none():
+    run_engines(f"{TOOLS}{REFUSED}")
