@@ -88,11 +88,11 @@ class DeepSpeedGuard(Guard):
     ) -> None:
         if engine in _guarded_engines:
             raise InvalidInput("this engine is guarded already; call detach() on its guard first")
+        if not is_pipeline(engine):
+            check_supported(engine)
         feeding = named_modules(also)
         self._ranks = ranks_of(engine)
         pipeline = self._pipeline = Pipeline(engine, self._ranks) if is_pipeline(engine) else None
-        if pipeline is None:
-            check_supported(engine)
         self._engine = engine
         self._optimizer = engine.optimizer
         self._losses_divided_by = losses_divided_by

@@ -223,6 +223,14 @@ except ng.UnsupportedDeepSpeed as refused:
 else:
     raise AssertionError("not refused")
 engine.grid.slice_parallel_size = 1
+engine.has_moe_layers = RANK == 1
+try:
+    ng.attach(engine)
+except ng.UnsupportedDeepSpeed as refused:
+    assert "experts inside of a pipeline" in str(refused), refused
+else:
+    raise AssertionError("not refused")
+engine.has_moe_layers = False
 
 rendezvous.MAX_WAIT_SECONDS, waits = 0.2, rendezvous.MAX_WAIT_SECONDS
 if RANK == 0:
