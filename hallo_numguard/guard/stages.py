@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
+from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.tracing.nested import as_plain, is_readable
 
@@ -23,6 +23,7 @@ class Stage:
         stages: Number of stages.
         copy: Number of the copy of the pipeline that it belongs to.
         copies: Number of copies, among which gradients are averaged.
+        ranks: The stages of this copy.
         argument: Name of the argument that a stage's call has from the stage before.
     """
 
@@ -30,6 +31,7 @@ class Stage:
     stages: int
     copy: int
     copies: int
+    ranks: Ranks
     argument: str
 
     @property
@@ -46,7 +48,8 @@ class Stage:
         return [tensor for name, tensor in tensors if self.is_received(name)]
 
 
-class Figures(NamedTuple):
+@dataclass(frozen=True)
+class Figures:
     """What a number of tensors hold together.
 
     Attributes:
@@ -75,7 +78,7 @@ def are_alike(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     """Returns whether figures can be of the same elements, of which sums are rounded otherwise in another layout.
 
     Args:
-        left: The fields of `Figures` in the last dimension.
+        left: The fields of `Figures`, in their order, in the last dimension.
         right: The others.
     """
     is_same = left == right

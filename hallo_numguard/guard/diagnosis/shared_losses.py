@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
+from dataclasses import astuple
+
 import torch
 
+from hallo_numguard.core.documents import decode, encode
 from hallo_numguard.guard.collectives import Ranks
+from hallo_numguard.guard.containment import contain_failures
 from hallo_numguard.guard.stages import Figures, LostBetween, Stage, are_alike
 from hallo_numguard.guard.step.pending import MAX_CALLS, PendingStep
 
@@ -13,30 +19,36 @@ _GIVEN, _RETURNED = slice(3, 7), slice(7, 11)
 _COLUMNS = 11
 
 
-def share_losses(ranks: Ranks, stage: Stage, pending: PendingStep, device: torch.device) -> LostBetween | None:
+def share_losses(
+    ranks: Ranks, stage: Stage, pending: PendingStep, device: torch.device, where: str
+) -> LostBetween | None:
     """Gives the other stages the losses of the last one, and searches for what was lost between two stages.
 
-    One reduction of a fixed size, in which all ranks take part.
+    The stages of a copy add up a table, and all ranks send a text: both are of fixed sizes.
 
     Args:
         ranks: All ranks of the pipeline and of its copies.
         stage: This rank's stage.
         pending: The step under way. It keeps the losses that belong to the calls that are kept.
         device: Device on which ranks reduce.
+        where: Name of the place, the same on all ranks, and never used before.
 
     Returns:
-        The first loss between two stages, the same on all ranks; None if there was none.
+        The first loss between two stages on the lowest rank that knows one, the same on all ranks; None if none does.
     """
     del pending.losses[:-MAX_CALLS]
     if ranks.alone_because:
         return None
-    seen = torch.zeros((stage.copies, stage.stages, MAX_CALLS, _COLUMNS), dtype=torch.float64)
-    seen[stage.copy, stage.number] = _seen_here(stage, pending)
-    seen = ranks.sum(seen.to(device)).cpu()
+    seen = torch.zeros((stage.stages, MAX_CALLS, _COLUMNS), dtype=torch.float64)
+    with contain_failures("comparison of the stages", "what this stage has received and returned is not compared"):
+        seen[stage.number] = _seen_here(stage, pending)
+    with stage.ranks.assembled(where):
+        seen = stage.ranks.sum(seen.to(device)).cpu()
     if not stage.is_last:
-        of_last = seen[stage.copy, -1]
-        pending.losses[:] = of_last[of_last[:, _HAS_LOSS] > 0, _LOSS].float().unbind()
-    return _lost_between(seen)
+        pending.losses[:] = seen[-1, seen[-1, :, _HAS_LOSS] > 0, _LOSS].float().unbind()
+    lost = _lost_between(seen)
+    text = ranks.first_text(None if lost is None else json.dumps(encode(lost)), device)
+    return None if text is None else decode(LostBetween, json.loads(text))
 
 
 def _seen_here(stage: Stage, pending: PendingStep) -> torch.Tensor:
@@ -48,19 +60,23 @@ def _seen_here(stage: Stage, pending: PendingStep) -> torch.Tensor:
     for row, call in zip(rows, pending.calls, strict=False):
         if call.outputs is not None:
             row[_WAS_CALLED] = 1.0
-            row[_GIVEN] = torch.tensor(Figures.of(stage.received(call.contents.tensors)), dtype=torch.float64)
-            row[_RETURNED] = torch.tensor(Figures.of(call.outputs), dtype=torch.float64)
+            row[_GIVEN] = _row(stage.received(call.contents.tensors))
+            row[_RETURNED] = _row(call.outputs)
     return rows
 
 
+def _row(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.tensor(astuple(Figures.of(tensors)), dtype=torch.float64)
+
+
 def _lost_between(seen: torch.Tensor) -> LostBetween | None:
-    """The first difference between what a stage has returned and what the next one was given, of all copies."""
-    before, after = seen[:, :-1], seen[:, 1:]
+    """The first difference between what a stage has returned and what the next one was given."""
+    before, after = seen[:-1], seen[1:]
     returned, given = before[..., _RETURNED], after[..., _GIVEN]
     are_seen = (before[..., _WAS_CALLED] > 0) & (after[..., _WAS_CALLED] > 0)
-    differ = (are_seen & ~are_alike(returned, given)).permute(2, 1, 0)  # micro-batch, stage, copy
-    if not differ.any():
+    differ = (are_seen & ~are_alike(returned, given)).T.nonzero()
+    if not len(differ):
         return None
-    micro_batch, stage, copy = map(int, differ.nonzero()[0])
-    places = copy, stage, micro_batch
-    return LostBetween(stage + 1, micro_batch, Figures(*returned[places].tolist()), Figures(*given[places].tolist()))
+    micro_batch, stage = map(int, differ[0])
+    both = Figures(*returned[stage, micro_batch].tolist()), Figures(*given[stage, micro_batch].tolist())
+    return LostBetween(stage + 1, micro_batch, *both)

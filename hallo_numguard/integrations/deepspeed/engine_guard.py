@@ -19,7 +19,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -57,6 +57,9 @@ from hallo_numguard.integrations.save_gates import SaveGates
 from hallo_numguard.integrations.torch_optim.grad_scaler import set_found_inf
 
 _log = logging.getLogger("hallo_numguard")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _guarded_engines: WeakSet[Any] = WeakSet()
 
@@ -200,6 +203,13 @@ class DeepSpeedGuard(Guard):
 
     def _sessions(self) -> Sequence[Session]:
         return [self._session]
+
+    def wrap_step(self, step: Callable[P, T]) -> Callable[P, T]:
+        """Returns the function with its calls recorded; see `Guard`.
+
+        In a pipeline, returns it as it is: the guard knows the loss function, and no step may be made again.
+        """
+        return step if self._pipeline is not None else super().wrap_step(step)
 
     def detach(self) -> None:
         """Removes the guard. The engine is as it was before `attach`; reports and history stay readable.

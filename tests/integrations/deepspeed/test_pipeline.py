@@ -202,7 +202,7 @@ for _ in range(2):  # the scale does not fall down to its minimum
 if weight is not None:
     weight.data[1, 2] = before
 step(engine, 1)
-assert guard.history[-1].applied and engine.loss_scale() == 2.0**8, engine.loss_scale()
+assert guard.history[-1].applied and engine.optimizer.loss_scale == 2.0**8, engine.optimizer.loss_scale
 guard.detach()
 """
 
