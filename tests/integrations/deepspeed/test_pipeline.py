@@ -233,14 +233,17 @@ else:
 engine.has_moe_layers = False
 
 rendezvous.MAX_WAIT_SECONDS, waits = 0.2, rendezvous.MAX_WAIT_SECONDS
-if RANK == 0:
-    try:
-        ng.attach(engine)
-    except ng.InvalidInput as refused:
-        assert "not every rank has called attach" in str(refused), refused
-    else:
-        raise AssertionError("not refused")
+for late in range(2):
+    if RANK == late:
+        try:
+            ng.attach(engine)
+        except ng.InvalidInput as refused:
+            assert "not every rank has called attach" in str(refused), refused
+        else:
+            raise AssertionError("not refused")
+    dist.barrier()
 rendezvous.MAX_WAIT_SECONDS = waits
+ng.attach(engine).detach()
 step(engine, 0)
 """
 
