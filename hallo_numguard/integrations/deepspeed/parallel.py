@@ -19,7 +19,7 @@ from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.guard.parameter_stats import PADDING
 from hallo_numguard.guard.tensor_parts import Shard, block
 from hallo_numguard.integrations.deepspeed.experts import Experts, expert_copy_of
-from hallo_numguard.integrations.deepspeed.version import is_instance_of
+from hallo_numguard.integrations.deepspeed.version import is_instance_of, require
 
 _AUTOTP_METADATA = "ds_autotp_universal_checkpoint_meta"  # deepspeed/checkpoint/constants.py
 
@@ -42,6 +42,8 @@ def shards_of(engine: Any) -> int:
 def ranks_of(engine: Any) -> Ranks:
     """Returns the ranks that share a copy of the model, and those of all other copies: the guard's only group."""
     if is_pipeline(engine):  # which spans all ranks of the job
+        require(engine, "_INSTRUCTION_MAP", "grid", "pipe_buffers")
+        require(engine.module, "_local_start", "forward_funcs", "loss_fn", "world_group")
         grid = engine.grid
         numbers = grid.get_data_parallel_rank(), grid.get_pipe_parallel_rank(), grid.get_data_parallel_world_size()
         return Ranks(engine.module.world_group, place=Place(*map(int, numbers)))

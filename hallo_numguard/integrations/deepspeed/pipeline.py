@@ -257,10 +257,12 @@ class ScheduleHooks:
         if not torch.is_grad_enabled():  # eval_batch
             method(engine, buffer_id=buffer_id)
             return
-        args = (_alias(engine.pipe_buffers["inputs"][buffer_id]),)
-        labels = {_LABELS: engine.pipe_buffers["labels"][buffer_id]} if engine.is_last_stage() else {}
-        self._session.on_forward_start(args, labels)
-        call = self._session.on_step_start(functools.partial(_loss_of, engine), args, labels)
+        given = self._session.probes.run("record of the batch", _given, engine, buffer_id)
+        if given is None:
+            method(engine, buffer_id=buffer_id)
+            return
+        self._session.on_forward_start(*given)
+        call = self._session.on_step_start(functools.partial(_loss_of, engine), *given)
         method(engine, buffer_id=buffer_id)
         self._session.on_forward_end(engine.pipe_buffers["outputs"][buffer_id])
         self._session.on_step_end(call, engine.loss if engine.is_last_stage() else _NO_LOSS)
@@ -292,6 +294,13 @@ _NO_LOSS = torch.zeros(())
 
 def _run(replacement: Callable[..., None], method: Callable[..., Any], engine: Any, **kwargs: Any) -> None:
     replacement(method, engine, **kwargs)
+
+
+def _given(engine: Any, buffer_id: int) -> tuple[tuple[Any], dict[str, Any]]:
+    """What a stage is given: from the stage before, or of the batch, and the labels where the loss is made."""
+    buffers: Mapping[str, Any] = engine.pipe_buffers
+    labels = {_LABELS: buffers["labels"][buffer_id]} if engine.is_last_stage() else {}
+    return (_alias(buffers["inputs"][buffer_id]),), labels
 
 
 def _alias(value: Any) -> Any:

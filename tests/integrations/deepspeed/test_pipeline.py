@@ -250,3 +250,34 @@ step(engine, 0)
 
 def test_a_pipeline_is_guarded_on_all_ranks_or_on_none():
     run_engines(f"{TOOLS}{REFUSED}")
+
+
+RUNS = """
+engine = pipelines.make_engine("fp32", 1, offload=True)
+keeper = ng.CheckpointKeeper(FOLDER, healthy_after=1)
+guard = ng.attach(engine, ng.GuardConfig(keeper=keeper, policy=ng.Policy(on_unrecoverable="rollback")))
+step(engine, 0)
+keeper.save(engine)
+step(engine, 1)
+ng.inject(engine, "parameter", "3.up.weight", (1, 2), step=pipelines.MICRO_BATCHES + 1)
+for number in (2, 3):
+    step(engine, number)
+assert seen(guard.last_report) == ("weights_nonfinite", "parameter", "3.up.weight", 1, (1, 2)), guard.last_report
+assert engine.global_steps == 1, engine.global_steps
+step(engine, 4)
+assert guard.history[-1].applied
+weight = part_of(engine, "1.up.weight")
+if weight is not None:
+    weight.data[0, 0] = torch.nan
+try:
+    engine.save_checkpoint(FOLDER)
+except ng.NumericsError as error:
+    assert seen(error.report)[2:] == ("1.up.weight", 0, (0, 0)), error
+else:
+    raise AssertionError("saved")
+guard.detach()
+"""
+
+
+def test_rollback_and_saves(tmp_path):
+    run_engines(f"FOLDER = {str(tmp_path)!r}{TOOLS}{RUNS}")
