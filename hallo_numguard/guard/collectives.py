@@ -145,6 +145,14 @@ class Ranks:
         """Returns the sum over the ranks. No host sync."""
         return self._reduce(value, dist.ReduceOp.SUM)
 
+    def sum_among(self, group: dist.ProcessGroup, value: torch.Tensor) -> torch.Tensor:
+        """Returns the sum over a group of some of these ranks, this one among them. No host sync."""
+        if self.size > 1 and dist.get_world_size(group) > 1:
+            if self._where and self._rendezvous is not None:
+                self._rendezvous.meet_before(self._where, tuple(dist.get_process_group_ranks(group)))
+            dist.all_reduce(value, op=dist.ReduceOp.SUM, group=group)
+        return value
+
     def start_sum(self, value: torch.Tensor) -> Any:
         """Starts to add up a contiguous tensor over the ranks, in place. Returns the handle to wait for. No wait."""
         return dist.all_reduce(value, op=dist.ReduceOp.SUM, group=self._group, async_op=True)

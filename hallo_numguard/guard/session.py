@@ -447,17 +447,17 @@ class Session:
         where = f"step {serial}"
         with self._ranks.assembled(where, self._steps.pending.alone_because):
             with contain_failures("diagnosis", "the step is skipped without a cause"):
-                return self._explain(where, skipped)
+                return self._explain(skipped)
             self._ranks.fail(where)  # reached after a contained failure only
             return self._report_without_cause()
 
-    def _explain(self, where: str, skipped: bool) -> BaseException | None:
+    def _explain(self, skipped: bool) -> BaseException | None:
         self._skipped = self._skipped + 1 if skipped else 0
         if self._ranks.lowest(int(self._steps.pending.is_scanned), self._model.device) == 0:
             return self._report_without_cause()
         stage, lost = self._model.stage, None
         if stage is not None:
-            lost = share_losses(self._ranks, stage, self._steps.pending, self._model.device, where)
+            lost = share_losses(self._ranks, stage, self._steps.pending, self._model.device)
         step = self._bad_step()
         view = self._collector.scan(step)
         agreed = self._collector.agree(view)

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
-from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.tracing.nested import as_plain, is_readable
 
@@ -23,7 +23,7 @@ class Stage:
         stages: Number of stages.
         copy: Number of the copy of the pipeline that it belongs to.
         copies: Number of copies, among which gradients are averaged.
-        ranks: The stages of this copy.
+        group: Process group of the stages of this copy.
         argument: Name of the argument that a stage's call has from the stage before.
     """
 
@@ -31,7 +31,7 @@ class Stage:
     stages: int
     copy: int
     copies: int
-    ranks: Ranks
+    group: dist.ProcessGroup
     argument: str
 
     @property

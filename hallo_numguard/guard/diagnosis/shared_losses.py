@@ -19,9 +19,7 @@ _GIVEN, _RETURNED = slice(3, 7), slice(7, 11)
 _COLUMNS = 11
 
 
-def share_losses(
-    ranks: Ranks, stage: Stage, pending: PendingStep, device: torch.device, where: str
-) -> LostBetween | None:
+def share_losses(ranks: Ranks, stage: Stage, pending: PendingStep, device: torch.device) -> LostBetween | None:
     """Gives the other stages the losses of the last one, and searches for what was lost between two stages.
 
     The stages of a copy add up a table, and all ranks send a text: both are of fixed sizes.
@@ -31,7 +29,6 @@ def share_losses(
         stage: This rank's stage.
         pending: The step under way. It keeps the losses that belong to the calls that are kept.
         device: Device on which ranks reduce.
-        where: Name of the place, the same on all ranks, and never used before.
 
     Returns:
         The first loss between two stages on the lowest rank that knows one, the same on all ranks; None if none does.
@@ -42,8 +39,7 @@ def share_losses(
     seen = torch.zeros((stage.stages, MAX_CALLS, _COLUMNS), dtype=torch.float64)
     with contain_failures("comparison of the stages", "what this stage has received and returned is not compared"):
         seen[stage.number] = _seen_here(stage, pending)
-    with stage.ranks.assembled(where):
-        seen = stage.ranks.sum(seen.to(device)).cpu()
+    seen = ranks.sum_among(stage.group, seen.to(device)).cpu()
     if not stage.is_last:
         pending.losses[:] = seen[-1, seen[-1, :, _HAS_LOSS] > 0, _LOSS].float().unbind()
     lost = _lost_between(seen)

@@ -70,8 +70,8 @@ class Pipeline:
 
     def __init__(self, engine: Any, ranks: Ranks) -> None:
         grid, place = engine.grid, ranks.place or Place(0, 0, 1)
-        stages, of_copy = int(grid.get_pipe_parallel_world_size()), Ranks(grid.get_pipe_parallel_group())
-        self.stage = Stage(place.shard, stages, place.copy, place.copies, of_copy, _RECEIVED)
+        stages, group = int(grid.get_pipe_parallel_world_size()), grid.get_pipe_parallel_group()
+        self.stage = Stage(place.shard, stages, place.copy, place.copies, group, _RECEIVED)
         self._topology = grid.topology()
         mine = _told_by(engine, self.stage.number)
         found = _of_all(ranks, mine)
