@@ -455,18 +455,19 @@ class Session:
         self._skipped = self._skipped + 1 if skipped else 0
         if self._ranks.lowest(int(self._steps.pending.is_scanned), self._model.device) == 0:
             return self._report_without_cause()
-        stage, lost = self._model.stage, None
+        stage, lost, dropped = self._model.stage, None, 0
         if stage is not None:
-            lost = share_losses(self._ranks, stage, self._steps.pending, self._model.device)
+            lost, dropped = share_losses(self._ranks, stage, self._steps.pending, self._model.device)
         step = self._bad_step()
         view = self._collector.scan(step)
         agreed = self._collector.agree(view)
         evidence = self._collector.evidence(step, agreed, self._reporter.last, self._rank_faults)
-        evidence = replace(evidence, lost_between=lost)
+        evidence = replace(evidence, lost_between=lost, not_kept=dropped)
         replay = None if self._replayer is None else self._replayer.explain(evidence, step.losses)
         evidence = replace(evidence, replay=replay, alone_because=self._ranks.alone_because)
         report = judge(evidence)
-        report = replace(report, evidence=(*report.evidence, *self._model.remarks(report)))
+        counting = [messages.counted_after(dropped)] if dropped else []
+        report = replace(report, evidence=(*report.evidence, *counting, *self._model.remarks(report)))
         report = self._reporter.completed(report, self.history())
         is_open = is_unexplained(report)
         if is_open or evidence.watched is not None:

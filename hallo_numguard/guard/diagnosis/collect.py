@@ -242,13 +242,20 @@ class EvidenceCollector:
             if weight.kind == "buffer" and stats.counts[position][0] == 0:
                 continue  # Inf is how masks are written, and how running minima and maxima begin
             offender = weight.offender(stats, position, self._ranks.rank)
-            yield offender, self._ranks.rank == 0 or weight.is_shared_out
+            yield offender, self._is_told_by_this_rank(weight)
         state = self._scan_state()
         for position in state.bad_positions():
             if position in self._known:
                 continue
             offender = self._state(state, position, self._ranks.rank)
-            yield offender, self._ranks.rank == 0 or self._model.sliced_state
+            yield offender, self._model.sliced_state or self._is_told_by_this_rank(self._model.parameters[position])
+
+    def _is_told_by_this_rank(self, item: NamedTensor) -> bool:
+        """Whether no other rank holds the same that tells of it."""
+        stage = self._model.stage
+        if stage is None:
+            return self._ranks.rank == 0 or item.is_shared_out
+        return stage.copy == 0 and (stage.number == 0 or item.is_shared_out)
 
     def absurd_parameters(self) -> list[tuple[str, float]]:
         """Returns names and largest numbers of the absurdly large parameters that `inspect` has seen. Synchronises."""
@@ -306,7 +313,7 @@ class EvidenceCollector:
             is_sliced=self._marked([item.slice is not None for item in self.weights]),
             is_cut=self._marked([item.shard is not None for item in self.weights]),
             loss_known=bool(step.losses),
-            batch_known=self._batch.seen,
+            batch_known=self._has_batch(step),
             local_known=self._local_gradients.is_watching,
         )
 
@@ -372,7 +379,7 @@ class EvidenceCollector:
 
     def _scan_batch(self, step: BadStep) -> str | None:
         losses = [bool(torch.isfinite(loss)) for loss in step.losses]
-        found = self._batch.first_nonfinite(self._ranks.rank, losses) if self._batch.seen else None
+        found = self._batch.first_nonfinite(self._ranks.rank, losses) if self._has_batch(step) else None
         feed = None if found is None and all(losses) else self._feeding.first_bad(self._ranks.rank)
         if found is None and feed is None:
             return None
@@ -380,6 +387,11 @@ class EvidenceCollector:
         samples = None if offender is None else self._batch.bad_samples(offender.name, micro_batch)
         seen = _SeenInput(offender, micro_batch, samples, feed)
         return json.dumps(encode(seen), ensure_ascii=False)
+
+    def _has_batch(self, step: BadStep) -> bool:
+        """Whether the batch is there, unchanged: of a pipeline's micro-batches, those of all bad losses."""
+        is_kept = self._model.stage is None or len(step.losses) == len(self._batch.calls)
+        return self._batch.seen and is_kept
 
     def _settling_power(self) -> int:
         """The loss scale at which the last finite steps would have fitted, as a base-2 logarithm."""

@@ -98,6 +98,7 @@ class Evidence:
         bad_samples: Number of samples of the input that are not finite, and of all of them; None if unknown.
         input_comes_back: Whether the step before was skipped because of an input as well.
         bad_feed: First module outside of the model, of those that feed it, that made a non-finite value.
+        not_kept: Number of the first micro-batches of a pipeline's step that are not kept, and had finite losses.
         lost_between: Stages of a pipeline between which the batch became non-finite; None if it did not.
     """
 
@@ -130,6 +131,7 @@ class Evidence:
     bad_feed: BadFeed | None = None
     lost_between: LostBetween | None = None
     copies: int | None = None
+    not_kept: int = 0
 
     @property
     def answer(self) -> Replayed | None:

@@ -567,6 +567,11 @@ def lost_between_stages(seen: Evidence, lost: LostBetween) -> OverflowReport:
     )
 
 
+def counted_after(dropped: int) -> str:
+    """How micro-batches are counted of which the first are not kept."""
+    return f"micro-batches are counted after the first {dropped} of the step, which had finite losses and are not kept"
+
+
 def _figures(figures: Figures) -> str:
     return (
         f"{figures.numel:.0f} values ({figures.nonfinite:.0f} of them NaN or +Inf, the largest finite one "

@@ -47,6 +47,10 @@ NOT_THE_SAME_BEFORE = "run again in an earlier step, the model returned somethin
 OTHER_NUMBERS = (
     "run again eagerly it was finite, with other random numbers than those that the compiled model has drawn"
 )
+MORE_THAN_KEPT = "the step had more micro-batches than are kept, and one of the others had a loss that is not finite"
+FINITE_WHERE_KEPT = (
+    "the micro-batches that are kept were finite when they were run again; those before them are not kept"
+)
 NOT_TRIED_BEFORE = (
     "a stage of the pipeline sent back a gradient that is not finite, so that the stages before it cannot be tried; "
     "that stage, run again at a lower loss scale, is finite"
@@ -149,6 +153,8 @@ class Replayer:
                 found = self._rerun_bad_loss([bool(torch.isfinite(loss)) for loss in losses])
             else:
                 found = self._rerun_bad_gradients(evidence.scaling.scale)
+                if evidence.not_kept and needs_replay_of_step(found) and not found.failure_reason:
+                    found = Replayed(FINITE_WHERE_KEPT)
             return self._explained(found)
 
     def explain_bad_loss(self, losses: Sequence[bool]) -> Replayed:
@@ -174,6 +180,8 @@ class Replayer:
         """
         calls = self._ranks.lowest(len(self._batch.calls), self._device)
         a_call_a_loss = self._ranks.lowest(int(len(losses) == len(self._batch.calls)), self._device) == 1
+        if self._model.stage is not None and not a_call_a_loss:
+            return Replayed(MORE_THAN_KEPT)
         first = next((position for position, finite in enumerate(losses) if not finite), _NONE)
         micro_batch = self._ranks.lowest(first, self._device)
         suspects = [micro_batch] if a_call_a_loss else range(calls)

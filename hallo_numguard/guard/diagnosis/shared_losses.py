@@ -14,12 +14,15 @@ from hallo_numguard.guard.containment import contain_failures
 from hallo_numguard.guard.stages import Figures, LostBetween, Stage, are_alike
 from hallo_numguard.guard.step.pending import MAX_CALLS, PendingStep
 
-_HAS_LOSS, _LOSS, _WAS_CALLED = range(3)
-_GIVEN, _RETURNED = slice(3, 7), slice(7, 11)
-_COLUMNS = 11
+MAX_LOSSES = 4096  # of a step
+
+_WAS_CALLED, _GIVEN, _RETURNED = 0, slice(1, 5), slice(5, 9)
+_COLUMNS = 9
 
 
-def share_losses(ranks: Ranks, stage: Stage, pending: PendingStep, device: torch.device) -> LostBetween | None:
+def share_losses(
+    ranks: Ranks, stage: Stage, pending: PendingStep, device: torch.device
+) -> tuple[LostBetween | None, int]:
     """Gives the other stages the losses of the last one, and searches for what was lost between two stages.
 
     The stages of a copy add up a table, and all ranks send a text: both are of fixed sizes.
@@ -27,32 +30,38 @@ def share_losses(ranks: Ranks, stage: Stage, pending: PendingStep, device: torch
     Args:
         ranks: All ranks of the pipeline and of its copies.
         stage: This rank's stage.
-        pending: The step under way. It keeps the losses that belong to the calls that are kept.
+        pending: The step under way. If all others are finite, it keeps the losses of calls that are kept.
         device: Device on which ranks reduce.
 
     Returns:
-        The first loss between two stages on the lowest rank that knows one, the same on all ranks; None if none does.
+        The first loss between two stages on the lowest rank that knows one, the same on all ranks, or None; and how
+        many losses were dropped.
     """
-    del pending.losses[:-MAX_CALLS]
     if ranks.alone_because:
-        return None
-    seen = torch.zeros((stage.stages, MAX_CALLS, _COLUMNS), dtype=torch.float64)
+        return None, 0
+    calls = torch.zeros((stage.stages, MAX_CALLS, _COLUMNS), dtype=torch.float64)
     with contain_failures("comparison of the stages", "what this stage has received and returned is not compared"):
-        seen[stage.number] = _seen_here(stage, pending)
-    seen = ranks.sum_among(stage.group, seen.to(device)).cpu()
+        calls[stage.number] = _seen_here(stage, pending)
+    losses = torch.zeros((2, MAX_LOSSES), dtype=torch.float64)
+    if stage.is_last:
+        for at, loss in enumerate(pending.losses[-MAX_LOSSES:]):
+            losses[0, at], losses[1, at] = 1.0, float(loss)
+    seen = ranks.sum_among(stage.group, torch.cat([calls.flatten(), losses.flatten()]).to(device)).cpu()
+    calls, losses = seen[: calls.numel()].view_as(calls), seen[calls.numel() :].view_as(losses)
     if not stage.is_last:
-        pending.losses[:] = seen[-1, seen[-1, :, _HAS_LOSS] > 0, _LOSS].float().unbind()
-    lost = _lost_between(seen)
+        pending.losses[:] = losses[1, losses[0] > 0].float().unbind()
+    others = pending.losses[:-MAX_CALLS]  # of calls that are not kept
+    is_dropped = ranks.highest(int(any(not loss.isfinite() for loss in others)), device) == 0
+    if is_dropped:
+        del pending.losses[:-MAX_CALLS]
+    lost = _lost_between(calls)
     text = ranks.first_text(None if lost is None else json.dumps(encode(lost)), device)
-    return None if text is None else decode(LostBetween, json.loads(text))
+    return None if text is None else decode(LostBetween, json.loads(text)), len(others) if is_dropped else 0
 
 
 def _seen_here(stage: Stage, pending: PendingStep) -> torch.Tensor:
     """A row a micro-batch. Synchronises."""
     rows = torch.zeros((MAX_CALLS, _COLUMNS), dtype=torch.float64)
-    if stage.is_last:
-        for row, loss in zip(rows, pending.losses, strict=False):
-            row[_HAS_LOSS], row[_LOSS] = 1.0, float(loss)
     for row, call in zip(rows, pending.calls, strict=False):
         if call.outputs is not None:
             row[_WAS_CALLED] = 1.0

@@ -226,6 +226,7 @@ class ScheduleHooks:
         self._engine = engine
         self._session = session
         self._on_loss = on_loss
+        self._is_on = False
         self._before: Mapping[type, Callable[..., Any]] | None = None
         replacements: dict[str, Callable[..., None]] = {
             "ForwardPass": self._forward,
@@ -241,11 +242,13 @@ class ScheduleHooks:
 
     def start(self) -> None:
         """Puts the hooks on."""
+        self._is_on = True
         self._before = vars(self._engine).get("_INSTRUCTION_MAP")
         self._engine._INSTRUCTION_MAP = self._table
 
     def stop(self) -> None:
-        """Takes the hooks off."""
+        """Takes the hooks off; where other code has wrapped them, they pass calls on."""
+        self._is_on = False
         if vars(self._engine).get("_INSTRUCTION_MAP") is not self._table:
             return
         if self._before is None:
@@ -254,10 +257,8 @@ class ScheduleHooks:
             self._engine._INSTRUCTION_MAP = self._before
 
     def _forward(self, method: Callable[..., Any], engine: Any, buffer_id: int) -> None:
-        if not torch.is_grad_enabled():  # eval_batch
-            method(engine, buffer_id=buffer_id)
-            return
-        given = self._session.probes.run("record of the batch", _given, engine, buffer_id)
+        is_training = self._is_on and torch.is_grad_enabled()  # else it is eval_batch
+        given = self._session.probes.run("record of the batch", _given, engine, buffer_id) if is_training else None
         if given is None:
             method(engine, buffer_id=buffer_id)
             return
@@ -268,7 +269,7 @@ class ScheduleHooks:
         self._session.on_step_end(call, engine.loss if engine.is_last_stage() else _NO_LOSS)
 
     def _backward(self, method: Callable[..., Any], engine: Any, buffer_id: int) -> None:
-        if engine.is_last_stage():
+        if self._is_on and engine.is_last_stage():
             self._on_loss(engine.loss)
         method(engine, buffer_id=buffer_id)
 
@@ -276,7 +277,8 @@ class ScheduleHooks:
         try:
             method(engine, **kwargs)
         except BaseException:
-            _end_step(engine)
+            if self._is_on:
+                _end_step(engine)
             raise
 
 
