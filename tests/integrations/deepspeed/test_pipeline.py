@@ -51,7 +51,7 @@ def labels(x, y):
     y[1, 3] = torch.nan
 
 
-for setup, stage, mode, options in CASES:
+for setup, stage, mode, has_operations, options in CASES:
     case = setup, stage, mode, options
     engines = [pipelines.make_engine(setup, stage, gradient_clipping=0.5, scale_power=13, **options) for _ in range(2)]
     engine, guard = engines[0], ng.attach(engines[0], ng.GuardConfig(policy=WARN, mode=mode))
@@ -86,26 +86,27 @@ for setup, stage, mode, options in CASES:
     found = report_of(guard, engine.global_steps - 1)
     assert seen(found) == ("input_nonfinite", "input", "labels", LAST, (1, 3)), (case, found)
 
-    for name, rank in (("1", FIRST), ("3", LAST)):
-        with_layer(engine, name, root, 6)
-        found = report_of(guard, engine.global_steps - 1)
-        assert (found.verdict, found.first.name, found.first.rank) == ("forward_nonfinite", name, rank), (case, found)
-        assert "sqrt" in found.first.operation, (case, found)
-        with_layer(engine, name, pipelines.steep(torch.inf), 7)
-        found = report_of(guard, engine.global_steps - 1)
-        assert (found.verdict, found.first.name, found.first.rank) == ("backward_nonfinite", name, rank), (case, found)
-    assert any("layer 3 (Block): stage 1 of 2" in line for line in found.evidence), found.evidence
+    if has_operations:
+        for name, rank in (("1", FIRST), ("3", LAST)):
+            with_layer(engine, name, root, 6)
+            found = report_of(guard, engine.global_steps - 1)
+            assert seen(found)[:1] + seen(found)[2:4] == ("forward_nonfinite", name, rank), (case, found)
+            assert "sqrt" in found.first.operation, (case, found)
+            with_layer(engine, name, pipelines.steep(torch.inf), 7)
+            found = report_of(guard, engine.global_steps - 1)
+            assert seen(found)[:1] + seen(found)[2:4] == ("backward_nonfinite", name, rank), (case, found)
+        assert any("layer 3 (Block): stage 1 of 2" in line for line in found.evidence), found.evidence
 
-    engine.module.loss_fn = lambda output, target: pipelines.loss_of(output, target) * torch.inf
-    step(engine, 8)
-    engine.module.loss_fn = pipelines.loss_of
-    found = report_of(guard, engine.global_steps - 1)
-    assert (found.verdict, found.first.kind, found.first.rank) == ("loss_nonfinite", "loss", LOWEST), found
-    assert "mul" in found.first.operation, found
+        engine.module.loss_fn = lambda output, target: pipelines.loss_of(output, target) * torch.inf
+        step(engine, 8)
+        engine.module.loss_fn = pipelines.loss_of
+        found = report_of(guard, engine.global_steps - 1)
+        assert (found.verdict, found.first.kind, found.first.rank) == ("loss_nonfinite", "loss", LOWEST), found
+        assert "mul" in found.first.operation, found
 
-    with_transfer(engine, lambda x: x.zero_(), 9)
-    step(engine, 10)
-    assert guard.history[-1].applied, (case, guard.last_report, guard.history[-2:])
+        with_transfer(engine, lambda x: x.zero_(), 9)
+        step(engine, 10)
+        assert guard.history[-1].applied, (case, guard.last_report, guard.history[-2:])
     for name, rank in (("1.up.weight", FIRST), ("3.down.weight", LAST)):
         weight = part_of(engine, name)
         if weight is not None:
@@ -122,13 +123,13 @@ for setup, stage, mode, options in CASES:
 
 
 def test_two_stages():
-    cases = [("fp16", 1, "replace", {"activation_checkpoint_interval": 1})]
+    cases = [("fp16", 1, "replace", True, {"activation_checkpoint_interval": 1})]
     run_engines(f"CASES = {cases}{TOOLS}{FAULTS}")
 
 
 @pytest.mark.multiprocess
 def test_two_stages_of_two_copies(tmp_path):
-    cases = [("fp32", 0, "observe", {"axes": ["data", "model", "pipe"]}), ("bf16_fp32", 1, "replace", {})]
+    cases = [("fp32", 0, "observe", False, {"axes": ["data", "model", "pipe"]}), ("bf16", 1, "replace", True, {})]
     run_ranks(f"{HEAD}CASES = {cases}{TOOLS}{FAULTS}", tmp_path, ranks=4)
 
 
@@ -137,7 +138,7 @@ def weights(engine):
     return [parameter.detach().clone() for parameter in engine.module.parameters()]
 
 
-for setup, stage in (("fp16", 0), ("fp16_fused", 0), ("bf16", 1)):
+for setup, stage in (("fp16", 0), ("fp16_fused", 0), ("bf16_fp32", 1)):
     engine, other = (pipelines.make_engine(setup, stage) for _ in range(2))
     guard = ng.attach(engine, ng.GuardConfig(policy=WARN))
     assert step(engine, 0) == step(other, 0) and all(map(torch.equal, weights(engine), weights(other))), setup
@@ -145,6 +146,7 @@ for setup, stage in (("fp16", 0), ("fp16_fused", 0), ("bf16", 1)):
         before = weights(engine)
         with_hook(engine, name, (0, 0), 1)
         assert all(map(torch.equal, before, weights(engine))), (setup, name)
+        assert report_of(guard, engine.global_steps - 1).first.name == name, setup
     guard.detach()
 """
 
