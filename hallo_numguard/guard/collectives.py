@@ -6,7 +6,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,16 +18,18 @@ from hallo_numguard.guard.rendezvous import Rendezvous
 
 _log = logging.getLogger("hallo_numguard")
 
+T = TypeVar("T")
+
 MAX_TEXT_BYTES = 4096
 _NO_RANK = 1 << 31  # greater than any rank
 
 
 class Place(NamedTuple):
-    """A rank's part in a model that is cut, and held in several copies.
+    """A rank's part in a model that is cut, or whose layers are on several ranks, and held in several copies.
 
     Attributes:
         copy: Number of the copy that the rank's part belongs to.
-        shard: Number of the part.
+        shard: Number of the part, or of the stage of a pipeline.
         copies: How many copies there are.
     """
 
@@ -143,6 +145,14 @@ class Ranks:
         """Returns the sum over the ranks. No host sync."""
         return self._reduce(value, dist.ReduceOp.SUM)
 
+    def sum_among(self, group: dist.ProcessGroup, value: torch.Tensor) -> torch.Tensor:
+        """Returns the sum over a group of some of these ranks, this one among them. No host sync."""
+        if self.size > 1 and dist.get_world_size(group) > 1:
+            if self._where and self._rendezvous is not None:
+                self._rendezvous.meet_before(self._where, tuple(dist.get_process_group_ranks(group)))
+            dist.all_reduce(value, op=dist.ReduceOp.SUM, group=group)
+        return value
+
     def start_sum(self, value: torch.Tensor) -> Any:
         """Starts to add up a contiguous tensor over the ranks, in place. Returns the handle to wait for. No wait."""
         return dist.all_reduce(value, op=dist.ReduceOp.SUM, group=self._group, async_op=True)
@@ -190,6 +200,14 @@ class Ranks:
     def _shares(self, rank: torch.Tensor, mine: int) -> torch.Tensor:
         """Whether this rank's number of a copy or shard is that of the named rank, for each tensor."""
         return self._reduce(torch.where(rank == self.rank, mine, NONE), dist.ReduceOp.MIN) == mine
+
+    def gathered(self, value: T) -> list[T]:
+        """Returns the values of all ranks, in their order. They are pickled: not for the hot path."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, value, group=self._group)
+        return found
 
     def first_text(self, text: str | None, device: torch.device) -> str | None:
         """Returns the text of the lowest rank that has one, the same on all ranks; None if none has. Synchronises.

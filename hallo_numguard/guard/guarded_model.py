@@ -10,15 +10,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Offender
 from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.guard.optimizer_view import OptimizerView
 from hallo_numguard.guard.parameter_stats import Piece
 from hallo_numguard.guard.readable import UncheckedTensors
+from hallo_numguard.guard.stages import Stage
 from hallo_numguard.ops.table import StatsTable
 
 Forward = Callable[[tuple[Any, ...], Mapping[str, Any]], Any]
 """Calls the model with positional and keyword arguments, as the framework does."""
+
+
+def no_remarks(_: OverflowReport) -> Sequence[str]:
+    """Returns no sentence about what a report names."""
+    return ()
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,8 @@ class GuardedModel:
         also: Frozen modules that feed the model, by name; see `feeding_modules`.
         in_global_names: Returns a text of this rank with names that mean the same on all ranks.
         run_facts: Facts about the run for its reports: "framework", "zero_stage".
+        stage: This rank's stage of a pipeline, whose layers, batch and loss are on different ranks; else None.
+        remarks: Returns sentences about what a report names, the same on all ranks.
     """
 
     parameters: list[NamedTensor]
@@ -89,6 +98,8 @@ class GuardedModel:
     also: Mapping[str, nn.Module] = field(default_factory=dict)
     in_global_names: Callable[[str], str] = str
     run_facts: Mapping[str, str | int] = field(default_factory=dict)
+    stage: Stage | None = None
+    remarks: Callable[[OverflowReport], Sequence[str]] = no_remarks
 
     def note_unchecked(self) -> None:
         """Notes the parameters and buffers inside of which nothing can be read."""

@@ -30,6 +30,7 @@ from hallo_numguard.guard.diagnosis.collect import BadStep, EvidenceCollector
 from hallo_numguard.guard.diagnosis.evidence import Evidence
 from hallo_numguard.guard.diagnosis.replay import Replayer
 from hallo_numguard.guard.diagnosis.rules import confirm, is_unexplained, judge
+from hallo_numguard.guard.diagnosis.shared_losses import share_losses
 from hallo_numguard.guard.feeding_modules import FeedingModules
 from hallo_numguard.guard.finding_log import FindingLog
 from hallo_numguard.guard.guarded_model import GuardedModel, ScannedPieces
@@ -106,8 +107,8 @@ class Session:
         self._recorder = Recorder(config.history, [item.name for item in model.parameters], limit, is_part)
         sinks = [*sinks, *map(sink_for, config.sinks)]  # on every rank, so that all refuse an invalid one
         self._feed = Feed(sinks if ranks.rank == 0 else [])
-        self._batch = Batch(model.module, self._steps, model.unchecked)
-        self._armed = ArmedSteps(model.module or nn.Module(), model.is_compiled, self._steps)
+        self._batch = Batch(model.module, self._steps, model.unchecked, model.stage)
+        self._armed = ArmedSteps(model.module or nn.Module(), model.is_compiled, self._steps, model.stage is None)
         self._local_gradients = LocalGradients(model.parameters, config.local_gradients, self._steps, self.probes)
         self._replayer = (
             Replayer(model, model.module, model.forward, self._batch, ranks, self._local_gradients)
@@ -454,13 +455,20 @@ class Session:
         self._skipped = self._skipped + 1 if skipped else 0
         if self._ranks.lowest(int(self._steps.pending.is_scanned), self._model.device) == 0:
             return self._report_without_cause()
+        stage, lost, dropped = self._model.stage, None, 0
+        if stage is not None:
+            lost, dropped = share_losses(self._ranks, stage, self._steps.pending, self._model.device)
         step = self._bad_step()
         view = self._collector.scan(step)
         agreed = self._collector.agree(view)
         evidence = self._collector.evidence(step, agreed, self._reporter.last, self._rank_faults)
+        evidence = replace(evidence, lost_between=lost, not_kept=dropped)
         replay = None if self._replayer is None else self._replayer.explain(evidence, step.losses)
         evidence = replace(evidence, replay=replay, alone_because=self._ranks.alone_because)
-        report = self._reporter.completed(judge(evidence), self.history())
+        report = judge(evidence)
+        counting = [messages.counted_after(dropped)] if dropped else []
+        report = replace(report, evidence=(*report.evidence, *counting, *self._model.remarks(report)))
+        report = self._reporter.completed(report, self.history())
         is_open = is_unexplained(report)
         if is_open or evidence.watched is not None:
             self._armed.arm()

@@ -11,6 +11,7 @@ from torch import nn
 
 from hallo_numguard.core.errors import InvalidInput
 from hallo_numguard.guard.parameter_stats import NONE
+from hallo_numguard.integrations.deepspeed.version import is_instance_of
 from hallo_numguard.ops.layout import unravel
 from hallo_numguard.tracing.nested import contents_of
 from hallo_numguard.tracing.rerun import is_rerunning
@@ -54,7 +55,8 @@ def inject(
             file; "input" (the first floating-point tensor of the batch) and "activation" (output of the module
             `where`) are bad in one step only, and "gradient" (of the parameter `where`, before the reduction) in one
             backward pass of that step, as by a fault of the hardware: not in a replay.
-        where: Fully qualified name of the parameter, buffer or module; not for "input".
+        where: Fully qualified name of the parameter, buffer or module; not for "input". In a pipeline of DeepSpeed,
+            where there is no "input", ranks of other stages plant nothing, and each micro-batch is a forward pass.
         index: Index of the element in the whole tensor's shape. Default: the first.
         value: Value of that element.
         step: Number of the forward pass, counted from now; 1 is the next. Passes under `torch.no_grad()`, as in an
@@ -73,6 +75,11 @@ def inject(
     injection = Injection()
     if rank is not None and rank != _this_rank():
         return injection
+    is_stage = is_instance_of(target, "PipelineEngine")
+    if is_stage and kind == "input":
+        raise InvalidInput("inject(kind='input') knows no batch of a pipeline: damage a sample of the data instead")
+    if is_stage and where not in _named(model, kind):
+        return injection  # another stage has it
     plant = _planter(target, model, kind, where, index, value)
     passes = 0
 
@@ -91,7 +98,7 @@ def inject(
         return None
 
     # An engine is called before its model is; by then ZeRO stage 3 has begun to gather what would be damaged.
-    called = target if isinstance(target, nn.Module) else model
+    called = target if isinstance(target, nn.Module) and not is_stage else model
     injection._handles.append(called.register_forward_pre_hook(before_forward, prepend=True, with_kwargs=True))
     return injection
 
@@ -111,7 +118,7 @@ def _planter(
 
         return plant_input
     if kind == "activation":
-        module = _find(dict(model.named_modules()), "module", where)
+        module = _find(_named(model, kind), "module", where)
 
         def plant_activation(injection: Injection, *_: Any) -> None:
             def change(*call: Any) -> Any:
@@ -125,9 +132,9 @@ def _planter(
 
         return plant_activation
     if kind == "buffer":
-        buffer = _find(dict(model.named_buffers()), "buffer", where)
+        buffer = _find(_named(model, kind), "buffer", where)
         return _writer(lambda: _write(buffer, index, value))
-    parameter = _find(dict(model.named_parameters()), "parameter", where)
+    parameter = _find(_named(model, kind), "parameter", where)
     if kind == "gradient":
         return lambda injection, *_: _plant_gradient(injection, model, parameter, index, value)
     if kind == "optimizer_state":
@@ -280,6 +287,13 @@ def _flat(shape: tuple[int, ...], index: Sequence[int] | None) -> int:
     for size, at in zip(shape, index if index is not None else (0,) * len(shape), strict=True):
         place = place * size + at
     return place
+
+
+def _named(model: nn.Module, kind: str) -> dict[str, Any]:
+    """What a fault of that kind can be planted in, by name."""
+    if kind == "activation":
+        return dict(model.named_modules())
+    return dict(model.named_buffers() if kind == "buffer" else model.named_parameters())
 
 
 def _find(named: dict[str, Any], what: str, where: str | None) -> Any:

@@ -102,6 +102,7 @@ def rerun(
     watches: bool = False,
     is_compiled: bool = False,
     of_leaves: bool = False,
+    of_arguments: bool = False,
 ) -> Attempt:
     """Runs a pass again.
 
@@ -120,12 +121,13 @@ def rerun(
         is_compiled: Whether the original call was compiled, so that its random numbers were others.
         of_leaves: Whether gradients are those of the leaves of autograd's graph, and not of the module's parameters:
             FSDP2 computes with others, gathered ones.
+        of_arguments: Whether gradients of the arguments are computed as well, as a stage of a pipeline sends them back.
 
     Returns:
         Result of the rerun. Buffers, attributes and random state are as before.
     """
     run = _Run(module, call, outputs, seeds, factor, arguments or contents_of("", ()), peers or Peers(), watches)
-    run.is_compiled, run.is_of_leaves = is_compiled, of_leaves
+    run.is_compiled, run.is_of_leaves, run.is_of_arguments = is_compiled, of_leaves, of_arguments
     try:
         for number in itertools.count():
             run.contained(run.go_forward)
@@ -163,6 +165,7 @@ class _Run:
         self.attempt = Attempt()
         self.is_compiled = False
         self.is_of_leaves = False
+        self.is_of_arguments = False
         self._lengths: list[int] = []  # of the parts of the gradients
         self._watches = watches
         self._module = module
@@ -239,7 +242,9 @@ class _Run:
         """What gradients are asked for, as they become ready."""
         if self.is_of_leaves:
             return leaves_of(self._outputs)
-        return [parameter for parameter in self._module.parameters() if parameter.requires_grad][::-1]
+        parameters = [parameter for parameter in self._module.parameters() if parameter.requires_grad][::-1]
+        arguments = [tensor for _, tensor in self._arguments.tensors if tensor.requires_grad and tensor.is_leaf]
+        return [*parameters, *arguments] if self.is_of_arguments else parameters
 
     def go_backward(self, number: int) -> None:
         """Computes the gradients of a part of the parameters."""
@@ -248,7 +253,8 @@ class _Run:
         with self.peers.collectives():
             gradients = _backward(self._outputs, self._seeds, self._factor or 1.0, part)
         both = zip(part, gradients, strict=True)
-        held = [(id(parameter), x) for parameter, x in both if x is not None and is_readable(x)]
+        arguments = {id(tensor) for _, tensor in self._arguments.tensors}
+        held = [(id(item), x) for item, x in both if x is not None and is_readable(x) and id(item) not in arguments]
         with unwatched():
             table = _statistics([gradient for _, gradient in held])
             self.attempt.parameter_absmax.update(zip((key for key, _ in held), table.absmax.tolist(), strict=True))

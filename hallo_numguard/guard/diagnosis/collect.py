@@ -201,8 +201,12 @@ class EvidenceCollector:
         self.start()
 
     def start(self) -> None:
-        """Puts hooks on the parameters for the first step: they show in which order gradients become ready."""
-        self._order.learn(self._model.parameters)
+        """Puts hooks on the parameters for the first step: they show in which order gradients become ready.
+
+        Not in a pipeline, where each rank would learn the order of its own stage.
+        """
+        if self._model.stage is None:
+            self._order.learn(self._model.parameters)
 
     def stop(self) -> None:
         """Removes the hooks from the parameters."""
@@ -238,13 +242,20 @@ class EvidenceCollector:
             if weight.kind == "buffer" and stats.counts[position][0] == 0:
                 continue  # Inf is how masks are written, and how running minima and maxima begin
             offender = weight.offender(stats, position, self._ranks.rank)
-            yield offender, self._ranks.rank == 0 or weight.is_shared_out
+            yield offender, self._is_told_by_this_rank(weight)
         state = self._scan_state()
         for position in state.bad_positions():
             if position in self._known:
                 continue
             offender = self._state(state, position, self._ranks.rank)
-            yield offender, self._ranks.rank == 0 or self._model.sliced_state
+            yield offender, self._model.sliced_state or self._is_told_by_this_rank(self._model.parameters[position])
+
+    def _is_told_by_this_rank(self, item: NamedTensor) -> bool:
+        """Whether no other rank holds the same that tells of it."""
+        stage = self._model.stage
+        if stage is None:
+            return self._ranks.rank == 0 or item.is_shared_out
+        return stage.copy == 0 and (stage.number == 0 or item.is_shared_out)
 
     def absurd_parameters(self) -> list[tuple[str, float]]:
         """Returns names and largest numbers of the absurdly large parameters that `inspect` has seen. Synchronises."""
@@ -285,7 +296,7 @@ class EvidenceCollector:
         """Reads every tensor that this rank holds. What ranks reduce is on the device on which they do."""
         scanned = step.pending.gradients
         gradients = self._stats_of(scanned)
-        weights = scan_tensors([*self.weights, self._loss_tensor(step)])
+        weights = scan_tensors([*self.weights, self._loss_of_this_rank(step)])
         before = self._local_gradients.stats(self._model.device)
         state, batch = self._scan_state(), self._scan_batch(step)
         return RankView(
@@ -302,7 +313,7 @@ class EvidenceCollector:
             is_sliced=self._marked([item.slice is not None for item in self.weights]),
             is_cut=self._marked([item.shard is not None for item in self.weights]),
             loss_known=bool(step.losses),
-            batch_known=self._batch.seen,
+            batch_known=self._has_batch(step),
             local_known=self._local_gradients.is_watching,
         )
 
@@ -368,7 +379,7 @@ class EvidenceCollector:
 
     def _scan_batch(self, step: BadStep) -> str | None:
         losses = [bool(torch.isfinite(loss)) for loss in step.losses]
-        found = self._batch.first_nonfinite(self._ranks.rank, losses) if self._batch.seen else None
+        found = self._batch.first_nonfinite(self._ranks.rank, losses) if self._has_batch(step) else None
         feed = None if found is None and all(losses) else self._feeding.first_bad(self._ranks.rank)
         if found is None and feed is None:
             return None
@@ -376,6 +387,11 @@ class EvidenceCollector:
         samples = None if offender is None else self._batch.bad_samples(offender.name, micro_batch)
         seen = _SeenInput(offender, micro_batch, samples, feed)
         return json.dumps(encode(seen), ensure_ascii=False)
+
+    def _has_batch(self, step: BadStep) -> bool:
+        """Whether the batch is there, unchanged: of a pipeline's micro-batches, those of all bad losses."""
+        is_kept = self._model.stage is None or len(step.losses) == len(self._batch.calls)
+        return self._batch.seen and is_kept
 
     def _settling_power(self) -> int:
         """The loss scale at which the last finite steps would have fitted, as a base-2 logarithm."""
@@ -440,7 +456,9 @@ class EvidenceCollector:
             if not suspects or suspects[0].name != first:
                 history = None
         ready = self._order.sort(view.gradients.bad_positions())
-        reduced = view.before_reduction
+        reduced, stage = view.before_reduction, self._model.stage
+        # In a pipeline, a stage's bad gradients make those of the stages before it bad: their number shows nothing.
+        is_number_known = reduced is not None and (stage is None or reduced.ranks == 0)
         seen = _SeenInput() if view.input is None else decode(_SeenInput, json.loads(view.input))
         return Evidence(
             step=step.pending.number,
@@ -464,7 +482,8 @@ class EvidenceCollector:
             loss_known=view.loss_known,
             loss_shown=step.loss_known,
             gradients=[self._gradient(view, position) for position in ready],
-            bad_ranks=None if reduced is None else reduced.ranks,
+            bad_ranks=reduced.ranks if reduced is not None and is_number_known else None,
+            copies=None if stage is None else stage.copies,
             world_size=self._ranks.size,
             settles_at=None if view.power == _UNKNOWN else min(2.0**view.power, step.pending.scaling.scale / 2),
             proved_before=_proved_before(before, step),
@@ -484,8 +503,8 @@ class EvidenceCollector:
     def _gradient(self, view: GlobalView, position: int) -> Offender:
         item, place = self._model.parameters[position], self._ranks.place
         rank = self._ranks.rank if self._ranks.size == 1 else None  # after the reduction it is every rank's
-        is_of_one = item.shard is not None and place is not None and place.copies == 1
-        if is_of_one or not item.is_everywhere:
+        is_of_one = item.shard is not None or not item.is_everywhere
+        if is_of_one and (place is None or place.copies == 1):
             rank = int(view.gradient_ranks[position])  # that of the part, which is reduced over no other rank
         if view.before_reduction is not None:
             rank = view.before_reduction.rank_of.get(position, rank)
@@ -493,6 +512,12 @@ class EvidenceCollector:
 
     def _state(self, state: ParameterStats, position: int, rank: int) -> Offender:
         return replace(self._model.parameters[position].offender(state, position, rank), kind="optimizer_state")
+
+    def _loss_of_this_rank(self, step: BadStep) -> NamedTensor:
+        """The losses, if this rank has made them; finite ones in their place if another stage has."""
+        item, stage = self._loss_tensor(step), self._model.stage
+        is_told = step.loss_known and stage is not None and not stage.is_last
+        return replace(item, tensor=torch.zeros_like(item.tensor)) if is_told else item
 
     def _loss_tensor(self, step: BadStep) -> NamedTensor:
         """The micro-batches' losses as one tensor, so that the index of an offender is the micro-batch."""

@@ -10,6 +10,7 @@ from hallo_numguard.core.sources import Source
 from hallo_numguard.guard.diagnosis.weight_history import WeightHistory
 from hallo_numguard.guard.feeding_modules import BadFeed
 from hallo_numguard.guard.loss_scaling import LossScaling
+from hallo_numguard.guard.stages import LostBetween
 
 WATCHED = "this step, which was watched operation by operation"
 
@@ -84,6 +85,7 @@ class Evidence:
         gradients: Offending gradients in ready order.
         bad_ranks: Number of ranks whose gradients were not finite before the reduction; None if unknown.
         world_size: Number of ranks.
+        copies: Number of ranks whose gradients of one parameter are added up; None for all.
         settles_at: Loss scale up to which the gradients of the last finite steps would have fitted, or half of the
             present one if that is lower; None if no step was finite yet.
         proved_before: Loss scale at which a batch was finite that was skipped since the last step that was applied.
@@ -96,6 +98,8 @@ class Evidence:
         bad_samples: Number of samples of the input that are not finite, and of all of them; None if unknown.
         input_comes_back: Whether the step before was skipped because of an input as well.
         bad_feed: First module outside of the model, of those that feed it, that made a non-finite value.
+        not_kept: Number of the first micro-batches of a pipeline's step that are not kept, and had finite losses.
+        lost_between: Stages of a pipeline between which the batch became non-finite; None if it did not.
     """
 
     step: int
@@ -125,6 +129,9 @@ class Evidence:
     bad_samples: tuple[int, int] | None = None
     input_comes_back: bool = False
     bad_feed: BadFeed | None = None
+    lost_between: LostBetween | None = None
+    copies: int | None = None
+    not_kept: int = 0
 
     @property
     def answer(self) -> Replayed | None:

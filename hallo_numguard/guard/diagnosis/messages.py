@@ -15,6 +15,7 @@ from hallo_numguard.guard.diagnosis.evidence import Evidence
 from hallo_numguard.guard.diagnosis.weight_history import WeightHistory
 from hallo_numguard.guard.feeding_modules import BadFeed
 from hallo_numguard.guard.loss_scaling import LossScaling
+from hallo_numguard.guard.stages import Figures, LostBetween
 
 RANK_FAULT_MEMORY = 100  # steps in which a second fault of the same rank is not taken for chance
 
@@ -545,6 +546,37 @@ def scale_too_high(seen: Evidence) -> OverflowReport:
         summary=f"the loss scale was too high{'' if replayed else ', as far as is known'}",
     )
     return found if seen.scaling.can_fall else replace(found, recoverable=None)
+
+
+def lost_between_stages(seen: Evidence, lost: LostBetween) -> OverflowReport:
+    """What a stage of a pipeline was given is not what the stage before has returned."""
+    sender, receiver = f"stage {lost.stage - 1}", f"stage {lost.stage}"
+    returned, given = map(_figures, (lost.returned, lost.given))
+    return report(
+        seen,
+        Verdict.UNDETERMINED,
+        seen.loss or seen.gradients[0],
+        [
+            *([] if seen.suspects else [_finite_weights(seen)]),
+            f"micro-batch {lost.micro_batch}: {sender} has returned {returned}, and {receiver} was given {given}",
+        ],
+        ("the transfer itself", "what follows from it"),
+        f"Look at what lies between {sender} and {receiver}: a buffer that is written to before it was sent, an output "
+        "that is changed in place after the stage has returned it, the network and its driver.",
+        summary=f"{receiver} of the pipeline was given something else than {sender} has returned",
+    )
+
+
+def counted_after(dropped: int) -> str:
+    """How micro-batches are counted of which the first are not kept."""
+    return f"micro-batches are counted after the first {dropped} of the step, which had finite losses and are not kept"
+
+
+def _figures(figures: Figures) -> str:
+    return (
+        f"{figures.numel:.0f} values ({figures.nonfinite:.0f} of them NaN or +Inf, the largest finite one "
+        f"{figures.absmax:.6g}, the sum of squares {figures.sumsq:.6g})"
+    )
 
 
 def not_reproduced(seen: Evidence) -> OverflowReport:

@@ -23,6 +23,7 @@ from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
 from hallo_numguard.guard.diagnosis.rules import needs_replay, needs_replay_of_step
 from hallo_numguard.guard.diagnosis.texts import MAX_LINE_BYTES, MAX_NAME_BYTES, source_as_text
 from hallo_numguard.guard.guarded_model import Forward, GuardedModel
+from hallo_numguard.guard.stages import Figures
 from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.guard.step.local_gradients import LocalGradients
 from hallo_numguard.guard.step.model_call import ModelCall
@@ -46,6 +47,15 @@ NOT_THE_SAME_BEFORE = "run again in an earlier step, the model returned somethin
 OTHER_NUMBERS = (
     "run again eagerly it was finite, with other random numbers than those that the compiled model has drawn"
 )
+MORE_THAN_KEPT = "the step had more micro-batches than are kept, and one of the others had a loss that is not finite"
+FINITE_WHERE_KEPT = (
+    "the micro-batches that are kept were finite when they were run again; those before them are not kept"
+)
+NOT_TRIED_BEFORE = (
+    "a stage of the pipeline sent back a gradient that is not finite, so that the stages before it cannot be tried; "
+    "that stage, run again at a lower loss scale, is finite"
+)
+NOT_SENT_AGAIN = "a stage of the pipeline sent back a gradient that is not finite, and run again it is finite"
 NO_SEEDS = "no gradient has reached what the model returned: the loss was made of something else"
 
 
@@ -143,6 +153,8 @@ class Replayer:
                 found = self._rerun_bad_loss([bool(torch.isfinite(loss)) for loss in losses])
             else:
                 found = self._rerun_bad_gradients(evidence.scaling.scale)
+                if evidence.not_kept and needs_replay_of_step(found) and not found.failure_reason:
+                    found = Replayed(FINITE_WHERE_KEPT)
             return self._explained(found)
 
     def explain_bad_loss(self, losses: Sequence[bool]) -> Replayed:
@@ -168,6 +180,8 @@ class Replayer:
         """
         calls = self._ranks.lowest(len(self._batch.calls), self._device)
         a_call_a_loss = self._ranks.lowest(int(len(losses) == len(self._batch.calls)), self._device) == 1
+        if self._model.stage is not None and not a_call_a_loss:
+            return Replayed(MORE_THAN_KEPT)
         first = next((position for position, finite in enumerate(losses) if not finite), _NONE)
         micro_batch = self._ranks.lowest(first, self._device)
         suspects = [micro_batch] if a_call_a_loss else range(calls)
@@ -199,6 +213,12 @@ class Replayer:
         seeds = [seed for call in list(self._batch.calls)[:count] for seed in call.seeds.values()]
         if self._ranks.lowest(len(seeds), self._device) == 0:
             return Replayed(NO_SEEDS)
+        if self._model.stage is not None:
+            given_bad = self._first_given_bad(count)
+            if given_bad < count:
+                return self._replayed(self._run(given_bad, None, watches=True)[0], given_bad)
+        has_dropped = self._model.stage is not None and self._drop_bad_seeds(count)
+        seeds = [seed for call in list(self._batch.calls)[:count] for seed in call.seeds.values()]
         if self._ranks.highest(int(multi_tensor_stats(seeds).found_inf()), self._device):
             return Replayed(
                 "the gradient that reached the model's output was not finite already", came_from_the_loss=True
@@ -215,13 +235,39 @@ class Replayer:
                 return Replayed(OTHER_NUMBERS)
             if answer.bad_ranks:
                 found = self._at_lower_scales(found, scale) if scale > 1 else found
+                if has_dropped and found.finite_unscaled:
+                    return Replayed(NOT_TRIED_BEFORE)
                 return found if found.finite_unscaled else self._watched(found, scale)
             gradient_sum += answer.gradient_sum
             are_as_recorded = are_as_recorded and answer.as_recorded and answer.match is Match.SAME
+        if has_dropped:
+            return Replayed(NOT_SENT_AGAIN)
         is_certain = are_as_recorded and all(
             self._comes_out_the_same(micro_batch, 1.0, before) for micro_batch, before in enumerate(attempts)
         )
         return Replayed(micro_batch=count - 1, is_one_ranks_fault=is_certain, gradient_sum=gradient_sum)
+
+    def _first_given_bad(self, count: int) -> int:
+        """First micro-batch of which a stage was given NaN or Inf, the same on all ranks; above `count` if none was."""
+        given = (at for at in range(count) if self._was_given_bad(self._batch.calls[at]))
+        return self._ranks.lowest(next(given, _NONE), self._device)
+
+    def _was_given_bad(self, call: ModelCall) -> bool:
+        stage = self._model.stage
+        return stage is not None and Figures.of(stage.received(call.contents.tensors)).nonfinite > 0
+
+    def _drop_bad_seeds(self, count: int) -> bool:
+        """Drops gradients that the next stage has sent and that are not finite: their cause lies there.
+
+        Returns:
+            Whether any rank has dropped some, the same on all ranks.
+        """
+        stage, calls = self._model.stage, list(self._batch.calls)[:count]
+        bad = [call for call in calls if call.seeds and bool(multi_tensor_stats(list(call.seeds.values())).found_inf())]
+        bad = [] if stage is None or stage.is_last else bad
+        for call in bad:
+            call.seeds.clear()
+        return self._ranks.highest(int(bool(bad)), self._device) == 1
 
     def _rerun_step(self) -> Replayed | None:
         """Reruns the step's calls of the function that makes the loss, until one is not finite. All ranks call it.
@@ -274,6 +320,8 @@ class Replayer:
             watches=True,
             of_leaves=self._model.gathers_parameters,
         )
+        if call.first_call < len(self._batch.calls) and self._was_given_bad(self._batch.calls[call.first_call]):
+            attempt = replace(attempt, origin=None, source=None)
         answer = self._agree(attempt, position, 1.0)
         self._recover_everywhere(answer.match is Match.FAILED)
         self._is_step_unrepeatable = answer.match is Match.DIFFERENT
@@ -381,7 +429,10 @@ class Replayer:
             watches,
             self._is_compiled,
             self._model.gathers_parameters,
+            of_arguments=self._model.stage is not None,
         )
+        if self._was_given_bad(call):  # by the stage before, where the cause lies
+            attempt = replace(attempt, origin=None, source=None)
         answer = self._agree(attempt, micro_batch, factor)
         self._recover_everywhere(answer.match is Match.FAILED)
         if answer.match is Match.DIFFERENT and not self._is_one_rank_different(answer):

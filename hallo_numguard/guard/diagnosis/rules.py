@@ -28,8 +28,8 @@ def needs_replay(seen: Evidence) -> bool:
     if seen.watched is not None and _explains(seen, seen.watched):
         return False
     if seen.loss is not None:
-        return not seen.suspects and seen.input is None
-    if not seen.gradients or _overflowed_in_the_reduction(seen):
+        return not seen.suspects and seen.input is None and seen.lost_between is None
+    if not seen.gradients or seen.lost_between is not None or _overflowed_in_the_reduction(seen):
         return False
     return seen.proved_before is None or seen.scaling.scale <= seen.proved_before
 
@@ -52,6 +52,8 @@ def judge(seen: Evidence) -> OverflowReport:
         return messages.false_alarm(seen)
     if seen.loss is not None and seen.input is not None:
         return messages.input_nonfinite(seen, seen.input)
+    if seen.lost_between is not None:
+        return messages.lost_between_stages(seen, seen.lost_between)
     if _is_one_ranks_fault(seen):
         return messages.rank_fault(seen)
     if seen.source is not None and _explains(seen, seen.source):
@@ -142,7 +144,7 @@ def _has_bad_moment(seen: Evidence) -> bool:
 
 def _overflowed_in_the_reduction(seen: Evidence) -> bool:
     """Whether a sum of finite numbers is infinite; NaN alone came from elsewhere (a hook that ran after ours)."""
-    if seen.loss is not None or not seen.gradients or seen.world_size == 1:
+    if seen.loss is not None or not seen.gradients or 1 in (seen.world_size, seen.copies):
         return False
     first = seen.gradients[0]
     is_possible = seen.answer is not None and seen.answer.gradient_sum > LARGEST.get(first.dtype, math.inf)

@@ -30,13 +30,17 @@ class ArmedSteps:
         module: The model.
         is_compiled: Returns whether it is compiled, so that hooks on its modules would compile it again.
         steps: Owner of the pending step.
+        is_possible: Whether steps can be watched at all: not where a pipeline's stages send each other what they make.
     """
 
-    def __init__(self, module: nn.Module, is_compiled: Callable[[], bool], steps: StepOwner) -> None:
+    def __init__(
+        self, module: nn.Module, is_compiled: Callable[[], bool], steps: StepOwner, is_possible: bool = True
+    ) -> None:
         self._module = module
         self._is_compiled = is_compiled
         self._steps = steps
         self._left = 0
+        self._is_possible = is_possible
         self._fruitless = 0
         self._calls = 0  # of the model, since the watch has begun
         self._on = contextlib.ExitStack()
@@ -51,7 +55,7 @@ class ArmedSteps:
 
     def arm(self) -> None:
         """Arms the next steps."""
-        if self._fruitless < MAX_FRUITLESS:
+        if self._is_possible and self._fruitless < MAX_FRUITLESS:
             self._left = ARMED_STEPS
             self._begin_outside_of_compiled_call()
 

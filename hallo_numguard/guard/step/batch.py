@@ -14,6 +14,7 @@ from hallo_numguard.guard.collectives import clip
 from hallo_numguard.guard.named_tensors import NamedTensor, scan_tensors
 from hallo_numguard.guard.parameter_stats import ParameterStats
 from hallo_numguard.guard.readable import UncheckedTensors, is_plain, readable_tensors
+from hallo_numguard.guard.stages import Stage
 from hallo_numguard.guard.step.model_call import ModelCall, SeedCounter
 from hallo_numguard.guard.step.pending import StepOwner
 from hallo_numguard.guard.step.step_call import StepCall
@@ -33,13 +34,17 @@ class Batch:
         model: Module that is called; None if unknown.
         steps: Owner of the pending step.
         unchecked: Takes the arguments inside of which nothing can be read.
+        stage: Stage of a pipeline, whose calls are given what another stage has made; None for a whole model.
     """
 
-    def __init__(self, model: nn.Module | None, steps: StepOwner, unchecked: UncheckedTensors) -> None:
+    def __init__(
+        self, model: nn.Module | None, steps: StepOwner, unchecked: UncheckedTensors, stage: Stage | None = None
+    ) -> None:
         self._model = model
         self._names = _argument_names(model)
         self._steps = steps
         self._unchecked = unchecked
+        self._stage = stage
         self._tolerated: set[str] = set()
         self._state = None if model is None else StateRecorder(model)
         self._arrivals = SeedCounter()
@@ -107,8 +112,13 @@ class Batch:
         return [f"{prefixes[id(owner)]}.{key}".lstrip(".") for owner, key in restored if id(owner) in prefixes]
 
     def tensors(self, micro_batch: int) -> list[NamedTensor]:
-        """Returns the tensors of a call that hold floating-point numbers, named by the model's own argument names."""
-        found = readable_tensors(self.calls[micro_batch].contents.tensors)
+        """Returns the tensors of a call that hold floating-point numbers, named by the model's own argument names.
+
+        What comes from another stage of a pipeline is none of the batch.
+        """
+        contents = self.calls[micro_batch].contents.tensors
+        is_received = (lambda _: False) if self._stage is None else self._stage.is_received
+        found = readable_tensors([(name, tensor) for name, tensor in contents if not is_received(name)])
         tensors = [NamedTensor("input", clip(name, MAX_NAME_BYTES), tensor) for name, tensor in found]
         return [item for item in tensors if not self._unchecked.add_if_unread(f"input {item.name}", item.tensor)]
 

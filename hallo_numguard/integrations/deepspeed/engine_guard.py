@@ -19,7 +19,7 @@ import contextlib
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakSet
 
 import torch
@@ -28,9 +28,9 @@ from hallo_numguard.core.config import GuardConfig, OverflowCallback
 from hallo_numguard.core.errors import InvalidInput, NumericsError
 from hallo_numguard.guard.feeding_modules import Also, named_modules
 from hallo_numguard.guard.guard import Guard
-from hallo_numguard.guard.guarded_model import Forward, GuardedModel, ScannedPieces
+from hallo_numguard.guard.guarded_model import Forward, GuardedModel, ScannedPieces, no_remarks
 from hallo_numguard.guard.loss_scaling import UNSCALED, LossScaling
-from hallo_numguard.guard.named_tensors import named_buffers
+from hallo_numguard.guard.named_tensors import NamedTensor, named_buffers
 from hallo_numguard.guard.save_gate import Save
 from hallo_numguard.guard.session import Session
 from hallo_numguard.integrations import engine_of
@@ -47,7 +47,8 @@ from hallo_numguard.integrations.deepspeed.engine import (
 )
 from hallo_numguard.integrations.deepspeed.experts import Experts
 from hallo_numguard.integrations.deepspeed.monitor import monitor_sinks
-from hallo_numguard.integrations.deepspeed.parallel import clips_over, figures_of, ranks_of, with_shards
+from hallo_numguard.integrations.deepspeed.parallel import clips_over, figures_of, is_pipeline, ranks_of, with_shards
+from hallo_numguard.integrations.deepspeed.pipeline import Pipeline, ScheduleHooks, call_stage, stage_parameters
 from hallo_numguard.integrations.deepspeed.unsupported import check_supported
 from hallo_numguard.integrations.deepspeed.update_view import engine_view
 from hallo_numguard.integrations.deepspeed.version import release, version
@@ -56,6 +57,9 @@ from hallo_numguard.integrations.save_gates import SaveGates
 from hallo_numguard.integrations.torch_optim.grad_scaler import set_found_inf
 
 _log = logging.getLogger("hallo_numguard")
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _guarded_engines: WeakSet[Any] = WeakSet()
 
@@ -87,33 +91,39 @@ class DeepSpeedGuard(Guard):
     ) -> None:
         if engine in _guarded_engines:
             raise InvalidInput("this engine is guarded already; call detach() on its guard first")
-        check_supported(engine)
+        if not is_pipeline(engine):
+            check_supported(engine)
         feeding = named_modules(also)
+        self._ranks = ranks_of(engine)
+        pipeline = self._pipeline = Pipeline(engine, self._ranks) if is_pipeline(engine) else None
         self._engine = engine
         self._optimizer = engine.optimizer
         self._losses_divided_by = losses_divided_by
         self._step_number = step_number or self._count_of_engine
-        groups = adapter_class(engine.optimizer).parameter_groups(engine.optimizer)
         self._experts = Experts(engine)
-        parameters = self._experts.listed(with_shards(engine, parameters_of(engine.module, groups)))
+        parameters, buffers = self._listed_parameters(), named_buffers(engine.module)
         self._adapter = adapter_for(engine.optimizer, {item.tensor: at for at, item in enumerate(parameters)})
         self._adapter.names = [item.name for item in parameters]
         self._adapter.scaler = self._scaler = scaler_of_engine(engine)
         self._stepper = self._optimizer if self._scaler is None else self._scaler  # what the engine calls
         self._gradients = self._adapter.gradient_source()
-        self._ranks = ranks_of(engine)
-        self._figures = figures_of(engine, parameters, self._ranks, self._experts, self._gradients.is_sliced)
+        self._figures = (
+            figures_of(engine, parameters, self._ranks, self._experts, self._gradients.is_sliced)
+            if pipeline is None
+            else pipeline.figures(parameters, self._gradients.is_sliced)
+        )
+        call = functools.partial(call_module if pipeline is None else call_stage, engine)
         model = GuardedModel(
             parameters,
-            self._experts.listed(named_buffers(engine.module)),
+            self._experts.listed(buffers) if pipeline is None else pipeline.listed("buffer", buffers),
             sliced_gradients=self._gradients.is_sliced,
             scan_state=self._adapter.scan_state,
             sliced_state=self._adapter.state_is_sliced,
             has_masters=self._adapter.has_masters,
             device=torch.device(engine.device),
             module=engine.module,
-            forward=forward or functools.partial(call_module, engine),
-            forward_compiled=forward or functools.partial(call_module, engine),
+            forward=forward or call,
+            forward_compiled=forward or call,
             recover=functools.partial(recover, engine),
             settings=settings_of(engine),
             can_go_back=lambda: True,
@@ -125,9 +135,11 @@ class DeepSpeedGuard(Guard):
             in_global_names=self._experts.in_global_names,
             also=feeding,
             run_facts={"framework": "DeepSpeed", "zero_stage": int(engine.zero_optimization_stage())},
+            stage=None if pipeline is None else pipeline.stage,
+            remarks=no_remarks if pipeline is None else pipeline.remarks,
         )
         self._session = Session(model, self._ranks, config, on_overflow, monitor_sinks(engine, self._step_number))
-        is_whole = self._ranks.place is None or self._adapter.checks_elements()
+        is_whole = self._ranks.place is None or pipeline is not None or self._adapter.checks_elements()
         self._checks_overflow = is_whole and self._adapter.checks_overflow()  # else only the guard does
         self._enforces = config.policy.enforce or not overflow_check_disabled(engine)
         self._steps = 0  # the engine's own count goes back with a checkpoint
@@ -139,6 +151,7 @@ class DeepSpeedGuard(Guard):
         self._to_raise: BaseException | None = None
         for bug in self._adapter.known_bugs(release()):
             _log.warning("DeepSpeed %s %s", version(), bug)
+        self._schedule = None if pipeline is None else ScheduleHooks(engine, self._session, self._on_backward)
         self._patches = MethodPatches()
         self._answers = MethodPatches()  # after `detach`
         self._figure_answers = MethodPatches()  # likewise
@@ -161,9 +174,12 @@ class DeepSpeedGuard(Guard):
         if hasattr(optimizer, "_update_scale"):
             patches.wrap(optimizer, "_update_scale", self._update_scale)
         if goes_back:
-            patches.wrap(engine, "step", self._engine_step)
-        patches.observe(engine, "forward", self._on_forward_start, self._session.on_forward_end)
-        patches.observe(engine, "backward", self._on_backward)
+            patches.wrap(engine, "step" if self._pipeline is None else "train_batch", self._engine_step)
+        if self._schedule is not None:
+            self._schedule.start()
+        else:
+            patches.observe(engine, "forward", self._on_forward_start, self._session.on_forward_end)
+            patches.observe(engine, "backward", self._on_backward)
         if hasattr(engine, "scale"):  # DeepSpeed >= 0.18.3, for loss.backward() by hand
             patches.observe(engine, "scale", self._on_backward)
         patches.observe(engine, "load_checkpoint", after=self._on_checkpoint_loaded)
@@ -175,7 +191,9 @@ class DeepSpeedGuard(Guard):
 
     def _replace_passes(self) -> bool:
         reason = self._adapter.reason_to_observe()
-        if self._ranks.place is not None:
+        if self._pipeline is not None:
+            reason = reason or self._pipeline.reason_to_observe()
+        elif self._ranks.place is not None:
             reason = "under tensor parallelism some parameters are held by several ranks, and count once in the norm"
         if reason is not None:
             _log.info("hallo_numguard observes and replaces nothing: %s", reason)
@@ -186,6 +204,13 @@ class DeepSpeedGuard(Guard):
     def _sessions(self) -> Sequence[Session]:
         return [self._session]
 
+    def wrap_step(self, step: Callable[P, T]) -> Callable[P, T]:
+        """Returns the function with its calls recorded; see `Guard`.
+
+        In a pipeline, returns it as it is: the guard knows the loss function, and no step may be made again.
+        """
+        return step if self._pipeline is not None else super().wrap_step(step)
+
     def detach(self) -> None:
         """Removes the guard. The engine is as it was before `attach`; reports and history stay readable.
 
@@ -194,6 +219,8 @@ class DeepSpeedGuard(Guard):
         """
         answers = self._ranks.size > 1 and self._engine in _guarded_engines
         self._patches.restore()
+        if self._schedule is not None:
+            self._schedule.stop()
         self.saves.leave()
         self._losses.stop()
         self._session.stop()
@@ -356,12 +383,19 @@ class DeepSpeedGuard(Guard):
     def _scan_gradients(self, step: int, scaling: LossScaling) -> ScannedPieces:
         self._session.probes.run("record of the loss", self._losses.begin_step)
         scan = self._gradients.scan()
-        if self._gradients.has_unknown:
+        if self._gradients.has_unknown and self._pipeline is None:  # whose ranks have one list
             self._session.probes.run("addition of parameters", self._add_parameters)
             scan = self._gradients.scan()
         whole = None if self._figures is None else self._session.probes.run("flight recorder", self._figures, scan)
         self._session.before_step(step, scaling, scan, whole)
         return scan
+
+    def _listed_parameters(self) -> list[NamedTensor]:
+        """The parameters in an order that is the same on all ranks."""
+        if self._pipeline is not None:
+            return self._pipeline.listed("parameter", stage_parameters(self._engine))
+        groups = adapter_class(self._optimizer).parameter_groups(self._optimizer)
+        return self._experts.listed(with_shards(self._engine, parameters_of(self._engine.module, groups)))
 
     def _add_parameters(self) -> None:
         """Guards the parameters of groups that were added to the optimizer."""

@@ -19,8 +19,14 @@ from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.guard.parameter_stats import PADDING
 from hallo_numguard.guard.tensor_parts import Shard, block
 from hallo_numguard.integrations.deepspeed.experts import Experts, expert_copy_of
+from hallo_numguard.integrations.deepspeed.version import is_instance_of, require
 
 _AUTOTP_METADATA = "ds_autotp_universal_checkpoint_meta"  # deepspeed/checkpoint/constants.py
+
+
+def is_pipeline(engine: Any) -> bool:
+    """Returns whether an engine is one of a pipeline."""
+    return is_instance_of(engine, "PipelineEngine")
 
 
 def shards_of(engine: Any) -> int:
@@ -28,11 +34,19 @@ def shards_of(engine: Any) -> int:
     mpu = getattr(engine, "mpu", None)
     if mpu is None or hasattr(mpu, "initialize_sequence_parallel"):  # the latter cuts sequences, and no weights
         return 1
+    if is_pipeline(engine):  # its mpu counts stages as well
+        return int(engine.grid.get_slice_parallel_world_size())
     return int(mpu.get_model_parallel_world_size())
 
 
 def ranks_of(engine: Any) -> Ranks:
     """Returns the ranks that share a copy of the model, and those of all other copies: the guard's only group."""
+    if is_pipeline(engine):  # which spans all ranks of the job
+        require(engine, "_INSTRUCTION_MAP", "grid", "pipe_buffers")
+        require(engine.module, "_local_start", "forward_funcs", "loss_fn", "world_group")
+        grid = engine.grid
+        numbers = grid.get_data_parallel_rank(), grid.get_pipe_parallel_rank(), grid.get_data_parallel_world_size()
+        return Ranks(engine.module.world_group, place=Place(*map(int, numbers)))
     if shards_of(engine) > 1:
         mpu = engine.mpu
         numbers = mpu.get_data_parallel_rank(), mpu.get_model_parallel_rank(), mpu.get_data_parallel_world_size()

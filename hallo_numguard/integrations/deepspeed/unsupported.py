@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from hallo_numguard.core.errors import UnsupportedDeepSpeed
-from hallo_numguard.integrations.deepspeed.parallel import shards_of, spans_all_ranks
+from hallo_numguard.integrations.deepspeed.parallel import is_pipeline, shards_of, spans_all_ranks
 from hallo_numguard.integrations.deepspeed.version import is_instance_of, version
-
-_DENSE = "Train this model without the guard, or as a dense one with ZeRO stage 0 to 3."
 
 
 @dataclass(frozen=True)
@@ -70,11 +68,18 @@ UNSUPPORTED = (
         _has_no_optimizer,
     ),
     Unsupported(
-        "pipeline parallelism",
-        "PipelineEngine",
-        "each stage has other layers, and the schedule calls them",
-        _DENSE,
-        lambda engine: is_instance_of(engine, "PipelineEngine"),
+        "tensor parallelism inside of a pipeline",
+        "engine.grid.slice_parallel_size",
+        "a stage's layers are cut, and their parts send and receive parts of activations",
+        "Train with pipeline and data parallelism alone, or without the guard.",
+        lambda engine: is_pipeline(engine) and shards_of(engine) > 1,
+    ),
+    Unsupported(
+        "experts inside of a pipeline",
+        "engine.has_moe_layers",
+        "its ranks share experts otherwise than the rest of a stage",
+        "Train with experts and ZeRO alone, or without the guard.",
+        lambda engine: is_pipeline(engine) and _has_experts(engine),
     ),
     Unsupported(
         "experts beside tensor parallelism",

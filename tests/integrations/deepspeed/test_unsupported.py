@@ -29,7 +29,6 @@ class OfTwo:
 
 SHOWN = {
     "an engine without optimizer": ("", "optimizer", None),
-    "pipeline parallelism": ("", "__class__", "PipelineEngine"),
     "AutoEP": ("module", "__class__", "AutoEPMoELayer"),
     "tensor parallelism on a part of the ranks": ("", "mpu", OfTwo()),
     "offload of the optimizer to NVMe": ("optimizer", "swap_optimizer", True),
@@ -55,8 +54,12 @@ def test_what_is_refused_is_refused_with_what_to_do(item, engine, monkeypatch):
     assert dict(vars(engine)) == before
 
 
+# On real pipelines: test_pipeline.py
+OF_PIPELINES = {"tensor parallelism inside of a pipeline", "experts inside of a pipeline"}
+
+
 def test_experts_beside_tensor_parallelism_are_refused(engine, monkeypatch):
-    assert {item.feature for item in UNSUPPORTED} == {*SHOWN, "experts beside tensor parallelism"}
+    assert {item.feature for item in UNSUPPORTED} == {*SHOWN, *OF_PIPELINES, "experts beside tensor parallelism"}
     monkeypatch.setattr(engine, "has_moe_layers", True)
     monkeypatch.setattr(engine, "mpu", OfTwo())
     with pytest.raises(ng.UnsupportedDeepSpeed, match="experts beside tensor parallelism"):
