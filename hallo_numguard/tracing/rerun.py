@@ -24,7 +24,7 @@ from hallo_numguard.tracing.autograd_graph import leaves_of
 from hallo_numguard.tracing.model_state import state_restored
 from hallo_numguard.tracing.nested import Contents, as_plain, contents_of, is_readable, whole_bytes
 from hallo_numguard.tracing.tracer import Trace, TraceOptions, traced
-from hallo_numguard.tracing.watch import OperationWatch, unwatched
+from hallo_numguard.tracing.watch import OperationWatch, named_weights, unwatched
 
 _log = logging.getLogger("hallo_numguard")
 
@@ -216,8 +216,7 @@ class _Run:
     def _named(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """Kind, name and tensor of what an operation may be given, as it is now."""
         yield from (("input", name, tensor) for name, tensor in self._arguments.tensors)
-        yield from (("parameter", name, tensor) for name, tensor in self._module.named_parameters())
-        yield from (("buffer", name, tensor) for name, tensor in self._module.named_buffers())
+        yield from named_weights(self._module)
         yield from (("gradient", f"output[{position}]", tensor) for position, tensor in self._seeds.items())
 
     def _find_source(self, tensors: Sequence[torch.Tensor | None]) -> None:
