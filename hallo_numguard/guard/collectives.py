@@ -148,6 +148,10 @@ class Ranks:
         """Starts to add up a contiguous tensor over the ranks, in place. Returns the handle to wait for. No wait."""
         return dist.all_reduce(value, op=dist.ReduceOp.SUM, group=self._group, async_op=True)
 
+    def start_maximum(self, value: torch.Tensor) -> Any:
+        """Does the same as `start_sum`, and takes the maximum."""
+        return dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """Returns the mean over the ranks. No host sync."""
         return self._reduce(value / self.size, dist.ReduceOp.SUM)
