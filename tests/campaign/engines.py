@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from hallo_numguard.integrations.deepspeed.partition import slice_of
+
 import deepspeed_support as support
 from campaign.cases import Case
 from campaign.faults import build
@@ -122,9 +124,15 @@ def batch_of(case: Case) -> int:
     return rank // PARTS if case.way == "autotp" else rank
 
 
+def _held(parameter: Any) -> torch.Tensor:
+    if not hasattr(parameter, "ds_tensor"):
+        return parameter
+    return parameter.ds_tensor.view(-1)[: slice_of(parameter).real]
+
+
 def is_finite(engine: Any) -> bool:
-    """Returns whether what the ranks hold of the weights is."""
-    held = (getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters())
+    """Returns whether what the ranks hold of the weights is, without padding, which is as memory was."""
+    held = map(_held, engine.module.parameters())
     flag = torch.tensor(int(all(bool(torch.isfinite(tensor).all()) for tensor in held)), device=engine.device)
     dist.all_reduce(flag, op=dist.ReduceOp.MIN)
     return bool(flag)

@@ -424,7 +424,7 @@ class Replayer:
             ranks.total(int(differs), device),
             ranks.lowest(ranks.rank if differs else _NONE, device),
             ranks.total(int(bad), device),
-            ranks.first_text(self._origin_as_text(attempt) if bad else None, device, _order_of(attempt.origin)),
+            ranks.first_text(self._origin_as_text(attempt) if bad else None, device, attempt.origin_order),
             ranks.first_text(
                 source_as_text(attempt.source, ranks.rank, self._model.in_global_names),
                 device,
@@ -456,16 +456,6 @@ class Replayer:
             return found
         origin, details, number = json.loads(answer.origin_text)
         return replace(found, origin=decode(Offender, origin), details=tuple(details), number=number)
-
-
-def _order_of(origin: Origin | None) -> int:
-    """Where an origin is in the pass, of which every rank has the same modules: parts send on what is bad in them.
-
-    The forward pass comes first, and the backward pass goes the other way.
-    """
-    if origin is None:
-        return 0
-    return origin.position if origin.phase == "forward" else _NONE + _NONE - min(origin.position, _NONE)
 
 
 def _offender(origin: Origin, rank: int) -> Offender:
