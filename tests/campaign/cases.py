@@ -107,7 +107,6 @@ WAYS = {
 # What attach refuses, and a single process can have.
 REFUSED = (
     "an engine without optimizer",
-    "ZenFlow",
     "SuperOffload",
     "1-bit optimizers",
     "MiCS",
@@ -145,8 +144,7 @@ KINDS = (
     Kind("bf16", 3, way="autotp"),
     Kind("fp16", 3, way="hpz"),
     Kind("bf16", 3, way="hpz"),
-    Kind("bf16", 0, way="ulysses"),
-    Kind("bf16_fp32", 1, way="ulysses"),
+    Kind("bf16", 0, way="ulysses"),  # with BF16_Optimizer DeepSpeed 0.19.8 itself fails in its norm
     Kind("fp16", 2, way="ulysses"),
     Kind("bf16", 3, way="ulysses"),
     Kind("bf16", 0, way="compiled"),
@@ -234,9 +232,11 @@ def _exists(fault: str, model: str, kind: Kind, world: int) -> bool:
     if way == "compiled" and fault == "forward" and setup != "fp16":
         return False  # compiled code calls no hook that is put on a module inside of it later
     if fault == "scale":  # DeepSpeed 0.19.8 does not scale the loss at stage 0, and never lowers torch_autocast's later
+        if way == "ulysses":
+            return False  # at the scale before the right one the sum over ranks overflows, and not a rank's gradient
         return (setup in ("fp16", "half") and stage > 0) or (setup == "autocast_fp16" and stage == 0)
-    if fault == "reduction":  # later stages divide before they add up
-        return setup == "fp16" and stage == 0 and world > 1
+    if fault == "reduction":  # later stages divide before they add up, but not by the parts of a sequence
+        return setup == "fp16" and (stage == 0 or way == "ulysses") and world > 1
     return True
 
 
