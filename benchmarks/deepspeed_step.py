@@ -44,6 +44,7 @@ LAYERS, BATCH, ROUNDS = 24, 8, 15
 WIDTHS = {"cpu": 1024, "cuda": 2048}  # by device
 QUICK_LAYERS, QUICK_WIDTH, QUICK_ROUNDS = 4, 64, 3
 SMALL_PARAMETER = 64  # elements
+COUNTS = (100, 1_000, 10_000, 100_000)
 
 # What DeepSpeed does to find an overflow and a norm, and what the guard does in a step. None calls itself.
 CHECKS = (
@@ -93,7 +94,7 @@ CASES = {
         Case("bf16", 3),
         Case("fp16", 3, offload=True),
         Case("bf16", 3, offload=True),
-        *[Case("bf16", stage, small_parameters=count) for stage in (2, 3) for count in (100, 1_000, 10_000)],
+        *[Case("bf16", stage, small_parameters=count) for stage in (0, 2, 3) for count in COUNTS],
     )
 }
 

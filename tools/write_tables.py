@@ -25,7 +25,7 @@ from hallo_numguard.core.overflow_report import OverflowReport
 from hallo_numguard.core.records import Verdict
 from hallo_numguard.guard.diagnosis import remedies
 from hallo_numguard.guard.diagnosis.catalog import CATALOG
-from hallo_numguard.integrations.deepspeed.unsupported import refused_table
+from hallo_numguard.integrations.deepspeed.unsupported import UNSUPPORTED, refused_table
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "docs/configuration.md", "docs/command_line.md", "docs/deepspeed.md", "docs/nan.md")
@@ -103,7 +103,24 @@ def commands() -> list[str]:
     return lines
 
 
+def configurations() -> list[str]:
+    """What the campaign has tried, and what is refused."""
+    text = (ROOT / "docs" / "campaign.md").read_text(encoding="utf-8")
+    tried = [row.strip("| ").split(" | ") for row in text.split("## Configurations")[1].split("##")[0].splitlines()]
+    tried = [row for row in tried if len(row) >= 4][1:]
+    refused = {item.feature: item for item in UNSUPPORTED}
+    alone = {row[0]: row[2] for row in tried}
+    rows = ["| configuration | processes | DeepSpeed alone | guard | clean runs, same bits | faults named |"]
+    rows.append("|---|---|---|---|---|---|")
+    for configuration, processes, by_itself, same, named in (row for row in tried if len(row) == 5):
+        rows.append(f"| {configuration} | {processes} | {by_itself} | supported | {same} | {named} |")
+    for feature, item in refused.items():
+        rows.append(f"| {feature} |  | {alone.get(feature, 'not tried')} | refused: {item.reason} |  |  |")
+    return rows
+
+
 TABLES = {
+    "configurations": configurations,
     "verdicts": verdicts,
     "mends": mends,
     "guard_config": guard_config,

@@ -8,6 +8,8 @@ from hallo_numguard.core.frames import TensorRecord
 
 WRITTEN_DOWN = "the code itself writes this number"
 """Explanation of an operation that was given nothing but a number of the code."""
+COMMUNICATION = ("c10d", "_c10d_functional", "c10d_functional")
+"""Where torch has its collectives, among operations."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Source:
         hidden_by: Operations with their lines that made finite values of what followed from it, in order.
         rank: Global rank on which it was found; None where it was not asked for.
         is_fill: Whether the operation wrote -Inf or Inf on purpose, as into a mask.
+        collectives: Number of collectives that the rank had met before it: what several ranks have found is compared by
+            it, as one that came later may have been received from another rank.
     """
 
     kind: str
@@ -54,3 +58,9 @@ class Source:
     hidden_by: tuple[str, ...] = ()
     rank: int | None = None
     is_fill: bool = False
+    collectives: int = 0
+
+    @property
+    def is_received(self) -> bool:
+        """Whether it came out of a collective, to which this rank had given finite values."""
+        return self.operation.partition(".")[0] in COMMUNICATION

@@ -21,7 +21,8 @@ _log = logging.getLogger("hallo_numguard")
 T = TypeVar("T")
 
 MAX_TEXT_BYTES = 4096
-_NO_RANK = 1 << 31  # greater than any rank
+_RANK_BITS = 31
+_NOBODY = 1 << 62  # greater than any order and rank
 
 
 class Place(NamedTuple):
@@ -157,6 +158,10 @@ class Ranks:
         """Starts to add up a contiguous tensor over the ranks, in place. Returns the handle to wait for. No wait."""
         return dist.all_reduce(value, op=dist.ReduceOp.SUM, group=self._group, async_op=True)
 
+    def start_maximum(self, value: torch.Tensor) -> Any:
+        """Does the same as `start_sum`, and takes the maximum."""
+        return dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """Returns the mean over the ranks. No host sync."""
         return self._reduce(value / self.size, dist.ReduceOp.SUM)
@@ -209,17 +214,22 @@ class Ranks:
         dist.all_gather_object(found, value, group=self._group)
         return found
 
-    def first_text(self, text: str | None, device: torch.device) -> str | None:
+    def first_text(self, text: str | None, device: torch.device, order: int = 0) -> str | None:
         """Returns the text of the lowest rank that has one, the same on all ranks; None if none has. Synchronises.
 
         Every rank sends 4096 bytes; a longer text is dropped. See `clip`.
+
+        Args:
+            text: Text of this rank, or None.
+            device: Device on which ranks reduce.
+            order: Where in the step this rank's text belongs, if ranks may differ in it: the earliest counts.
         """
         words = b"" if text is None else text.encode()
         if len(words) > MAX_TEXT_BYTES:
             _log.error("a text of %d bytes is too long to be sent to other ranks", len(words))
             words = b""
-        sender = self.lowest(self.rank if words else _NO_RANK, device)
-        mine = words if sender == self.rank else b""
+        sender = self.lowest(order << _RANK_BITS | self.rank if words else _NOBODY, device)
+        mine = words if words and sender == order << _RANK_BITS | self.rank else b""
         payload = torch.frombuffer(bytearray(mine.ljust(MAX_TEXT_BYTES, b"\0")), dtype=torch.uint8).to(device)
         text_bytes = bytes(self._reduce(payload, dist.ReduceOp.SUM).tolist()).rstrip(b"\0")
         return text_bytes.decode() if text_bytes else None

@@ -7,6 +7,8 @@ A meeting can end without one: whoever does not come in time, has left, or has f
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -41,7 +43,7 @@ class Rendezvous:
         self._members = tuple(members)
         self._wait = wait
         self._store = dist.distributed_c10d._get_default_store()
-        self._name = f"hallo_numguard/{'-'.join(map(str, self._members))}/{_instances[self._members]}"
+        self._name = f"hallo_numguard/{_name_of(self._members)}/{_instances[self._members]}"
         _instances[self._members] += 1
         self._collectives: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
@@ -108,7 +110,7 @@ class Rendezvous:
         members = members or self._members
         number = self._collectives[where, members]
         self._collectives[where, members] += 1
-        place = f"{where}/{'-'.join(map(str, members))}/{number}"
+        place = f"{where}/{_name_of(members)}/{number}"
         if not self._meet(place, len(members), f"{self._name}/{where}/failed"):
             raise PeerFailed("another rank does not come")
 
@@ -118,12 +120,13 @@ class Rendezvous:
         if store.add(f"{self._name}/{where}/arrived", 1) == expected:
             return bool(store.compare_set(state, "", "all") == b"all")
         deadline, nap = time.monotonic() + self._wait, 0.0005
+        longest_nap = min(1.0, _LONGEST_NAP_SECONDS * max(1.0, expected / 64))  # one store answers all of them
         while not store.check([state]):
             if time.monotonic() > deadline or store.check([given_up]):
                 store.compare_set(state, "", "some")
                 break
             time.sleep(nap)
-            nap = min(2 * nap, _LONGEST_NAP_SECONDS)
+            nap = min(2 * nap, longest_nap)
         return bool(store.get(state) == b"all")
 
 
@@ -141,6 +144,13 @@ class _MetCollectives(TorchDispatchMode):
             if members is not None:
                 self._rendezvous.meet_before(self._where, members)
         return func(*args, **(kwargs or {}))
+
+
+@functools.lru_cache(maxsize=64)
+def _name_of(members: tuple[int, ...]) -> str:
+    """A name of some ranks that does not grow with their number, for keys of the store."""
+    text = "-".join(map(str, members))
+    return text if len(text) <= 40 else hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
 def _members_of(arguments: Sequence[Any]) -> tuple[int, ...] | None:

@@ -209,7 +209,21 @@ def _write_parameter(parameter: Any, index: Sequence[int] | None, value: float) 
     is_mine = 0 <= place < mine.real
     if is_mine:
         parameter.ds_tensor.data.view(-1)[place] = value
-    return is_whole or is_mine
+    return _write_secondary(parameter, index, value) or is_whole or is_mine
+
+
+def _write_secondary(parameter: Any, index: Sequence[int] | None, value: float) -> bool:
+    """Writes into the second copy that ZeRO++ keeps among fewer ranks, and uses in place of the first one."""
+    from hallo_numguard.integrations.deepspeed.partition import secondary_slice_of
+
+    mine = secondary_slice_of(parameter)
+    if mine is None:
+        return False
+    place = _flat(tuple(parameter.ds_shape), index) - mine.start
+    is_mine = 0 <= place < mine.real
+    if is_mine:
+        parameter.ds_secondary_tensor.data.view(-1)[place] = value
+    return is_mine
 
 
 def _write_part(tensor: Any, index: Sequence[int] | None, value: float) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.utils import checkpoint
 
-from hallo_numguard.core.frames import Origin
+from hallo_numguard.core.frames import Frame, Origin
 from hallo_numguard.core.sources import Source
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.ops.table import StatsTable
@@ -24,7 +24,7 @@ from hallo_numguard.tracing.autograd_graph import leaves_of
 from hallo_numguard.tracing.model_state import state_restored
 from hallo_numguard.tracing.nested import Contents, as_plain, contents_of, is_readable, whole_bytes
 from hallo_numguard.tracing.tracer import Trace, TraceOptions, traced
-from hallo_numguard.tracing.watch import OperationWatch, unwatched
+from hallo_numguard.tracing.watch import OperationWatch, named_weights, unwatched
 
 _log = logging.getLogger("hallo_numguard")
 
@@ -75,6 +75,8 @@ class Attempt:
     Attributes:
         match: Comparison of the model's outputs with those before.
         origin: First non-finite place, or None: in the forward pass if only that was run, else in the backward.
+        origin_order: Where it is in the pass. Ranks that share a model make the same calls of modules, and send on what
+            is not finite, so the earliest counts.
         source: Operation, weight or input that what is not finite came from, if operations were watched.
         input_absmax: Largest finite absolute value in the inputs of the module of `origin`.
         gradient_absmax: Largest finite float16 absolute value among gradients of activations and parameters.
@@ -84,6 +86,7 @@ class Attempt:
 
     match: Match = Match.SAME
     origin: Origin | None = None
+    origin_order: int = 0
     source: Source | None = None
     input_absmax: float = 0.0
     gradient_absmax: float = 0.0
@@ -219,8 +222,7 @@ class _Run:
     def _named(self) -> Iterator[tuple[str, str, torch.Tensor]]:
         """Kind, name and tensor of what an operation may be given, as it is now."""
         yield from (("input", name, tensor) for name, tensor in self._arguments.tensors)
-        yield from (("parameter", name, tensor) for name, tensor in self._module.named_parameters())
-        yield from (("buffer", name, tensor) for name, tensor in self._module.named_buffers())
+        yield from named_weights(self._module)
         yield from (("gradient", f"output[{position}]", tensor) for position, tensor in self._seeds.items())
 
     def _find_source(self, tensors: Sequence[torch.Tensor | None]) -> None:
@@ -287,6 +289,7 @@ def _add_trace(attempt: Attempt, tr: Trace, is_backward: bool) -> None:
     if origin is not None and attempt.origin is None:
         inputs: Sequence[Any] = next((frame.inputs for frame in frames if frame.position == origin.position), ())
         attempt.origin = origin
+        attempt.origin_order = _order_of(origin, frames)
         attempt.input_absmax = max((item.record.absmax for item in inputs), default=0.0)
     gradients = [
         tensor.record.absmax
@@ -295,6 +298,16 @@ def _add_trace(attempt: Attempt, tr: Trace, is_backward: bool) -> None:
         if part.startswith("grad_") and tensor.dtype == "float16"
     ]
     attempt.gradient_absmax = max([attempt.gradient_absmax, *gradients])
+
+
+def _order_of(origin: Origin, frames: Sequence[Frame]) -> int:
+    """The forward pass comes first: by the first call that was given, or returned, what is not finite."""
+    if origin.phase != "forward":
+        return 2 * len(frames) - origin.position
+    for frame in frames:
+        if any(tensor.record.nan or tensor.record.pos_inf for tensor in (*frame.inputs, *frame.outputs)):
+            return frame.position
+    return origin.position
 
 
 def _parts(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 
 from hallo_numguard.core.frames import TensorRecord
 from hallo_numguard.core.records import Record
-from hallo_numguard.core.sources import WRITTEN_DOWN, Source
+from hallo_numguard.core.sources import COMMUNICATION, WRITTEN_DOWN, Source
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.ops.formats import dtype_name
 from hallo_numguard.ops.layout import unravel
@@ -36,13 +36,14 @@ NamedNow = Callable[[], Iterable[tuple[str, str, torch.Tensor]]]
 """Returns kind ("parameter", "buffer", "input", "gradient"), name and tensor of what an operation may be given."""
 
 MAX_HIDDEN = 3  # operations that are listed, of those that made something finite of one source
-_COMMUNICATION = ("c10d", "_c10d_functional", "c10d_functional")
 _UNINITIALISED = frozenset(
     ("empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided", "resize_")
 )
 _OVERWRITES = frozenset(
     ("bernoulli_", "copy_", "exponential_", "fill_", "geometric_", "log_normal_", "normal_", "random_", "resize_")
 ) | {"set_", "uniform_", "zero_"}
+_ADDS_UP = ("allreduce", "broadcast", "reduce_")
+"""Beginnings of the names of collectives that are given what they write to; others overwrite it."""
 _FILLS = frozenset(
     ("constant_pad_nd", "fill", "fill_", "full", "full_like", "index_fill", "index_fill_", "masked_fill")
 ) | {"masked_fill_", "new_full", "scalar_tensor", "scatter", "scatter_", "where"}
@@ -104,8 +105,17 @@ class _Operation:
         values = tree_leaves((self.args, self.kwargs))
         return any(isinstance(value, torch.Tensor) and value.requires_grad for value in values)
 
+    @property
+    def is_communication(self) -> bool:
+        """Whether it is a collective, or sends or receives."""
+        return self.func.namespace in COMMUNICATION
+
     def read_arguments(self) -> list[torch.Tensor]:
-        args = self.args[1:] if self.name in _OVERWRITES else self.args
+        """Readable tensors among the arguments, but for what the operation overwrites."""
+        overwrites = self.name in _OVERWRITES
+        if self.is_communication:
+            overwrites = self.func._schema.is_mutable and not self.name.startswith(_ADDS_UP)
+        args = self.args[1:] if overwrites else self.args
         return _readable(tree_leaves((args, self.kwargs)))
 
     def written(self) -> list[torch.Tensor]:
@@ -138,6 +148,8 @@ class OperationWatch(TorchDispatchMode):
         self.calls = calls
         self._named = named
         self._memory: dict[int, tuple[StorageWeakRef, _Found | None]] = {}  # None where it is finite
+        self._received: dict[int, tuple[StorageWeakRef, _Found]] = {}  # by memory: what collectives have written
+        self._collectives = 0
         self._found: list[_Found] = []
         self._in_backward: list[_Found] = []  # sources of what operations of the backward pass have returned
         self._has_failed = False
@@ -195,9 +207,8 @@ class OperationWatch(TorchDispatchMode):
 
     def _after(self, operation: _Operation) -> None:
         written = operation.written()
-        if operation.func.namespace in _COMMUNICATION:  # it may go on, and what arrives is another rank's
-            for tensor in (*written, *operation.given):
-                self._memory.pop(_key(tensor), None)
+        if operation.is_communication:
+            self._note_received(operation, written)
             return
         bad = [] if operation.name in _UNINITIALISED else _nonfinite(written)
         if not bad:
@@ -208,6 +219,30 @@ class OperationWatch(TorchDispatchMode):
         positions = {position for position, _ in bad}
         for position, tensor in enumerate(written):
             self._remember(tensor, found if position in positions else None)
+
+    def _note_received(self, operation: _Operation, written: Sequence[torch.Tensor]) -> None:
+        """Notes what a collective writes, which may go on: if it turns out not to be finite, other ranks gave it."""
+        self._collectives += 1
+        real = [found for found in operation.sources if not found.is_legal]
+        if real:
+            found = min(real, key=lambda source: source.order)
+        else:
+            phase, node, line, call = self._where()
+            found = self._possible(
+                kind="operation",
+                name="",
+                operation=str(operation.func),
+                phase=phase,
+                node=node,
+                line=line,
+                module=None if call is None else call.name,
+                cls="" if call is None else call.cls,
+                call=0 if call is None else call.call,
+                explanation="it takes what other ranks give it, too",
+            )
+        for tensor in (*written, *operation.given):
+            self._memory.pop(_key(tensor), None)
+            self._received[_key(tensor)] = StorageWeakRef(tensor.untyped_storage()), found
 
     @staticmethod
     def _is_of_backward(found: _Found) -> bool:
@@ -278,9 +313,13 @@ class OperationWatch(TorchDispatchMode):
         return found
 
     def _new(self, is_legal: bool, **source: Any) -> _Found:
-        found = _Found(len(self._found), is_legal, source)
+        found = self._possible(is_legal, **source)
         self._found.append(found)
         return found
+
+    def _possible(self, is_legal: bool = False, **source: Any) -> _Found:
+        """A source, if what comes of it turns out not to be finite."""
+        return _Found(len(self._found), is_legal, {"collectives": self._collectives, **source})
 
     def _where(self) -> tuple[str, str, str | None, ModuleCall | None]:
         """Phase, autograd node, line and module of the present operation."""
@@ -329,7 +368,15 @@ class OperationWatch(TorchDispatchMode):
 
     def _from_outside(self, tensor: torch.Tensor, record: Record) -> _Found:
         """The source of a tensor that no operation of this pass has made."""
-        kind, name, whole = self._holder_of(tensor) or ("outside", "", tensor)
+        holder = self._holder_of(tensor)
+        _, received = self._received.get(_key(tensor), (None, None))
+        if holder is None and received is not None:
+            if "tensor" not in received.source:  # read for the first time
+                received.source["tensor"] = _tensor_record("output", tensor, record)
+                received.order = len(self._found)
+                self._found.append(received)
+            return received
+        kind, name, whole = holder or ("outside", "", tensor)
         phase, _, line, call = self._where()
         of_whole = _nonfinite([whole])  # of which the operation may have been given a transposed view, or a part
         held = _tensor_record(name, whole, of_whole[0][1]) if of_whole else _tensor_record(name, tensor, record)
@@ -361,6 +408,16 @@ class OperationWatch(TorchDispatchMode):
             if here and here < end and begin < here + held.nbytes:
                 return kind, name, held
         return None
+
+
+def named_weights(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """Yields kind, name and tensor of parameters and buffers, and of what ZeRO++ hpZ gathers in place of some."""
+    for name, parameter in module.named_parameters():
+        yield "parameter", name, parameter
+        secondary = getattr(parameter, "ds_secondary_tensor", None)
+        if secondary is not None:
+            yield "parameter", f"{name} (this rank's part of its hpZ copy)", secondary
+    yield from (("buffer", name, tensor) for name, tensor in module.named_buffers())
 
 
 def unwatched() -> contextlib.AbstractContextManager[Any]:

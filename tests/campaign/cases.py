@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 FAULTS = {
     "none": "no fault: 30 clean steps",
@@ -20,6 +20,7 @@ FAULTS = {
     "gradient": "NaN in one element of one rank's gradient",
     "scale": "a loss scale of 2^34",
     "reduction": "gradients that are finite on each rank, whose sum is not",
+    "refused": "no fault: an engine that the guard does not work with; `model` says what it has",
 }
 
 EXPECTED = {
@@ -32,34 +33,125 @@ EXPECTED = {
     "loss": "`undetermined`: the loss, its rank, and that every module was finite; one step is skipped",
     "forward": "`forward_nonfinite`, module, rank; every step is skipped while the weight is there",
     "backward": "`backward_nonfinite`, module, rank",
-    "gradient": "`rank_fault`, tensor, index, rank (local gradients are looked at); in one process `undetermined`",
+    "gradient": (
+        "`rank_fault`, tensor, index, rank (local gradients are looked at); in one process, and with `torch_autocast` "
+        "at stage 3, `undetermined`"
+    ),
     "scale": "`scale_too_high`, and the scale at which it settles",
     "reduction": "`reduction_overflow`, tensor, index",
+    "refused": "`UnsupportedDeepSpeed`, where DeepSpeed itself runs here",
 }
 
-# setup, stage, offload: one of each optimizer class and way of keeping gradients
+
+class Kind(NamedTuple):
+    """A kind of engine.
+
+    Attributes:
+        setup: As `deepspeed_support.make_engine` takes it; or autocast_fp16, autocast_bf16: DeepSpeed's torch_autocast.
+        stage: Of ZeRO.
+        offload: Whether the optimizer's state lies on the CPU.
+        way: What else is shared out or changed, a key of `WAYS`.
+    """
+
+    setup: str
+    stage: int
+    offload: bool = False
+    way: str = "dense"
+
+    def __str__(self) -> str:
+        way = "" if self.way == "dense" else f"-{self.way}"
+        return f"{self.setup}-stage{self.stage}{'-offload' if self.offload else ''}{way}"
+
+    @property
+    def words(self) -> str:
+        """The kind as a reader of the documentation knows it."""
+        way = WAYS[self.way].words
+        return (
+            f"stage {self.stage}, {SETUPS[self.setup]}{', offload' if self.offload else ''}{f', {way}' if way else ''}"
+        )
+
+
+SETUPS = {
+    "fp32": "float32",
+    "fp16": "fp16",
+    "half": "float16 parameters with fp16 off",
+    "bf16": "bf16",
+    "bf16_fp32": "bf16 with float32 gradients",
+    "autocast_fp16": "`torch_autocast` fp16",
+    "autocast_bf16": "`torch_autocast` bf16",
+}
+
+
+class Way(NamedTuple):
+    """What is shared out or changed besides ZeRO.
+
+    Attributes:
+        words: What it is, for the table.
+        worlds: Numbers of processes.
+        models: Models that can be trained so.
+    """
+
+    words: str
+    worlds: tuple[int, ...]
+    models: tuple[str, ...]
+
+
+WAYS = {
+    "dense": Way("", (1, 2), ("transformer", "unet", "experts")),
+    "autotp": Way("AutoTP, 2 parts", (2, 4), ("transformer",)),
+    "hpz": Way("ZeRO++ hpZ, 2 ranks a partition", (2, 4), ("transformer", "unet")),
+    "ulysses": Way("Ulysses, a sequence over 2 ranks", (2, 4), ("transformer",)),
+    "compiled": Way('`engine.compile()`, backend "eager"', (1,), ("transformer",)),
+}
+
+# What attach refuses, and a single process can have.
+REFUSED = (
+    "an engine without optimizer",
+    "SuperOffload",
+    "1-bit optimizers",
+    "MiCS",
+)
+
+# One of each optimizer class and way of keeping gradients.
+DENSE = (
+    Kind("fp32", 0),
+    Kind("fp16", 0),
+    Kind("bf16", 0),
+    Kind("bf16_fp32", 1),
+    Kind("fp16", 1),
+    Kind("fp16", 2),
+    Kind("half", 2),
+    Kind("bf16", 2),
+    Kind("bf16_fp32", 2),
+    Kind("fp32", 2),
+    Kind("fp16", 1, True),
+    Kind("fp16", 2, True),
+    Kind("bf16", 2, True),
+    Kind("fp16", 3),
+    Kind("bf16", 3),
+    Kind("fp32", 3),
+    Kind("fp16", 3, True),
+    Kind("bf16", 3, True),
+)
 KINDS = (
-    ("fp32", 0, False),
-    ("fp16", 0, False),
-    ("bf16", 0, False),
-    ("bf16_fp32", 1, False),
-    ("fp16", 1, False),
-    ("fp16", 2, False),
-    ("half", 2, False),
-    ("bf16", 2, False),
-    ("bf16_fp32", 2, False),
-    ("fp32", 2, False),
-    ("fp16", 1, True),
-    ("fp16", 2, True),
-    ("bf16", 2, True),
-    ("fp16", 3, False),
-    ("bf16", 3, False),
-    ("fp32", 3, False),
-    ("fp16", 3, True),
-    ("bf16", 3, True),
+    *DENSE,
+    *(Kind(setup, stage) for setup in ("autocast_fp16", "autocast_bf16") for stage in range(4)),
+    Kind("fp32", 0, way="autotp"),
+    Kind("bf16", 0, way="autotp"),
+    Kind("bf16_fp32", 1, way="autotp"),
+    Kind("fp16", 1, way="autotp"),
+    Kind("bf16", 2, way="autotp"),
+    Kind("bf16", 3, way="autotp"),
+    Kind("fp16", 3, way="hpz"),
+    Kind("bf16", 3, way="hpz"),
+    Kind("bf16", 0, way="ulysses"),  # with BF16_Optimizer DeepSpeed 0.19.8 itself fails in its norm
+    Kind("fp16", 2, way="ulysses"),
+    Kind("bf16", 3, way="ulysses"),
+    Kind("bf16", 0, way="compiled"),
+    Kind("fp16", 2, way="compiled"),
+    Kind("bf16", 3, way="compiled"),
 )
 MODELS = ("transformer", "unet", "experts")
-WORLDS = (1, 2)
 CLEAN_STEPS, FAULTY_STEP, STEPS = 30, 3, 6
 
 
@@ -70,7 +162,7 @@ class Case:
     Attributes:
         fault: A key of `FAULTS`.
         model: transformer, unet or experts.
-        setup, stage, offload: See `deepspeed_support.make_engine`.
+        setup, stage, offload, way: See `Kind`.
         world: Number of processes.
     """
 
@@ -80,19 +172,25 @@ class Case:
     stage: int
     offload: bool
     world: int
+    way: str = "dense"
 
     def __str__(self) -> str:
         return f"{self.fault}-{self.model}-{self.kind}-{self.world}"
 
     @property
-    def kind(self) -> str:
-        """The engine, in a word."""
-        return f"{self.setup}-stage{self.stage}{'-offload' if self.offload else ''}"
+    def kind(self) -> Kind:
+        """The engine."""
+        return Kind(self.setup, self.stage, self.offload, self.way)
+
+    @property
+    def is_autocast(self) -> bool:
+        """Whether DeepSpeed's torch_autocast is on."""
+        return self.setup.startswith("autocast")
 
     @property
     def is_half(self) -> bool:
         """Whether the loss scale is dynamic: DeepSpeed does so for float16 only."""
-        return self.setup in ("fp16", "half")
+        return self.setup in ("fp16", "half", "autocast_fp16")
 
     @property
     def has_large_weight(self) -> bool:
@@ -111,24 +209,58 @@ class Case:
 
 def all_cases() -> list[Case]:
     """Every case that can be."""
-    product = itertools.product(FAULTS, MODELS, KINDS, WORLDS)
-    return [
-        Case(fault, model, *kind, world) for fault, model, kind, world in product if _exists(fault, model, kind, world)
+    planted = [
+        Case(fault, model, kind.setup, kind.stage, kind.offload, world, kind.way)
+        for fault, model, kind in itertools.product(FAULTS, MODELS, KINDS)
+        for world in WAYS[kind.way].worlds
+        if _exists(fault, model, kind, world)
     ]
+    return planted + [Case("refused", feature, "bf16", 0, False, 1, "refused") for feature in REFUSED]
 
 
-def _exists(fault: str, model: str, kind: tuple[str, int, bool], world: int) -> bool:
-    setup, stage, _ = kind
+def _exists(fault: str, model: str, kind: Kind, world: int) -> bool:
+    setup, stage, _, way = kind
+    is_autocast = setup.startswith("autocast")
+    if fault == "refused" or model not in WAYS[way].models:
+        return False
+    if world == 4 and (setup != "bf16" or model != "transformer" or fault in ("frozen_weight", "buffer")):
+        return False  # a smaller share on 4 ranks
+    if is_autocast and model != "transformer":
+        return False
     if model == "experts" and (stage == 3 or world == 1 or fault == "reduction"):
         return False  # DeepSpeed refuses stage 3; one rank has all experts; two do not add up their gradients
-    if fault == "scale":  # DeepSpeed 0.19.8 does not scale the loss at stage 0
-        return setup in ("fp16", "half") and stage > 0
-    if fault == "reduction":  # later stages divide before they add up
-        return setup == "fp16" and stage == 0 and world > 1
+    if way == "compiled" and fault == "forward" and setup != "fp16":
+        return False  # compiled code calls no hook that is put on a module inside of it later
+    if fault == "scale":  # DeepSpeed 0.19.8 does not scale the loss at stage 0, and never lowers torch_autocast's later
+        if way == "ulysses":
+            return False  # at the scale before the right one the sum over ranks overflows, and not a rank's gradient
+        return (setup in ("fp16", "half") and stage > 0) or (setup == "autocast_fp16" and stage == 0)
+    if fault == "reduction":  # later stages divide before they add up, but not by the parts of a sequence
+        return setup == "fp16" and (stage == 0 or way == "ulysses") and world > 1
     return True
 
 
 def representative(cases: Sequence[Case]) -> list[Case]:
+    """A subset: see `covering` for plain engines; of the others each fault once, and a clean run in each way."""
+    dense = [case for case in cases if case.kind in DENSE]
+    others = [case for case in cases if case.kind not in DENSE and case.fault != "refused" and case.world <= 2]
+    ways = list(dict.fromkeys((case.way, case.is_autocast) for case in others))
+    few = []
+    for number, (fault, way) in enumerate(_rotated(others, ways)):
+        fitting = [case for case in others if case.fault == fault and (case.way, case.is_autocast) == way]
+        few.append(fitting[number % len(fitting)])
+    return covering(dense) + few
+
+
+def _rotated(cases: Sequence[Case], ways: Sequence[tuple[str, bool]]) -> Iterable[tuple[str, tuple[str, bool]]]:
+    """Each way with a clean run, and each fault with the ways in turn."""
+    yield from (("none", way) for way in ways)
+    faults = [fault for fault in dict.fromkeys(case.fault for case in cases) if fault not in ("none", "scale")]
+    for number, fault in enumerate(faults):
+        yield fault, ways[number % len(ways)]
+
+
+def covering(cases: Sequence[Case]) -> list[Case]:
     """A subset with every fault in every second kind of engine, and in these every pair of values of any two axes.
 
     Chosen greedily. Of two faults that follow one another each kind of engine has one.
@@ -164,6 +296,8 @@ class Seen:
         finite: Whether the weights were at the end.
         planted: Name and index of what must be named.
         named_scale, settled_at: The loss scale that the last report of a skipped step named, and that of the last step.
+        alone: What becomes of the run without a fault and without a guard: "runs", or the error; None if not tried.
+        same_bits: Whether the losses of the guarded run are, bit for bit, those without; None if not tried.
     """
 
     verdict: str | None
@@ -178,6 +312,13 @@ class Seen:
     planted: tuple[str, tuple[int, ...]]
     named_scale: float | None
     settled_at: float
+    alone: str | None = None
+    same_bits: bool | None = None
+
+    @classmethod
+    def of_refused(cls, verdict: str | None, alone: str) -> Seen:
+        """What is seen of an engine that is refused."""
+        return cls(verdict, False, None, None, (), False, (), (None, False), True, ("", ()), None, 0.0, alone)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Seen:
@@ -237,6 +378,9 @@ def _expected(case: Case, seen: Seen, name: str, index: tuple[int, ...]) -> Iter
     if case.fault == "none":
         yield "verdict", seen.verdict, None
         yield "applied", seen.applied, (yes,) * CLEAN_STEPS
+        yield "same bits as without a guard", seen.same_bits in (yes, None), yes
+    elif case.fault == "refused":
+        yield "verdict", seen.verdict, "refused" if seen.alone == "runs" else None
     elif case.fault in ("weight", "frozen_weight"):
         yield "verdict", (seen.verdict, seen.raised), ("weights_nonfinite", yes)
         yield "first", seen.first, ("parameter", name, index, case.culprit)
@@ -268,7 +412,9 @@ def _expected(case: Case, seen: Seen, name: str, index: tuple[int, ...]) -> Iter
         yield "first", first_but_index, ("gradient", name, 0)
         yield "applied", seen.applied, one_bad_step
     elif case.fault == "gradient":
-        verdict = "rank_fault" if case.world > 1 else "undetermined"  # one process has nothing to be compared with
+        # One process has nothing to be compared with; under stage 3 torch_autocast gathers other bits anew.
+        is_comparable = case.world > 1 and not (case.is_autocast and case.stage == 3)
+        verdict = "rank_fault" if is_comparable else "undetermined"
         yield "verdict", (seen.verdict, seen.recoverable), (verdict, None)
         yield "first", seen.first, ("gradient", name, index, case.culprit)
         yield "applied", seen.applied, one_bad_step

@@ -42,12 +42,22 @@ def plant(case: Case, target: Any, model: Any) -> tuple[str, tuple[int, ...]]:
     name, index = _plant(case, target, model)
     if case.model == "experts" and case.fault != "optimizer_state":  # that is planted on both ranks, so in expert 1 too
         name = name.replace(".deepspeed_experts.1", f".deepspeed_experts.{2 * case.culprit + 1}")
+    if case.way == "autotp" and case.fault in ("weight", "gradient"):  # in the second of two parts, cut by rows
+        index = (index[0] + shapes_of(model)[name][0], index[1])
     return name, index
 
 
+def shapes_of(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Returns the shape of each parameter: of this rank's part, where tensor parallelism cuts it."""
+    return {
+        name: tuple(getattr(parameter, "ds_shape", parameter.shape)) for name, parameter in model.named_parameters()
+    }
+
+
 def _plant(case: Case, target: Any, model: Any) -> tuple[str, tuple[int, ...]]:
-    shapes = {name: tuple(getattr(p, "ds_shape", p.shape)) for name, p in model.named_parameters()}
-    mine = None if case.stage == 3 else case.culprit  # a slice has one owner, a copy may be bad on one rank only
+    shapes = shapes_of(model)
+    # A slice has one owner, a copy or a part may be bad on one rank only.
+    mine = None if case.stage == 3 and case.way != "autotp" else case.culprit
 
     def inject(kind: str, name: str | None, **options: Any) -> None:
         ng.inject(target, kind, name, step=FAULTY_STEP, **options)

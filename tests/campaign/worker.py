@@ -6,19 +6,19 @@ import json
 import logging
 import os
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 import hallo_numguard as ng
 
-import deepspeed_support as support
+from campaign import engines, refused
 from campaign.cases import CLEAN_STEPS, FAULTY_STEP, STEPS, Case, Seen
-from campaign.faults import build, config_of, observed, plant
+from campaign.faults import config_of, observed, plant
 
 RANK = int(os.environ["RANK"])
 SETTLING_STEPS = 45
-DTYPES = {"fp16": torch.float16, "half": torch.float16, "fp32": torch.float32}
 
 
 def main() -> None:
@@ -32,52 +32,60 @@ def main() -> None:
 
 
 def run(case: Case) -> Seen:
-    """Trains a model with the fault in it, guarded."""
-    # DeepSpeed converts parameters, not buffers: whoever trains in half precision does so himself.
-    support.single_process_environment()
-    support.allow_fp16()
-    model = build(case).to(DTYPES.get(case.setup, torch.bfloat16))
-    power = 34 if case.fault == "scale" else 6
-    groups_of = support.trained_by if case.model != "experts" else type(model).groups
-    engine = support.make_engine(case.setup, power, case.stage, case.offload, model, groups_of)
+    """Trains a model with the fault in it, guarded; one without a fault also as it is without a guard."""
+    if case.fault == "refused":
+        return refused.attempt(case)
+    if case.fault != "none":
+        return _guarded(case)[0]
+    try:
+        losses = _losses(case, engines.make(case, gradient_clipping=0.0))
+        alone = "runs"
+    except Exception as error:  # noqa: BLE001 - the table tells it
+        losses, alone = [], f"{type(error).__name__}: {error}"[:200]
+    seen, guarded = _guarded(case, gradient_clipping=0.0)  # with clipping the norm is rounded otherwise
+    return replace(seen, alone=alone, same_bits=guarded == losses)
+
+
+def _guarded(case: Case, **config: Any) -> tuple[Seen, list[float]]:
+    engine = engines.make(case, 34 if case.fault == "scale" else 6, **config)
     reports: list[ng.OverflowReport] = []
     guard = ng.attach(engine, config_of(case), on_overflow=reports.append)
-    planted = plant(case, engine, model)
+    planted = plant(case, engine, engine.module)
+    losses = []
     raised = False
-    steps = {"none": CLEAN_STEPS, "scale": SETTLING_STEPS}.get(case.fault, STEPS)
     try:
-        for step in range(1, steps + 1):
-            train(case, engine, step)
-            if case.fault == "scale" and guard.history[-1].applied:
-                break
+        losses = _losses(case, engine, guard)
     except ng.NumericsError:
         raised = True
-    seen = observed(guard, reports, raised, planted, is_finite(engine))
+    seen = observed(guard, reports, raised, planted, engines.is_finite(engine))
     guard.detach()
-    return seen
+    return seen, losses
 
 
-def train(case: Case, engine: Any, step: int) -> None:
-    """One step on this rank's batch."""
+def _losses(case: Case, engine: Any, guard: Any = None) -> list[float]:
+    """Trains, and returns the losses."""
+    steps = {"none": CLEAN_STEPS, "scale": SETTLING_STEPS}.get(case.fault, STEPS)
+    losses = []
+    for step in range(1, steps + 1):
+        losses.append(train(case, engine, step))
+        if case.fault == "scale" and guard.history[-1].applied:
+            break
+    return losses
+
+
+def train(case: Case, engine: Any, step: int) -> float:
+    """One step on this rank's batch; returns its loss."""
     model = engine.module
     model.trap.armed = case.fault == "backward" and step == FAULTY_STEP
     batch = 0 if case.fault == "scale" else step  # what one batch needs, another may not
-    generator = torch.Generator().manual_seed(batch + 1000 * RANK)
+    generator = torch.Generator().manual_seed(batch + 1000 * engines.batch_of(case))
     arguments, target = model.batch(generator, next(model.parameters()).dtype)
     loss = model.loss(engine(*[argument.to(engine.device) for argument in arguments]), target.to(engine.device))
     if case.fault == "loss" and step == FAULTY_STEP and case.culprit == RANK:
         loss = loss * float("inf")
     engine.backward(loss)
     engine.step()
-
-
-def is_finite(engine: Any) -> bool:
-    """Whether what this rank holds of the weights is."""
-    held = (getattr(parameter, "ds_tensor", parameter) for parameter in engine.module.parameters())
-    ours = all(bool(torch.isfinite(tensor).all()) for tensor in held)
-    flag = torch.tensor(int(ours), device=engine.device)
-    torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MIN)
-    return bool(flag)
+    return loss.item()
 
 
 if __name__ == "__main__":

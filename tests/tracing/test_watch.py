@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -166,3 +167,25 @@ def test_the_index_is_that_in_the_named_tensor_and_not_in_a_view_of_it(kind):
     source = watch.source_of([output])
     assert (source.kind, source.name) == (kind, "held")
     assert (source.tensor.shape, source.tensor.index) == (tuple(held.shape), (3, 1))
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("is_ours", [False, True])
+def test_what_comes_out_of_a_collective_is_no_tensor_from_outside(group, is_ours):
+    def loss_of(model, x):
+        hidden = model(x) / (0 if is_ours else 1)
+        dist.all_reduce(hidden.detach())
+        if not is_ours:  # another rank has given it
+            with unwatched():
+                hidden.data[1, 2] = torch.inf
+        return (hidden * 2).mean()
+
+    found = watched(loss_of, torch.randn(3, 4))
+    assert (found.kind, found.is_received, found.collectives) == ("operation", not is_ours, 0 if is_ours else 1)
+    assert found.operation == ("aten.div.Tensor" if is_ours else "c10d.allreduce_.default")

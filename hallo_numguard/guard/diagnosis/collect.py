@@ -71,6 +71,7 @@ class RankView(NamedTuple):
         input: First bad tensor of the batch, its micro-batch and samples, and the module that fed it to the model, as
             JSON; None if there is none of either.
         source: Where what is not finite came from, as JSON; None if the step was not watched.
+        source_order: `Source.collectives` of it.
         after_the_model: Names of the operations between the model's output and the loss, as JSON; None without any.
         power: Base-2 logarithm of the loss scale at which the last finite steps would have fitted.
         history: History of the first bad weight that can be the cause, as JSON; None if there is none.
@@ -89,6 +90,7 @@ class RankView(NamedTuple):
     before_reduction: ParameterStats
     input: str | None
     source: str | None
+    source_order: int
     after_the_model: str | None
     power: int
     history: str | None
@@ -286,7 +288,7 @@ class EvidenceCollector:
             loss_known=ranks.lowest(int(view.loss_known), device) == 1,
             batch_known=ranks.lowest(int(view.batch_known), device) == 1,
             input=ranks.first_text(view.input, device),
-            source=ranks.first_text(view.source, device),
+            source=ranks.first_text(view.source, device, view.source_order),
             after_the_model=ranks.first_text(view.after_the_model, device),
             power=ranks.lowest(view.power, device),
             history=ranks.first_text(view.history, device),
@@ -299,6 +301,7 @@ class EvidenceCollector:
         weights = scan_tensors([*self.weights, self._loss_of_this_rank(step)])
         before = self._local_gradients.stats(self._model.device)
         state, batch = self._scan_state(), self._scan_batch(step)
+        source = self._armed.source(step.pending.losses, self._ranks.size == 1)
         return RankView(
             self._on_device(weights),
             self._marks(weights),
@@ -306,7 +309,8 @@ class EvidenceCollector:
             state,
             before,
             batch,
-            self._watched(step),
+            source_as_text(source, self._ranks.rank, self._model.in_global_names),
+            0 if source is None else source.collectives,
             self._names_after_the_model(),
             self._settling_power(),
             self._history(weights),
@@ -316,10 +320,6 @@ class EvidenceCollector:
             batch_known=self._has_batch(step),
             local_known=self._local_gradients.is_watching,
         )
-
-    def _watched(self, step: BadStep) -> str | None:
-        source = self._armed.source(step.pending.losses, self._ranks.size == 1)
-        return source_as_text(source, self._ranks.rank, self._model.in_global_names)
 
     def _names_after_the_model(self) -> str | None:
         names = self._batch.operations_after_the_model()[:MAX_OPERATIONS]

@@ -585,7 +585,9 @@ def not_reproduced(seen: Evidence) -> OverflowReport:
     sources = "a penalty on weights, a second loss, or a hook or clipping that changed gradients afterwards"
     if seen.world_size > 1:
         sources += "; else the reduction, or one rank that was wrong once"
-    hint = ' If it comes back, GuardConfig(local_gradients="always") tells which rank it is.'
+    hint = ""
+    if seen.world_size > 1 and seen.bad_ranks is None:  # else it has been told
+        hint = ' If it comes back, GuardConfig(local_gradients="always") tells which rank it is.'
     return report(
         seen,
         Verdict.UNDETERMINED,
@@ -599,7 +601,7 @@ def not_reproduced(seen: Evidence) -> OverflowReport:
             ),
         ],
         ("what is computed outside of the model's call",),
-        f"Look at what else {first.name} gets a gradient from: {sources}.{hint if seen.world_size > 1 else ''}",
+        f"Look at what else {first.name} gets a gradient from: {sources}.{hint}",
         summary=f"{first.name} got a gradient that is not finite from elsewhere than the model's own call",
     )
 

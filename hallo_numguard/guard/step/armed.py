@@ -14,7 +14,7 @@ from hallo_numguard.core.sources import Source
 from hallo_numguard.guard.containment import contain_failures
 from hallo_numguard.guard.step.pending import MAX_CALLS, StepOwner
 from hallo_numguard.tracing.rerun import is_rerunning
-from hallo_numguard.tracing.watch import NamedNow, OperationWatch, unwatched
+from hallo_numguard.tracing.watch import NamedNow, OperationWatch, named_weights, unwatched
 
 ARMED_STEPS = 3  # after an unexplained one
 MAX_FRUITLESS = 3  # unexplained steps that were watched, after which no step is
@@ -131,8 +131,7 @@ class ArmedSteps:
         """Kind, name and tensor of what an operation may be given, as it is now."""
         for call in self._steps.pending.calls:
             yield from (("input", name, tensor) for name, tensor in call.contents.tensors)
-        yield from (("parameter", name, tensor) for name, tensor in self._module.named_parameters())
-        yield from (("buffer", name, tensor) for name, tensor in self._module.named_buffers())
+        yield from named_weights(self._module)
 
     def backward_is_over(self) -> None:
         """Stops watching; what was seen belongs to the pending step."""
@@ -150,7 +149,8 @@ class ArmedSteps:
         if watch is None:
             return None
         found = watch.source_of(losses) or watch.source_of_gradients()
-        if found is not None and found.kind == "outside" and not is_alone and watch.source_of(losses) is None:
+        is_foreign = found is not None and (found.kind == "outside" or found.is_received)
+        if is_foreign and not is_alone and watch.source_of(losses) is None:
             found = None  # another rank's may have arrived in a reduction
         self._fruitless = 0 if found is not None else self._fruitless + 1
         return found

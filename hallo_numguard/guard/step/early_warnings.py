@@ -37,6 +37,7 @@ MIN_SPIKE_SAMPLES = 20
 SPIKE_DEVIATIONS = 10.0  # robust standard deviations
 SAMPLE_INTERVAL = 1024
 UPDATE_SLICE = 1024  # elements of a parameter whose update is measured
+MAX_MEASURED = 1024  # parameters: a sample takes some 10 us for each
 MAX_UPDATE_RATIO = 0.1  # healthy runs are near 0.001
 MIN_SAMPLES = 3
 NORM_SAMPLES_KEPT = 16  # samples of a parameter
@@ -173,6 +174,8 @@ class EarlyWarnings:
     def _tell_exploding(
         self, step: int, exploding: Mapping[int, tuple[float, float]], known: Mapping[int, float]
     ) -> None:
+        if not exploding:
+            return
         found = {self._parameters[position].name: figures for position, figures in exploding.items()}
         for module, names in by_module(list(found), [self._parameters[at].name for at in known]).items():
             worst = max(names, key=lambda name: found[name][0] / found[name][1])
@@ -281,7 +284,7 @@ class _Range:
 
 
 class _Updates:
-    """How much a step changes the weights, measured on the first elements of every trained matrix.
+    """How much a step changes the weights, measured on the first elements of every trained matrix, or of some of many.
 
     Vectors are measured where they are of half precision: theirs may be lost when they are rounded.
 
@@ -300,7 +303,8 @@ class _Updates:
         ]
         halves = {at for at, item in trained if item.tensor.dtype in (torch.float16, torch.bfloat16)}
         matrices = {at for at, item in trained if len(item.whole_shape) > 1}
-        self.positions = [at for at, _ in trained if at in matrices or at in halves]
+        measured = [at for at, _ in trained if at in matrices or at in halves]
+        self.positions = measured[:: -(-len(measured) // MAX_MEASURED) or 1]
         self.is_matrix = torch.tensor([at in matrices for at in self.positions], dtype=torch.bool)
         self.half_vectors = halves - matrices
         self.has_halves = bool(halves)

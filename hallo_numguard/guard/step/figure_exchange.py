@@ -1,8 +1,12 @@
-"""Figures of a step over ranks that hold slices of the gradients: sent before the optimizer's step, read after it."""
+"""Figures of a step over ranks that hold slices of the gradients: sent before the optimizer's step, read after it.
+
+Up to `MAX_ROWS` ranks send a row each in one sum; more of them a sum and a maximum, whose sizes do not grow.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +18,8 @@ PART = ("nan", "inf", "absmax", "sumsq")
 """Figures of a rank's part of the gradients: counts of NaN and of infinite elements, largest absolute value, sum of
 squares of the finite elements."""
 
+MAX_ROWS = 128
+_ABSMAX = PART.index("absmax")
 _HAS_LEFT = len(PART)  # column after them
 _MAX_WAIT_SECONDS = 10.0
 _NAP_SECONDS = 0.0005
@@ -33,8 +39,9 @@ class FigureExchange:
     def __init__(self, ranks: Ranks, device: torch.device) -> None:
         self._ranks = ranks
         self._device = device
-        self._work: Any = None
+        self._work: list[Any] = []
         self._parts: torch.Tensor | None = None
+        self._largest: torch.Tensor | None = None  # of all ranks, where they are too many for a row each
         self.all_have_left = False
 
     def start(self, part: torch.Tensor | None, has_left: bool = False) -> None:
@@ -48,16 +55,24 @@ class FigureExchange:
         if parts is None:
             parts = torch.full(self._shape, torch.nan, dtype=torch.float64, device=self._device)
         with contain_failures("exchange of figures", "the figures of this step are this rank's alone"):
-            self._parts, self._work = parts, self._ranks.start_sum(parts)
+            self._parts, self._work, self._largest = parts, [], None
+            if not self._has_rows:
+                self._largest = parts[0, _ABSMAX].clone()
+                self._work.append(self._ranks.start_maximum(self._largest))
+            self._work.append(self._ranks.start_sum(parts))
+
+    @property
+    def _has_rows(self) -> bool:
+        return self._ranks.size <= MAX_ROWS
 
     @property
     def _shape(self) -> tuple[int, int]:
-        return self._ranks.size, len(PART) + 1
+        return self._ranks.size if self._has_rows else 1, len(PART) + 1
 
     def _parts_of(self, part: torch.Tensor | None, has_left: bool) -> torch.Tensor:
-        """The row of each rank, of which this one fills its own: added up, they are all there."""
+        """The row of each rank, of which this one fills its own: added up, they are all there. Or one row of all."""
         parts = torch.zeros(self._shape, dtype=torch.float64, device=self._device)
-        mine = parts[self._ranks.position]
+        mine = parts[self._ranks.position if self._has_rows else 0]
         if part is None:
             mine[PART.index("sumsq")] = torch.nan
         else:
@@ -71,20 +86,22 @@ class FigureExchange:
         No host sync on a GPU. On the CPU it waits for ranks that have not come to that step, 10 seconds at most: after
         the optimizer's step, in which the ranks have met, there are none.
         """
-        work, parts, self._work, self._parts = self._work, self._parts, None, None
-        if work is None or parts is None or (self._device.type == "cpu" and not _is_done_in_time(work)):
+        work, parts, self._work, self._parts = self._work, self._parts, [], None
+        if not work or parts is None or (self._device.type == "cpu" and not _are_done_in_time(work)):
             return None
-        work.wait()
+        for reduction in work:
+            reduction.wait()
         together = parts[:, : len(PART)].sum(dim=0)
-        together[PART.index("absmax")] = parts[:, PART.index("absmax")].amax()
+        together[_ABSMAX] = parts[:, _ABSMAX].amax() if self._largest is None else self._largest
         return together
 
     def leave(self) -> None:
         """Takes part for the others' sake, when this rank has no use for figures. Synchronises."""
         work, parts = self._work, self._parts
-        if work is not None and parts is not None:
-            work.wait()
-            self.all_have_left = bool((parts[:, _HAS_LEFT] > 0).all())
+        if work and parts is not None:
+            for reduction in work:
+                reduction.wait()
+            self.all_have_left = float(parts[:, _HAS_LEFT].sum()) == self._ranks.size
         if not self.all_have_left:
             self.start(None, has_left=True)
 
@@ -95,9 +112,9 @@ def norm_of(figures: torch.Tensor) -> torch.Tensor:
     return torch.where(nan > 0, torch.nan, torch.where(inf > 0, torch.inf, sumsq.sqrt()))
 
 
-def _is_done_in_time(work: Any) -> bool:
+def _are_done_in_time(work: Sequence[Any]) -> bool:
     deadline = time.monotonic() + _MAX_WAIT_SECONDS
-    while not work.is_completed():
+    while not all(reduction.is_completed() for reduction in work):
         if time.monotonic() > deadline:
             return False
         time.sleep(_NAP_SECONDS)

@@ -2,9 +2,9 @@
 
 Both looks read the same weights: finite right before the update, and not right after it, is what the update wrote;
 finite after one update, and not before the next, is what other code wrote. All weights are read where that costs next
-to nothing (few weights) or where it matters (the first steps, the steps after an alarm, a setting of the optimizer that
-is odd), else a part of them in turn: of 4 bytes that training holds for a weight, its gradient and two moments, and
-that the optimizer moves seven times, a look reads an eighth of one. No host sync, no collective.
+to nothing (few and small ones) or where it matters (the first steps, the steps after an alarm, a setting of the
+optimizer that is odd), else a part of them in turn: of 4 bytes that training holds for a weight, its gradient and two
+moments, and that the optimizer moves seven times, a look reads an eighth of one. No host sync, no collective.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from hallo_numguard.ops.device import AsyncHostCopy
 from hallo_numguard.ops.table import StatsTable
 
 SMALL_BYTES = 4 << 20  # weights that are always read whole
+SMALL_COUNT = 512  # if they are no more: a look takes some 100 ns for each tensor
 PARTS = 32
 FULL_STEPS = 4  # after an attach or a load, after which settings and state are most often wrong
 ALARM_STEPS = 20
@@ -171,12 +172,13 @@ class UpdateWatch:
     def _divided(self) -> tuple[dict[int, list[int]], list[list[Stretch]]]:
         """The parts in which each weight is, and the parts."""
         total = sum(_bytes_of(self._model.parameters[at]) for at in self._trained)
-        if total <= SMALL_BYTES or self._mode == "all":
+        is_small = total <= SMALL_BYTES and len(self._trained) <= SMALL_COUNT
+        if is_small or self._mode == "all":
             return {at: [0] for at in self._trained}, [self._all]
         parts: list[list[Stretch]] = [[]]
-        filled, limit = 0, -(-total // PARTS)
+        filled, limit, count = 0, -(-total // PARTS), max(SMALL_COUNT, -(-len(self._trained) // PARTS))
         for stretch, size in self._stretches(limit):
-            if filled + size > limit and filled:
+            if (filled and filled + size > limit) or len(parts[-1]) >= count:
                 parts.append([])
                 filled = 0
             parts[-1].append(stretch)

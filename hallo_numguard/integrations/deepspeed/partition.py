@@ -24,5 +24,17 @@ class Slice(NamedTuple):
 def slice_of(parameter: Any) -> Slice:
     """Returns this rank's part of a parameter that DeepSpeed has partitioned."""
     size = parameter.partition_numel()
-    start = size * torch.distributed.get_rank(getattr(parameter, "ds_process_group", None))
+    return _slice(parameter, size, getattr(parameter, "ds_process_group", None))
+
+
+def secondary_slice_of(parameter: Any) -> Slice | None:
+    """Returns this rank's part of the copy that ZeRO++ hpZ keeps of a parameter; None if there is none to be read."""
+    secondary = getattr(parameter, "ds_secondary_tensor", None)
+    if secondary is None or not secondary.is_floating_point():  # quantised
+        return None
+    return _slice(parameter, secondary.ds_numel, parameter.ds_zero_param_process_group)
+
+
+def _slice(parameter: Any, size: int, group: Any) -> Slice:
+    start = size * torch.distributed.get_rank(group)
     return Slice(start, max(0, min(size, parameter.ds_numel - start)), size)

@@ -11,7 +11,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -132,27 +133,36 @@ class PartitionLists:
     def __init__(self, optimizer: Any, positions: Positions) -> None:
         self._optimizer = optimizer
         self._positions = positions
-        self._sizes: list[int] = []
+        self._sizes: list[list[int]] = []  # of each group's tensors, with the padding
+        self._is_real: list[bool] = []
         self._pieces: list[Piece] = []
+        self._groups: list[slice] = []
 
     def scan(self) -> ScannedPieces:
         """Reads the lists once, without the padding."""
-        tensors: list[torch.Tensor] = []
-        owners: list[tuple[int, int]] = []
-        groups = []
-        for group in range(len(self._optimizer.bit16_groups)):
-            gradients = self._optimizer.averaged_gradients.get(group) or ()
-            real = [item for item in gradients if not getattr(item, "_zero_padding", False)]
-            # Older releases append the padding without a mark: it follows the last parameter.
-            held = min(len(real), len(self._optimizer.params_in_partition[group]))
-            groups.append(slice(len(tensors), len(tensors) + held))
-            tensors += real[:held]
-            owners += [(group, index) for index in range(held)]
-        sizes = [tensor.numel() for tensor in tensors]
+        groups = range(len(self._optimizer.bit16_groups))
+        lists = [self._optimizer.averaged_gradients.get(group) or () for group in groups]
+        sizes = [list(map(torch.Tensor.numel, gradients)) for gradients in lists]
         if sizes != self._sizes:
-            self._pieces = [self._piece(*owner, size) for owner, size in zip(owners, sizes, strict=True)]
+            self._learn(lists)
             self._sizes = sizes
-        return ScannedPieces(multi_tensor_stats(tensors), self._pieces, groups)
+        tensors = list(itertools.compress(itertools.chain.from_iterable(lists), self._is_real))
+        return ScannedPieces(multi_tensor_stats(tensors), self._pieces, self._groups)
+
+    def _learn(self, lists: Sequence[Sequence[torch.Tensor]]) -> None:
+        """Finds the pieces, and which tensors are padding: what changes with the sizes alone."""
+        self._is_real, self._pieces, self._groups = [], [], []
+        for group, gradients in enumerate(lists):
+            begin = len(self._pieces)
+            # Older releases append the padding without a mark: it follows the last parameter.
+            room = len(self._optimizer.params_in_partition[group])
+            for tensor in gradients:
+                held = len(self._pieces) - begin
+                is_real = not getattr(tensor, "_zero_padding", False) and held < room
+                self._is_real.append(is_real)
+                if is_real:
+                    self._pieces.append(self._piece(group, held, tensor.numel()))
+            self._groups.append(slice(begin, len(self._pieces)))
 
     def drop(self) -> None:
         """Does nothing: the optimizer has dropped its lists."""
