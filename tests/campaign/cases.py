@@ -247,7 +247,8 @@ def representative(cases: Sequence[Case]) -> list[Case]:
     ways = list(dict.fromkeys((case.way, case.is_autocast) for case in others))
     few = []
     for number, (fault, way) in enumerate(_rotated(others, ways)):
-        fitting = [case for case in others if case.fault == fault and (case.way, case.is_autocast) == way]
+        possible = [case for case in others if case.fault == fault]
+        fitting = [case for case in possible if (case.way, case.is_autocast) == way] or possible
         few.append(fitting[number % len(fitting)])
     return covering(dense) + few
 
