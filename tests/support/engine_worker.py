@@ -40,6 +40,7 @@ def run(script: str) -> dict[str, str | bool]:
             failed = True
     told = "".join(f"{tells_failures.PREFIX}{probe}: {error!r}\n" for probe, error in contained)
     contained.clear()
+    deepspeed.utils.groups.mpu = None  # a pipeline's grid, for whichever engine comes next
     gc.collect()  # engines refer to themselves
     return {"output": output.getvalue() + told, "failed": failed}
 
