@@ -125,6 +125,11 @@ TABLES = {
         {"DeepSpeed's check and norm ms": "{theirs_ms:.3g}", "guard ms": "{ours_ms:.2f}"},
         lambda row: "x64" in row["case"],
     ),
+    "parameter-costs": Table(
+        "parameter_cost",
+        "{case}",
+        {"DeepSpeed's check and norm us a parameter": "{theirs_us:.3f}", "guard us a parameter": "{guard_us:.3f}"},
+    ),
     "forward-passes": Table(
         "trace",
         "{way}",
