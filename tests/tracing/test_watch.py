@@ -171,6 +171,9 @@ def test_the_index_is_that_in_the_named_tensor_and_not_in_a_view_of_it(kind):
 
 @pytest.fixture
 def group():
+    if dist.is_initialized():  # by another test's engine, which keeps it
+        yield
+        return
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
