@@ -227,22 +227,25 @@ class OperationWatch(TorchDispatchMode):
         if real:
             found = min(real, key=lambda source: source.order)
         else:
-            phase, node, line, call = self._where()
-            found = self._possible(
-                kind="operation",
-                name="",
-                operation=str(operation.func),
-                phase=phase,
-                node=node,
-                line=line,
-                module=None if call is None else call.name,
-                cls="" if call is None else call.cls,
-                call=0 if call is None else call.call,
-                explanation="it takes what other ranks give it, too",
-            )
+            found = self._possible(**self._described(operation), explanation="it takes what other ranks give it, too")
         for tensor in (*written, *operation.given):
             self._memory.pop(_key(tensor), None)
             self._received[_key(tensor)] = StorageWeakRef(tensor.untyped_storage()), found
+
+    def _described(self, operation: _Operation) -> dict[str, Any]:
+        """The fields of a source that say which operation it is, and where it is called."""
+        phase, node, line, call = self._where()
+        return {
+            "kind": "operation",
+            "name": "",
+            "operation": str(operation.func),
+            "phase": phase,
+            "node": node,
+            "line": line,
+            "module": None if call is None else call.name,
+            "cls": "" if call is None else call.cls,
+            "call": 0 if call is None else call.call,
+        }
 
     @staticmethod
     def _is_of_backward(found: _Found) -> bool:
@@ -271,22 +274,13 @@ class OperationWatch(TorchDispatchMode):
             return min(real, key=lambda found: found.order)
         if operation.sources and not record.nan and not is_written:
             return operation.sources[0]
-        phase, node, line, call = self._where()
         tensor = _tensor_record("output" if position == 0 else f"output[{position}]", result, record)
         explanation = explain(operation.name, operation.args, operation.kwargs, result, tensor.index)
         if is_written:
             explanation = Explanation(WRITTEN_DOWN, is_singular=True)
         made = self._new(
             is_legal=not operation.sources and _is_written_on_purpose(operation, result, record),
-            kind="operation",
-            name="",
-            operation=str(operation.func),
-            phase=phase,
-            node=node,
-            line=line,
-            module=None if call is None else call.name,
-            cls="" if call is None else call.cls,
-            call=0 if call is None else call.call,
+            **self._described(operation),
             tensor=tensor,
             sample=None if self._is_of_weights_alone(operation) else self._sample(tensor),
             explanation=explanation.text,

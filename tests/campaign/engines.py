@@ -15,18 +15,9 @@ import deepspeed_support as support
 from campaign.cases import Case
 from campaign.faults import build
 from campaign.models import Attention, Transformer
+from tensor_parallel import PARTS, autotp
 
-PARTS = 2
-AUTOTP = {
-    "autotp_size": PARTS,
-    "partition_config": {
-        "use_default_specs": False,
-        "layer_specs": [
-            {"patterns": [r".*mlp\.0\.weight$"], "partition_type": "column"},
-            {"patterns": [r".*mlp\.2\.weight$"], "partition_type": "row"},
-        ],
-    },
-}
+AUTOTP = autotp(r".*mlp\.0\.weight$", r".*mlp\.2\.weight$")
 DTYPES = {"fp16": torch.float16, "half": torch.float16, "bf16": torch.bfloat16, "bf16_fp32": torch.bfloat16}
 
 

@@ -12,16 +12,15 @@ from torch import nn
 import deepspeed_support as support
 
 PARTS = 2
-AUTOTP = {
-    "autotp_size": PARTS,
-    "partition_config": {
-        "use_default_specs": False,
-        "layer_specs": [
-            {"patterns": [r".*hidden\.weight$"], "partition_type": "column"},
-            {"patterns": [r".*output\.weight$"], "partition_type": "row"},
-        ],
-    },
-}
+
+
+def autotp(column: str, row: str) -> dict[str, Any]:
+    """DeepSpeed's configuration that cuts one layer by columns and the next one by rows, given patterns of weights."""
+    specs = [{"patterns": [pattern], "partition_type": kind} for pattern, kind in ((column, "column"), (row, "row"))]
+    return {"autotp_size": PARTS, "partition_config": {"use_default_specs": False, "layer_specs": specs}}
+
+
+AUTOTP = autotp(r".*hidden\.weight$", r".*output\.weight$")
 
 
 class Model(nn.Module):
