@@ -95,7 +95,8 @@ def _run(checkout: Path, tests: Sequence[str], only: str, timeout: int, log: Pat
     environment["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", f"--junitxml={report}", *tests]
+        options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", *options, *tests]
         if only:
             command += ["-k", only]
         subprocess.run(command, cwd=checkout / "tests", env=environment, stdout=sys.stderr, check=False)

@@ -19,6 +19,7 @@ constexpr int64_t kChunk = 1 << 16;      // elements; a chunk lies inside one se
 constexpr int64_t kSmallTask = 1 << 16;  // elements that are worth handing to another thread
 constexpr int64_t kLargeTask = 1 << 19;  // beyond, a longer task no longer helps the prefetchers
 constexpr int64_t kTasks = 64;           // of a layout between those two, so that no thread is left alone at the end
+constexpr int32_t kAhead = 4;            // chunks whose first bytes are on their way to the cache
 constexpr int64_t kChunkCost = 256;      // cost of starting a chunk, in elements
 constexpr int64_t kStreamedBytes = 32 << 20;  // from here on, most comes from DRAM
 
@@ -187,7 +188,9 @@ class Scan {
   }
 
   void run_task(int task) {
-    for (int32_t index = plan_.tasks_[task]; index < plan_.tasks_[task + 1]; ++index) {
+    const int32_t end = plan_.tasks_[task + 1];
+    for (int32_t index = plan_.tasks_[task]; index < end; ++index) {
+      if (index + kAhead < end) __builtin_prefetch(piece_of(plan_.chunks_[index + kAhead]).data);
       const Piece piece = piece_of(plan_.chunks_[index]);
       scanner_.scan(piece.data, piece.count, piece.base, piece.out);
     }

@@ -45,6 +45,10 @@ class TensorReader {
   std::optional<TensorList> read_list(PyObject* sequence, int32_t only_device = 0) const;
 
  private:
+  bool is_tensor(PyObject* object) const {
+    return Py_TYPE(object) == tensor_type_ || Py_TYPE(object) == parameter_type_;
+  }
+
   const dlpack::ExchangeApi* api_;
   PyTypeObject* tensor_type_;
   PyTypeObject* parameter_type_;

@@ -15,6 +15,7 @@ from hallo_numguard.ops.dispatch import backend_for, direct_calls
 from hallo_numguard.ops.layout import Layout
 from hallo_numguard.ops.schema import multi_tensor_stats_op, tensor_stats_op
 from hallo_numguard.ops.table import StatsTable
+from hallo_numguard.ops.tensor_list import TensorList
 
 
 def tensor_stats(
@@ -71,7 +72,7 @@ def multi_tensor_stats(tensors: Sequence[torch.Tensor], detail: bool = False) ->
     Cost: every byte is read once; one pass per device and dtype; 40 to 70 ns per tensor on the host if all are plain
     tensors (no subclass) on one device, dense and contiguous, with torch >= 2.10, else about 1 us.
     """
-    tensors = list(tensors)
+    tensors = tensors if isinstance(tensors, list) else list(tensors)
     if _is_eager():
         direct = direct_calls()
         packed = None if direct is None else direct.scan_tensors(tensors, detail, direct.isa)
@@ -79,7 +80,7 @@ def multi_tensor_stats(tensors: Sequence[torch.Tensor], detail: bool = False) ->
             return StatsTable(packed, detail)
         plain = tensor_list.read_plain(tensors)
         if plain is not None:  # to the backend at once: an operator costs 500 ns per tensor
-            return StatsTable(backend_for(plain.device.type).multi_tensor_stats(plain, detail), detail)
+            return tensor_list_stats(plain, detail)
     devices = set()
     for position, tensor in enumerate(tensors):
         check_has_data(tensor, f" at position {position}")
@@ -87,6 +88,11 @@ def multi_tensor_stats(tensors: Sequence[torch.Tensor], detail: bool = False) ->
     if len(devices) <= 1:
         return StatsTable(multi_tensor_stats_op(tensors, detail), detail)
     return StatsTable(_gather(tensors, sorted(devices, key=str), detail), detail)
+
+
+def tensor_list_stats(tensors: TensorList, detail: bool = False) -> StatsTable:
+    """Does the same as `multi_tensor_stats` for a list that was read already, whose sizes the caller has looked at."""
+    return StatsTable(backend_for(tensors.device.type).multi_tensor_stats(tensors, detail), detail)
 
 
 def _gather(tensors: list[torch.Tensor], devices: list[torch.device], detail: bool) -> torch.Tensor:

@@ -19,15 +19,12 @@ import torch
 from torch.nn.parameter import is_lazy
 
 from hallo_numguard.guard.guarded_model import GuardedModel
-from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.guard.parameter_stats import ParameterStats
-from hallo_numguard.guard.readable import Reader, Scan, is_plain
+from hallo_numguard.guard.readable import Reader, Scan
+from hallo_numguard.guard.step.weight_parts import WeightParts, held
 from hallo_numguard.ops.device import AsyncHostCopy
 from hallo_numguard.ops.table import StatsTable
 
-SMALL_BYTES = 4 << 20  # weights that are always read whole
-SMALL_COUNT = 512  # if they are no more: a look takes some 100 ns for each tensor
-PARTS = 32
 FULL_STEPS = 4  # after an attach or a load, after which settings and state are most often wrong
 ALARM_STEPS = 20
 MAX_GROUPS = 64  # beyond it only learning rates are looked at in every step
@@ -39,20 +36,6 @@ Signature = tuple[int, int, int, int]
 """Counts of NaN, +Inf and -Inf, and the flat index of the first of them."""
 
 Groups = Sequence[Mapping[str, Any]]
-
-
-class Stretch(NamedTuple):
-    """What a look reads of a weight: this rank's part of it, or some of its elements.
-
-    Attributes:
-        position: Position in the guard's list of parameters.
-        start: Flat index of the first element in this rank's part.
-        stop: Flat index after the last; None for all of it.
-    """
-
-    position: int
-    start: int = 0
-    stop: int | None = None
 
 
 @dataclass
@@ -163,51 +146,16 @@ class UpdateWatch:
         # Where the optimizer holds flat copies, its own are not among them: then all that take gradients are.
         trained = own or {at for at, item in enumerate(parameters) if item.tensor.requires_grad}
         self._trained = sorted(at for at in trained if not is_lazy(parameters[at].tensor))
-        self._all = [Stretch(at) for at in self._trained]
-        self._sliced = any(parameters[at].slice is not None for at in self._trained)
-        self._part_of, self._parts = self._divided()
+        self._parts = WeightParts(parameters, self._trained, in_one=self._mode == "all")
         self._readers: dict[int | None, Reader] = {}
         self._dtypes = {parameters[at].tensor.dtype for at in self._trained}
-
-    def _divided(self) -> tuple[dict[int, list[int]], list[list[Stretch]]]:
-        """The parts in which each weight is, and the parts."""
-        total = sum(_bytes_of(self._model.parameters[at]) for at in self._trained)
-        is_small = total <= SMALL_BYTES and len(self._trained) <= SMALL_COUNT
-        if is_small or self._mode == "all":
-            return {at: [0] for at in self._trained}, [self._all]
-        parts: list[list[Stretch]] = [[]]
-        filled, limit, count = 0, -(-total // PARTS), max(SMALL_COUNT, -(-len(self._trained) // PARTS))
-        for stretch, size in self._stretches(limit):
-            if (filled and filled + size > limit) or len(parts[-1]) >= count:
-                parts.append([])
-                filled = 0
-            parts[-1].append(stretch)
-            filled += size
-        part_of: dict[int, list[int]] = {}
-        for number, part in enumerate(parts):
-            for stretch in part:
-                part_of.setdefault(stretch.position, []).append(number)
-        return part_of, parts
-
-    def _stretches(self, limit: int) -> Iterator[tuple[Stretch, int]]:
-        """The weights and their bytes, those that are larger than a part in stretches."""
-        for at in self._trained:
-            item = self._model.parameters[at]
-            size, element = _bytes_of(item), item.tensor.element_size()
-            if size <= limit or item.slice is not None or not is_plain(item.tensor) or not item.tensor.is_contiguous():
-                yield Stretch(at), size
-                continue
-            step, numel = max(1, limit // element), item.tensor.numel()
-            for start in range(0, numel, step):
-                stop = min(start + step, numel)
-                yield Stretch(at, start, stop), (stop - start) * element
 
     def weights_were_read(self, when: str, stats: ParameterStats) -> None:
         """Takes what was not finite outside of a step: when attached, or after a load."""
         self._looks.clear()
         self._news.clear()
         self.parameters_were_added()  # some may have got their shapes, or have been unfrozen
-        bad = [at for at in stats.bad_positions() if at in self._part_of]
+        bad = [at for at in stats.bad_positions() if at in self._parts.part_of]
         self._known = _Known(self._now(bad), all_finite_at=ATTACHED)
         self.when = when
         self._full_until = self._steps + FULL_STEPS
@@ -227,8 +175,8 @@ class UpdateWatch:
         self._gradients = gradients
         self._groups = _copies(self._model.optimizer.groups())
         self._is_odd = any(map(_has_nonfinite, self._groups[:MAX_GROUPS])) or not self._eps_fits()
-        is_full = len(self._parts) == 1 or self._steps <= self._full_until or self._is_odd
-        self._part = None if is_full else self._steps % len(self._parts)
+        is_full = self._parts.count == 1 or self._steps <= self._full_until or self._is_odd
+        self._part = None if is_full else self._steps % self._parts.count
         self._look(step, is_after=False)
 
     def after(self, step: int) -> None:
@@ -240,7 +188,7 @@ class UpdateWatch:
         self._look(step, is_after=True)
 
     def _look(self, step: int, is_after: bool) -> None:
-        tensors = self._tensors(self._part)
+        tensors = self._parts[self._part].tensors()
         scan = self._readers.setdefault(self._part, Reader()).scan(tensors)
         copy = AsyncHostCopy(scan.table.packed)
         self._looks.append(
@@ -249,17 +197,6 @@ class UpdateWatch:
         if len(self._looks) > MAX_LOOKS:
             self._take(self._looks.popleft())
         self._take_arrived()
-
-    def _tensors(self, part: int | None) -> list[torch.Tensor]:
-        items = self._model.parameters
-        if part is None or len(self._parts) == 1:
-            if self._sliced:
-                return [_held(items[at]) for at in self._trained]
-            return [items[at].tensor for at in self._trained]
-        return [
-            _held(items[at]) if stop is None else items[at].tensor.detach().reshape(-1)[start:stop]
-            for at, start, stop in self._parts[part]
-        ]
 
     def _eps_fits(self) -> bool:
         """Whether every eps is above 0 in the dtypes of the weights. Computed when it changes."""
@@ -286,7 +223,7 @@ class UpdateWatch:
 
         What was seen of other values than it has now says nothing about these.
         """
-        if position not in self._part_of or self._mode == "never":
+        if position not in self._parts.part_of or self._mode == "never":
             return None
         self._take_arrived(wait=True)
         written, seen = self._known.written.get(position), self._known.bad.get(position)
@@ -296,12 +233,12 @@ class UpdateWatch:
         return written or WrittenWeight(position, 0, 0, finite_at, self.last_update, self._groups)
 
     def _now(self, positions: Sequence[int]) -> dict[int, Signature]:
-        scan = Reader().scan([_held(self._model.parameters[at]).detach() for at in positions])
+        scan = Reader().scan([held(self._model.parameters[at]).detach() for at in positions])
         return _bad_ones(scan.table, scan.owners, positions)
 
     def trains(self, position: int) -> bool:
         """Returns whether the optimizer trains a parameter."""
-        return position in self._part_of
+        return position in self._parts.part_of
 
     def is_written(self, position: int) -> bool:
         """Returns whether an update was seen to make a parameter non-finite."""
@@ -323,7 +260,7 @@ class UpdateWatch:
         return position in self._known.bad and position not in self._known.written
 
     def _finite_at(self, position: int) -> int:
-        parts = [self._known.part_finite_at.get(part, -1) for part in self._part_of[position]]
+        parts = [self._known.part_finite_at.get(part, -1) for part in self._parts.part_of[position]]
         return max(self._known.all_finite_at, min(parts))
 
     def _take_arrived(self, wait: bool = False) -> None:
@@ -350,7 +287,7 @@ class UpdateWatch:
         if not bool(grown.any()):
             return
         row = int((after.absmax * grown).argmax())
-        stretches = self._all if look.part is None else self._parts[look.part]
+        stretches = self._parts[look.part].stretches
         position = stretches[look.scan.owners[row]].position
         sizes = float(before.absmax[row]), float(after.absmax[row])
         self._growths.append(Growth(look.step, position, *sizes, look.groups))
@@ -361,7 +298,7 @@ class UpdateWatch:
         return growths
 
     def _take_bad(self, look: _Look, table: StatsTable) -> None:
-        stretches = self._all if look.part is None else self._parts[look.part]
+        stretches = self._parts[look.part].stretches
         found = _bad_ones(table, look.scan.owners, [stretch.position for stretch in stretches])
         whole = {stretch.position for stretch in stretches if stretch.stop is None}
         for position in whole.intersection(self._known.bad).difference(found):  # mended since
@@ -441,13 +378,3 @@ def _bad_ones(table: StatsTable, owners: Sequence[int], positions: Sequence[int]
         before = found.get(position, (0, 0, 0, int(first[row])))
         found[position] = (before[0] + nan, before[1] + pos_inf, before[2] + neg_inf, before[3])
     return found
-
-
-def _held(item: NamedTensor) -> torch.Tensor:
-    """This rank's part of a weight. What a DTensor holds is asked for directly: its place in the whole takes longer."""
-    local: torch.Tensor | None = getattr(item.tensor, "_local_tensor", None)
-    return item.held()[0] if local is None else local
-
-
-def _bytes_of(item: NamedTensor) -> int:
-    return math.prod(item.whole_shape) * item.tensor.element_size()

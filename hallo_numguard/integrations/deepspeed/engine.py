@@ -136,12 +136,13 @@ class _LocalSlice:
     def __init__(self, parameter: Any) -> None:
         self._parameter = parameter
         self._made: tuple[torch.Tensor, int] | None = None
-        self._place: tuple[int, int] | None = None
+        self._part: torch.Tensor | None = None
+        self._address = 0
 
     def __call__(self) -> tuple[torch.Tensor, int]:
         part: torch.Tensor = self._parameter.ds_tensor
-        place = part.data_ptr(), part.numel()
-        if self._made is None or place != self._place:
+        if self._made is None or part is not self._part or part.data_ptr() != self._address:
             mine = slice_of(self._parameter)
-            self._made, self._place = (part.detach().view(-1)[: mine.real], mine.start), place
+            self._made = part.detach().view(-1)[: mine.real], mine.start
+            self._part, self._address = part, part.data_ptr()
         return self._made

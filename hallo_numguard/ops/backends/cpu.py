@@ -93,12 +93,12 @@ def multi_tensor_stats(tensors: TensorList, detail: bool) -> torch.Tensor:
     """Runs `api.multi_tensor_stats`. Cost: one pass per dtype."""
     module = _loaded()
     packed = torch.empty((len(tensors), _WORDS), dtype=torch.int64, device="cpu")
-    dtypes = set(tensors.dtypes)
-    if len(dtypes) == 1:
-        _scan_list(module, packed, tensors.addresses, tensors.sizes, dtypes.pop(), detail)
+    first = tensors.dtypes[0]
+    if tensors.dtypes.count(first) == len(tensors):
+        _scan_list(module, packed, tensors.addresses, tensors.sizes, first, detail)
         return packed
     addresses, sizes = memoryview(tensors.addresses).cast("Q"), memoryview(tensors.sizes).cast("q")
-    for dtype in dtypes:
+    for dtype in set(tensors.dtypes):
         rows = [row for row, code in enumerate(tensors.dtypes) if code == dtype]
         part = torch.empty((len(rows), _WORDS), dtype=torch.int64, device="cpu")
         some_addresses = array("Q", [addresses[row] for row in rows]).tobytes()

@@ -37,7 +37,8 @@ from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import (
 from hallo_numguard.integrations.deepspeed.adapters.replaced_norms import ReplacedNorms
 from hallo_numguard.integrations.deepspeed.version import unknown_layout
 from hallo_numguard.integrations.patches import MethodPatches
-from hallo_numguard.ops.api import multi_tensor_stats
+from hallo_numguard.ops.api import multi_tensor_stats, tensor_list_stats
+from hallo_numguard.ops.tensor_list import TensorList, read
 
 
 class Zero12Adapter(OptimizerAdapter):
@@ -133,7 +134,8 @@ class PartitionLists:
     def __init__(self, optimizer: Any, positions: Positions) -> None:
         self._optimizer = optimizer
         self._positions = positions
-        self._sizes: list[list[int]] = []  # of each group's tensors, with the padding
+        self._lengths: list[int] = []  # of each group's list
+        self._sizes = b""  # of the tensors without the padding
         self._is_real: list[bool] = []
         self._pieces: list[Piece] = []
         self._groups: list[slice] = []
@@ -142,12 +144,22 @@ class PartitionLists:
         """Reads the lists once, without the padding."""
         groups = range(len(self._optimizer.bit16_groups))
         lists = [self._optimizer.averaged_gradients.get(group) or () for group in groups]
-        sizes = [list(map(torch.Tensor.numel, gradients)) for gradients in lists]
-        if sizes != self._sizes:
+        tensors = self._read(lists)
+        if tensors is not None and tensors.sizes != self._sizes:
             self._learn(lists)
-            self._sizes = sizes
-        tensors = list(itertools.compress(itertools.chain.from_iterable(lists), self._is_real))
-        return ScannedPieces(multi_tensor_stats(tensors), self._pieces, self._groups)
+            tensors = self._read(lists)
+            self._sizes = b"" if tensors is None else tensors.sizes
+        table = multi_tensor_stats(()) if tensors is None else tensor_list_stats(tensors)
+        return ScannedPieces(table, self._pieces, self._groups)
+
+    def _read(self, lists: Sequence[Sequence[torch.Tensor]]) -> TensorList | None:
+        """The tensors without the padding; None if there are none."""
+        lengths = list(map(len, lists))
+        if lengths != self._lengths:
+            self._learn(lists)
+            self._lengths = lengths
+        real = list(itertools.compress(itertools.chain.from_iterable(lists), self._is_real))
+        return read(real) if real else None
 
     def _learn(self, lists: Sequence[Sequence[torch.Tensor]]) -> None:
         """Finds the pieces, and which tensors are padding: what changes with the sizes alone."""
