@@ -37,6 +37,7 @@ DEFAULT_TESTS = (
     "unit/model_parallelism",
     "unit/pipe",
 )
+OPTIONS = ("-q", "-p", "no:cacheprovider", "-p", "hung_tests", "--continue-on-collection-errors")
 PROCESSES = 4  # what DeepSpeed takes for the number of devices of a machine without GPUs
 
 Outcomes = Mapping[str, str]
@@ -88,15 +89,14 @@ def _run(checkout: Path, tests: Sequence[str], only: str, timeout: int, log: Pat
     """
     environment = {**os.environ, "LOCAL_SIZE": str(PROCESSES), "DS_UNITTEST_TIMEOUT": str(timeout)}
     environment.setdefault("OMP_NUM_THREADS", "1")
-    paths = [str(ROOT)]
+    paths = [str(ROOT), str(ROOT / "tools")]
     if log is not None:
         environment["NUMGUARD_ATTACH_LOG"] = str(log)
         paths.insert(0, str(GUARDING))
     environment["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        options = ["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", f"--junitxml={report}"]
-        command = [sys.executable, "-m", "pytest", *options, *tests]
+        command = [sys.executable, "-m", "pytest", *OPTIONS, f"--junitxml={report}", *tests]
         if only:
             command += ["-k", only]
         subprocess.run(command, cwd=checkout / "tests", env=environment, stdout=sys.stderr, check=False)

@@ -43,7 +43,8 @@ class Part:
     """
 
     def __init__(self, parameters: Sequence[NamedTensor], stretches: Iterable[Stretch]) -> None:
-        as_they_are, made = [], []
+        as_they_are: list[Stretch] = []
+        made: list[Stretch] = []
         for stretch in stretches:
             item = parameters[stretch.position]
             is_read_as_it_is = stretch.stop is None and item.slice is None and not hasattr(item.tensor, "_local_tensor")
