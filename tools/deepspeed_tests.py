@@ -3,7 +3,8 @@
     python tools/deepspeed_tests.py CHECKOUT [unit/runtime/half_precision ...] [-k EXPRESSION] [--json FILE]
 
 CHECKOUT is a clone of DeepSpeed at the tag of the installed release; tests are given as paths below its `tests` folder.
-Where there is no GPU the tests run on the CPU; those that need DeepSpeed's compiled operators skip themselves.
+Where there is no GPU the tests run on the CPU, in float16 too; those that need DeepSpeed's compiled operators skip
+themselves. A test that hangs fails alone.
 
 Exit code: 0 no test has another outcome with the guard, 1 one has, 2 wrong usage.
 """
@@ -24,7 +25,7 @@ import click
 from rich.console import Console
 
 ROOT = Path(__file__).parents[1]
-GUARDING = Path(__file__).with_name("guard_every_engine")
+PREPARING = Path(__file__).with_name("of_deepspeed_tests")
 DEFAULT_TESTS = (
     "unit/runtime/half_precision",
     "unit/runtime/zero",
@@ -89,11 +90,10 @@ def _run(checkout: Path, tests: Sequence[str], only: str, timeout: int, log: Pat
     """
     environment = {**os.environ, "LOCAL_SIZE": str(PROCESSES), "DS_UNITTEST_TIMEOUT": str(timeout)}
     environment.setdefault("OMP_NUM_THREADS", "1")
-    paths = [str(ROOT), str(ROOT / "tools")]
     if log is not None:
         environment["NUMGUARD_ATTACH_LOG"] = str(log)
-        paths.insert(0, str(GUARDING))
-    environment["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
+    paths = [str(PREPARING), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", *OPTIONS, f"--junitxml={report}", *tests]

@@ -1,6 +1,8 @@
-"""Puts a guard on every engine that `deepspeed.initialize` returns, in each process that has this folder on its path.
+"""Prepares DeepSpeed in each process that has this folder on its path.
 
-What became of each engine is added to the file that NUMGUARD_ATTACH_LOG names: "attached", or why it was refused.
+A CPU takes float16, which DeepSpeed refuses there only because it is slow. If NUMGUARD_ATTACH_LOG names a file, every
+engine that `deepspeed.initialize` returns gets a guard, and what became of it is added to the file: "attached", or why
+it was refused.
 """
 
 from __future__ import annotations
@@ -34,6 +36,18 @@ def _guarded(initialize: Callable[..., Any]) -> Callable[..., Any]:
     return initialize_and_guard
 
 
+def _let_cpus_take_float16() -> None:
+    from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+
+    def dtypes(_: object) -> list[Any]:
+        import torch
+
+        return [torch.float, torch.half, torch.bfloat16]
+
+    CPU_Accelerator.is_fp16_supported = lambda _: True
+    CPU_Accelerator.supported_dtypes = dtypes
+
+
 class _Loader(importlib.abc.Loader):
     def __init__(self, original: importlib.abc.Loader) -> None:
         self._original = original
@@ -43,7 +57,9 @@ class _Loader(importlib.abc.Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         self._original.exec_module(module)
-        module.initialize = _guarded(module.initialize)  # type: ignore[attr-defined]
+        _let_cpus_take_float16()
+        if "NUMGUARD_ATTACH_LOG" in os.environ:
+            module.initialize = _guarded(module.initialize)  # type: ignore[attr-defined]
 
 
 class _Finder(importlib.abc.MetaPathFinder):
