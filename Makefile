@@ -9,7 +9,7 @@ READY := $(VENV)/development $(VENV)/cuda
 OLDER_DEEPSPEED ?= 0.16.0 0.16.9 0.17.0 0.17.6 0.18.2 0.18.9 0.19.3
 FUZZ_SECONDS ?= 60
 
-.PHONY: demo test quick coverage lint bench gpu-test campaign chaos healthy fuzz differential older-deepspeed lock changelog clean
+.PHONY: demo test quick coverage lint bench gpu-test deepspeed-ops-test campaign chaos healthy fuzz differential older-deepspeed lock changelog clean
 
 demo: $(VENV)/package
 	$(BIN)/python examples/demo.py
@@ -42,6 +42,12 @@ bench: $(READY)
 gpu-test: $(READY)
 	$(BIN)/python -m pytest -q -n 2 -m gpu tests/ops tests/integrations
 	DS_ACCELERATOR=cuda $(BIN)/python -m pytest -q -n 4 tests/integrations/deepspeed
+
+# DeepSpeed's own optimizers and NVMe: builds its operators into .ops, some minutes each on one core, then runs the tests
+# that need them. The other targets compile none; once they are built `make test` runs these tests too.
+deepspeed-ops-test: $(READY)
+	MAX_JOBS=$${MAX_JOBS:-1} $(BIN)/python tools/deepspeed_operators.py
+	$(BIN)/python -m pytest -q tests/integrations/deepspeed/test_compiled_operators.py
 
 # Every fault in every engine, and every cause in every way of training; the tests run a part of them.
 campaign: $(READY)
@@ -114,4 +120,4 @@ changelog: $(VENV)/release
 	$(BIN)/towncrier build --draft --version next
 
 clean:
-	rm -rf $(VENV) .older build dist bench *.egg-info hallo_numguard/_native*.so
+	rm -rf $(VENV) .older .ops build dist bench *.egg-info hallo_numguard/_native*.so

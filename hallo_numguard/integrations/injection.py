@@ -247,7 +247,7 @@ def _write_state(target: Any, parameter: Any, index: Sequence[int] | None, value
     place = _flat(tuple(getattr(parameter, "ds_shape", parameter.shape)), index)
     only_this = defaultdict(lambda: -1, {parameter: 0})
     is_written = False
-    for tensor, piece in adapter_for(optimizer, only_this).state_parts():
+    for tensor, piece in adapter_for(optimizer, only_this).changed_state_parts():
         is_here = piece.start <= place < piece.start + tensor.numel()
         if piece.parameter == 0 and piece.run == NONE and is_here:  # else a scale of several elements
             tensor.data[unravel(place - piece.start, tensor.shape)] = value

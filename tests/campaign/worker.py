@@ -31,18 +31,24 @@ def main() -> None:
         print(json.dumps(vars(run(case))), file=results, flush=True)
 
 
-def run(case: Case) -> Seen:
-    """Trains a model with the fault in it, guarded; one without a fault also as it is without a guard."""
+def run(case: Case, **config: Any) -> Seen:
+    """Trains a model with the fault in it, guarded; one without a fault also as it is without a guard.
+
+    Args:
+        case: The case.
+        config: More arguments of `engines.make`.
+    """
     if case.fault == "refused":
         return refused.attempt(case)
     if case.fault != "none":
-        return _guarded(case)[0]
+        return _guarded(case, **config)[0]
+    config["gradient_clipping"] = 0.0  # with clipping the norm is rounded otherwise
     try:
-        losses = _losses(case, engines.make(case, gradient_clipping=0.0))
+        losses = _losses(case, engines.make(case, **config))
         alone = "runs"
     except Exception as error:  # noqa: BLE001 - the table tells it
         losses, alone = [], f"{type(error).__name__}: {error}"[:200]
-    seen, guarded = _guarded(case, gradient_clipping=0.0)  # with clipping the norm is rounded otherwise
+    seen, guarded = _guarded(case, **config)
     return replace(seen, alone=alone, same_bits=guarded == losses)
 
 

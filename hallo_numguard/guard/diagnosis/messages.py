@@ -208,6 +208,28 @@ def optimizer_state_nonfinite(seen: Evidence, first: Offender) -> OverflowReport
     )
 
 
+def optimizer_state_in_update(seen: Evidence, first: Offender) -> OverflowReport:
+    """The optimizer computed with its non-finite state before the framework's check, so that no weight has it yet."""
+    loss = [f"{the_loss(seen)} is finite"] if seen.loss_known and seen.loss is None else []
+    again = "the model's own call gave every parameter a finite gradient when it was run again"
+    return report(
+        seen,
+        Verdict.OPTIMIZER_STATE_NONFINITE,
+        first,
+        [
+            *loss,
+            _finite_weights(seen),
+            *([again] if seen.gradients else []),
+            f"the optimizer's state of {first.name} (a moment or the float32 master copy) is not: {first.counts}",
+            "some optimizers, Muon for one, compute with their state before the framework checks for overflows",
+        ],
+        (),
+        f"Go back to a healthy checkpoint, or reset the optimizer's state of {first.name}: no weight has the value "
+        "yet, but every step with it is skipped.",
+        summary=f"the optimizer's state of {first.name} holds {first.counts}, and its update is made of it",
+    )
+
+
 def rank_fault(seen: Evidence) -> OverflowReport:
     """One rank was not finite, and its replay is."""
     first = seen.loss or seen.gradients[0]

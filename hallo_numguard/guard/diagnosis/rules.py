@@ -49,7 +49,8 @@ def judge(seen: Evidence) -> OverflowReport:
             messages.weights_nonfinite(seen) if written is None else messages.optimizer_state_nonfinite(seen, written)
         )
     if not seen.gradients:
-        return messages.false_alarm(seen)
+        state = None if seen.suspects or seen.loss is not None else next(iter(seen.state), None)
+        return messages.false_alarm(seen) if state is None else messages.optimizer_state_in_update(seen, state)
     if seen.loss is not None and seen.input is not None:
         return messages.input_nonfinite(seen, seen.input)
     if seen.lost_between is not None:
@@ -65,7 +66,8 @@ def judge(seen: Evidence) -> OverflowReport:
     if seen.answer is not None and seen.answer.origin is not None:
         return _judge_by_replay(seen, seen.answer, seen.answer.origin)
     if seen.answer is not None and not _may_have_added_up(seen, seen.answer):
-        return messages.not_reproduced(seen)
+        state = _state_behind_gradients(seen)
+        return messages.not_reproduced(seen) if state is None else messages.optimizer_state_in_update(seen, state)
     if _is_of_loss_code(seen):
         return messages.loss_backward(seen, seen.gradients[0])
     if seen.loss_known and seen.scaling.can_fall:
@@ -129,6 +131,16 @@ def _written_by_the_optimizer(seen: Evidence) -> Offender | None:
     """
     by_name = {item.name: item for item in seen.state}
     return next((by_name[item.name] for item in seen.suspects if item.name in by_name), None)
+
+
+def _state_behind_gradients(seen: Evidence) -> Offender | None:
+    """The non-finite optimizer state of the first bad gradient, if each of the bad ones has such state.
+
+    Muon makes its update of gradient and momentum while gradients are reduced, or before their norm is taken.
+    """
+    by_name = {item.name: item for item in seen.state}
+    found = [by_name.get(gradient.name) for gradient in seen.gradients]
+    return found[0] if None not in found and not seen.suspects else None
 
 
 def _has_bad_moment(seen: Evidence) -> bool:

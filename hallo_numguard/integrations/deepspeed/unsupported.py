@@ -103,13 +103,6 @@ UNSUPPORTED = (
         lambda engine: not spans_all_ranks(engine),
     ),
     Unsupported(
-        "offload of the optimizer to NVMe",
-        "optimizer.swap_optimizer",
-        "its state is in memory only while it is stepped",
-        'Use "offload_optimizer": {"device": "cpu"}.',
-        _optimizer_is_on("swap_optimizer"),
-    ),
-    Unsupported(
         "offload of parameters to NVMe",
         "optimizer.params_in_nvme_and_cpu",
         "weights are in memory only while they are used",

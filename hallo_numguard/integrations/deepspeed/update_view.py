@@ -36,8 +36,7 @@ def _group_of(adapter: OptimizerAdapter, parameter: torch.Tensor) -> int | None:
 
 
 def _state_of(adapter: OptimizerAdapter, inner: Any, parameter: torch.Tensor) -> WeightState:
-    position = adapter.positions.get(parameter)
-    own = [(tensor, piece) for tensor, piece in adapter.state_parts() if piece.parameter == position]
+    own = adapter.state_parts_of(adapter.positions.get(parameter))
     state: Mapping[str, Any] = next(iter(inner.state.values()), {})
     moments = [str(name) for name, value in state.items() if isinstance(value, torch.Tensor) and value.numel() > 1]
     start = 0 if hasattr(parameter, "ds_tensor") else None  # where the weight is sliced as well, its part begins there

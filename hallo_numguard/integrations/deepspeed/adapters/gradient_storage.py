@@ -105,6 +105,7 @@ class FlatBuffers:
         is_sliced: Whether the ranks hold slices of the gradients.
         groups: Number of segments of each of the optimizer's groups, in order. Default: one group per buffer.
         copies: Returns other tensors that hold the same gradients.
+        drop_others: Forgets those that are not in memory.
         wait: Waits for copies that are still on their way to the buffers.
     """
 
@@ -116,11 +117,13 @@ class FlatBuffers:
         is_sliced: bool,
         groups: Sequence[int] | None = None,
         copies: Callable[[], Iterable[torch.Tensor | None]] = tuple,
+        drop_others: Callable[[], object] = tuple,
         wait: Callable[[], object] = tuple,
     ) -> None:
         self.is_sliced = is_sliced
         self._wait = wait
         self._copies = copies
+        self._drop_others = drop_others
         self._buffers = []
         self._pieces: list[Piece] = []
         ends = [0]
@@ -150,6 +153,7 @@ class FlatBuffers:
         for flat in [*(get() for get, _ in self._buffers), *self._copies()]:
             if flat is not None:
                 flat.zero_()
+        self._drop_others()
 
 
 def check_end(optimizer: Any, attribute: str, segments: Sequence[Segment], numel: int) -> None:

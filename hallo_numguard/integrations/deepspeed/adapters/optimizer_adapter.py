@@ -89,6 +89,14 @@ class OptimizerAdapter(ABC):
     def state_parts(self) -> Iterator[Part]:
         """Yields this rank's moments and float32 master copies."""
 
+    def state_parts_of(self, position: int | None) -> list[Part]:
+        """Returns those of one parameter, as they are now."""
+        return [(tensor, piece) for tensor, piece in self.state_parts() if piece.parameter == position]
+
+    def changed_state_parts(self) -> Iterator[Part]:
+        """Yields what `state_parts` does, to be changed in place until the next one."""
+        return self.state_parts()
+
     def checks_overflow(self) -> bool:
         """Returns whether the optimizer, in its configuration, checks its gradients at all."""
         return True

@@ -1,4 +1,4 @@
-"""ZeRO stage 3, with and without offload of the optimizer to the CPU.
+"""ZeRO stage 3, with and without offload of the optimizer to the CPU or to NVMe.
 
 | DeepSpeed's pass that is not made | how it gets the guard's result |
 |---|---|
@@ -17,9 +17,11 @@ from typing import Any
 
 import torch
 
+from hallo_numguard.guard import readable
+from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.loss_scaling import LossScaling
 from hallo_numguard.guard.parameter_stats import Piece
-from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import FlatBuffers, GradientSource
+from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import FlatBuffers, GradientSource, Positions
 from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import (
     OptimizerAdapter,
     Part,
@@ -29,8 +31,10 @@ from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import (
 )
 from hallo_numguard.integrations.deepspeed.adapters.replaced_norms import ReplacedNorms
 from hallo_numguard.integrations.deepspeed.partition import slice_of
+from hallo_numguard.integrations.deepspeed.swapping import SwappedState
 from hallo_numguard.integrations.deepspeed.version import unknown_layout
 from hallo_numguard.integrations.patches import MethodPatches
+from hallo_numguard.ops.table import StatsTable
 
 
 class Zero3Adapter(OptimizerAdapter):
@@ -47,6 +51,10 @@ class Zero3Adapter(OptimizerAdapter):
         "overflow",
     )
     state_is_sliced = True
+
+    def __init__(self, optimizer: Any, positions: Positions) -> None:
+        super().__init__(optimizer, positions)
+        self._swapped = SwappedState(optimizer)
 
     def gradient_source(self) -> GradientSource:
         """Returns the one flat tensor of all groups: this rank's slice of each parameter's gradient."""
@@ -68,29 +76,67 @@ class Zero3Adapter(OptimizerAdapter):
             is_sliced=True,
             groups=[len(group) for group in optimizer.fp16_groups],
             copies=lambda: [flat.grad for flat in optimizer.fp32_partitioned_groups_flat if flat is not None],
+            drop_others=self._swapped.drop_gradients,
         )
 
     def loss_scaling(self) -> LossScaling:
         """Returns the state of the optimizer's loss scaler."""
         return zero_loss_scaling(self.optimizer)
 
+    def scan_state(self) -> ScannedPieces:
+        """Reads the state once; where it is on NVMe a sub-group at a time, as all of it may not fit into memory."""
+        if not self._swapped.is_used:
+            return super().scan_state()
+        tables, pieces = [], []
+        for number in self._numbers():
+            with self._swapped.in_memory(number):
+                parts = list(self._parts_of(number))
+                found = readable.scan([tensor for tensor, _ in parts])
+            tables.append(found.table)
+            pieces += [parts[owner][1] for owner in found.owners]
+        return ScannedPieces(StatsTable.concatenate(tables), pieces)
+
     def state_parts(self) -> Iterator[Part]:
-        """Yields this rank's slices of the moments and master copies."""
-        optimizer = self.optimizer
-        for flat, parameters in zip(optimizer.fp32_partitioned_groups_flat, optimizer.fp16_groups, strict=True):
-            if flat is None:
+        """Yields this rank's slices of the moments and master copies; those of NVMe are gone with the next one."""
+        for number in self._numbers():
+            with self._swapped.in_memory(number):
+                yield from self._parts_of(number)
+
+    def state_parts_of(self, position: int | None) -> list[Part]:
+        """Returns copies of one parameter's state; of what is on NVMe only its sub-group is read."""
+        for number in self._numbers():
+            if not any(self.positions.get(parameter) == position for parameter in self.optimizer.fp16_groups[number]):
                 continue
-            tensors = [flat, *self.flat_moments(optimizer.optimizer, flat)]
-            begin = 0
-            for parameter in parameters:
-                mine = slice_of(parameter)
-                for tensor in tensors:
-                    if not _share_memory(tensor, parameter.ds_tensor):
-                        yield (
-                            tensor.view(-1)[begin : begin + mine.real],
-                            Piece(self.positions[parameter], mine.start),
-                        )
-                begin += mine.size
+            with self._swapped.in_memory(number):
+                return [(part.clone(), piece) for part, piece in self._parts_of(number) if piece.parameter == position]
+        return []
+
+    def changed_state_parts(self) -> Iterator[Part]:
+        """Yields what `state_parts` does, and writes it to NVMe where it came from there."""
+        for number in self._numbers():
+            with self._swapped.in_memory(number, is_written=True):
+                yield from self._parts_of(number)
+
+    def _numbers(self) -> Iterator[int]:
+        """The sub-groups that are trained."""
+        flats = self.optimizer.fp32_partitioned_groups_flat
+        return (number for number, flat in enumerate(flats) if flat is not None)
+
+    def _parts_of(self, number: int) -> Iterator[Part]:
+        """The state of a sub-group that is in memory."""
+        optimizer = self.optimizer
+        flat = optimizer.fp32_partitioned_groups_flat[number]
+        tensors = [flat, *self.flat_moments(optimizer.optimizer, flat)]
+        begin = 0
+        for parameter in optimizer.fp16_groups[number]:
+            mine = slice_of(parameter)
+            for tensor in tensors:
+                if not _share_memory(tensor, parameter.ds_tensor):
+                    yield (
+                        tensor.view(-1)[begin : begin + mine.real],
+                        Piece(self.positions[parameter], mine.start),
+                    )
+            begin += mine.size
 
     def checks_overflow(self) -> bool:
         """Returns whether overflows, or bad norms in their place, skip the step."""

@@ -1,0 +1,78 @@
+"""The optimizer's state on NVMe, under ZeRO stage 3: read a sub-group at a time, by DeepSpeed's own functions.
+
+Between steps a tensor that is swapped out is empty. DeepSpeed reads a sub-group's tensors and gradients into buffers of
+its own, of which it has as many as one sub-group needs: whoever keeps one makes the next step fail.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+
+class SwappedState:
+    """What DeepSpeed's optimizer swapper keeps.
+
+    Args:
+        optimizer: A `DeepSpeedZeroOptimizer_Stage3`.
+    """
+
+    def __init__(self, optimizer: Any) -> None:
+        self._optimizer = optimizer
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the optimizer is offloaded to NVMe; groups that are too small for it are in memory all the same."""
+        return bool(getattr(self._optimizer, "swap_optimizer", False))
+
+    @contextlib.contextmanager
+    def in_memory(self, group: int, is_written: bool = False) -> Iterator[None]:
+        """Reads a sub-group that is swapped out, and gives its buffers back at the end.
+
+        Args:
+            group: Number of the sub-group.
+            is_written: Whether the caller changes the tensors: they are then written before.
+        """
+        optimizer = self._optimizer
+        if not self._is_out(group):
+            yield
+            return
+        is_read = False
+        try:
+            optimizer._optimizer_states_and_gradient_swap_in(group)
+            is_read = True
+            yield
+        finally:
+            if is_read and is_written:
+                optimizer._writeback_swap_state(group, write_opt_state=True, write_gradients=False)
+            else:
+                optimizer._release_swap_buffers(group)
+
+    def drop_gradients(self) -> None:
+        """Sets the gradients to zero that wait on NVMe, or beside it, for a step that was skipped.
+
+        A parameter that takes no part in the next step would be updated with them.
+        """
+        if not self.is_used:
+            return
+        swapper = self._optimizer.optimizer_swapper
+        swapper.flush_gradients()  # a file must not be written twice at once
+        for flat in self._optimizer.fp32_partitioned_groups_flat:
+            kept = swapper.swap_params_info.get(getattr(flat, "ds_id", None))
+            if kept is None:
+                continue
+            for gradient in kept.unswapped_gradients.values():
+                gradient.zero_()
+            for written in list(kept.swapped_gradients.values()):
+                zeros = torch.zeros(written.length, dtype=swapper.dtype)
+                swapper.swap_out_gradients(flat, gradient_offsets=[written.offset], gradient_tensors=[zeros])
+        swapper.flush_gradients()
+
+    def _is_out(self, group: int) -> bool:
+        optimizer = self._optimizer
+        if not self.is_used or not optimizer._swappable_optimizer_subgroup(group):
+            return False
+        return bool(optimizer.fp32_partitioned_groups_flat[group].numel() == 0)
