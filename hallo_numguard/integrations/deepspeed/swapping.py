@@ -1,7 +1,8 @@
 """The optimizer's state on NVMe, under ZeRO stage 3: read a sub-group at a time, by DeepSpeed's own functions.
 
-Between steps a tensor that is swapped out is empty. DeepSpeed reads a sub-group's tensors and gradients into buffers of
-its own, of which it has as many as one sub-group needs: whoever keeps one makes the next step fail.
+A tensor that is swapped out is empty, or points at a buffer that is used for others by now. DeepSpeed reads a
+sub-group's tensors and gradients into buffers of its own, of which it has as many as one sub-group needs: whoever keeps
+one makes the next step fail.
 """
 
 from __future__ import annotations
@@ -72,7 +73,12 @@ class SwappedState:
         swapper.flush_gradients()
 
     def _is_out(self, group: int) -> bool:
+        """Whether it has to be read: the swapper knows, a tensor may still point at a buffer that is others' by now."""
         optimizer = self._optimizer
         if not self.is_used or not optimizer._swappable_optimizer_subgroup(group):
             return False
-        return bool(optimizer.fp32_partitioned_groups_flat[group].numel() == 0)
+        flat, swapper = optimizer.fp32_partitioned_groups_flat[group], optimizer.optimizer_swapper
+        if hasattr(swapper, "swap_ops"):  # "offload_optimizer": {"pipeline_read" or "pipeline_write": true}
+            read = swapper.swap_ops["sync_swap_in"]
+            return read is None or not read.is_parameter(flat)
+        return not swapper.swap_params_info[flat.ds_id].swap_buffers

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from hallo_numguard.guard.optimizer_view import OptimizerView, StatePart, WeightState, numbers_of, view_of
-from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import OptimizerAdapter
+from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import OptimizerAdapter, is_moment
 
 
 def engine_view(adapter: OptimizerAdapter) -> OptimizerView:
@@ -38,7 +38,7 @@ def _group_of(adapter: OptimizerAdapter, parameter: torch.Tensor) -> int | None:
 def _state_of(adapter: OptimizerAdapter, inner: Any, parameter: torch.Tensor) -> WeightState:
     own = adapter.state_parts_of(adapter.positions.get(parameter))
     state: Mapping[str, Any] = next(iter(inner.state.values()), {})
-    moments = [str(name) for name, value in state.items() if isinstance(value, torch.Tensor) and value.numel() > 1]
+    moments = [str(name) for name, value in state.items() if is_moment(name, value)]
     start = 0 if hasattr(parameter, "ds_tensor") else None  # where the weight is sliced as well, its part begins there
     return WeightState(list(_named(own, moments, start)), numbers_of(state))
 

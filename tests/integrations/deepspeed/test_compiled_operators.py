@@ -1,6 +1,6 @@
-"""The optimizers that DeepSpeed compiles: the same faults are named as with torch's.
+"""The optimizers that DeepSpeed compiles, and NVMe: the same faults are named as with torch's optimizers in memory.
 
-They are built by `make deepspeed-ops-test`; without, these tests are skipped.
+`make deepspeed-ops-test` builds the operators; without them these tests are skipped.
 """
 
 from __future__ import annotations
@@ -8,6 +8,9 @@ from __future__ import annotations
 from types import MappingProxyType
 
 import pytest
+import torch
+
+import hallo_numguard as ng
 
 import deepspeed_support as support
 import operators
@@ -17,6 +20,8 @@ pytestmark = pytest.mark.deepspeed
 
 FAULTS = ("none", "weight", "optimizer_state", "input", "gradient")
 ADAM = MappingProxyType({"type": "AdamW", "params": {"lr": 1e-3}})
+LION = MappingProxyType({"type": "Lion", "params": {"lr": 1e-4}})
+ADAGRAD = MappingProxyType({"type": "Adagrad", "params": {"lr": 1e-3}})
 
 
 @pytest.fixture(autouse=True)
@@ -25,10 +30,11 @@ def half_precision_on_the_cpu():
     support.allow_fp16()
 
 
-def found(case, optimizer, **config):
-    """Returns what is wrong with what was seen of a case whose optimizer DeepSpeed makes by its configuration."""
+def found(fault, setup, stage, optimizer, offload=False, **config):
+    """Returns what is wrong with what was seen of a fault; the optimizer is made by DeepSpeed's configuration."""
     from campaign import worker  # which asks for the rank
 
+    case = Case(fault, "transformer", setup, stage, offload, 1)
     seen = worker.run(case, optimizer_of=lambda _: None, optimizer=dict(optimizer), **config)
     assert seen.alone in (None, "runs")
     return problems(case, [seen])
@@ -38,14 +44,111 @@ def found(case, optimizer, **config):
 @pytest.mark.parametrize(("setup", "stage"), [("fp16", 1), ("bf16", 2), ("fp16", 2), ("bf16", 3), ("fp16", 3)])
 def test_cpu_adam(setup, stage, fault):
     operators.require("cpu_adam")
-    assert found(Case(fault, "transformer", setup, stage, True, 1), ADAM) == []
+    assert found(fault, setup, stage, ADAM, offload=True) == []
 
 
-def on_nvme(folder, **more):
-    """Configuration of ZeRO stage 3 with the optimizer's state on NVMe, in several sub-groups."""
-    offload = {"device": "nvme", "nvme_path": str(folder), **more}
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("setup", "stage"), [("bf16", 2), ("fp16", 3)])
+def test_cpu_lion(setup, stage, fault):
+    operators.require("cpu_lion")
+    assert found(fault, setup, stage, LION, offload=True) == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("setup", "stage"), [("fp16", 2), ("bf16", 3)])
+def test_cpu_adagrad(setup, stage, fault):
+    operators.require("cpu_adagrad")
+    assert found(fault, setup, stage, ADAGRAD, offload=True) == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize(("setup", "stage"), [("fp16", 0), ("bf16_fp32", 1), ("bf16", 3)])
+def test_fused_adam(setup, stage, fault):
+    operators.require("fused_adam")
+    assert found(fault, setup, stage, ADAM) == []
+
+
+def test_moments_in_half_precision():
+    operators.require("cpu_adam")
+    halves = {**ADAM, "params": {"lr": 1e-3, "fp32_optimizer_states": False}}
+    assert found("optimizer_state", "bf16", 2, halves, offload=True) == []
+
+
+# -- a part of the optimizer's state on the CPU, and all of it for a while ---------------------------------------------
+
+
+def offloaded(**offload):
+    """Configuration of ZeRO stage 3 with several sub-groups, whose state is offloaded."""
     zero = {"stage": 3, "reduce_bucket_size": 500, "sub_group_size": 1500, "offload_optimizer": offload}
-    return {"zero_optimization": zero, "aio": {"block_size": 1024, "intra_op_parallelism": 1}}
+    return {"zero_optimization": zero}
+
+
+@pytest.mark.parametrize("fault", ["none", "optimizer_state", "gradient"])
+def test_a_ratio_of_the_optimizer_offloaded(fault):
+    operators.require("cpu_adam")
+    assert found(fault, "bf16", 3, ADAM, **offloaded(device="cpu", ratio=0.5)) == []
+
+
+def test_state_that_is_not_offloaded_is_read(tmp_path):
+    operators.require("cpu_adam")
+    engine = support.make_engine(
+        "bf16", stage=3, optimizer_of=lambda _: None, optimizer=dict(ADAM), **offloaded(device="cpu", ratio=0.5)
+    )
+    zero = engine.optimizer
+    zero.subgroup_to_device = dict.fromkeys(zero.subgroup_to_device, "as on a GPU")  # which then steps by itself
+    guard = ng.attach(engine)
+    support.train_step(engine)
+    flat = zero.fp32_partitioned_groups_flat[0]
+    zero.backup_optimizer.state[flat]["exp_avg"][0] = torch.nan
+    with pytest.raises(ng.NumericsError):
+        engine.save_checkpoint(str(tmp_path))
+    assert guard.last_report.first.kind == "optimizer_state"
+    guard.detach()
+
+
+class Trained(support.Model):
+    """Nothing is frozen: DeepSpeed's stage 3 does not take back frozen weights that it has moved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frozen.requires_grad_(True)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_states_that_are_offloaded_for_a_while(stage):
+    operators.require("fused_adam")
+
+    def losses(is_guarded):
+        engine = support.make_engine(
+            "bf16", stage=stage, model=Trained(), optimizer_of=lambda _: None, optimizer=dict(ADAM)
+        )
+        guard = ng.attach(engine) if is_guarded else None
+        found = []
+        for step in range(4):
+            found.append(support.train_step(engine, step))
+            engine.offload_states()
+            engine.reload_states()
+        if guard is None:
+            return found
+        assert not guard.findings
+        assert guard.last_report is None
+        support.plant(engine, "hidden.weight", (3, 5))
+        with pytest.raises(ng.NumericsError):
+            support.train_step(engine, 4)
+        assert guard.last_report.first.name == "hidden.weight"
+        guard.detach()
+        return found
+
+    torch.manual_seed(0)
+    alone = losses(is_guarded=False)
+    torch.manual_seed(0)
+    assert losses(is_guarded=True) == alone
+
+
+# -- the optimizer's state on NVMe -------------------------------------------------------------------------------------
+
+PIPELINED = MappingProxyType({"pipeline_read": True, "pipeline_write": True, "buffer_count": 12})
+AIO = MappingProxyType({"block_size": 1024, "intra_op_parallelism": 1})
 
 
 @pytest.fixture
@@ -56,6 +159,89 @@ def small_files(monkeypatch):
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("setup", ["bf16", "fp16"])
-def test_the_optimizer_on_nvme(setup, fault, small_files, tmp_path):
-    assert found(Case(fault, "transformer", setup, 3, False, 1), ADAM, **on_nvme(tmp_path)) == []
+@pytest.mark.parametrize(("setup", "more"), [("bf16", {}), ("fp16", {}), ("bf16", PIPELINED)])
+def test_the_optimizer_on_nvme(setup, more, fault, small_files, tmp_path):
+    config = offloaded(device="nvme", nvme_path=str(tmp_path), **more)
+    assert found(fault, setup, 3, ADAM, aio=dict(AIO), **config) == []
+
+
+class Sometimes(support.Model):
+    """Leaves its hidden layers out of a step."""
+
+    are_used = True
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.frozen(self.embedding(tokens))
+        if self.are_used:
+            x = x + self.output(torch.tanh(self.norm(self.hidden(x))))
+        return self.head(x)[..., :7]
+
+
+def nvme_engine(folder):
+    """An engine whose large sub-groups are swapped out."""
+    config = offloaded(device="nvme", nvme_path=str(folder))
+    config["zero_optimization"]["sub_group_size"] = 400
+    return support.make_engine(
+        "bf16", stage=3, model=Sometimes(), optimizer_of=lambda _: None, optimizer=dict(ADAM), aio=dict(AIO), **config
+    )
+
+
+def test_gradients_of_a_skipped_step_are_cleared_on_nvme(small_files, tmp_path):
+    engine = nvme_engine(tmp_path)
+    guard = ng.attach(engine)
+    swapper = engine.optimizer.optimizer_swapper
+    for step in range(4):
+        engine.module.are_used = step != 3
+        support.train_step(engine, step, poison=float("nan") if step == 2 else 1.0)
+        sizes = [flat.numel() for flat in engine.optimizer.fp32_partitioned_groups_flat]
+        assert sizes[:2] == [0, 0], "they are to be on NVMe"
+        assert len(swapper.swap_buffer_manager.free_buffer_index) == swapper.swap_config.buffer_count
+    assert [record.applied for record in guard.history] == [True, True, False, True]
+    assert all(bool(weight.isfinite().all()) for weight in support.weights(engine).values())
+    guard.detach()
+
+
+def test_bad_state_on_nvme_is_not_saved(small_files, tmp_path):
+    engine = nvme_engine(tmp_path / "nvme")
+    guard = ng.attach(engine)
+    support.train_step(engine)
+    ng.inject(engine, "optimizer_state", "hidden.weight", index=(3, 5), step=2)
+    support.train_step(engine, 1)
+    with pytest.raises(ng.NumericsError, match=r"hidden\.weight"):
+        engine.save_checkpoint(str(tmp_path / "saved"))
+    assert not (tmp_path / "saved").exists()
+    guard.detach()
+
+
+RANKS = """
+import logging, tempfile, warnings
+import deepspeed_support as support
+import operators
+
+support.allow_fp16()
+operators.load("pin_memory", "async_io", "cpu_adam")
+import deepspeed
+import deepspeed.runtime.swap_tensor.optimizer_utils as utils
+from campaign import worker
+from campaign.cases import Case, problems
+
+warnings.filterwarnings("ignore")
+deepspeed.init_distributed("gloo")
+logging.disable(logging.CRITICAL)
+utils.MIN_AIO_BYTES = 1024
+for fault in ("none", "optimizer_state", "input"):
+    offload = {"device": "nvme", "nvme_path": FOLDER}
+    zero = {"stage": 3, "reduce_bucket_size": 500, "sub_group_size": 1500, "offload_optimizer": offload}
+    case = Case(fault, "transformer", "bf16", 3, False, 2)
+    seen = worker.run(
+        case, optimizer_of=lambda _: None, optimizer={"type": "AdamW", "params": {"lr": 1e-3}},
+        zero_optimization=zero, aio={"block_size": 1024, "intra_op_parallelism": 1},
+    )
+    assert problems(case, [seen]) == [], problems(case, [seen])
+"""
+
+
+@pytest.mark.multiprocess
+def test_the_optimizer_on_nvme_of_two_ranks(tmp_path):
+    operators.require("cpu_adam", "async_io")
+    support.run_ranks(f"FOLDER = {str(tmp_path)!r}\n{RANKS}", tmp_path)

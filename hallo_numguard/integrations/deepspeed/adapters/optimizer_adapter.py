@@ -130,7 +130,7 @@ class OptimizerAdapter(ABC):
         """Returns the tensors of a torch optimizer's state that are as large as a flat tensor; a step count is not."""
         found = []
         for name, value in optimizer.state.get(flat, {}).items():
-            if not isinstance(value, torch.Tensor) or value.numel() != flat.numel():
+            if not is_moment(name, value) or value.numel() != flat.numel():
                 continue
             if is_plain(value):
                 found.append(value)
@@ -179,6 +179,14 @@ class OptimizerAdapter(ABC):
     def end_step(self) -> None:
         """Drops the scan."""
         self.scan = None
+
+
+def is_moment(name: object, value: object) -> bool:
+    """Returns whether an entry of a torch optimizer's state has numbers of elements.
+
+    What `engine.offload_states` has left there is none: a copy that is not read any more.
+    """
+    return isinstance(value, torch.Tensor) and value.numel() > 1 and not str(name).endswith("_offload_buffer")
 
 
 def linked_parts(adapter: OptimizerAdapter, flats: Any) -> Iterator[Part]:

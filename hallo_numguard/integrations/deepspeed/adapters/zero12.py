@@ -70,8 +70,16 @@ class Zero12Adapter(OptimizerAdapter):
         return zero_loss_scaling(self.optimizer)
 
     def state_parts(self) -> Iterator[Part]:
-        """Yields this rank's slices of the moments and master copies."""
-        return linked_parts(self, self.optimizer.single_partition_of_fp32_groups)
+        """Yields this rank's slices of the moments and master copies; momenta of Muon whole, as it needs matrices."""
+        flats = self.optimizer.single_partition_of_fp32_groups
+        yield from linked_parts(self, flats)
+        for flat, parameters in zip(flats, self.optimizer.params_in_partition, strict=True):
+            momentum = self.optimizer.optimizer.state.get(flat, {}).get("momentum_buffer")
+            total = sum(parameter.numel() for parameter in parameters)
+            if momentum is None or total != momentum.numel() or total == flat.numel():  # else it is a slice
+                continue
+            for parameter, part in zip(parameters, momentum.split([p.numel() for p in parameters]), strict=True):
+                yield part, Piece(self.positions[parameter], 0)
 
     def checks_overflow(self) -> bool:
         """Returns whether overflows, or bad norms in their place, skip the step."""
