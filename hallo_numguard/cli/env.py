@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 import click
@@ -58,9 +61,24 @@ def _facts() -> dict[str, Any]:
         "instruction sets of this CPU": ", ".join(isas) or "none",
         "threads": torch.get_num_threads(),
         "CUDA extension": why_cuda_missing() or "built",
+        "locks of torch's extensions": _locks(),
         "gpu": torch.cuda.get_device_name() if has_gpu else "none",
         "backends": {device: _backends(device) for device in (("cpu", "cuda") if has_gpu else ("cpu",))},
     }
+
+
+def _locks() -> str:
+    """Returns which operators whoever loads them would wait for, those of DeepSpeed among them."""
+    from torch.utils import cpp_extension
+
+    root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    found = [
+        f"{path}, of {time.ctime(path.stat().st_mtime)}"
+        for path in sorted([*root.glob("*/lock"), *root.glob("*/*/lock")])
+    ]
+    if not found:
+        return "none"
+    return f"{'; '.join(found)}: if nothing is being compiled, delete it, or every run that needs it waits for ever"
 
 
 def _backends(device: str) -> dict[str, Any]:

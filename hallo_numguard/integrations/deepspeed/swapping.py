@@ -13,6 +13,17 @@ from typing import Any
 
 import torch
 
+from hallo_numguard.integrations.deepspeed.version import require
+
+_OF_OPTIMIZER = (
+    "_optimizer_states_and_gradient_swap_in",
+    "_release_swap_buffers",
+    "_swappable_optimizer_subgroup",
+    "_writeback_swap_state",
+    "optimizer_swapper",
+)
+_OF_SWAPPER = ("flush_gradients", "swap_out_gradients", "swap_params_info")
+
 
 class SwappedState:
     """What DeepSpeed's optimizer swapper keeps.
@@ -28,6 +39,12 @@ class SwappedState:
     def is_used(self) -> bool:
         """Whether the optimizer is offloaded to NVMe; groups that are too small for it are in memory all the same."""
         return bool(getattr(self._optimizer, "swap_optimizer", False))
+
+    def check_supported(self) -> None:
+        """Raises UnsupportedDeepSpeed if a sub-group cannot be read and given back with this release."""
+        if self.is_used:
+            require(self._optimizer, *_OF_OPTIMIZER)
+            require(self._optimizer.optimizer_swapper, *_OF_SWAPPER)
 
     @contextlib.contextmanager
     def in_memory(self, group: int, is_written: bool = False) -> Iterator[None]:

@@ -201,15 +201,20 @@ def test_gradients_of_a_skipped_step_are_cleared_on_nvme(small_files, tmp_path):
     guard.detach()
 
 
-def test_bad_state_on_nvme_is_not_saved(small_files, tmp_path):
+def test_a_bad_moment_on_nvme_is_not_saved(small_files, tmp_path):
     engine = nvme_engine(tmp_path / "nvme")
     guard = ng.attach(engine)
     support.train_step(engine)
-    ng.inject(engine, "optimizer_state", "hidden.weight", index=(3, 5), step=2)
-    support.train_step(engine, 1)
+    position = guard._adapter.names.index("hidden.weight")
+    assert len(guard._adapter.state_parts_of(position)) == 3  # the master copy and two moments
+    engine.save_checkpoint(str(tmp_path / "good"))
+    for tensor, piece in guard._adapter.changed_state_parts():
+        if piece.parameter == position and not tensor.requires_grad:  # the moments
+            tensor[7] = torch.nan
     with pytest.raises(ng.NumericsError, match=r"hidden\.weight"):
-        engine.save_checkpoint(str(tmp_path / "saved"))
-    assert not (tmp_path / "saved").exists()
+        engine.save_checkpoint(str(tmp_path / "bad"))
+    assert guard.last_report.first.kind == "optimizer_state"
+    assert not (tmp_path / "bad").exists()
     guard.detach()
 
 

@@ -56,6 +56,12 @@ class Zero3Adapter(OptimizerAdapter):
         super().__init__(optimizer, positions)
         self._swapped = SwappedState(optimizer)
 
+    @classmethod
+    def check_supported(cls, optimizer: Any) -> None:
+        """Raises UnsupportedDeepSpeed also if its state is on NVMe and this release has no way to read and give back."""
+        super().check_supported(optimizer)
+        SwappedState(optimizer).check_supported()
+
     def gradient_source(self) -> GradientSource:
         """Returns the one flat tensor of all groups: this rank's slice of each parameter's gradient."""
         optimizer = self.optimizer
