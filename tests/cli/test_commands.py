@@ -58,6 +58,17 @@ def test_the_group_says_how_to_complete_and_the_shell_can():
     assert "complete -o nosort -F _hallo_numguard_completion hallo-numguard" in script.stdout
 
 
+def test_env_names_the_locks_that_a_run_would_wait_for(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    facts = json.loads(run("env", "--format", "json").stdout)
+    assert facts["locks of torch's extensions"] == "none"
+    lock = tmp_path / "cpu_adam" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    facts = json.loads(run("env", "--format", "json").stdout)
+    assert facts["locks of torch's extensions"].startswith(str(lock))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -209,9 +209,12 @@ def optimizer_state_nonfinite(seen: Evidence, first: Offender) -> OverflowReport
 
 
 def optimizer_state_in_update(seen: Evidence, first: Offender) -> OverflowReport:
-    """The optimizer computed with its non-finite state before the framework's check, so that no weight has it yet."""
+    """The optimizer's state is bad, and neither a weight nor a gradient of the model's own call is."""
     loss = [f"{the_loss(seen)} is finite"] if seen.loss_known and seen.loss is None else []
-    again = "the model's own call gave every parameter a finite gradient when it was run again"
+    if seen.gradients:
+        finite = "the model's own call gave every parameter a finite gradient when it was run again"
+    else:
+        finite = "the framework calls this step an overflow; the guard found no non-finite gradient to account for it"
     return report(
         seen,
         Verdict.OPTIMIZER_STATE_NONFINITE,
@@ -219,14 +222,14 @@ def optimizer_state_in_update(seen: Evidence, first: Offender) -> OverflowReport
         [
             *loss,
             _finite_weights(seen),
-            *([again] if seen.gradients else []),
+            finite,
             f"the optimizer's state of {first.name} (a moment or the float32 master copy) is not: {first.counts}",
             "some optimizers, Muon for one, compute with their state before the framework checks for overflows",
         ],
         (),
-        f"Go back to a healthy checkpoint, or reset the optimizer's state of {first.name}: no weight has the value "
-        "yet, but every step with it is skipped.",
-        summary=f"the optimizer's state of {first.name} holds {first.counts}, and its update is made of it",
+        f"Go back to a healthy checkpoint, or reset the optimizer's state of {first.name}, before a step that is "
+        "applied writes it into the weights.",
+        summary=f"the optimizer's state of {first.name} holds {first.counts}; no weight is bad yet",
     )
 
 

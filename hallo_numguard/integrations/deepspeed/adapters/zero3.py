@@ -58,7 +58,7 @@ class Zero3Adapter(OptimizerAdapter):
 
     @classmethod
     def check_supported(cls, optimizer: Any) -> None:
-        """Raises UnsupportedDeepSpeed also if its state is on NVMe and this release has no way to read and give back."""
+        """Raises UnsupportedDeepSpeed also if its state is on NVMe, and cannot be read with this release."""
         super().check_supported(optimizer)
         SwappedState(optimizer).check_supported()
 
