@@ -33,6 +33,7 @@ class NamedTensor:
             `Piece.stride` where it is a block of columns. None where this rank holds all of it.
         shard: Where `tensor` lies in the whole one, if model parallelism has cut it; a slice is then one of that part.
         is_everywhere: Whether all ranks hold it, or a part of it; `tensor` is empty on those that do not.
+        is_on_disk: Whether it is in memory only while its module is called; `slice` then returns no element.
     """
 
     kind: str
@@ -43,6 +44,7 @@ class NamedTensor:
     slice: Callable[[], tuple[torch.Tensor, int] | tuple[torch.Tensor, int, int, int]] | None = None
     shard: Shard | None = None
     is_everywhere: bool = True
+    is_on_disk: bool = False
 
     @property
     def is_shared_out(self) -> bool:

@@ -203,12 +203,14 @@ def _write_parameter(parameter: Any, index: Sequence[int] | None, value: float) 
     if is_whole:
         _write(parameter, index, value)
     from hallo_numguard.integrations.deepspeed.partition import slice_of
+    from hallo_numguard.integrations.deepspeed.swapping import in_memory
 
     mine = slice_of(parameter)  # ZeRO stage 3: every rank has a slice
     place = _flat(tuple(parameter.ds_shape), index) - mine.start
     is_mine = 0 <= place < mine.real
     if is_mine:
-        parameter.ds_tensor.data.view(-1)[place] = value
+        with in_memory(parameter):
+            parameter.ds_tensor.data.view(-1)[place] = value
     return _write_secondary(parameter, index, value) or is_whole or is_mine
 
 

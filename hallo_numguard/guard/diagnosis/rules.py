@@ -58,7 +58,7 @@ def judge(seen: Evidence) -> OverflowReport:
     if _is_one_ranks_fault(seen):
         return messages.rank_fault(seen)
     if seen.source is not None and _explains(seen, seen.source):
-        return by_source(seen, seen.source, seen.known_from)
+        return _by_source(seen, seen.source)
     if seen.loss is not None:
         return messages.loss_nonfinite(seen, seen.loss)
     if _overflowed_in_the_reduction(seen):
@@ -75,6 +75,15 @@ def judge(seen: Evidence) -> OverflowReport:
     if seen.answer is not None:
         return messages.sum_nonfinite(seen, seen.gradients[0])
     return messages.gradients_nonfinite(seen)
+
+
+def _by_source(seen: Evidence, source: Source) -> OverflowReport:
+    """The report on a source; a weight that is read only while it is used may have state that was bad before it."""
+    found = by_source(seen, source, seen.known_from)
+    state = next((item for item in seen.state if found.first is not None and item.name == found.first.name), None)
+    if source.kind != "parameter" or found.first is None or state is None:
+        return found
+    return messages.optimizer_state_nonfinite(replace(seen, suspects=[found.first]), state)
 
 
 def _explains(seen: Evidence, source: Source) -> bool:

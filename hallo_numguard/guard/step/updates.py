@@ -145,7 +145,9 @@ class UpdateWatch:
         own = {at for at, item in enumerate(parameters) if id(item.tensor) in held}
         # Where the optimizer holds flat copies, its own are not among them: then all that take gradients are.
         trained = own or {at for at, item in enumerate(parameters) if item.tensor.requires_grad}
-        self._trained = sorted(at for at in trained if not is_lazy(parameters[at].tensor))
+        self._trained = sorted(
+            at for at in trained if not is_lazy(parameters[at].tensor) and not parameters[at].is_on_disk
+        )
         self._parts = WeightParts(parameters, self._trained, in_one=self._mode == "all")
         self._readers: dict[int | None, Reader] = {}
         self._dtypes = {parameters[at].tensor.dtype for at in self._trained}

@@ -61,6 +61,8 @@ _log = logging.getLogger("hallo_numguard")
 P = ParamSpec("P")
 T = TypeVar("T")
 
+ON_NVME = "they are on NVMe but while their module is called"
+
 _guarded_engines: WeakSet[Any] = WeakSet()
 
 
@@ -104,6 +106,9 @@ class DeepSpeedGuard(Guard):
         parameters, buffers = self._listed_parameters(), named_buffers(engine.module)
         self._adapter = adapter_for(engine.optimizer, {item.tensor: at for at, item in enumerate(parameters)})
         self._adapter.names = [item.name for item in parameters]
+        for item in parameters:
+            if item.is_on_disk:
+                self._adapter.unchecked.add(item.name, item.tensor, ON_NVME)
         self._adapter.scaler = self._scaler = scaler_of_engine(engine)
         self._stepper = self._optimizer if self._scaler is None else self._scaler  # what the engine calls
         self._gradients = self._adapter.gradient_source()

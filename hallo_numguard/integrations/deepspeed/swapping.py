@@ -99,3 +99,17 @@ class SwappedState:
             read = swapper.swap_ops["sync_swap_in"]
             return read is None or not read.is_parameter(flat)
         return not swapper.swap_params_info[flat.ds_id].swap_buffers
+
+
+@contextlib.contextmanager
+def in_memory(parameter: Any) -> Iterator[None]:
+    """Reads this rank's part of a parameter that is on NVMe, to be changed, and writes it there at the end."""
+    status = getattr(parameter.ds_tensor, "status", None)
+    if getattr(status, "name", "") != "NOT_AVAILABLE":
+        yield
+        return
+    parameter.nvme_swapper.swap_in([parameter], async_op=False)
+    try:
+        yield
+    finally:
+        parameter.nvme_swapper.swap_out_and_release([parameter])

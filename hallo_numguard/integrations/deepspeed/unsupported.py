@@ -103,13 +103,6 @@ UNSUPPORTED = (
         lambda engine: not spans_all_ranks(engine),
     ),
     Unsupported(
-        "offload of parameters to NVMe",
-        "optimizer.params_in_nvme_and_cpu",
-        "weights are in memory only while they are used",
-        'Use "offload_param": {"device": "cpu"}.',
-        _optimizer_is_on("params_in_nvme_and_cpu"),
-    ),
-    Unsupported(
         "ZenFlow",
         "engine.zenflow",
         "it updates important gradients apart from the others",

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import MappingProxyType
 
 import pytest
@@ -30,14 +31,19 @@ def half_precision_on_the_cpu():
     support.allow_fp16()
 
 
-def found(fault, setup, stage, optimizer, offload=False, **config):
-    """Returns what is wrong with what was seen of a fault; the optimizer is made by DeepSpeed's configuration."""
+def run(case, optimizer, **config):
+    """Returns what was seen of a case; the optimizer is made by DeepSpeed's configuration."""
     from campaign import worker  # which asks for the rank
 
-    case = Case(fault, "transformer", setup, stage, offload, 1)
     seen = worker.run(case, optimizer_of=lambda _: None, optimizer=dict(optimizer), **config)
     assert seen.alone in (None, "runs")
-    return problems(case, [seen])
+    return seen
+
+
+def found(fault, setup, stage, optimizer, offload=False, **config):
+    """Returns what is wrong with what was seen of a fault."""
+    case = Case(fault, "transformer", setup, stage, offload, 1)
+    return problems(case, [run(case, optimizer, **config)])
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -215,6 +221,50 @@ def test_a_bad_moment_on_nvme_is_not_saved(small_files, tmp_path):
         engine.save_checkpoint(str(tmp_path / "bad"))
     assert guard.last_report.first.kind == "optimizer_state"
     assert not (tmp_path / "bad").exists()
+    guard.detach()
+
+
+def on_nvme(folder):
+    """Configuration with parameters on NVMe too; with prefetching DeepSpeed 0.19.8 itself fails on small ones."""
+    config = offloaded(device="nvme", nvme_path=str(folder))
+    buffers = {"buffer_size": 10_000, "buffer_count": 40, "max_in_cpu": 0}
+    config["zero_optimization"] |= {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": 0,
+        "offload_param": {"device": "nvme", "nvme_path": str(folder), **buffers},
+    }
+    return {**config, "aio": {"block_size": 512, "intra_op_parallelism": 1}}
+
+
+@pytest.fixture
+def small_parameter_files(small_files, monkeypatch):
+    monkeypatch.setattr("deepspeed.runtime.swap_tensor.partitioned_param_swapper.MIN_AIO_BYTES", 512)
+
+
+@pytest.mark.parametrize("fault", [*FAULTS, "frozen_weight"])
+def test_parameters_on_nvme(fault, small_parameter_files, tmp_path):
+    case = Case(fault, "transformer", "bf16", 3, False, 1)
+    seen = run(case, ADAM, **on_nvme(tmp_path))
+    assert seen.findings == (("not_checked", ""),)
+    is_finite = fault not in ("weight", "frozen_weight", "optimizer_state")  # which no test can read between steps
+    assert problems(case, [replace(seen, findings=(), finite=is_finite)]) == []
+
+
+def test_what_is_on_nvme_is_said_to_be_unchecked_and_stays_there(small_parameter_files, tmp_path):
+    engine = support.make_engine(
+        "bf16", stage=3, optimizer_of=lambda _: None, optimizer=dict(ADAM), **on_nvme(tmp_path)
+    )
+    weight = engine.module.hidden.weight
+    guard = ng.attach(engine)
+    free = len(weight.nvme_swapper.available_buffer_ids)
+    for step in range(3):
+        support.train_step(engine, step, poison=float("nan") if step == 1 else 1.0)
+        assert weight.ds_tensor.status.name == "NOT_AVAILABLE"
+        assert len(weight.nvme_swapper.available_buffer_ids) == free
+    assert [record.applied for record in guard.history] == [True, False, True]
+    (finding,) = guard.findings
+    assert "on NVMe" in finding.message
+    assert "hidden.weight" in finding.message
     guard.detach()
 
 

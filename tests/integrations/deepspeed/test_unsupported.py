@@ -31,7 +31,6 @@ SHOWN = {
     "an engine without optimizer": ("", "optimizer", None),
     "AutoEP": ("module", "__class__", "AutoEPMoELayer"),
     "tensor parallelism on a part of the ranks": ("", "mpu", OfTwo()),
-    "offload of parameters to NVMe": ("optimizer", "params_in_nvme_and_cpu", True),
     "ZenFlow": ("", "zenflow", True),
     "SuperOffload": ("optimizer", "__class__", "SuperOffloadOptimizer_Stage3"),
     "1-bit optimizers": ("basic_optimizer", "__class__", "OnebitAdam"),
