@@ -56,6 +56,10 @@ _CONSTANTS = frozenset(("full_like", "ones_like", "zeros_like", "new_zeros", "ne
 """Operations that take nothing but the shape of their argument."""
 
 
+PART = " (this rank's part of it)"
+"""Ends the name of a tensor that is gathered to be the whole parameter."""
+
+
 @dataclass(eq=False)
 class _Found:
     """A source, while the pass goes on.
@@ -405,13 +409,24 @@ class OperationWatch(TorchDispatchMode):
 
 
 def named_weights(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
-    """Yields kind, name and tensor of parameters and buffers, and of what ZeRO++ hpZ gathers in place of some."""
+    """Yields kind, name and tensor of parameters and buffers, and of what is gathered in place of some.
+
+    That is ZeRO++ hpZ's copy, and what has been read from NVMe, which no scan of the weights has seen.
+    """
     for name, parameter in module.named_parameters():
         yield "parameter", name, parameter
+        if is_on_nvme(parameter):
+            yield "parameter", f"{name}{PART}", parameter.ds_tensor
         secondary = getattr(parameter, "ds_secondary_tensor", None)
         if secondary is not None:
             yield "parameter", f"{name} (this rank's part of its hpZ copy)", secondary
     yield from (("buffer", name, tensor) for name, tensor in module.named_buffers())
+
+
+def is_on_nvme(parameter: Any) -> bool:
+    """Returns whether a parameter of DeepSpeed is in memory only while its module is called; small ones stay there."""
+    location = getattr(getattr(parameter, "ds_tensor", None), "final_location", None)
+    return getattr(location, "value", location) == "nvme"
 
 
 def unwatched() -> contextlib.AbstractContextManager[Any]:

@@ -11,6 +11,7 @@ from hallo_numguard.core.sources import Source
 from hallo_numguard.guard.diagnosis import messages
 from hallo_numguard.guard.diagnosis.evidence import Evidence, Replayed
 from hallo_numguard.guard.diagnosis.source_messages import by_source
+from hallo_numguard.tracing.watch import PART
 
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895e38, "float32": 3.4028e38}
 """Largest numbers of the dtypes that gradients are reduced in."""
@@ -80,7 +81,8 @@ def judge(seen: Evidence) -> OverflowReport:
 def _by_source(seen: Evidence, source: Source) -> OverflowReport:
     """The report on a source; a weight that is read only while it is used may have state that was bad before it."""
     found = by_source(seen, source, seen.known_from)
-    state = next((item for item in seen.state if found.first is not None and item.name == found.first.name), None)
+    name = "" if found.first is None else found.first.name.removesuffix(PART)
+    state = next((item for item in seen.state if item.name == name), None)
     if source.kind != "parameter" or found.first is None or state is None:
         return found
     return messages.optimizer_state_nonfinite(replace(seen, suspects=[found.first]), state)

@@ -11,6 +11,7 @@ import torch
 
 from hallo_numguard.guard.named_tensors import NamedTensor, named_parameters
 from hallo_numguard.integrations.deepspeed.partition import slice_of
+from hallo_numguard.tracing.watch import is_on_nvme
 
 
 def call_module(engine: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -124,16 +125,10 @@ def _partitioned(item: NamedTensor) -> NamedTensor:
     if not hasattr(parameter, "ds_tensor"):
         return item
     shape = tuple(parameter.ds_shape)
-    if not _is_on_nvme(parameter):
+    if not is_on_nvme(parameter):
         return NamedTensor(item.kind, item.name, item.tensor, item.aliases, shape, _LocalSlice(parameter))
     nothing = torch.empty(0, dtype=parameter.dtype)  # what DeepSpeed puts in its place is none of its elements
     return NamedTensor(item.kind, item.name, item.tensor, item.aliases, shape, lambda: (nothing, 0), is_on_disk=True)
-
-
-def _is_on_nvme(parameter: Any) -> bool:
-    """Returns whether a parameter is in memory only while its module is called; small ones stay there."""
-    location = getattr(parameter.ds_tensor, "final_location", None)
-    return getattr(location, "value", location) == "nvme"
 
 
 class _LocalSlice:
