@@ -416,7 +416,7 @@ def named_weights(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
     for name, parameter in module.named_parameters():
         yield "parameter", name, parameter
         if is_on_nvme(parameter):
-            yield "parameter", f"{name}{PART}", parameter.ds_tensor
+            yield "parameter", f"{name}{PART}", getattr(parameter, "ds_tensor")  # noqa: B009 - of DeepSpeed, not typed
         secondary = getattr(parameter, "ds_secondary_tensor", None)
         if secondary is not None:
             yield "parameter", f"{name} (this rank's part of its hpZ copy)", secondary

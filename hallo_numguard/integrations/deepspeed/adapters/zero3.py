@@ -110,6 +110,8 @@ class Zero3Adapter(OptimizerAdapter):
 
     def state_parts_of(self, position: int | None) -> list[Part]:
         """Returns copies of one parameter's state; of what is on NVMe only its sub-group is read."""
+        if position is None:
+            return []
         for number in self._numbers():
             if not any(self.positions.get(parameter) == position for parameter in self.optimizer.fp16_groups[number]):
                 continue
