@@ -1,6 +1,8 @@
-"""Builds DeepSpeed's operators for the CPU, which the tests load where they find them and never compile.
+"""Builds DeepSpeed's operators, which the tests load where they find them and never compile.
 
     python tools/deepspeed_operators.py [--folder .ops] [cpu_adam ...]
+
+They are those of a CPU; with DS_ACCELERATOR=cuda those of a GPU, of which there are more.
 
 Each takes a minute or two. A build that is interrupted leaves a file `lock` behind, for which torch waits without a
 word: this says which it is.
@@ -29,16 +31,19 @@ BUILDERS = {
     "pin_memory": "PinMemoryBuilder",
     "async_io": "AsyncIOBuilder",
 }
+GPU_BUILDERS = {"fused_lamb": "FusedLambBuilder", "fused_lion": "FusedLionBuilder"}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})
-@click.argument("names", nargs=-1, type=click.Choice(list(BUILDERS)))
+@click.argument("names", nargs=-1, type=click.Choice([*BUILDERS, *GPU_BUILDERS]))
 @click.option(
     "--folder", default=FOLDER, type=click.Path(file_okay=False, path_type=Path), help="Where they are built."
 )
 def main(names: Sequence[str], folder: Path) -> None:
     """Builds operators of DeepSpeed that are not built yet."""
-    wanted = [name for name in names or BUILDERS if not (folder / name / f"{name}.so").is_file()]
+    has_gpu = os.environ.get("DS_ACCELERATOR", "cpu") != "cpu"
+    all_names = [*BUILDERS, *(GPU_BUILDERS if has_gpu else ())]
+    wanted = [name for name in names or all_names if not (folder / name / f"{name}.so").is_file()]
     wrong = [*locks(folder), *missing_tools()] if wanted else []
     if not wrong and wanted:
         wrong = list(_built(wanted, folder))
@@ -75,7 +80,7 @@ def _built(names: Sequence[str], folder: Path) -> Iterator[str]:
     from deepspeed.accelerator import get_accelerator
 
     for name in names:
-        builder = get_accelerator().create_op_builder(BUILDERS[name])
+        builder = get_accelerator().create_op_builder({**BUILDERS, **GPU_BUILDERS}[name])
         if not builder.is_compatible(verbose=False):
             yield _reason(name)
             continue

@@ -1,6 +1,7 @@
 """The optimizers that DeepSpeed compiles, and NVMe: the same faults are named as with torch's optimizers in memory.
 
-`make deepspeed-ops-test` builds the operators; without them these tests are skipped.
+`make deepspeed-ops-test` builds the operators, with DS_ACCELERATOR=cuda those of a GPU; without them these tests are
+skipped.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ pytestmark = pytest.mark.deepspeed
 FAULTS = ("none", "weight", "optimizer_state", "input", "gradient")
 ADAM = MappingProxyType({"type": "AdamW", "params": {"lr": 1e-3}})
 LION = MappingProxyType({"type": "Lion", "params": {"lr": 1e-4}})
+LAMB = MappingProxyType({"type": "Lamb", "params": {"lr": 1e-3}})
 ADAGRAD = MappingProxyType({"type": "Adagrad", "params": {"lr": 1e-3}})
 
 
@@ -72,6 +74,14 @@ def test_cpu_adagrad(setup, stage, fault):
 def test_fused_adam(setup, stage, fault):
     operators.require("fused_adam")
     assert found(fault, setup, stage, ADAM) == []
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize(("operator", "optimizer"), [("fused_lamb", LAMB), ("fused_lion", LION)])
+def test_optimizers_for_gpus(operator, optimizer, stage, fault):
+    operators.require(operator)
+    assert found(fault, "fp16", stage, optimizer) == []
 
 
 def test_moments_in_half_precision():
