@@ -30,12 +30,15 @@ EXPECTED = {
     "buffer": "likewise, and a finding at attach",
     "optimizer_state": "`optimizer_state_nonfinite`, tensor, index; the run is stopped at the first bad loss",
     "input": "`input_nonfinite`, argument, index, rank; one step is skipped",
-    "loss": "`undetermined`: the loss, its rank, and that every module was finite; one step is skipped",
+    "loss": (
+        "`undetermined`: the loss, its rank, and that every module was finite; in a pipeline, whose loss function is "
+        "run again, `loss_nonfinite` with its micro-batch; one step is skipped"
+    ),
     "forward": "`forward_nonfinite`, module, rank; every step is skipped while the weight is there",
     "backward": "`backward_nonfinite`, module, rank",
     "gradient": (
-        "`rank_fault`, tensor, index, rank (local gradients are looked at); in one process, and with `torch_autocast` "
-        "at stage 3, `undetermined`"
+        "`rank_fault`, tensor, index, rank (local gradients are looked at); in one process or copy of a pipeline, and "
+        "with `torch_autocast` at stage 3, `undetermined`"
     ),
     "scale": "`scale_too_high`, and the scale at which it settles",
     "reduction": "`reduction_overflow`, tensor, index",
@@ -102,6 +105,7 @@ WAYS = {
     "hpz": Way("ZeRO++ hpZ, 2 ranks a partition", (2, 4), ("transformer", "unet")),
     "ulysses": Way("Ulysses, a sequence over 2 ranks", (2, 4), ("transformer",)),
     "compiled": Way('`engine.compile()`, backend "eager"', (1,), ("transformer",)),
+    "pipeline": Way("pipeline of 2 stages, accumulation 4", (2, 4), ("transformer",)),
 }
 
 # What attach refuses, and a single process can have.
@@ -150,9 +154,15 @@ KINDS = (
     Kind("bf16", 0, way="compiled"),
     Kind("fp16", 2, way="compiled"),
     Kind("bf16", 3, way="compiled"),
+    Kind("fp32", 0, way="pipeline"),
+    Kind("fp16", 0, way="pipeline"),
+    Kind("fp16", 1, way="pipeline"),
+    Kind("bf16", 1, way="pipeline"),
+    Kind("bf16_fp32", 1, way="pipeline"),
 )
 MODELS = ("transformer", "unet", "experts")
 CLEAN_STEPS, FAULTY_STEP, STEPS = 30, 3, 6
+STAGES, MICRO_BATCHES = 2, 4  # of a pipeline
 
 
 @dataclass(frozen=True)
@@ -199,8 +209,23 @@ class Case:
 
     @property
     def culprit(self) -> int:
-        """The rank on which the fault is planted, where it is one rank's."""
+        """The rank on which the fault is planted, where it is one rank's: in a pipeline one of the last copy.
+
+        Its first stage has the batch and what is frozen, its last one the loss and the weight that is damaged.
+        """
+        if self.way == "pipeline" and self.fault in ("frozen_weight", "input"):
+            return self.world // STAGES - 1
         return self.world - 1
+
+    @property
+    def copies(self) -> int:
+        """Number of ranks that compute the same of other batches."""
+        return self.world // STAGES if self.way == "pipeline" else self.world
+
+    @property
+    def faulty_call(self) -> int:
+        """Number of the model's call with the fault: in a pipeline that of the step's last micro-batch."""
+        return FAULTY_STEP * (MICRO_BATCHES if self.way == "pipeline" else 1)
 
     def to_dict(self) -> dict[str, Any]:
         """For the worker."""
@@ -223,7 +248,11 @@ def _exists(fault: str, model: str, kind: Kind, world: int) -> bool:
     is_autocast = setup.startswith("autocast")
     if fault == "refused" or model not in WAYS[way].models:
         return False
-    if world == 4 and (setup != "bf16" or model != "transformer" or fault in ("frozen_weight", "buffer")):
+    if (
+        world == 4
+        and way != "pipeline"
+        and (setup != "bf16" or model != "transformer" or fault in ("frozen_weight", "buffer"))
+    ):
         return False  # a smaller share on 4 ranks
     if is_autocast and model != "transformer":
         return False
@@ -236,7 +265,7 @@ def _exists(fault: str, model: str, kind: Kind, world: int) -> bool:
             return False  # at the scale before the right one the sum over ranks overflows, and not a rank's gradient
         return (setup in ("fp16", "half") and stage > 0) or (setup == "autocast_fp16" and stage == 0)
     if fault == "reduction":  # later stages divide before they add up, but not by the parts of a sequence
-        return setup == "fp16" and (stage == 0 or way == "ulysses") and world > 1
+        return setup == "fp16" and (stage == 0 or way == "ulysses") and world > (STAGES if way == "pipeline" else 1)
     return True
 
 
@@ -399,8 +428,10 @@ def _expected(case: Case, seen: Seen, name: str, index: tuple[int, ...]) -> Iter
         yield "first", seen.first, ("input", name, index, case.culprit)
         yield "applied", seen.applied, one_bad_step
     elif case.fault == "loss":
-        yield "verdict", (seen.verdict, seen.recoverable), ("undetermined", None)
-        yield "first", seen.first, ("loss", "loss", (), case.culprit)
+        is_run_again = case.way == "pipeline"  # the engine has the loss function
+        verdict, index = ("loss_nonfinite", (MICRO_BATCHES - 1,)) if is_run_again else ("undetermined", ())
+        yield "verdict", (seen.verdict, seen.recoverable), (verdict, None)
+        yield "first", seen.first, ("loss", "loss", index, case.culprit)
         yield "applied", seen.applied, one_bad_step
     elif case.fault == "forward":
         stays = case.has_large_weight
@@ -413,8 +444,8 @@ def _expected(case: Case, seen: Seen, name: str, index: tuple[int, ...]) -> Iter
         yield "first", first_but_index, ("gradient", name, 0)
         yield "applied", seen.applied, one_bad_step
     elif case.fault == "gradient":
-        # One process has nothing to be compared with; under stage 3 torch_autocast gathers other bits anew.
-        is_comparable = case.world > 1 and not (case.is_autocast and case.stage == 3)
+        # One copy has nothing to be compared with; under stage 3 torch_autocast gathers other bits anew.
+        is_comparable = case.copies > 1 and not (case.is_autocast and case.stage == 3)
         verdict = "rank_fault" if is_comparable else "undetermined"
         yield "verdict", (seen.verdict, seen.recoverable), (verdict, None)
         yield "first", seen.first, ("gradient", name, index, case.culprit)
@@ -422,7 +453,8 @@ def _expected(case: Case, seen: Seen, name: str, index: tuple[int, ...]) -> Iter
     elif case.fault == "scale":
         yield "verdict", (seen.verdict, seen.recoverable), ("scale_too_high", yes)
         yield "settled", seen.last, ("scale_too_high", no)
-        yield "settles at", seen.settled_at, seen.named_scale
+        # Where finite micro-batches are too large as a sum, none is named.
+        yield "settles at", seen.settled_at, seen.named_scale or (case.way == "pipeline" and seen.settled_at)
         yield "applied", (seen.applied[0], seen.applied[-1]), (no, yes)
     elif case.fault == "reduction":
         yield "verdict", (seen.verdict, seen.recoverable), ("reduction_overflow", yes)

@@ -12,7 +12,7 @@ from torch import nn
 from hallo_numguard.integrations.deepspeed.partition import slice_of
 
 import deepspeed_support as support
-from campaign.cases import Case
+from campaign.cases import MICRO_BATCHES, Case
 from campaign.faults import build
 from campaign.models import Attention, Transformer
 from tensor_parallel import PARTS, autotp
@@ -74,7 +74,7 @@ def make(case: Case, scale_power: int = 6, **config: Any) -> Any:
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # it is one for a process
     mpu = _sequence_groups() if case.way == "ulysses" else None
     # DeepSpeed converts parameters, not buffers: whoever trains in half precision does so himself.
-    model = build(case, SequenceTransformer if case.way == "ulysses" else None).to(DTYPES.get(case.setup))
+    model = build(case, _class_of(case)).to(DTYPES.get(case.setup))
     groups_of = support.trained_by if case.model != "experts" else type(model).groups
     setup = "fp32" if case.is_autocast else case.setup
     engine = support.make_engine(
@@ -88,6 +88,15 @@ def make(case: Case, scale_power: int = 6, **config: Any) -> Any:
     return engine
 
 
+def _class_of(case: Case) -> Any:
+    """The model's class where it is not that of the campaign's table."""
+    if case.way == "pipeline":
+        from campaign.staged import StagedTransformer
+
+        return StagedTransformer
+    return SequenceTransformer if case.way == "ulysses" else None
+
+
 def _config(case: Case) -> dict[str, Any]:
     if case.is_autocast:
         dtype = "float16" if case.is_half else "bfloat16"
@@ -96,6 +105,8 @@ def _config(case: Case) -> dict[str, Any]:
         return {"tensor_parallel": AUTOTP}
     if case.way == "hpz":
         return {"zero_optimization": {"stage": 3, "reduce_bucket_size": 500, "zero_hpz_partition_size": PARTS}}
+    if case.way == "pipeline":
+        return {"gradient_accumulation_steps": MICRO_BATCHES, "steps_per_print": 1 << 20}
     return {}
 
 

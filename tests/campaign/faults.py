@@ -24,7 +24,9 @@ def build(case: Case, kind: type[nn.Module] | None = None) -> Any:
     torch.manual_seed(0)
     model = (kind or WITH_EXPERTS[case.model])()
     if case.fault == "buffer":
-        dict(model.named_buffers())[model.buffer].view(-1)[1] = float("nan")
+        buffer = dict(model.named_buffers()).get(model.buffer)
+        if buffer is not None:  # else another stage has it
+            buffer.view(-1)[1] = float("nan")
     return model
 
 
@@ -60,11 +62,11 @@ def _plant(case: Case, target: Any, model: Any) -> tuple[str, tuple[int, ...]]:
     mine = None if case.stage == 3 and case.way != "autotp" else case.culprit
 
     def inject(kind: str, name: str | None, **options: Any) -> None:
-        ng.inject(target, kind, name, step=FAULTY_STEP, **options)
+        ng.inject(target, kind, name, step=case.faulty_call, **options)
 
     if case.fault in ("weight", "frozen_weight"):
         name = model.trainable if case.fault == "weight" else model.frozen
-        index = tuple(size - 1 for size in shapes[name])  # in the last rank's slice
+        index = tuple(size - 1 for size in shapes.get(name) or model.shapes[name])  # in the last rank's slice
         inject("parameter", name, index=index, rank=mine)
         return name, index
     if case.fault == "buffer":
@@ -74,6 +76,8 @@ def _plant(case: Case, target: Any, model: Any) -> tuple[str, tuple[int, ...]]:
         return model.trainable, STATE
     if case.fault == "input":
         name, index = INPUT[case.model]
+        if case.way == "pipeline":  # damaged where batches are made
+            return "forward_input[1]", index
         inject("input", None, index=index, rank=case.culprit)
         return name, index
     if case.fault in ("gradient", "reduction"):
@@ -84,7 +88,7 @@ def _plant(case: Case, target: Any, model: Any) -> tuple[str, tuple[int, ...]]:
         inject("parameter", model.trainable, index=(0, 0), value=60000.0, rank=mine)
     elif case.fault == "forward":
         inject("activation", model.module, value=float("inf"), rank=case.culprit)
-    return {"forward": model.module, "backward": "trap"}.get(case.fault, ""), ()
+    return {"forward": model.module, "backward": model.trapped}.get(case.fault, ""), ()
 
 
 def config_of(case: Case) -> ng.GuardConfig:

@@ -56,6 +56,7 @@ class Transformer(nn.Module):
     frozen = "projection.weight"
     buffer = "positions"
     module = "blocks.1.mlp.0"
+    trapped = "trap"
 
     def __init__(self) -> None:
         super().__init__()
@@ -137,6 +138,7 @@ class UNet(nn.Module):
     frozen = "sound.weight"
     buffer = "frequencies"
     module = "attention.query"
+    trapped = "trap"
 
     def __init__(self) -> None:
         super().__init__()

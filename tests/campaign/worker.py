@@ -84,6 +84,10 @@ def train(case: Case, engine: Any, step: int) -> float:
     model = engine.module
     model.trap.armed = case.fault == "backward" and step == FAULTY_STEP
     batch = 0 if case.fault == "scale" else step  # what one batch needs, another may not
+    if case.way == "pipeline":
+        from campaign import staged
+
+        return staged.train(case, engine, step, batch)
     generator = torch.Generator().manual_seed(batch + 1000 * engines.batch_of(case))
     arguments, target = model.batch(generator, next(model.parameters()).dtype)
     loss = model.loss(engine(*[argument.to(engine.device) for argument in arguments]), target.to(engine.device))

@@ -81,6 +81,7 @@ class RankView(NamedTuple):
         loss_known: Whether there are losses, or stand-ins for them.
         batch_known: Whether the batch is there, unchanged.
         local_known: Whether all gradients were scanned before the reduction.
+        local_sum: What no element of this rank's gradients, added up over micro-batches, can exceed.
     """
 
     weights: ParameterStats
@@ -99,6 +100,7 @@ class RankView(NamedTuple):
     loss_known: bool
     batch_known: bool
     local_known: bool
+    local_sum: float
 
 
 @dataclass(frozen=True)
@@ -117,10 +119,12 @@ class BeforeReduction(NamedTuple):
     Attributes:
         ranks: Number of ranks that had bad ones.
         rank_of: Lowest rank with a bad gradient, by position of the parameter.
+        rank_sum: See `Evidence`.
     """
 
     ranks: int
     rank_of: dict[int, int]
+    rank_sum: float
 
 
 class GlobalView(NamedTuple):
@@ -319,6 +323,7 @@ class EvidenceCollector:
             loss_known=bool(step.losses),
             batch_known=self._has_batch(step),
             local_known=self._local_gradients.is_watching,
+            local_sum=self._local_gradients.largest_sum(),
         )
 
     def _names_after_the_model(self) -> str | None:
@@ -418,9 +423,12 @@ class EvidenceCollector:
         is_cut = view.is_cut[: len(self._model.parameters)]
         stats, ranks = self._ranks.combine(local, _all(local, False), is_cut)
         bad = self._ranks.total(int(bool((local.first != NONE).any())), self._model.device)
+        local_sum = torch.tensor(view.local_sum, dtype=torch.float64, device=self._model.device)
+        rank_sum = float(self._ranks.any(local_sum))
         if not all_known:
             return None
-        return BeforeReduction(bad, {position: int(ranks[position]) for position in stats.bad_positions()})
+        rank_of = {position: int(ranks[position]) for position in stats.bad_positions()}
+        return BeforeReduction(bad, rank_of, rank_sum)
 
     def _marked(self, weights: Sequence[bool]) -> torch.Tensor:
         """A flag of each weight, and of the loss."""
@@ -457,8 +465,9 @@ class EvidenceCollector:
                 history = None
         ready = self._order.sort(view.gradients.bad_positions())
         reduced, stage = view.before_reduction, self._model.stage
-        # In a pipeline, a stage's bad gradients make those of the stages before it bad: their number shows nothing.
-        is_number_known = reduced is not None and (stage is None or reduced.ranks == 0)
+        # In a pipeline, a stage's bad gradients may have made those of the stages before it bad: above 1 their number
+        # shows nothing.
+        is_number_known = reduced is not None and (stage is None or reduced.ranks <= 1)
         seen = _SeenInput() if view.input is None else decode(_SeenInput, json.loads(view.input))
         return Evidence(
             step=step.pending.number,
@@ -483,6 +492,7 @@ class EvidenceCollector:
             loss_shown=step.loss_known,
             gradients=[self._gradient(view, position) for position in ready],
             bad_ranks=reduced.ranks if reduced is not None and is_number_known else None,
+            rank_sum=0.0 if reduced is None else reduced.rank_sum,
             copies=None if stage is None else stage.copies,
             world_size=self._ranks.size,
             settles_at=None if view.power == _UNKNOWN else min(2.0**view.power, step.pending.scaling.scale / 2),

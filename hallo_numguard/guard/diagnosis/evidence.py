@@ -32,6 +32,7 @@ class Replayed:
             both times, and every other rank gave what it had given before.
         gradient_sum: Sum over micro-batches and ranks of the largest gradient that each had: no element of the reduced
             gradients can be larger.
+        rank_sum: The largest such sum of one rank alone.
         settles_at: Highest loss scale at which the batch was finite when it was tried; None if none was tried.
         finite_unscaled: Whether the batch was finite without loss scaling; None if that was not tried.
         is_whole_step: Whether it was not the model alone that was run again, but the function that makes the loss.
@@ -50,6 +51,7 @@ class Replayed:
     is_close: bool = False
     is_one_ranks_fault: bool = False
     gradient_sum: float = 0.0
+    rank_sum: float = 0.0
     settles_at: float | None = None
     finite_unscaled: bool | None = None
     is_whole_step: bool = False
@@ -84,6 +86,8 @@ class Evidence:
         loss_shown: Whether `loss` is the loss itself, and not the model's output.
         gradients: Offending gradients in ready order.
         bad_ranks: Number of ranks whose gradients were not finite before the reduction; None if unknown.
+        rank_sum: What no element of a rank's own gradients, added up over micro-batches, can exceed, as they were
+            scanned before the reduction.
         world_size: Number of ranks.
         copies: Number of ranks whose gradients of one parameter are added up; None for all.
         settles_at: Loss scale up to which the gradients of the last finite steps would have fitted, or half of the
@@ -132,6 +136,7 @@ class Evidence:
     lost_between: LostBetween | None = None
     copies: int | None = None
     not_kept: int = 0
+    rank_sum: float = 0.0
 
     @property
     def answer(self) -> Replayed | None:

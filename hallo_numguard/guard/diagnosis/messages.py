@@ -46,7 +46,7 @@ def report(
         step=seen.step,
         loss_scale=seen.scaling.scale,
         verdict=verdict,
-        provisional=verdict is Verdict.SCALE_TOO_HIGH and (seen.answer is None or settles_at is None),
+        provisional=verdict is Verdict.SCALE_TOO_HIGH and (seen.answer is None or seen.answer.settles_at is None),
         recoverable=CATALOG[verdict].recoverable,
         first=first,
         offenders=tuple(seen.gradients),
@@ -112,10 +112,9 @@ def _rank_line(seen: Evidence, bad_ranks: int) -> str:
         return "before the reduction the gradients of every rank were not finite: the cause is one they share"
     ranks = sorted({item.rank for item in seen.gradients if item.rank is not None})
     whose = f" (rank {ranks[0]})" if len(ranks) == 1 else ""
-    return (
-        f"before the reduction the gradients of {bad_ranks} of {seen.world_size} ranks were not finite{whose}: look at "
-        "that rank's batch first, then at its hardware"
-    )
+    line = f"before the reduction the gradients of {bad_ranks} of {seen.world_size} ranks were not finite{whose}"
+    is_of_all = seen.copies is not None  # the batch, in a pipeline
+    return line if is_of_all else f"{line}: look at that rank's batch first, then at its hardware"
 
 
 def _gradient_line(seen: Evidence) -> str:
@@ -544,7 +543,13 @@ def scale_too_high(seen: Evidence) -> OverflowReport:
     left = plural(seen.scaling.halvings_left, "halving")
     evidence = [f"{the_loss(seen)} is finite", _finite_weights(seen), f"the loss scale is {seen.scaling}"]
     replayed = seen.replay.settles_at if seen.replay is not None else None
-    settles_at = replayed or seen.proved_before or seen.settles_at
+    proved_before = seen.proved_before if (seen.proved_before or math.inf) < seen.scaling.scale else None
+    settles_at = replayed or proved_before or seen.settles_at
+    if replayed is None and seen.answer is not None and seen.answer.gradient_sum > 0:
+        evidence.append(
+            f"summed over micro-batches and ranks, gradients come to up to {seen.answer.gradient_sum:.4g}: what is too "
+            "large may be their sum"
+        )
     if settles_at is None:
         outlook = f"it will be lowered until a step is finite, {left} left"
     else:
@@ -552,7 +557,7 @@ def scale_too_high(seen: Evidence) -> OverflowReport:
         outlook = f"it is expected to settle at {power}, {left} left"
         if replayed:
             evidence.append(f"run again, this batch was finite at {power}, and at no more than that")
-        elif seen.proved_before:
+        elif proved_before:
             evidence.append(f"a batch that was skipped before was finite at {power}, when it was run again")
         else:
             evidence.append(f"the gradients of the last finite steps fit at {power}, and at no more than that")

@@ -224,10 +224,11 @@ class Replayer:
                 "the gradient that reached the model's output was not finite already", came_from_the_loss=True
             )
         attempts = []
-        are_as_recorded, gradient_sum = True, 0.0
+        are_as_recorded, gradient_sum, rank_sum = True, 0.0, 0.0
         for micro_batch in range(count):
             answer, attempt = self._run(micro_batch, 1.0)
             attempts.append(attempt)
+            rank_sum += _largest_gradient(attempt)
             found = self._replayed(answer, micro_batch)
             if answer.failure_reason:
                 return found
@@ -245,7 +246,8 @@ class Replayer:
         is_certain = are_as_recorded and all(
             self._comes_out_the_same(micro_batch, 1.0, before) for micro_batch, before in enumerate(attempts)
         )
-        return Replayed(micro_batch=count - 1, is_one_ranks_fault=is_certain, gradient_sum=gradient_sum)
+        rank_sum = float(self._ranks.any(torch.tensor(rank_sum, dtype=torch.float64, device=self._device)))
+        return Replayed("", count - 1, is_one_ranks_fault=is_certain, gradient_sum=gradient_sum, rank_sum=rank_sum)
 
     def _first_given_bad(self, count: int) -> int:
         """First micro-batch of which a stage was given NaN or Inf, the same on all ranks; above `count` if none was."""
@@ -468,7 +470,6 @@ class Replayer:
         bad = attempt.origin is not None
         absmax = attempt.gradient_absmax
         room = math.floor(math.log2(LARGEST_HALF / absmax)) if absmax > 0 else _NONE
-        largest = max(attempt.parameter_absmax.values(), default=0.0)
         as_recorded = factor == 1.0 and self._local_gradients.agree_with(attempt.parameter_absmax, micro_batch)
         return _Answer(
             Match(ranks.highest(attempt.match, device)),
@@ -482,7 +483,7 @@ class Replayer:
                 0 if attempt.source is None else attempt.source.collectives,
             ),
             ranks.lowest(room, device),
-            float(ranks.sum(torch.tensor(largest, dtype=torch.float64, device=device))),
+            float(ranks.sum(torch.tensor(_largest_gradient(attempt), dtype=torch.float64, device=device))),
             ranks.lowest(int(as_recorded), device) == 1,
         )
 
@@ -507,6 +508,10 @@ class Replayer:
             return found
         origin, details, number = json.loads(answer.origin_text)
         return replace(found, origin=decode(Offender, origin), details=tuple(details), number=number)
+
+
+def _largest_gradient(attempt: Attempt) -> float:
+    return max(attempt.parameter_absmax.values(), default=0.0)
 
 
 def _offender(origin: Origin, rank: int) -> Offender:

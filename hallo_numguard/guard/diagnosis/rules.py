@@ -166,13 +166,18 @@ def _has_bad_moment(seen: Evidence) -> bool:
 
 
 def _overflowed_in_the_reduction(seen: Evidence) -> bool:
-    """Whether a sum of finite numbers is infinite; NaN alone came from elsewhere (a hook that ran after ours)."""
+    """Whether a sum of finite numbers is infinite; NaN alone came from elsewhere (a hook that ran after ours).
+
+    Not if a rank's own micro-batches may have been too large as a sum already.
+    """
     if seen.loss is not None or not seen.gradients or 1 in (seen.world_size, seen.copies):
         return False
-    first = seen.gradients[0]
-    is_possible = seen.answer is not None and seen.answer.gradient_sum > LARGEST.get(first.dtype, math.inf)
-    finite_again = seen.bad_ranks is None and is_possible and seen.answer is not None and seen.answer.origin is None
-    return (seen.bad_ranks == 0 or finite_again) and first.pos_inf + first.neg_inf > 0 and first.nan == 0
+    first, answer = seen.gradients[0], seen.answer
+    largest = LARGEST.get(first.dtype, math.inf)
+    was_finite = seen.bad_ranks == 0 and seen.rank_sum <= largest
+    is_possible = answer is not None and answer.rank_sum <= largest < answer.gradient_sum
+    finite_again = seen.bad_ranks is None and is_possible and answer is not None and answer.origin is None
+    return (was_finite or finite_again) and first.pos_inf + first.neg_inf > 0 and first.nan == 0
 
 
 def _may_have_added_up(seen: Evidence, replay: Replayed) -> bool:
@@ -182,8 +187,11 @@ def _may_have_added_up(seen: Evidence, replay: Replayed) -> bool:
 
 
 def _is_one_ranks_fault(seen: Evidence) -> bool:
-    """Whether one rank of several was bad, and its hardware is all that is left to suspect."""
-    if seen.replay is None or not seen.replay.is_one_ranks_fault or seen.world_size == 1:
+    """Whether one rank of several was bad, and its hardware is all that is left to suspect.
+
+    It is compared with ranks that compute the same, which a stage of a pipeline without copies has not.
+    """
+    if seen.replay is None or not seen.replay.is_one_ranks_fault or 1 in (seen.world_size, seen.copies):
         return False
     return seen.loss is not None or seen.bad_ranks == 1
 

@@ -80,7 +80,9 @@ class Batch:
             return
         contents = contents_of_items(self._named(args, kwargs))
         state = Snapshot(()) if self._state is None else self._state.before_call(contents)
-        self._steps.pending.calls.append(ModelCall(args, kwargs, contents, state, arrivals=self._arrivals))
+        copies_seeds = self._stage is not None and not self._stage.is_last  # received in one buffer, again and again
+        call = ModelCall(args, kwargs, contents, state, arrivals=self._arrivals, copies_seeds=copies_seeds)
+        self._steps.pending.calls.append(call)
 
     def note_output(self, output: Any) -> None:
         """Records the output of the last call; forgets the oldest calls where all take much memory."""

@@ -53,6 +53,13 @@ class LocalGradients:
         table = StatsTable.concatenate([table for table, _ in seen] or [StatsTable.empty()])
         return stats_of(self._parameters, table.to(device), [piece for _, piece in seen])
 
+    def largest_sum(self) -> float:
+        """Returns what no element of the step's gradients, added up over micro-batches, can exceed. Synchronises."""
+        sums: dict[int, float] = {}
+        for table, piece in self._steps.pending.local_gradients:
+            sums[piece.parameter] = sums.get(piece.parameter, 0.0) + float(table.absmax[0])
+        return max(sums.values(), default=0.0)
+
     def agree_with(self, absmax: Mapping[int, float], micro_batch: int) -> bool:
         """Returns whether this rank's finite gradients of a micro-batch are those of a rerun. May synchronise.
 

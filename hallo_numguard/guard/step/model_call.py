@@ -38,6 +38,7 @@ class ModelCall:
         unknown: Why the call cannot be repeated and compared; "" if it can.
         arrivals: Counter of the gradients that arrive at outputs.
         is_hooked: Whether gradients are waited for at any output.
+        copies_seeds: Whether `seeds` are copies: the memory in which they arrive is written to again within the step.
     """
 
     args: tuple[Any, ...]
@@ -52,6 +53,7 @@ class ModelCall:
     unknown: str = "it is not over"
     arrivals: SeedCounter = field(default_factory=SeedCounter)
     is_hooked: bool = False
+    copies_seeds: bool = False
     _versions: list[int] = field(default_factory=list)
     _output_versions: list[int] = field(default_factory=list)
 
@@ -121,7 +123,7 @@ class ModelCall:
             self.unknown = "a backward pass that builds a graph (create_graph=True) went through the model"
             return
         before = self.seeds.get(position)
-        gradient = as_plain(gradient)
+        gradient = as_plain(gradient).clone() if self.copies_seeds else as_plain(gradient)
         self.seeds[position] = gradient if before is None else before + gradient
 
 
