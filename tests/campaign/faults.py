@@ -10,7 +10,7 @@ from torch import nn
 
 import hallo_numguard as ng
 
-from campaign.cases import FAULTY_STEP, Case, Seen
+from campaign.cases import Case, Seen
 from campaign.models import WITH_EXPERTS
 
 INPUT = {model: ("features", (2, 3, 1)) for model in WITH_EXPERTS} | {"unet": ("noisy", (2, 1, 6, 4))}

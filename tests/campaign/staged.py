@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import deepspeed
 import torch
@@ -57,7 +57,7 @@ class StagedTransformer(PipelineModule):
     buffer = "1.positions"
     module = "4.mlp.0"
     trapped = "3"
-    shapes = {trainable: (32, 16), frozen: (16, 6)}  # on ranks of the other stage too
+    shapes: ClassVar = {trainable: (32, 16), frozen: (16, 6)}  # for ranks of the other stage too
 
     def __init__(self) -> None:
         deepspeed.init_distributed("gloo", verbose=False)

@@ -28,14 +28,14 @@ class Outcome:
     wrong: list[str]
 
 
-def run(world: int, seed: int, count: int, is_cut: bool = False) -> Outcome:
-    """Makes tries on some ranks, of models that are cut over them, or of others.
+def run(world: int, seed: int, count: int, model: str = "whole") -> Outcome:
+    """Makes tries on some ranks; `model` is a key of `WAYS`.
 
     A rank that dies or hangs is what is wrong, with the end of what it has written.
     """
     port = free_port()
     with pytest.MonkeyPatch.context() as patch, TemporaryFile() as errors:
-        patch.setenv("CHAOS", f"{seed} {count} {int(is_cut)}")
+        patch.setenv("CHAOS", f"{seed} {count} {model}")
         streams = {"stdout": subprocess.PIPE, "stderr": errors}
         processes = [start_rank(WORKER, rank, world, port, **streams) for rank in range(world)]
         outputs = [process.communicate()[0] for process in processes]

@@ -47,20 +47,29 @@ POINTS = (
 ACCIDENTS = ("raise", "run out of memory", "sleep", "detach")
 FRAMEWORKS = ("transformers", "lightning")
 WAYS = {
-    1: ("optimizer", "accelerate", "transformers", "lightning", "deepspeed 0", "deepspeed 2", "deepspeed 3"),
-    2: ("optimizer", "accelerate", "deepspeed 0", "deepspeed bf16_fp32 1", "deepspeed 2", "deepspeed 3"),
-    4: ("deepspeed 0", "deepspeed bf16_fp32 1", "deepspeed 2", "deepspeed bf16 3"),
+    "whole": {
+        1: ("optimizer", "accelerate", "transformers", "lightning", "deepspeed 0", "deepspeed 2", "deepspeed 3"),
+        2: ("optimizer", "accelerate", "deepspeed 0", "deepspeed bf16_fp32 1", "deepspeed 2", "deepspeed 3"),
+        4: ("deepspeed 0", "deepspeed bf16_fp32 1", "deepspeed 2", "deepspeed bf16 3"),
+    },
+    # Once one engine of a process was cut by AutoTP or has stages, DeepSpeed makes none that is otherwise.
+    "cut": {
+        2: ("deepspeed cut fp16 0", "deepspeed cut bf16_fp32 1", "deepspeed cut bf16 3"),
+        4: ("deepspeed cut fp32 0", "deepspeed cut bf16_fp32 1", "deepspeed cut bf16 2", "deepspeed cut bf16 3"),
+    },
+    "staged": {
+        2: ("deepspeed staged fp32 0", "deepspeed staged fp16 1", "deepspeed staged bf16_fp32 1"),
+        4: ("deepspeed staged fp16 0", "deepspeed staged bf16 1", "deepspeed staged bf16_fp32 1"),
+    },
 }
-# Once one engine of a process was cut by AutoTP, DeepSpeed makes none that is not.
-CUT_WAYS = {
-    2: ("deepspeed cut fp16 0", "deepspeed cut bf16_fp32 1", "deepspeed cut bf16 3"),
-    4: ("deepspeed cut fp32 0", "deepspeed cut bf16_fp32 1", "deepspeed cut bf16 2", "deepspeed cut bf16 3"),
-}
+"""How models are trained, by the number of ranks; models that are whole on a rank, cut by AutoTP, or a pipeline."""
+
 CHECKED_BY_GUARD = (
     "deepspeed 0",
     "deepspeed cut fp32 0",
     "deepspeed cut bf16_fp32 1",
     "deepspeed cut bf16 3",
+    "deepspeed staged fp32 0",
 )
 
 
@@ -93,10 +102,10 @@ class Try:
         return self.accident == "detach" or (self.way.startswith("deepspeed") and self.point.endswith("_reduce"))
 
 
-def tries(world: int, seed: int, is_cut: bool = False) -> Iterator[Try]:
-    """Yields tries without end, the same on all ranks; of models that are cut over ranks, or of others."""
+def tries(world: int, seed: int, model: str = "whole") -> Iterator[Try]:
+    """Yields tries without end, the same on all ranks; `model` is a key of `WAYS`."""
     chance = random.Random(f"{world} {seed}")
-    ways = (CUT_WAYS if is_cut else WAYS)[world]
+    ways = WAYS[model][world]
     while True:
         one = Try(
             way=chance.choice(ways),

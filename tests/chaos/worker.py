@@ -1,6 +1,6 @@
 """One rank: makes one try after another, the same as the other ranks, and prints what was wrong.
 
-The environment variable CHAOS holds seed, number of tries, and whether models are cut over the ranks.
+The environment variable CHAOS holds seed, number of tries, and the kind of models, a key of `WAYS`.
 """
 
 from __future__ import annotations
@@ -54,24 +54,37 @@ def batch(step: int, fault: str, way: str) -> torch.Tensor:
     return x
 
 
+def damage_of(step: int, fault: str) -> Callable[[torch.Tensor, torch.Tensor], None] | None:
+    """What a pipeline's batch has in a bad step."""
+    return (lambda x, _: x[0, 0].fill_(float("nan"))) if fault == "input" and step in BAD_STEPS else None
+
+
 class Run:
     """A training run, guarded.
 
     Attributes:
-        way: How it trains.
         guard: The guard.
         model: The user's model.
-        train_step: Makes one step.
+        train_step: Makes one step, given its number and the fault.
+        inject: Plants a bad gradient in the next step.
         weights: Returns the weights. Running statistics stay poisoned where the part that puts them back was hit.
     """
 
     def __init__(self, way: str) -> None:
         torch.manual_seed(0)
-        self.way = way
         self.model: nn.Module = Model()
         self.weights = lambda: [parameter.detach().clone() for parameter in self.model.parameters()]
         config = ng.GuardConfig(policy=WARN, local_gradients="always")
-        if way.startswith("deepspeed"):
+        self.inject = lambda: ng.inject(self.model, "gradient", "first.weight", rank=WORLD - 1)
+        self.train_step: Callable[[int, str], None]
+        if "staged" in way:
+            import pipelines
+
+            engine = pipelines.make_engine(way.split()[-2], int(way.split()[-1]))
+            self.model, self.guard = engine.module, ng.attach(engine, config)
+            self.inject = lambda: ng.inject(engine, "gradient", "3.up.weight", rank=WORLD - 1)
+            self.train_step = lambda step, fault: pipelines.step(engine, step, damage_of(step, fault))
+        elif way.startswith("deepspeed"):
             import deepspeed_support as support
 
             *words, stage = way.split()[1:]
@@ -86,18 +99,20 @@ class Run:
                 engine = support.make_engine(setup, stage=int(stage), model=model)
             self.model, self.guard = engine.module, ng.attach(engine, config)
             self.weights = lambda: list(support.weights(engine).values())
-            self.train_step: Callable[[torch.Tensor], None] = lambda x: self._engine_step(engine, x)
+            self.train_step = lambda *step: self._engine_step(engine, batch(*step, way))
         elif way == "accelerate":
             import accelerate
 
             accelerator = accelerate.Accelerator(cpu=True)
             called, optimizer = accelerator.prepare(self.model, torch.optim.SGD(self.model.parameters(), 0.1))
             self.guard = ng.attach(accelerator, config)
-            self.train_step = lambda x: self._step(optimizer, lambda: accelerator.backward(called(x)))
+            self.train_step = lambda *step: self._step(
+                optimizer, lambda: accelerator.backward(called(batch(*step, way)))
+            )
         else:
             called = DistributedDataParallel(self.model) if WORLD > 1 else self.model
             self.guard = ng.GuardedOptimizer(torch.optim.SGD(self.model.parameters(), 0.1), called, config)
-            self.train_step = lambda x: self._step(self.guard, lambda: called(x).backward())
+            self.train_step = lambda *step: self._step(self.guard, lambda: called(batch(*step, way)).backward())
 
     @staticmethod
     def _step(optimizer: Any, backward: Callable[[], None]) -> None:
@@ -114,8 +129,8 @@ class Run:
         """Makes all steps."""
         for step in range(1, STEPS + 1):
             if fault == "gradient" and step in BAD_STEPS:
-                ng.inject(self.model, "gradient", "first.weight", rank=WORLD - 1)
-            self.train_step(batch(step, fault, self.way))
+                self.inject()
+            self.train_step(step, fault)
 
 
 def framework_run(one: Try) -> tuple[list[str], Any]:
@@ -148,7 +163,7 @@ def own_run(one: Try, baseline: Callable[[str, str], list[torch.Tensor]]) -> tup
     return wrong, happened
 
 
-def main(seed: int, count: int, is_cut: int) -> None:
+def main(seed: int, count: int, model: str) -> None:
     """Makes tries, the same on all ranks."""
     logging.disable(logging.CRITICAL)
     faulthandler.enable()
@@ -167,7 +182,7 @@ def main(seed: int, count: int, is_cut: int) -> None:
         return baselines[way, fault]
 
     hit = 0
-    for one in itertools.islice(tries(WORLD, seed, bool(is_cut)), count):
+    for one in itertools.islice(tries(WORLD, seed, model), count):
         faulthandler.dump_traceback_later(LONGEST_TRY_SECONDS, exit=True)
         sys.stderr.write(f"rank {RANK}: {one}\n")  # the last one, if a rank dies
         try:
@@ -183,4 +198,5 @@ def main(seed: int, count: int, is_cut: int) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, os.environ["CHAOS"].split()))
+    seed, count, model = os.environ["CHAOS"].split()
+    main(int(seed), int(count), model)

@@ -173,3 +173,25 @@ def test_a_verdict_says_what_has_shown_it(reports):
     for name, report in reports.items():
         if report.first is not None and report.first.operation is not None:
             assert report.known_from, name
+
+
+def _overflowed(replay, **fields):
+    seen = next(seen for (loss, gradients, scaling, *_), seen in every_evidence() if gradients == "Inf")
+    gradients = [replace(GRADIENTS["Inf"][0], dtype="float16")]
+    return judge(replace(seen, gradients=gradients, loss=None, watched=None, replay=replay, **fields))
+
+
+def test_a_scale_is_not_expected_to_settle_above_itself():
+    sum_is_too_large = Replayed(micro_batch=3, gradient_sum=100_000.0, rank_sum=100_000.0)
+    scaling = LossScaling(2.0**16, dynamic=True)
+    report = _overflowed(sum_is_too_large, scaling=scaling, proved_before=2.0**17, bad_ranks=None, world_size=2)
+    assert (report.verdict, report.settles_at, report.provisional) == (Verdict.SCALE_TOO_HIGH, None, True)
+    assert "what is too large may be their sum" in " ".join(report.evidence)
+
+
+@pytest.mark.parametrize(
+    ("copies", "verdict"), [(None, Verdict.RANK_FAULT), (2, Verdict.RANK_FAULT), (1, Verdict.UNDETERMINED)]
+)
+def test_a_stage_without_copies_is_not_compared_with_others(copies, verdict):
+    report = _overflowed(Replayed(is_one_ranks_fault=True), bad_ranks=1, world_size=2, copies=copies)
+    assert report.verdict is verdict

@@ -183,7 +183,8 @@ def _overflowed_in_the_reduction(seen: Evidence) -> bool:
 def _may_have_added_up(seen: Evidence, replay: Replayed) -> bool:
     """Whether finite gradients of several micro-batches may be infinite as a sum; it is never NaN."""
     first = seen.gradients[0]
-    return replay.micro_batch > 0 and first.nan == 0 and replay.gradient_sum > LARGEST.get(first.dtype, math.inf)
+    largest = max(replay.gradient_sum, seen.rank_sum if seen.bad_ranks == 0 else 0.0)
+    return replay.micro_batch > 0 and first.nan == 0 and largest > LARGEST.get(first.dtype, math.inf)
 
 
 def _is_one_ranks_fault(seen: Evidence) -> bool:

@@ -156,11 +156,20 @@ report = guard.last_report
 print("SAID", report.verdict, report.recoverable, report.first.kind, report.first.name, report.first.index)
 support.train_step(engine, 2)
 print("APPLIED", [record.applied for record in guard.history])
+
+engine = support.make_engine("fp16", stage=0, scale_power=0, gradient_accumulation_steps=2)
+dict(engine.module.named_parameters())["hidden.weight"].register_hook(plant_in_gradient((20, 5), 40000.0))
+guard = ng.attach(engine, ng.GuardConfig(local_gradients="always"))
+for micro_batch in range(2):
+    support.train_step(engine, micro_batch)
+print("OF MICRO-BATCHES", guard.last_report.verdict, guard.last_report.first.index, guard.last_report.summary)
 """
     head = LOCAL.format(setup="fp16", stage=0, when="always")
+    of_micro_batches = "the gradients of each micro-batch are finite, and their sum in hidden.weight is not"
     for output in run_engines(head + body):
         assert "SAID reduction_overflow True reduction hidden.weight (20, 5)" in output
         assert "APPLIED [True, False, True]" in output
+        assert f"OF MICRO-BATCHES backward_nonfinite (20, 5) {of_micro_batches}" in output
 
 
 def test_a_slow_rank_hangs_no_other():

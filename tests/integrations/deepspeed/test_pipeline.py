@@ -188,6 +188,17 @@ for name, settles in (("3", False), ("1", True)):
     assert settles == any("run again, this batch was finite at" in line for line in report.evidence), report
     assert settles != any("the stages before it cannot be tried" in line for line in report.evidence), report
 step(engine, 2)
+
+given = list(pipelines.batches(engine, 3))
+given[0][1].mul_(200)  # each micro-batch has the gradients that were sent back for it
+layer = part_of(engine, "1")
+handle = layer and layer.register_forward_hook(lambda *call: pipelines.steep(30.0)(call[-1]))
+engine.train_batch(iter(given))
+report = report_of(guard, engine.global_steps - 1)
+assert (report.verdict, report.provisional) == ("scale_too_high", False), report
+assert any("the batch (micro-batch 0), run again, was not finite" in line for line in report.evidence), report
+if handle is not None:
+    handle.remove()
 guard.detach()
 
 engine = pipelines.make_engine("fp16", 1)
