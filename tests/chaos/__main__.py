@@ -22,7 +22,7 @@ from chaos.tries import WAYS
 def main(tries: int, seed: int, models: tuple[str, ...]) -> None:
     """Lets something go wrong in a random part of the guard, and looks whether the run notices."""
     failed = False
-    for model, world in [(model, world) for model in models or WAYS for world in WAYS[model]]:
+    for model, world in [(name, world) for name in models or WAYS for world in WAYS[name]]:
         outcome = run(world, seed, tries, model)
         for line in outcome.wrong:
             click.echo(line)
