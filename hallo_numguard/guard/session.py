@@ -236,7 +236,7 @@ class Session:
         self, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
     ) -> StepCall:
         pending = self._steps.pending
-        pending.step_calls.append(StepCall.begin(function, args, kwargs, len(pending.calls)))
+        pending.step_calls.append(StepCall.begin(function, args, kwargs, pending.calls_before + len(pending.calls)))
         del pending.step_calls[:-MAX_CALLS]
         return pending.step_calls[-1]
 
@@ -462,12 +462,12 @@ class Session:
         view = self._collector.scan(step)
         agreed = self._collector.agree(view)
         evidence = self._collector.evidence(step, agreed, self._reporter.last, self._rank_faults)
-        evidence = replace(evidence, lost_between=lost, not_kept=dropped)
+        calls_before = self._ranks.highest(self._steps.pending.calls_before, self._model.device)
+        evidence = replace(evidence.with_first_losses(dropped), lost_between=lost, calls_before=calls_before)
         replay = None if self._replayer is None else self._replayer.explain(evidence, step.losses)
         evidence = replace(evidence, replay=replay, alone_because=self._ranks.alone_because)
         report = judge(evidence)
-        counting = [messages.counted_after(dropped)] if dropped else []
-        report = replace(report, evidence=(*report.evidence, *counting, *self._model.remarks(report)))
+        report = replace(report, evidence=(*report.evidence, *self._model.remarks(report)))
         report = self._reporter.completed(report, self.history())
         is_open = is_unexplained(report)
         if is_open or evidence.watched is not None:

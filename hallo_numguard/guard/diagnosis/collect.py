@@ -394,8 +394,12 @@ class EvidenceCollector:
         return json.dumps(encode(seen), ensure_ascii=False)
 
     def _has_batch(self, step: BadStep) -> bool:
-        """Whether the batch is there, unchanged: of a pipeline's micro-batches, those of all bad losses."""
-        is_kept = self._model.stage is None or len(step.losses) == len(self._batch.calls)
+        """Whether the batch is there, unchanged: of many micro-batches, those of all bad losses."""
+        before = self._batch.losses_before(len(step.losses))
+        if before is None:
+            is_kept = self._model.stage is None and self._batch.calls_before == 0
+        else:
+            is_kept = all(bool(torch.isfinite(loss)) for loss in step.losses[:before])
         return self._batch.seen and is_kept
 
     def _settling_power(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hallo_numguard.core.records import Offender
 from hallo_numguard.core.sources import Source
@@ -103,6 +103,8 @@ class Evidence:
         input_comes_back: Whether the step before was skipped because of an input as well.
         bad_feed: First module outside of the model, of those that feed it, that made a non-finite value.
         not_kept: Number of the first micro-batches of a pipeline's step that are not kept, and had finite losses.
+        calls_before: Number of the step's calls of the model before those that are kept, from which the micro-batches
+            of `input`, `replay` and `lost_between` are counted.
         lost_between: Stages of a pipeline between which the batch became non-finite; None if it did not.
     """
 
@@ -136,7 +138,16 @@ class Evidence:
     lost_between: LostBetween | None = None
     copies: int | None = None
     not_kept: int = 0
+    calls_before: int = 0
     rank_sum: float = 0.0
+
+    def with_first_losses(self, count: int) -> Evidence:
+        """Returns the same with so many finite losses before those that are kept, for the index of a bad one."""
+        if not count or self.loss is None or not self.loss.index:
+            return replace(self, not_kept=count)
+        numel = self.loss.numel + count
+        loss = replace(self.loss, index=(self.loss.index[0] + count,), numel=numel, shape=(numel,))
+        return replace(self, loss=loss, not_kept=count)
 
     @property
     def answer(self) -> Replayed | None:

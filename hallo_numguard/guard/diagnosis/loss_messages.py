@@ -29,6 +29,8 @@ class BadLoss:
         inputs_known: Whether all that the model was called with is still there, unchanged, and was looked at.
         labels: Labels of which every element is the same ignored number: name, number and how many elements.
         is_scaled: Whether the loss scale may have made it infinite.
+        calls_before: Number of the step's calls of the model before those from which the micro-batch of `replay` is
+            counted.
         replay: Result of running the batch again; None if it was not run.
         watched: Where it came from, if the step was watched operation by operation; else None.
     """
@@ -42,6 +44,7 @@ class BadLoss:
     inputs_known: bool = False
     labels: tuple[tuple[str, int, int], ...] = ()
     is_scaled: bool = False
+    calls_before: int = 0
     replay: Replayed | None = None
     watched: Source | None = None
 
@@ -151,7 +154,10 @@ def _replay_lines(bad: BadLoss) -> list[str]:
         return [f"no answer from running the batch again: {bad.replay.failure_reason}"]
     if bad.origin is None:
         return ["the same batch, run again, was finite in every module: the loss was made so after the model"]
-    return [f"the batch (micro-batch {bad.replay.micro_batch}), run again, was not finite either", *bad.replay.details]
+    return [
+        f"the batch (micro-batch {bad.replay.micro_batch + bad.calls_before}), run again, was not finite either",
+        *bad.replay.details,
+    ]
 
 
 def _not_checked(bad: BadLoss) -> Sequence[str]:

@@ -76,7 +76,7 @@ def _replay_lines(seen: Evidence) -> list[str]:
         return [f"the same batch, run again{on_every_rank}, was finite in every module{nearly}"]
     where = f"on {replay.bad_ranks} of {seen.world_size} ranks" if seen.world_size > 1 else "either"
     what = "step" if replay.is_whole_step else "batch"
-    lines = [f"the {what} (micro-batch {replay.micro_batch}), run again, was not finite {where}"]
+    lines = [f"the {what} (micro-batch {replay.micro_batch + seen.calls_before}), run again, was not finite {where}"]
     if replay.source is None:
         lines += replay.details
     if replay.finite_unscaled:
@@ -331,7 +331,10 @@ def input_nonfinite(seen: Evidence, first: Offender) -> OverflowReport:
         [
             f"{the_loss(seen)} is not finite ({loss_text(seen)})",
             _finite_weights(seen),
-            f"what the model was called with is not: {first.name}{sample}, micro-batch {seen.micro_batch} of the step",
+            (
+                f"what the model was called with is not: {first.name}{sample}, micro-batch "
+                f"{seen.micro_batch + seen.calls_before} of the step"
+            ),
             *_how_many_samples(seen),
             *_feed_lines(seen),
         ],
@@ -588,18 +591,16 @@ def lost_between_stages(seen: Evidence, lost: LostBetween) -> OverflowReport:
         seen.loss or seen.gradients[0],
         [
             *([] if seen.suspects else [_finite_weights(seen)]),
-            f"micro-batch {lost.micro_batch}: {sender} has returned {returned}, and {receiver} was given {given}",
+            (
+                f"micro-batch {lost.micro_batch + seen.calls_before}: {sender} has returned {returned}, and {receiver} was "
+                f"given {given}"
+            ),
         ],
         ("the transfer itself", "what follows from it"),
         f"Look at what lies between {sender} and {receiver}: a buffer that is written to before it was sent, an output "
         "that is changed in place after the stage has returned it, the network and its driver.",
         summary=f"{receiver} of the pipeline was given something else than {sender} has returned",
     )
-
-
-def counted_after(dropped: int) -> str:
-    """How micro-batches are counted of which the first are not kept."""
-    return f"micro-batches are counted after the first {dropped} of the step, which had finite losses and are not kept"
 
 
 def _figures(figures: Figures) -> str:

@@ -55,6 +55,7 @@ def look_at(pending: PendingStep, batch: Batch, rank: int) -> tuple[BadLoss, Off
         input=None if found is None else found[0],
         inputs_known=batch.seen,
         labels=tuple(_ignored_labels(batch, finite)),
+        calls_before=batch.calls_before,
         is_scaled=math.isinf(loss) and pending.scaling.scale > 1.0,
     ), loss_offender(loss, dtype_name(pending.losses[bad[0] if bad else 0].dtype), rank)
 
@@ -66,8 +67,9 @@ def in_words(loss: float) -> str:
 
 def _suspects(batch: Batch, finite: list[bool]) -> Iterator[int]:
     """Positions of the calls whose loss was not finite; of all calls where they have no losses of their own."""
+    before = batch.losses_before(len(finite))
     for position in range(len(batch.calls)):
-        if len(finite) != len(batch.calls) or not finite[position]:
+        if before is None or not finite[position + before]:
             yield position
 
 

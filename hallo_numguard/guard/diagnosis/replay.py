@@ -179,11 +179,14 @@ class Replayer:
             losses: Whether the loss of each micro-batch on this rank was finite.
         """
         calls = self._ranks.lowest(len(self._batch.calls), self._device)
-        a_call_a_loss = self._ranks.lowest(int(len(losses) == len(self._batch.calls)), self._device) == 1
+        before = self._batch.losses_before(len(losses))
+        a_call_a_loss = self._ranks.lowest(int(before is not None), self._device) == 1
         if self._model.stage is not None and not a_call_a_loss:
             return Replayed(MORE_THAN_KEPT)
         first = next((position for position, finite in enumerate(losses) if not finite), _NONE)
-        micro_batch = self._ranks.lowest(first, self._device)
+        micro_batch = self._ranks.lowest(first - (before or 0), self._device)
+        if a_call_a_loss and micro_batch < 0:
+            return Replayed(MORE_THAN_KEPT)
         suspects = [micro_batch] if a_call_a_loss else range(calls)
         failure_reason = self._reason_not_to_run(suspects[-1] + 1 if suspects else 0)
         if failure_reason:
@@ -301,10 +304,13 @@ class Replayer:
         return self._ranks.first_text(reasons[0] if reasons else None, self._device) or ""
 
     def _run_step(self, call: StepCall, position: int) -> _Answer:
+        first_call = call.first_call - self._batch.calls_before
+        first = self._batch.calls[first_call] if 0 <= first_call < len(self._batch.calls) else None
+
         def repeat() -> Any:
             with unwatched():
-                if call.first_call < len(self._batch.calls):
-                    self._batch.calls[call.first_call].state.restore()
+                if first is not None:
+                    first.state.restore()
                 call.random.restore()
             with call.autocast.restored(), self._model.called_directly():
                 return call.repeat()
@@ -322,7 +328,7 @@ class Replayer:
             watches=True,
             of_leaves=self._model.gathers_parameters,
         )
-        if call.first_call < len(self._batch.calls) and self._was_given_bad(self._batch.calls[call.first_call]):
+        if first is not None and self._was_given_bad(first):
             attempt = replace(attempt, origin=None, source=None)
         answer = self._agree(attempt, position, 1.0)
         self._recover_everywhere(answer.match is Match.FAILED)

@@ -55,6 +55,11 @@ class Batch:
         return self._steps.pending.calls
 
     @property
+    def calls_before(self) -> int:
+        """Number of the step's calls before those that are kept."""
+        return self._steps.pending.calls_before
+
+    @property
     def step_calls(self) -> Sequence[StepCall]:
         """Calls of the function that makes the loss."""
         return self._steps.pending.step_calls
@@ -82,7 +87,7 @@ class Batch:
         state = Snapshot(()) if self._state is None else self._state.before_call(contents)
         copies_seeds = self._stage is not None and not self._stage.is_last  # received in one buffer, again and again
         call = ModelCall(args, kwargs, contents, state, arrivals=self._arrivals, copies_seeds=copies_seeds)
-        self._steps.pending.calls.append(call)
+        self._steps.pending.add_call(call)
 
     def note_output(self, output: Any) -> None:
         """Records the output of the last call; forgets the oldest calls where all take much memory."""
@@ -152,6 +157,11 @@ class Batch:
         """Ignores these inputs from now on: they held non-finite values in a clean step."""
         self._tolerated.update(names)
 
+    def losses_before(self, count: int) -> int | None:
+        """Returns how many of so many losses belong to calls that are not kept; None if not every call has one."""
+        before = count - len(self.calls)
+        return before if before in (0, self.calls_before) else None
+
     def bad_samples(self, name: str, micro_batch: int) -> tuple[int, int] | None:
         """Returns how many samples of a call's tensor are not finite, and how many it has; None if it has none."""
         tensor = next((item.tensor for item in self.tensors(micro_batch) if item.name == name), None)
@@ -167,10 +177,11 @@ class Batch:
 
         Args:
             rank: Global rank of this process.
-            losses: Whether the loss of each micro-batch was finite. Ignored if their number is not that of the calls.
+            losses: Whether the loss of each micro-batch was finite. Ignored if not every call has one.
         """
+        before = self.losses_before(len(losses))
         for micro_batch in range(len(self.calls)):
-            if len(losses) == len(self.calls) and losses[micro_batch]:
+            if before is not None and losses[micro_batch + before]:
                 continue
             tensors = self.tensors(micro_batch)
             stats = scan_tensors(tensors)

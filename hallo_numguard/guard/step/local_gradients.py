@@ -68,8 +68,9 @@ class LocalGradients:
 
         Args:
             absmax: Largest finite absolute value of each parameter's gradient in the rerun, by the parameter's id.
-            micro_batch: Position of the micro-batch in the step.
+            micro_batch: Position of the micro-batch among those that are kept.
         """
+        micro_batch += self._steps.pending.calls_before
         if any(self._has_other_hooks(item.tensor) for item in self._parameters):
             return False
         by_parameter: dict[int, list[StatsTable]] = {}

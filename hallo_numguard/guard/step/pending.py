@@ -35,7 +35,8 @@ class PendingStep:
         losses_are_scaled: Whether they are still multiplied by the loss scale.
         losses_are_roots: Whether they are the roots of backward passes, and were not shown by a framework or a script.
         losses_of_backward: Whether backward was called on them, so that they are what the gradients come from.
-        calls: Calls of the model, one per micro-batch.
+        calls: The last calls of the model, one per micro-batch.
+        calls_before: Number of the step's calls before those.
         step_calls: Calls of the function that makes the loss, if it is known.
         alone_because: Why this rank judges the step by itself; "" if it does not.
         watch: What was seen of its operations, if it was armed.
@@ -53,11 +54,17 @@ class PendingStep:
     losses_are_roots: bool = False
     losses_of_backward: bool = False
     calls: deque[ModelCall] = field(default_factory=lambda: deque(maxlen=MAX_CALLS))
+    calls_before: int = 0
     step_calls: list[StepCall] = field(default_factory=list)
     alone_because: str = ""
     watch: OperationWatch | None = None
     local_gradients: list[tuple[StatsTable, Piece]] = field(default_factory=list)
     feeding_calls: deque[FeedingCall] = field(default_factory=lambda: deque(maxlen=MAX_FEEDING_CALLS))
+
+    def add_call(self, call: ModelCall) -> None:
+        """Keeps a call of the model, in place of the first one if there are many."""
+        self.calls_before += int(len(self.calls) == MAX_CALLS)
+        self.calls.append(call)
 
     def forget_losses(self) -> None:
         """Forgets the losses: they are not those of this step."""
@@ -76,6 +83,7 @@ class PendingStep:
         self.is_scanned = False
         self.forget_losses()
         self.calls.clear()
+        self.calls_before = 0
         self.step_calls.clear()
         self.local_gradients.clear()
         self.feeding_calls.clear()

@@ -23,7 +23,7 @@ class StepCall:
         function: The function.
         args, kwargs: Its arguments. References, but for lists and dicts, of which the function may take things out.
         contents: Tensors in them, named by their place.
-        first_call: Number of the step's calls of the model before it.
+        first_call: Number of the step's calls of the model before it, kept or not.
         random: State of torch's generators before the call.
         autocast: Settings of torch.autocast in the call.
         loss: The loss that it returned, detached; None if it has returned none.
