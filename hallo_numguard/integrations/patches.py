@@ -18,23 +18,13 @@ class MethodPatches:
 
     def __init__(self) -> None:
         self.active = True
-        self._undo: list[Callable[[], None]] = []
+        self._placed: list[_Patch] = []
 
     def wrap(self, owner: Any, name: str, replacement: Callable[..., Any]) -> None:
         """Makes `replacement(original, *args, **kwargs)` run in place of `owner.name(*args, **kwargs)`."""
-        original_attribute = vars(owner).get(name)
         patch = _Patch(self, owner, name, replacement)
-
-        def undo() -> None:
-            if vars(owner).get(name) is not patch:
-                return  # wrapped again by other code: this patch now only passes calls on
-            if original_attribute is None:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, original_attribute)
-
         setattr(owner, name, patch)
-        self._undo.append(undo)
+        self._placed.append(patch)
 
     def observe(
         self,
@@ -58,8 +48,8 @@ class MethodPatches:
     def restore(self) -> None:
         """Puts every method back."""
         self.active = False
-        while self._undo:
-            self._undo.pop()()
+        while self._placed:
+            self._placed.pop().remove()
 
 
 @contextlib.contextmanager
@@ -89,13 +79,32 @@ class _Patch:
         self._name = name
         self._replacement = replacement
         self._original = original
-        self._is_of_class = name not in vars(owner)
+        self._before = vars(owner).get(name)  # None if the method is the class's
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not self._patches.active:
             return self._original(*args, **kwargs)
         return self._replacement(self._original, *args, **kwargs)
 
+    def remove(self) -> None:
+        """Puts back what was there before, also from below other patches.
+
+        Where other code has wrapped this patch, it stays, and passes calls on.
+        """
+        above = vars(self._owner).get(self._name)
+        if above is self:
+            if self._before is None:
+                delattr(self._owner, self._name)
+            else:
+                setattr(self._owner, self._name, self._before)
+            return
+        while isinstance(above, _Patch):
+            if above._before is self:
+                above._before, above._original = self._before, self._original
+                functools.update_wrapper(above, self._original, updated=())
+                return
+            above = above._before
+
     def __reduce__(self) -> tuple[Any, ...]:
         # While the copy of the owner is built, it has no attributes yet but those of its class.
-        return (getattr, (self._owner, self._name)) if self._is_of_class else (copy.copy, (self._original,))
+        return (getattr, (self._owner, self._name)) if self._before is None else (copy.copy, (self._original,))

@@ -58,3 +58,15 @@ def test_an_attribute_of_the_instance_is_copied():
     assert pickle.loads(pickle.dumps(model)).training_step(3) == -3
     patches.restore()
     assert model.training_step is instance_attribute
+
+
+def test_patches_come_off_in_any_order():
+    model = Model()
+    lower, upper = MethodPatches(), MethodPatches()
+    lower.wrap(model, "training_step", double)
+    upper.wrap(model, "training_step", double)
+    lower.restore()
+    assert model.training_step(3) == 6
+    assert model.training_step.__wrapped__.__func__ is Model.training_step
+    upper.restore()
+    assert "training_step" not in vars(model)

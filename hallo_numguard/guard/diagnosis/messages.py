@@ -592,8 +592,8 @@ def lost_between_stages(seen: Evidence, lost: LostBetween) -> OverflowReport:
         [
             *([] if seen.suspects else [_finite_weights(seen)]),
             (
-                f"micro-batch {lost.micro_batch + seen.calls_before}: {sender} has returned {returned}, and {receiver} was "
-                f"given {given}"
+                f"micro-batch {lost.micro_batch + seen.calls_before}: {sender} has returned {returned}, and {receiver} "
+                f"was given {given}"
             ),
         ],
         ("the transfer itself", "what follows from it"),
