@@ -7,6 +7,7 @@ import enum
 import itertools
 import logging
 import sys
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -394,8 +395,9 @@ def undisturbed(module: nn.Module, arguments: Contents | None = None, is_eager: 
     """Leaves the model, the arguments and all generators as they were: training must not notice the pass.
 
     Checkpointed blocks keep their activations, because a backward pass that computes them anew (reentrant
-    checkpointing) gives no gradients of single tensors. Compiled parts are run eagerly, unless `is_eager` is False, and
-    hooks of the user on parameters are not called: a pass that is not one of training must not be counted by them.
+    checkpointing) gives no gradients of single tensors; whatever else adds to gradients inside is an error. Compiled
+    parts are run eagerly, unless `is_eager` is False, and hooks of the user on parameters are not called: a pass that
+    is not one of training must not be counted by them.
     """
     global _reruns
     contents = contents_of("", ()) if arguments is None else arguments
@@ -403,6 +405,7 @@ def undisturbed(module: nn.Module, arguments: Contents | None = None, is_eager: 
         state_restored(module, contents),
         _without_recomputation(),
         _without_parameter_hooks(module),
+        _without_accumulation(),
         _eager(module) if is_eager else contextlib.nullcontext(),
         torch.enable_grad(),
     ):
@@ -441,6 +444,23 @@ def _without_parameter_hooks(module: nn.Module) -> Iterator[None]:
     finally:
         for hooks, before in held:
             hooks.update(before)
+
+
+@contextlib.contextmanager
+def _without_accumulation() -> Iterator[None]:
+    """Lets no function of the model, inside of a pass of ours, add to the gradients of the parameters."""
+    original, thread = torch.autograd.backward, threading.get_ident()
+
+    def backward(*args: Any, **kwargs: Any) -> Any:
+        if torch._C._current_graph_task_id() != -1 or threading.get_ident() == thread:
+            raise RuntimeError("the model calls backward by itself, which would add to its gradients")
+        return original(*args, **kwargs)  # another model's, in another thread
+
+    torch.autograd.backward = backward
+    try:
+        yield
+    finally:
+        torch.autograd.backward = original
 
 
 @contextlib.contextmanager

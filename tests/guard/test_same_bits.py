@@ -255,3 +255,54 @@ def test_a_penalty_outside_of_the_model_is_no_fault_of_the_hardware():
     assert (report.verdict, report.first.name) == ("backward_nonfinite", "layers.3.weight")
     assert "that is outside of the model's call" in report.evidence
     assert "penalty = sum(" in report.first.line
+
+
+class Recomputation(torch.autograd.Function):
+    """Saves activations as some libraries do: its backward pass runs one of its own, which adds to gradients."""
+
+    @staticmethod
+    def forward(ctx, x, module):
+        ctx.save_for_backward(x)
+        ctx.module = module
+        return module(x)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x = ctx.saved_tensors[0].detach().requires_grad_()
+        with torch.enable_grad():
+            torch.autograd.backward(ctx.module(x), gradient)
+        return x.grad, None
+
+
+class Recomputed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return Recomputation.apply(self.first(x), self.inner)
+
+
+def test_a_replay_adds_to_no_gradient():
+    added = {}
+    for guarded in (False, True):
+        torch.manual_seed(0)
+        model = Recomputed()
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        if guarded:
+            optimizer = ng.GuardedOptimizer(optimizer, model, ng.GuardConfig(policy=ng.Policy(enforce=True)))
+        added[guarded] = 0
+
+        def count(_, guarded=guarded):
+            added[guarded] += 1
+
+        model.inner.weight.register_post_accumulate_grad_hook(count)
+        for step in range(3):
+            handle = model.first.weight.register_hook(lambda gradient: gradient * torch.inf) if step == 1 else None
+            model(torch.randn(4, 8, generator=torch.Generator().manual_seed(step))).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            if handle is not None:
+                handle.remove()
+    assert added == {False: 3, True: 3}
+    assert any("could not be run again" in line for line in optimizer.last_report.evidence)

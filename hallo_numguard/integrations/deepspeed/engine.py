@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hallo_numguard.guard.named_tensors import NamedTensor, named_parameters
+from hallo_numguard.integrations.deepspeed import tiled
 from hallo_numguard.integrations.deepspeed.partition import slice_of
 from hallo_numguard.tracing.watch import is_on_nvme
 
@@ -21,7 +22,7 @@ def call_module(engine: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         _forget_order(offload)
     if engine.fp16_auto_cast():
         args = engine._cast_inputs_half(args)
-    with _autocast(engine), _checkpointing_off():
+    with _autocast(engine), _checkpointing_off(), tiled.with_graph():
         return engine.module(*args, **kwargs)
 
 
