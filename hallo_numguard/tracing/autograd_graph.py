@@ -57,6 +57,22 @@ def leaves_of(outputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return leaves
 
 
+def passed_through(outputs: Sequence[torch.Tensor]) -> frozenset[int]:
+    """Returns the positions of outputs that others of them were made of: logits beside the loss, cached keys."""
+    places = {(item.grad_fn, item.output_nr): at for at, item in enumerate(outputs) if item.grad_fn is not None}
+    if len(places) < 2:
+        return frozenset()
+    waiting = [node for node, _ in places]
+    seen, edges = set(waiting), set()
+    while waiting:
+        following = [edge for edge in waiting.pop().next_functions if edge[0] is not None]
+        edges.update(edge for edge in following if edge in places)
+        new = {node for node, _ in following} - seen
+        seen |= new
+        waiting += new
+    return frozenset(places[edge] for edge in edges)
+
+
 def node_number(tensor: torch.Tensor) -> int | None:
     """Returns the number of the node that made a tensor; None without one."""
     return None if tensor.grad_fn is None else int(tensor.grad_fn._sequence_nr())

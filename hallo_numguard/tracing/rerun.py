@@ -21,7 +21,7 @@ from hallo_numguard.core.frames import Frame, Origin
 from hallo_numguard.core.sources import Source
 from hallo_numguard.ops.api import multi_tensor_stats
 from hallo_numguard.ops.table import StatsTable
-from hallo_numguard.tracing.autograd_graph import leaves_of
+from hallo_numguard.tracing.autograd_graph import leaves_of, passed_through
 from hallo_numguard.tracing.model_state import state_restored
 from hallo_numguard.tracing.nested import Contents, as_plain, contents_of, is_readable, whole_bytes
 from hallo_numguard.tracing.tracer import Trace, TraceOptions, traced
@@ -82,6 +82,9 @@ class Attempt:
         input_absmax: Largest finite absolute value in the inputs of the module of `origin`.
         gradient_absmax: Largest finite float16 absolute value among gradients of activations and parameters.
         parameter_absmax: Largest finite absolute value of each parameter's gradient, by the parameter's id.
+        inner: Positions of the outputs that other outputs were made of, so that a part of their gradients comes from
+            inside of the model.
+        is_partial: Whether such a gradient had a part from outside as well, which is lost, as it was not finite.
         fingerprint: Statistics of all outputs and of the parameters' gradients: equal if a rerun gives the same again.
     """
 
@@ -92,6 +95,8 @@ class Attempt:
     input_absmax: float = 0.0
     gradient_absmax: float = 0.0
     parameter_absmax: dict[int, float] = field(default_factory=dict)
+    inner: frozenset[int] = frozenset()
+    is_partial: bool = False
     fingerprint: list[Any] = field(default_factory=list)
 
 
@@ -213,6 +218,7 @@ class _Run:
         with self.peers.collectives():
             self._outputs = _outputs_of(self._call())
         with unwatched():
+            self.attempt.inner = passed_through(self._outputs)
             match = _compare(self._outputs, self._recorded)
             if match is Match.DIFFERENT and self.is_compiled and _have_one_pattern(self._outputs, self._recorded):
                 match = Match.ALIKE
@@ -254,7 +260,7 @@ class _Run:
         begin = sum(self._lengths[:number])
         part = self._targets()[begin : begin + self._lengths[number]]
         with self.peers.collectives():
-            gradients = _backward(self._outputs, self._seeds, self._factor or 1.0, part)
+            gradients = _backward(self._outputs, self._seeds, self._factor or 1.0, part, self.attempt)
         both = zip(part, gradients, strict=True)
         arguments = {id(tensor) for _, tensor in self._arguments.tensors}
         held = [(id(item), x) for item, x in both if x is not None and is_readable(x) and id(item) not in arguments]
@@ -326,17 +332,46 @@ def _parts(parameters: Iterable[torch.Tensor]) -> list[list[torch.Tensor]]:
 
 
 def _backward(
-    outputs: Sequence[torch.Tensor], seeds: dict[int, torch.Tensor], factor: float, targets: Sequence[torch.Tensor]
+    outputs: Sequence[torch.Tensor],
+    seeds: dict[int, torch.Tensor],
+    factor: float,
+    targets: Sequence[torch.Tensor],
+    attempt: Attempt,
 ) -> Sequence[torch.Tensor | None]:
     positions = [position for position in sorted(seeds) if outputs[position].requires_grad]
     if not positions or not targets:
         return [None] * len(targets)
-    return torch.autograd.grad(
-        [outputs[position] for position in positions],
-        targets,
-        grad_outputs=[seeds[position] * factor for position in positions],
-        allow_unused=True,
-    )
+    outer = [position for position in positions if position not in attempt.inner] or positions
+    handles = [
+        outputs[position].register_hook(_as_it_was(seeds[position] * factor, attempt))
+        for position in positions
+        if position not in outer
+    ]
+    try:
+        return torch.autograd.grad(
+            [outputs[position] for position in outer],
+            targets,
+            grad_outputs=[seeds[position] * factor for position in outer],
+            allow_unused=True,
+        )
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _as_it_was(recorded: torch.Tensor, attempt: Attempt) -> Callable[[torch.Tensor], torch.Tensor | None]:
+    """A hook on what another output was made of: its gradient has another part, if the loss was made of both."""
+
+    def hook(gradient: torch.Tensor) -> torch.Tensor | None:
+        with unwatched():
+            both = recorded.isfinite() & gradient.isfinite()
+            is_whole = _compare([gradient[both]], [recorded[both]]) <= Match.CLOSE
+            if bool(recorded.isfinite().all()):
+                return None if is_whole else recorded
+            attempt.is_partial |= not is_whole and bool(both.any())
+            return None
+
+    return hook
 
 
 def _compare(made: Sequence[torch.Tensor], recorded: Sequence[torch.Tensor]) -> Match:

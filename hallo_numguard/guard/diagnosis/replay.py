@@ -56,6 +56,10 @@ NOT_TRIED_BEFORE = (
     "that stage, run again at a lower loss scale, is finite"
 )
 NOT_SENT_AGAIN = "a stage of the pipeline sent back a gradient that is not finite, and run again it is finite"
+OTHER_PART = (
+    "the loss was made of several outputs of which one was made of another, whose gradient was not finite: what it had "
+    "from the loss alone is not known"
+)
 NO_SEEDS = "no gradient has reached what the model returned: the loss was made of something else"
 
 
@@ -223,9 +227,15 @@ class Replayer:
         has_dropped = self._model.stage is not None and self._drop_bad_seeds(count)
         seeds = [seed for call in list(self._batch.calls)[:count] for seed in call.seeds.values()]
         if self._ranks.highest(int(multi_tensor_stats(seeds).found_inf()), self._device):
-            return Replayed(
-                "the gradient that reached the model's output was not finite already", came_from_the_loss=True
-            )
+            inner = self._run_for_inner_outputs(count)
+            if isinstance(inner, Replayed):
+                return inner
+            calls = list(self._batch.calls)[:count]
+            seeds = [seed for at, call in enumerate(calls) for key, seed in call.seeds.items() if key not in inner[at]]
+            if self._ranks.highest(int(multi_tensor_stats(seeds).found_inf()), self._device):
+                return Replayed(
+                    "the gradient that reached the model's output was not finite already", came_from_the_loss=True
+                )
         attempts = []
         are_as_recorded, gradient_sum, rank_sum = True, 0.0, 0.0
         for micro_batch in range(count):
@@ -238,6 +248,8 @@ class Replayer:
             if answer.match is Match.ALIKE and not answer.bad_ranks:
                 return Replayed(OTHER_NUMBERS)
             if answer.bad_ranks:
+                if self._ranks.highest(int(attempt.is_partial), self._device):
+                    return Replayed(OTHER_PART)
                 found = self._at_lower_scales(found, scale) if scale > 1 else found
                 if has_dropped and found.finite_unscaled:
                     return Replayed(NOT_TRIED_BEFORE)
@@ -251,6 +263,18 @@ class Replayer:
         )
         rank_sum = float(self._ranks.any(torch.tensor(rank_sum, dtype=torch.float64, device=self._device)))
         return Replayed("", count - 1, is_one_ranks_fault=is_certain, gradient_sum=gradient_sum, rank_sum=rank_sum)
+
+    def _run_for_inner_outputs(self, count: int) -> list[frozenset[int]] | Replayed:
+        """Runs calls again for which of their outputs others were made of; why not, if that cannot be."""
+        calls = list(self._batch.calls)[:count]
+        inner: list[frozenset[int]] = [frozenset()] * count
+        if self._ranks.highest(int(any(len(call.seeds) > 1 for call in calls)), self._device):
+            for micro_batch in range(count):
+                answer, attempt = self._run(micro_batch, None)
+                if answer.failure_reason:
+                    return self._replayed(answer, micro_batch)
+                inner[micro_batch] = attempt.inner
+        return inner
 
     def _first_given_bad(self, count: int) -> int:
         """First micro-batch of which a stage was given NaN or Inf, the same on all ranks; above `count` if none was."""
