@@ -62,10 +62,10 @@ def passed_through(outputs: Sequence[torch.Tensor]) -> frozenset[int]:
     places = {(item.grad_fn, item.output_nr): at for at, item in enumerate(outputs) if item.grad_fn is not None}
     if len(places) < 2:
         return frozenset()
-    waiting = [node for node, _ in places]
-    seen, edges = set(waiting), set()
+    waiting: list[Any] = [node for node, _ in places]
+    seen, edges = set(waiting), set[tuple[Any, int]]()
     while waiting:
-        following = [edge for edge in waiting.pop().next_functions if edge[0] is not None]
+        following: list[tuple[Any, int]] = [edge for edge in waiting.pop().next_functions if edge[0] is not None]
         edges.update(edge for edge in following if edge in places)
         new = {node for node, _ in following} - seen
         seen |= new
