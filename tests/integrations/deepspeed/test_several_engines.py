@@ -71,7 +71,7 @@ for setup, stage, options in (("fp16", 2, {"hybrid_engine": {"enabled": True}}),
         (engine_of(Tokens, 1, setup, stage, **options), engine_of(lambda: Tokens(1), 2, setup, stage)) for _ in range(2)
     ]
     actor, critic = engines[0]
-    guards = [ng.attach(engine, WARN) for engine in engines[0]]
+    guards = [ng.attach(actor, WARN, also={"reward": reward_of}), ng.attach(critic, WARN)]
     for number in range(3):
         losses = [update(*pair, number) for pair in engines]
         assert losses[0] == losses[1], (setup, losses)
@@ -85,6 +85,10 @@ for setup, stage, options in (("fp16", 2, {"hybrid_engine": {"enabled": True}}),
     update(actor, critic, 5)
     assert seen(guards[1])[1:] == ("weights_nonfinite", "parameter", "hidden.weight", 0), (setup, seen(guards[1]))
     assert seen(guards[0])[0] == 8, setup
+    if stage == 3:
+        support.plant(reward_of, "head.weight", (0, 3))
+        update(actor, critic, 6)
+        assert seen(guards[0])[1:] == ("weights_nonfinite", "parameter", "reward.module.head.weight", 0), guards[0]
     for guard in guards:
         guard.detach()
 """
