@@ -79,7 +79,7 @@ class UpdateChecks:
         first = next((item for item in written if item.by_update), written[0])
         item = self._model.parameters[first.position]
         history = history_of(first, item, self._updates, self._model.optimizer)
-        if history.update is not None and history.update.has_bad_moment:
+        if self._collector.history_with_bad_moment([other.position for other in written]) is not None:
             return None  # bad before this update: the next step, whose loss is not finite, is judged with all evidence
         if not history.is_by_update:
             self._note_other_writer(first, history)

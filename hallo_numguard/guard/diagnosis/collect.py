@@ -37,6 +37,7 @@ from hallo_numguard.guard.step.recorder import Recorder
 from hallo_numguard.guard.step.updates import UpdateWatch
 
 ABSURD = 1e15  # absolute value of a weight that no initialisation and no training makes
+MAX_HISTORIES = 8  # of weights that one update has written
 MAX_OPERATIONS = 8  # that are named as possible causes
 _UNKNOWN = -(1 << 20)  # lower than any power of two
 
@@ -339,7 +340,10 @@ class EvidenceCollector:
         return marks.to(self._model.device)
 
     def _history(self, weights: ParameterStats) -> str | None:
-        """The history of the first weight that can be the cause; of those that are trained, the first written one."""
+        """The history of the first weight that can be the cause; of those that are trained, the first written one.
+
+        One whose moments were bad before comes before all.
+        """
         positions = [at for at in weights.bad_positions() if at < len(self.weights)]
         able = [
             at
@@ -349,8 +353,8 @@ class EvidenceCollector:
         ]
         if not able:
             return None
-        histories = (self.history(at) for at in able if self._updates.is_written(at))
-        found = next(histories, None) or self.history(able[0])
+        written = [at for at in able if self._updates.is_written(at)]
+        found = self.history_with_bad_moment(written) or self.history((written or able)[0])
         return json.dumps(encode(found), ensure_ascii=False)
 
     def history(self, position: int) -> WeightHistory:
@@ -367,6 +371,17 @@ class EvidenceCollector:
             is_trained=self._updates.trains(position),
             in_no_file=is_unsaved,
         )
+
+    def history_with_bad_moment(self, positions: Sequence[int]) -> WeightHistory | None:
+        """Returns what is known of the first of these weights whose moments were bad before the update that wrote it.
+
+        An update that scales by a norm, as LAMB's, spreads one bad moment over other weights.
+        """
+        if not positions:
+            return None
+        are_bad = set(self._scan_state().bad_positions())
+        histories = map(self.history, [at for at in positions if at in are_bad][:MAX_HISTORIES])
+        return next((item for item in histories if item.update is not None and item.update.has_bad_moment), None)
 
     def state_offender(self, position: int) -> Offender | None:
         """Returns the optimizer's state of a parameter as an offender; None if it is finite."""

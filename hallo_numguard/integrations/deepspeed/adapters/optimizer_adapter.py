@@ -13,13 +13,14 @@ import torch
 from hallo_numguard.guard import readable
 from hallo_numguard.guard.guarded_model import ScannedPieces
 from hallo_numguard.guard.loss_scaling import LossScaling
-from hallo_numguard.guard.parameter_stats import Piece
+from hallo_numguard.guard.parameter_stats import PADDING, Piece
 from hallo_numguard.guard.readable import UncheckedTensors, is_plain
 from hallo_numguard.guard.state_tensors import state_piece, state_tensors
 from hallo_numguard.integrations.deepspeed import autocast
 from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import GradientSource, Positions
 from hallo_numguard.integrations.deepspeed.version import is_instance_of, require
 from hallo_numguard.integrations.patches import MethodPatches
+from hallo_numguard.ops.table import StatsTable
 
 Part = tuple[torch.Tensor, Piece]
 """A tensor, and the piece of a parameter that it belongs to."""
@@ -124,7 +125,7 @@ class OptimizerAdapter(ABC):
         """
         parts = list(self.state_parts())
         found = readable.scan([tensor for tensor, _ in parts])
-        return ScannedPieces(found.table, [parts[owner][1] for owner in found.owners])
+        return ScannedPieces(found.table, origins(found.table, [parts[owner] for owner in found.owners]))
 
     def flat_moments(self, optimizer: Any, flat: torch.Tensor) -> list[torch.Tensor]:
         """Returns the tensors of a torch optimizer's state that are as large as a flat tensor; a step count is not."""
@@ -179,6 +180,24 @@ class OptimizerAdapter(ABC):
     def end_step(self) -> None:
         """Drops the scan."""
         self.scan = None
+
+
+def origins(table: StatsTable, parts: Sequence[Part]) -> list[Piece]:
+    """Returns the pieces of parts of the state; `PADDING` for what an update has written, beside what it came from.
+
+    LAMB multiplies its update by a ratio of norms: an element of a moment makes master copies bad as a whole.
+
+    Args:
+        table: Statistics of the parts, one row each.
+        parts: The parts.
+    """
+    bad = table.nonfinite_counts.sum(dim=1).tolist()
+    are_whole = [count == tensor.numel() > 1 for count, (tensor, _) in zip(bad, parts, strict=True)]
+    has_origin = any(count > 0 and not is_whole for count, is_whole in zip(bad, are_whole, strict=True))
+    pieces = [piece for _, piece in parts]
+    if not has_origin:
+        return pieces
+    return [PADDING if is_whole else piece for piece, is_whole in zip(pieces, are_whole, strict=True)]
 
 
 def is_moment(name: object, value: object) -> bool:

@@ -26,6 +26,7 @@ from hallo_numguard.integrations.deepspeed.adapters.optimizer_adapter import (
     OptimizerAdapter,
     Part,
     attribute_set,
+    origins,
     takes_bad_norm_for_overflow,
     zero_loss_scaling,
 )
@@ -98,8 +99,8 @@ class Zero3Adapter(OptimizerAdapter):
             with self._swapped.in_memory(number):
                 parts = list(self._parts_of(number))
                 found = readable.scan([tensor for tensor, _ in parts])
+                pieces += origins(found.table, [parts[owner] for owner in found.owners])
             tables.append(found.table)
-            pieces += [parts[owner][1] for owner in found.owners]
         return ScannedPieces(StatsTable.concatenate(tables), pieces)
 
     def state_parts(self) -> Iterator[Part]:
