@@ -117,6 +117,13 @@ UNSUPPORTED = (
         _steps_in_backward,
     ),
     Unsupported(
+        "DeepCompile",
+        "engine.is_deepcompile_enabled",
+        "it takes off the hooks by which a batch is run again, and reduces gradients inside of compiled code",
+        'Call engine.compile() without "deepcompile": true in the configuration.',
+        lambda engine: bool(getattr(engine, "is_deepcompile_enabled", bool)()),
+    ),
+    Unsupported(
         "1-bit optimizers",
         "OnebitAdam, ZeroOneAdam, OnebitLamb",
         "they reduce gradients inside of their step, compressed",

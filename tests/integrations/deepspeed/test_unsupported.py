@@ -33,6 +33,7 @@ SHOWN = {
     "tensor parallelism on a part of the ranks": ("", "mpu", OfTwo()),
     "ZenFlow": ("", "zenflow", True),
     "SuperOffload": ("optimizer", "__class__", "SuperOffloadOptimizer_Stage3"),
+    "DeepCompile": ("", "is_deepcompile_enabled", lambda: True),
     "1-bit optimizers": ("basic_optimizer", "__class__", "OnebitAdam"),
     "MiCS": ("optimizer", "__class__", "MiCS_Optimizer"),
 }
