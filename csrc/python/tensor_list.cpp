@@ -80,8 +80,8 @@ std::optional<TensorList> TensorReader::read_list(PyObject* sequence, int32_t on
   list.sizes.resize(static_cast<size_t>(count));
   list.dtypes.resize(static_cast<size_t>(count));
   for (Py_ssize_t index = 0; index < count; ++index) {
-    // Objects, and the C++ tensors behind them, are out of the cache in a step. torch keeps its pointer in the first word
-    // after the header; whatever is there, a prefetch reads nothing. In a function of its own GCC drops the calls.
+    // Objects, and the C++ tensors behind them, are out of the cache in a step. torch keeps its pointer in the first
+    // word after the header; whatever is there, a prefetch reads nothing. In a function of its own GCC drops the calls.
     if (index + 2 * kAhead < count) __builtin_prefetch(items[index + 2 * kAhead]);
     if (index + kAhead < count && is_tensor(items[index + kAhead])) {
       const char* const behind = *reinterpret_cast<const char* const*>(items[index + kAhead] + 1);
