@@ -136,9 +136,7 @@ class Zero3Adapter(OptimizerAdapter):
         optimizer = self.optimizer
         flat = optimizer.fp32_partitioned_groups_flat[number]
         tensors = [flat, *self.flat_moments(optimizer.optimizer, flat)]
-        if hasattr(
-            optimizer, "backup_optimizer"
-        ):  # "offload_optimizer": {"ratio": ...}: it steps what is not offloaded
+        if hasattr(optimizer, "backup_optimizer"):  # with a ratio of offload, it steps what is not offloaded
             tensors += self.flat_moments(optimizer.backup_optimizer, flat)
         begin = 0
         for parameter in optimizer.fp16_groups[number]:
