@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 from weakref import WeakSet
 
@@ -153,6 +153,8 @@ class DeepSpeedGuard(Guard):
         self._was_loaded = False  # a checkpoint, by `on_overflow`
         self._scanned_early: ScannedPieces | None = None
         self._is_stepping = False
+        self._is_in_step = False  # from the scan of the gradients to the end of the optimizer's step
+        self._leaves = False  # at the end of the step
         self._to_raise: BaseException | None = None
         for bug in self._adapter.known_bugs(release()):
             _log.warning("DeepSpeed %s %s", version(), bug)
@@ -220,8 +222,14 @@ class DeepSpeedGuard(Guard):
         """Removes the guard. The engine is as it was before `attach`; reports and history stay readable.
 
         Where only guards check gradients, or each rank holds a slice of them, others may still wait for this rank: it
-        answers them until all are off.
+        answers them until all are off. Inside of the optimizer's step, as in `on_overflow`, it takes effect at its end.
         """
+        if self._is_in_step:
+            self._leaves = True
+        else:
+            self._take_off()
+
+    def _take_off(self) -> None:
         answers = self._ranks.size > 1 and self._engine in _guarded_engines
         self._patches.restore()
         if self._schedule is not None:
@@ -265,7 +273,25 @@ class DeepSpeedGuard(Guard):
 
     # -- patches in place of, before and after DeepSpeed's methods -------------------------------------------------
 
+    @contextlib.contextmanager
+    def _in_step(self, ends_here: bool) -> Iterator[None]:
+        """Puts a `detach` off to the end of the step, which is here, or where something is raised."""
+        self._is_in_step, is_over = True, True
+        try:
+            yield
+            is_over = ends_here
+        finally:
+            if is_over:
+                self._is_in_step, self._scanned_early = False, None
+            if is_over and self._leaves:
+                self._leaves = False
+                self._take_off()
+
     def _step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        with self._in_step(ends_here=True):
+            return self._guarded_step(original, *args, **kwargs)
+
+    def _guarded_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._explained = self._skipped_here = self._was_loaded = False
         self._steps += 1
         if not self._checks_overflow and hasattr(self._optimizer, "overflow"):
@@ -306,9 +332,11 @@ class DeepSpeedGuard(Guard):
 
     def _unscale(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Scans before the gradients are divided, which the engine does to clip them, or else the scaler's step."""
-        if not self._is_stepping:
+        if self._is_stepping:
+            return original(*args, **kwargs)
+        with self._in_step(ends_here=False):
             self._scanned_early = self._scanned_early or self._scan()
-        return original(*args, **kwargs)
+            return original(*args, **kwargs)
 
     def _tell_scaler(self, lowers: bool) -> None:
         """Tells the GradScaler of a step that is not made, so that its update lowers the scale, or keeps it."""
@@ -361,6 +389,10 @@ class DeepSpeedGuard(Guard):
     def _clip(self, original: Callable[..., Any]) -> Any:
         if self._scaler is not None:
             return original()
+        with self._in_step(ends_here=False):
+            return self._clip_scanned(original)
+
+    def _clip_scanned(self, original: Callable[..., Any]) -> Any:
         self._scanned_early = self._scan()
         is_ours = self._replaces and not self._experts.are_parted and clips_over(self._engine, self._ranks)
         if not is_ours or self._scanned_early is None:

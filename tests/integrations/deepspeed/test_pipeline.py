@@ -157,6 +157,45 @@ def test_what_overflows_on_one_stage_is_skipped_by_all():
     run_engines(f"{TOOLS}{DECISIONS}")
 
 
+LEAVING = """
+from hallo_numguard.guard.step.figure_exchange import FigureExchange
+
+
+def leave_inside(guard, owner, name):
+    method = getattr(owner, name)
+
+    def leaving(*args, **kwargs):
+        result = method(*args, **kwargs)
+        setattr(owner, name, method)
+        guard.detach()
+        return result
+
+    setattr(owner, name, leaving)
+
+
+for setup, place in (("fp32", "scan"), ("fp32", "clip"), ("fp16", "scan")):
+    engines = [pipelines.make_engine(setup, 0, gradient_clipping=0.5) for _ in range(2)]
+    guard = ng.attach(engines[0], ng.GuardConfig(policy=WARN, mode="observe"))
+    if RANK == 1:
+        leave_inside(guard, *((FigureExchange, "finish") if place == "scan" else (engines[0], "clip_fp32_gradients")))
+    for number in range(4):
+        for engine in engines:
+            pipelines.step(engine, number, (lambda x, _: x[0, 0].fill_(torch.nan)) if number == 2 else None)
+    for mine, other in zip(engines[0].module.parameters(), engines[1].module.parameters(), strict=True):
+        assert torch.isfinite(mine).all(), (setup, place)
+        assert setup == "fp32" or torch.equal(mine, other), (setup, place)
+    assert [row.applied for row in guard.history] == ([True, True, False, True] if RANK == 0 else [True])
+    guard.detach()
+    for number in (4, 5):
+        pipelines.step(engines[0], number)
+    assert "step" not in vars(engines[0].optimizer), (setup, place)
+"""
+
+
+def test_a_rank_that_is_detached_in_the_middle_of_a_step_makes_it_to_its_end():
+    run_engines(f"{TOOLS}{LEAVING}")
+
+
 TRANSFER = """
 engine = pipelines.make_engine("bf16", 0, third=pipelines.RootNorm)
 guard = ng.attach(engine, ng.GuardConfig(policy=WARN))
