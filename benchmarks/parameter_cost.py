@@ -1,6 +1,7 @@
 """What a guard costs for each parameter in a clean step of DeepSpeed, where parameters are many and small.
 
-    python benchmarks/parameter_cost.py [--quick] [--case bf16-2-10000x64] [--rounds 6] [--json FILE]
+    python benchmarks/parameter_cost.py [--quick] [--case bf16-2-10000x64] [--rounds 6] [--device cuda]
+        [--json FILE]
 
 Cases are those of deepspeed_step.py with parameters of 64 elements. Steps are made until the looks at all weights and
 the first samples of the guard are over, then timed. A figure is CPU time of the thread that trains, so that other work
@@ -20,7 +21,7 @@ from pathlib import Path
 import click
 from deepspeed_step import CASES, Case, Stopwatch, Trained, let_deepspeed_start
 from machine import prepare
-from output import json_option, make_console, print_facts, quick_option, rounds_option, write_json
+from output import device_option, json_option, make_console, print_facts, quick_option, rounds_option, write_json
 from page import print_results
 
 from hallo_numguard.guard.step.pending import PendingStep
@@ -77,13 +78,14 @@ def _times(case: Case, mode: str, rounds: int) -> tuple[float, float]:
 
 @click.command()
 @click.option("--case", "names", type=click.Choice(list(CASES)), multiple=True, default=SMALL, help="Repeat.")
+@device_option
 @rounds_option
 @quick_option
 @json_option
-def main(names: tuple[str, ...], rounds: int | None, quick: bool, json_path: Path | None) -> None:
+def main(names: tuple[str, ...], device: str, rounds: int | None, quick: bool, json_path: Path | None) -> None:
     """Measure what a guard costs for each parameter of a clean step of DeepSpeed."""
-    console, machine = make_console(), prepare()
-    let_deepspeed_start("cpu")
+    console, machine = make_console(), prepare(device)
+    let_deepspeed_start(device)
     print_facts(console, machine)
     results = []
     for name in names:

@@ -31,7 +31,7 @@ BUILDERS = {
     "pin_memory": "PinMemoryBuilder",
     "async_io": "AsyncIOBuilder",
 }
-GPU_BUILDERS = {"fused_lamb": "FusedLambBuilder", "fused_lion": "FusedLionBuilder"}
+GPU_BUILDERS = {"fused_lamb": "FusedLambBuilder", "fused_lion": "FusedLionBuilder", "quantizer": "QuantizerBuilder"}
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

@@ -123,6 +123,21 @@ def stats_of(tensors: Sequence[NamedTensor], table: StatsTable, pieces: Sequence
     return in_whole_tensors(by_parameter(table, pieces, len(tensors)), [item.shard for item in tensors])
 
 
+def stats_as_seen(item: NamedTensor, counts: Sequence[int], index: int) -> ParameterStats:
+    """Returns the statistics of a tensor that was seen not finite, and may have been overwritten since.
+
+    Args:
+        item: The tensor.
+        counts: How many NaN, +Inf and -Inf this rank's part of it had.
+        index: Flat index in that part of the first of them.
+    """
+    _, *place = item.held()
+    _, start, run, stride = Piece(0, *place)
+    first = index // run * stride + index % run + start
+    stats = ParameterStats(torch.tensor([list(counts)]), torch.tensor([first]), torch.zeros(1, dtype=torch.float64))
+    return in_whole_tensors(stats, [item.shard])
+
+
 class ToleratedNonfinites:
     """Remembers non-finite tensors that were there in a clean step: they do not cause later failures.
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from hallo_numguard.core.findings import Finding
+from hallo_numguard.core.records import Offender
 from hallo_numguard.guard.collectives import Ranks
 from hallo_numguard.guard.diagnosis import update_messages
 from hallo_numguard.guard.diagnosis.collect import EvidenceCollector
 from hallo_numguard.guard.diagnosis.weight_history import WeightHistory, history_of
 from hallo_numguard.guard.finding_log import FindingLog
 from hallo_numguard.guard.guarded_model import GuardedModel
-from hallo_numguard.guard.named_tensors import scan_tensors
+from hallo_numguard.guard.named_tensors import scan_tensors, stats_as_seen
 from hallo_numguard.guard.reporter import Reporter
 from hallo_numguard.guard.step.pending import StepOwner
 from hallo_numguard.guard.step.recorder import Recorder
@@ -89,13 +90,24 @@ class UpdateChecks:
 
     def _note_other_writer(self, first: WrittenWeight, history: WeightHistory) -> None:
         item, number = self._model.parameters[first.position], first.before_update or first.by_update
-        offender = item.offender(scan_tensors([item]), 0, self._ranks.rank)
-        message = f"{offender}, seen at step {number}. {'; '.join(update_messages.other_lines(history))}"
+        offender, is_over = self._offender(first)
+        since = ", and finite again after its update" if is_over else ""
+        message = f"{offender}, seen at step {number}{since}. {'; '.join(update_messages.other_lines(history))}"
         self._log.note(Finding("nonfinite", message, number, item.name, offender), is_mine=True)
+
+    def _offender(self, written: WrittenWeight) -> tuple[Offender, bool]:
+        """The weight as it is now; or as it was seen, and True, if it has been overwritten since."""
+        item = self._model.parameters[written.position]
+        stats = scan_tensors([item])
+        is_over = not stats.bad_positions()
+        if is_over:
+            *counts, first = written.seen
+            stats = stats_as_seen(item, counts, first)
+        return item.offender(stats, 0, self._ranks.rank), is_over
 
     def _report_update(self, first: WrittenWeight, history: WeightHistory, names: list[str]) -> BaseException | None:
         item = self._model.parameters[first.position]
-        offender = item.offender(scan_tensors([item]), 0, self._ranks.rank)
+        offender, _ = self._offender(first)
         report = update_messages.report_on_update(
             history,
             offender,

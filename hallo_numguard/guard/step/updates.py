@@ -52,6 +52,7 @@ class WrittenWeight:
         groups: The optimizer's parameter groups as they were at that update.
         gradients: Statistics of this rank's gradients in the step of that update; None if that update was not seen,
             or they were not scanned.
+        seen: What was not finite then, in this rank's part of it.
     """
 
     position: int
@@ -61,6 +62,7 @@ class WrittenWeight:
     last_update: int = 0
     groups: Groups = ()
     gradients: StatsTable | None = None
+    seen: Signature = (0, 0, 0, 0)
 
 
 class Growth(NamedTuple):
@@ -303,6 +305,7 @@ class UpdateWatch:
         stretches = self._parts[look.part].stretches
         found = _bad_ones(table, look.scan.owners, [stretch.position for stretch in stretches])
         whole = {stretch.position for stretch in stretches if stretch.stop is None}
+        starts = {stretch.position: stretch.start for stretch in stretches}
         for position in whole.intersection(self._known.bad).difference(found):  # mended since
             del self._known.bad[position]
             self._known.written.pop(position, None)
@@ -311,12 +314,18 @@ class UpdateWatch:
             if known is not None and (position not in whole or known == signature):
                 continue
             if position not in whole:
-                signature = self._now([position]).get(position, signature)
+                nan, pos_inf, neg_inf, first = signature
+                as_seen = nan, pos_inf, neg_inf, starts[position] + first
+                signature = self._now([position]).get(position, as_seen)
             self._known.bad[position] = signature
             if position in self._known.written:
                 continue  # who wrote its first bad values counts
             written = WrittenWeight(
-                position, finite_at=self._finite_at(position), last_update=look.last_update, groups=look.groups
+                position,
+                finite_at=self._finite_at(position),
+                last_update=look.last_update,
+                groups=look.groups,
+                seen=signature,
             )
             if look.is_after:
                 written.gradients = look.gradients

@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch.distributed as dist
+
 from hallo_numguard.core.errors import UnsupportedDeepSpeed
 from hallo_numguard.integrations.deepspeed.parallel import is_pipeline, shards_of, spans_all_ranks
 from hallo_numguard.integrations.deepspeed.version import is_instance_of, version
@@ -57,6 +59,15 @@ def _has_zenflow(engine: Any) -> bool:
 
 def _has_experts(engine: Any) -> bool:
     return bool(getattr(engine, "has_moe_layers", False) or getattr(engine.optimizer, "has_moe_layers", False))
+
+
+def _quantizes_gradients(engine: Any) -> bool:
+    """As DeepSpeedZeroOptimizer_Stage3.__avg_scatter_grads: on one node nothing is quantized."""
+    if getattr(engine.optimizer, "all2all_process_group", None) is None:
+        return False
+    from deepspeed.accelerator import get_accelerator
+
+    return dist.get_world_size() // int(get_accelerator().device_count()) > 1
 
 
 UNSUPPORTED = (
@@ -129,6 +140,13 @@ UNSUPPORTED = (
         "they reduce gradients inside of their step, compressed",
         "Use Adam or Lamb.",
         _inner_optimizer_is("OnebitAdam", "ZeroOneAdam", "OnebitLamb"),
+    ),
+    Unsupported(
+        "quantized gradients (ZeRO++ qgZ) over several nodes",
+        "engine.optimizer.all2all_process_group",
+        "among 4-bit numbers a NaN is 0: bad gradients arrive finite, and no check after the reduction sees them",
+        'Leave "zero_quantized_gradients" out; "zero_quantized_weights" and "zero_hpz_partition_size" may stay.',
+        _quantizes_gradients,
     ),
     Unsupported(
         "MiCS",

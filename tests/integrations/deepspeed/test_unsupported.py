@@ -55,10 +55,12 @@ def test_what_is_refused_is_refused_with_what_to_do(item, engine, monkeypatch):
 
 # On real pipelines: test_pipeline.py
 OF_PIPELINES = {"tensor parallelism inside of a pipeline", "experts inside of a pipeline"}
+QUANTIZED = "quantized gradients (ZeRO++ qgZ) over several nodes"  # on real engines: test_quantized_weights.py
 
 
 def test_experts_beside_tensor_parallelism_are_refused(engine, monkeypatch):
-    assert {item.feature for item in UNSUPPORTED} == {*SHOWN, *OF_PIPELINES, "experts beside tensor parallelism"}
+    elsewhere = {"experts beside tensor parallelism", QUANTIZED}
+    assert {item.feature for item in UNSUPPORTED} == {*SHOWN, *OF_PIPELINES, *elsewhere}
     monkeypatch.setattr(engine, "has_moe_layers", True)
     monkeypatch.setattr(engine, "mpu", OfTwo())
     with pytest.raises(ng.UnsupportedDeepSpeed, match="experts beside tensor parallelism"):
