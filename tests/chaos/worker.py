@@ -1,6 +1,6 @@
 """One rank: makes one try after another, the same as the other ranks, and prints what was wrong.
 
-The environment variable CHAOS holds seed, number of tries, and the kind of models, a key of `WAYS`.
+The environment variable CHAOS holds seed, tries to leave out, tries to make, and the kind of models, a key of `WAYS`.
 """
 
 from __future__ import annotations
@@ -163,7 +163,7 @@ def own_run(one: Try, baseline: Callable[[str, str], list[torch.Tensor]]) -> tup
     return wrong, happened
 
 
-def main(seed: int, count: int, model: str) -> None:
+def main(seed: int, first: int, count: int, model: str) -> None:
     """Makes tries, the same on all ranks."""
     logging.disable(logging.CRITICAL)
     faulthandler.enable()
@@ -182,7 +182,7 @@ def main(seed: int, count: int, model: str) -> None:
         return baselines[way, fault]
 
     hit = 0
-    for one in itertools.islice(tries(WORLD, seed, model), count):
+    for one in itertools.islice(tries(WORLD, seed, model), first, first + count):
         faulthandler.dump_traceback_later(LONGEST_TRY_SECONDS, exit=True)
         sys.stderr.write(f"rank {RANK}: {one}\n")  # the last one, if a rank dies
         try:
@@ -198,5 +198,5 @@ def main(seed: int, count: int, model: str) -> None:
 
 
 if __name__ == "__main__":
-    seed, count, model = os.environ["CHAOS"].split()
-    main(int(seed), int(count), model)
+    seed, first, count, model = os.environ["CHAOS"].split()
+    main(int(seed), int(first), int(count), model)
