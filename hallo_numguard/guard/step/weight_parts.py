@@ -44,23 +44,26 @@ class Part:
 
     def __init__(self, parameters: Sequence[NamedTensor], stretches: Iterable[Stretch]) -> None:
         as_they_are: list[Stretch] = []
+        slices: list[Stretch] = []
         made: list[Stretch] = []
         for stretch in stretches:
             item = parameters[stretch.position]
-            is_read_as_it_is = stretch.stop is None and item.slice is None and not hasattr(item.tensor, "_local_tensor")
-            (as_they_are if is_read_as_it_is else made).append(stretch)
-        self.stretches = [*as_they_are, *made]
+            is_whole = stretch.stop is None and not hasattr(item.tensor, "_local_tensor")
+            (made if not is_whole else as_they_are if item.slice is None else slices).append(stretch)
+        self.stretches = [*as_they_are, *slices, *made]
         self._as_they_are = [parameters[stretch.position].tensor for stretch in as_they_are]
+        self._slices = [read for at, *_ in slices if (read := parameters[at].slice) is not None]
         self._made = [(parameters[position], start, stop) for position, start, stop in made]
 
     def tensors(self) -> list[torch.Tensor]:
         """Returns what is read now: no Python code for a weight that is read as it is."""
-        if not self._made:
+        if not self._made and not self._slices:
             return self._as_they_are  # to copy the list would take longer than to scan it: it touches every object
-        return self._as_they_are + [
+        made = [
             held(item) if stop is None else item.tensor.detach().reshape(-1)[start:stop]
             for item, start, stop in self._made
         ]
+        return [*self._as_they_are, *[read()[0] for read in self._slices], *made]
 
 
 class WeightParts:
