@@ -136,11 +136,19 @@ class SmallParameters(nn.Module):
 
 
 class Stopwatch:
-    """Adds up the time that methods of objects take, by a clock; a method that another one calls counts once."""
+    """Adds up the time that methods of objects take, by a clock; a method that another one calls counts once.
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    Args:
+        clock: Returns seconds.
+        before: Runs before each call, and is not timed.
+    """
+
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, before: Callable[[], object] = lambda: None
+    ) -> None:
         self.seconds = 0.0
         self._clock = clock
+        self._before = before
         self._running = False
 
     def watch(self, owner: Any, *names: str) -> None:
@@ -153,6 +161,7 @@ class Stopwatch:
             if self._running:
                 return original(*args, **kwargs)
             self._running = True
+            self._before()
             begin = self._clock()
             try:
                 return original(*args, **kwargs)
@@ -166,14 +175,12 @@ class Stopwatch:
 class Trained:
     """One engine in one mode, with the passes over its gradients timed."""
 
-    def __init__(
-        self, case: Case, mode: str, layers: int, width: int, clock: Callable[[], float] = time.perf_counter
-    ) -> None:
+    def __init__(self, case: Case, mode: str, layers: int, width: int, stopwatch: Stopwatch | None = None) -> None:
         rows, columns = (1, 1) if case.small_parameters else (BATCH, width)
         self._engine = make_engine(case, layers, width)
         values = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0))
         self._input = values.to(self._engine.device, DTYPES[case.dtype])
-        self.stopwatch = Stopwatch(clock)
+        self.stopwatch = stopwatch or Stopwatch()
         optimizer = self._engine.optimizer
         self.stopwatch.watch(optimizer, *[name for name in CHECKS if hasattr(optimizer, name)])
         if mode != "off":
