@@ -383,7 +383,7 @@ def interpreter() -> Iterator[None]:
 
 
 # The interpreter is slow, so it does not run what others stand for: most calls without detail, for which the test above
-# says what the CUDA kernels give, and 60 tiny segments more with planted values, which the ragged ones have as well.
+# says what the CUDA kernels give, and 25 tiny segments more with planted values, which the ragged ones have as well.
 COMPARED = [
     Job(name, detail)
     for name in CALLS

@@ -20,7 +20,7 @@ from hallo_numguard.ops.backends import cpu as native
 from hallo_numguard.ops.formats import FORMATS
 from hallo_numguard.ops.schema import multi_tensor_stats_op, tensor_stats_op
 
-from backends import BACKENDS, NATIVE, clear_choices, forced_backend
+from backends import BACKENDS, NATIVE, TRITON, clear_choices, forced_backend
 from cases import CASES, Case, definition, expected_of, flat_of
 
 DTYPES = list(FORMATS)
@@ -69,12 +69,25 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=name_of)
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_backend_gives_what_the_definition_says(each_backend: str, case: Case) -> None:
+def test_a_backend_gives_what_the_definition_says(each_cpu_backend: str, case: Case) -> None:
+    assert_is_defined(case, each_cpu_backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", TRITON)
+@pytest.mark.parametrize("case", [case for case in CASES if (case.values, case.plant) == ("normal", "mixed")], ids=str)
+def test_triton_gives_what_the_definition_says(backend: str, case: Case) -> None:
+    """In every case its bits are those of the CUDA kernels, and these what the definition says: test_cuda_kernels.py"""
+    with forced_backend(backend):
+        assert_is_defined(case, backend)
+
+
+def assert_is_defined(case: Case, backend: str) -> None:
     flat = flat_of(case)
     table = ng.tensor_stats(flat, case.offsets, detail=True)
     assert table.packed.dtype == torch.int64
     assert table.packed.device == flat.device
-    assert_records(table, list(expected_of(case)), each_backend)
+    assert_records(table, list(expected_of(case)), backend)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.layout in ("ragged", "unaligned")], ids=str)

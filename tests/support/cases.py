@@ -20,7 +20,7 @@ LAYOUTS = {
     "ragged": (0, 0, 1, 1, 4, 5, 100, 1124, 3300, 3300),
     "unaligned": (3, 10, 77, 1100, 2177, 5999),
     "long": (1, 70_001),
-    "tiny": tuple(itertools.accumulate((size % 5 for size in range(60)), initial=2)),
+    "tiny": tuple(itertools.accumulate((size % 5 for size in range(25)), initial=2)),
 }
 
 # What is planted where in every segment.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import subprocess
-import sys
 
 import pytest
 import torch
@@ -16,6 +15,7 @@ import hallo_numguard as ng
 from hallo_numguard.integrations.torch_optim.model_hooks import _ScriptPatch
 
 import deepspeed_support
+import fork_server
 from frameworks import lightning_trainer
 
 
@@ -150,9 +150,8 @@ def test_a_pickle_of_a_guarded_model_loads_where_we_are_not_installed(local_grad
         step(model, optimizer)
     torch.save(model, tmp_path / "model.pt")
     assert b"numguard" not in (tmp_path / "model.pt").read_bytes()
-    loading = subprocess.run(
-        [sys.executable, "-c", LOAD, str(tmp_path / "model.pt")], capture_output=True, text=True, check=False
-    )
+    command = [*fork_server.command(), "-c", LOAD, str(tmp_path / "model.pt")]
+    loading = subprocess.run(command, capture_output=True, text=True, check=False)
     assert loading.stdout == f"done {float(model[0].weight.detach().sum())}\n", loading.stderr
     step(model, optimizer)
     assert len(optimizer.history) == steps + 1, "the model itself is still guarded"
