@@ -98,9 +98,9 @@ def main(names: tuple[str, ...], device: str, rounds: int | None, quick: bool, j
     results = []
     for name in names:
         results.append(measure(CASES[name], rounds or (QUICK_ROUNDS if quick else ROUNDS)))
+        write_json(json_path, machine, results)  # the last cases take minutes
         gc.collect()
     print_results(console, "parameter_cost", results)
-    write_json(json_path, machine, results)
 
 
 if __name__ == "__main__":
