@@ -202,6 +202,24 @@ def start_rank(script: Path, rank: int, ranks: int, port: int, **streams: Any) -
     return subprocess.Popen([*fork_server.command(), str(script)], env=environment, text=True, **streams)
 
 
+# The beginning of a script of `run_ranks` that makes engines.
+HEAD = """
+import logging, warnings
+import torch
+import deepspeed_support as support
+
+support.allow_fp16()
+import deepspeed
+import hallo_numguard as ng
+
+warnings.filterwarnings("ignore")
+deepspeed.init_distributed("gloo")
+logging.disable(logging.CRITICAL)
+RANK = torch.distributed.get_rank()
+WARN = ng.GuardConfig(policy=ng.Policy(on_unrecoverable="warn"))
+"""
+
+
 def run_ranks(
     script: str, folder: Path, ranks: int = 2, timeout: float = 200, contains_failures: bool = False
 ) -> list[str]:

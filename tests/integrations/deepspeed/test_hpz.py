@@ -4,25 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from deepspeed_support import run_ranks
+from deepspeed_support import HEAD, run_ranks
 
 pytestmark = pytest.mark.multiprocess
 
 SCRIPT = """
-import logging, warnings
-import torch
-import deepspeed_support as support
-
-support.allow_fp16()
-import deepspeed
-import hallo_numguard as ng
-
-warnings.filterwarnings("ignore")
-deepspeed.init_distributed("gloo")
-logging.disable(logging.CRITICAL)
-RANK = torch.distributed.get_rank()
 engine = support.make_engine("bf16", stage=3, zero_optimization={"stage": 3, "zero_hpz_partition_size": 2})
-guard = ng.attach(engine, ng.GuardConfig(policy=ng.Policy(on_unrecoverable="warn")))
+guard = ng.attach(engine, WARN)
 for step in range(2):
     support.train_step(engine, step)
 frozen = engine.module.frozen.weight
@@ -38,4 +26,4 @@ assert [row.applied for row in guard.history] == [True, True, False]
 
 
 def test_a_bad_copy_of_a_frozen_weight_is_named(tmp_path):
-    run_ranks(SCRIPT, tmp_path, timeout=130)
+    run_ranks(HEAD + SCRIPT, tmp_path, timeout=130)

@@ -7,25 +7,13 @@ import quantizer
 import torch
 
 import operators
-from deepspeed_support import DEVICE, run_ranks
+from deepspeed_support import DEVICE, HEAD, run_ranks
 
 SCRIPT = """
-import logging, warnings
-import torch
-import deepspeed_support as support
-
-support.allow_fp16()
-import deepspeed
 import quantizer
-import hallo_numguard as ng
 from deepspeed.runtime.zero.partition_parameters import CUDAQuantizer
 
-warnings.filterwarnings("ignore")
 CUDAQuantizer.quantizer_cuda_module = quantizer
-deepspeed.init_distributed("gloo")
-logging.disable(logging.CRITICAL)
-RANK = torch.distributed.get_rank()
-WARN = ng.GuardConfig(policy=ng.Policy(on_unrecoverable="warn"))
 BAD = "first.weight", (32, 3)
 
 
@@ -92,18 +80,12 @@ for setup in ("fp16", "bf16"):
 
 @pytest.mark.multiprocess
 def test_a_bad_weight_is_named_though_the_exchange_hides_it(tmp_path):
-    run_ranks(SCRIPT, tmp_path, timeout=130)
+    run_ranks(HEAD + SCRIPT, tmp_path, timeout=130)
 
 
 REFUSED = """
 import pytest
-import deepspeed_support as support
 
-support.allow_fp16()
-import deepspeed
-import hallo_numguard as ng
-
-deepspeed.init_distributed("gloo")
 zero = {"stage": 3, "zero_quantized_gradients": True}
 engine = support.make_engine("bf16", stage=3, zero_optimization=zero)
 with pytest.raises(ng.UnsupportedDeepSpeed, match="quantized gradients"):
@@ -114,14 +96,14 @@ with pytest.raises(ng.UnsupportedDeepSpeed, match="quantized gradients"):
 @pytest.mark.multiprocess
 def test_gradients_that_are_quantized_between_nodes_are_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_SIZE", "1")  # two nodes of one device
-    run_ranks(REFUSED, tmp_path, timeout=60)
+    run_ranks(HEAD + REFUSED, tmp_path, timeout=60)
 
 
 @pytest.mark.multiprocess
 def test_on_one_node_deepspeed_quantizes_no_gradients(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_SIZE", "2")
     attached = REFUSED.partition("with pytest")[0] + "guard = ng.attach(engine)\nsupport.train_step(engine, 0)\n"
-    run_ranks(attached + "assert guard.history[0].applied\n", tmp_path, timeout=60)
+    run_ranks(HEAD + attached + "assert guard.history[0].applied\n", tmp_path, timeout=60)
 
 
 @pytest.mark.parametrize("bad", [None, torch.nan, torch.inf])

@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from deepspeed_support import run_ranks
+from deepspeed_support import HEAD, run_ranks
 
 pytestmark = pytest.mark.multiprocess
 
 SCRIPT = """
-import logging, warnings
-import torch
-import deepspeed_support as support
-
-support.allow_fp16()
-import deepspeed
 import transformers
-import hallo_numguard as ng
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 
-warnings.filterwarnings("ignore")
-deepspeed.init_distributed("gloo")
-logging.disable(logging.CRITICAL)
 transformers.utils.logging.disable_progress_bar()
-RANK, WORLD, LENGTH = torch.distributed.get_rank(), 2, 16
-WARN = ng.GuardConfig(policy=ng.Policy(on_unrecoverable="warn"))
+WORLD, LENGTH = 2, 16
 CONFIG = transformers.LlamaConfig(
     vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, max_position_embeddings=LENGTH, attn_implementation="sdpa",
@@ -84,4 +73,4 @@ for setup, stage in (("bf16", 2), ("bf16", 3), ("fp16", 3)):
 
 
 def test_what_goes_wrong_in_a_part_of_the_sequence_is_named(tmp_path):
-    run_ranks(SCRIPT, tmp_path, timeout=170)
+    run_ranks(HEAD + SCRIPT, tmp_path, timeout=170)
