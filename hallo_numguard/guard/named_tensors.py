@@ -131,11 +131,9 @@ def stats_as_seen(item: NamedTensor, counts: Sequence[int], index: int) -> Param
         counts: How many NaN, +Inf and -Inf this rank's part of it had.
         index: Flat index in that part of the first of them.
     """
+    stats = ParameterStats(torch.tensor([list(counts)]), torch.tensor([index]), torch.zeros(1, dtype=torch.float64))
     _, *place = item.held()
-    _, start, run, stride = Piece(0, *place)
-    first = index // run * stride + index % run + start
-    stats = ParameterStats(torch.tensor([list(counts)]), torch.tensor([first]), torch.zeros(1, dtype=torch.float64))
-    return in_whole_tensors(stats, [item.shard])
+    return in_whole_tensors(in_whole_tensors(stats, [Shard(*place)]), [item.shard])
 
 
 class ToleratedNonfinites:
