@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import logging
+import time
 from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
@@ -23,6 +25,7 @@ T = TypeVar("T")
 MAX_TEXT_BYTES = 4096
 _RANK_BITS = 31
 _NOBODY = 1 << 62  # greater than any order and rank
+_SECONDS_AT_EXIT = 0.05
 
 
 class Place(NamedTuple):
@@ -71,6 +74,7 @@ class Ranks:
         self._size = dist.get_world_size(group)
         if self._size > 1:
             self._rendezvous = Rendezvous.of(group)
+            _let_collectives_end_at_exit()
 
     def are(self, group: dist.ProcessGroup | None) -> bool:
         """Returns whether reductions go over this very group, so that they can stand in for one of another's."""
@@ -246,3 +250,14 @@ class Ranks:
 def clip(text: str, size: int) -> str:
     """Returns the beginning of `text`, of at most `size` bytes, without control characters."""
     return printable(text).encode()[:size].decode(errors="ignore")
+
+
+@functools.cache
+def _let_collectives_end_at_exit() -> None:
+    """Gives the threads of process groups a moment when the process exits.
+
+    After a collective they let go of its tensor, for which they take Python's lock. Before Python 3.14 a thread that
+    comes for the lock when Python is already closing down is ended, and with it the process is aborted: "terminate
+    called without an active exception", exit code 134, of a run that was through. Waiting gives them the lock in time.
+    """
+    atexit.register(time.sleep, _SECONDS_AT_EXIT)
