@@ -128,7 +128,11 @@ TABLES = {
     "parameter-costs": Table(
         "parameter_cost",
         "{case}",
-        {"DeepSpeed's check and norm us a parameter": "{theirs_us:.3f}", "guard us a parameter": "{guard_us:.3f}"},
+        {
+            "DeepSpeed's check and norm us a parameter": "{theirs_us:.3f}",
+            "guard us a parameter": "{guard_us:.3f}",
+            "of it listing gradients": "{listing_us:.3f}",
+        },
     ),
     "forward-passes": Table(
         "trace",

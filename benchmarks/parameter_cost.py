@@ -28,6 +28,8 @@ from output import device_option, json_option, make_console, print_facts, quick_
 from page import print_results
 
 from hallo_numguard.guard.step.pending import PendingStep
+from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import ParameterGradients
+from hallo_numguard.integrations.deepspeed.adapters.zero12 import PartitionLists
 
 WARM_UP = 9  # the guard's samples come in steps 1, 2, 4, 8, 16 and every hundredth
 ROUNDS, QUICK_ROUNDS = 6, 1
@@ -43,41 +45,56 @@ class Result:
         parameters: Number of parameters.
         theirs_us: DeepSpeed's check and norm in an unguarded step, a parameter.
         guard_us: Guard and what is left of DeepSpeed's check and norm in a step in replace mode, a parameter.
-        share: Guard and that, over the whole step.
+        listing_us: Of that, reading `.grad` of the parameters, or the list of gradients that DeepSpeed makes in every
+            step. 0 where gradients are in flat buffers.
+        share: `guard_us` over the whole step.
     """
 
     case: str
     parameters: int
     theirs_us: float
     guard_us: float
+    listing_us: float
     share: float
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """CPU time in a step."""
+
+    inside: float
+    listing: float
+    whole: float
 
 
 def measure(case: Case, rounds: int) -> Result:
     """Times a case."""
-    theirs, _ = _times(case, "off", rounds)
-    ours, share = _times(case, "replace", rounds)
+    theirs, ours = _seconds(case, "off", rounds), _seconds(case, "replace", rounds)
     count = case.small_parameters
-    return Result(str(case), count, 1e6 * theirs / count, 1e6 * ours / count, share)
+    theirs_us, guard_us, listing_us = (1e6 * value / count for value in (theirs.inside, ours.inside, ours.listing))
+    return Result(str(case), count, theirs_us, guard_us, listing_us, ours.inside / ours.whole)
 
 
-def _times(case: Case, mode: str, rounds: int) -> tuple[float, float]:
-    """Seconds in what is timed in a step, and its share of the whole step."""
+def _seconds(case: Case, mode: str, rounds: int) -> Seconds:
+    """The smallest of each."""
     stopwatch = Stopwatch(time.thread_time, before=_let_the_allocator_tidy_up)
     engine = Trained(case, mode, layers=0, width=0, stopwatch=stopwatch)
-    freeing = Stopwatch(time.thread_time)
+    freeing, listing = Stopwatch(time.thread_time), Stopwatch(time.thread_time)
     freeing.watch(PendingStep, "forget_losses")
+    for source in (ParameterGradients, PartitionLists):
+        listing.watch(source, "_listed")
     for _ in range(WARM_UP):
         engine.step()
-    inside, whole = [], []
+    inside, listed, whole = [], [], []
     for _ in range(rounds):
-        freeing.seconds = 0.0
+        freeing.seconds = listing.seconds = 0.0
         began = time.thread_time()
         engine.step()
         whole.append(time.thread_time() - began)
         inside.append(engine.stopwatch.seconds - freeing.seconds)
+        listed.append(listing.seconds)
     gc.collect()
-    return min(inside), min(inside) / min(whole)
+    return Seconds(min(inside), min(listed), min(whole))
 
 
 def _let_the_allocator_tidy_up() -> None:

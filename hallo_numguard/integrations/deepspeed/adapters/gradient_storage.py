@@ -71,16 +71,21 @@ class ParameterGradients:
 
     def scan(self) -> ScannedPieces:
         """Reads the gradients that exist; sparse ones by their values."""
-        parameters = list(itertools.chain.from_iterable(self._groups()))
-        gradients = [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
-        if len(gradients) < len(parameters):
-            parameters = [parameter for parameter in parameters if parameter.grad is not None]
+        parameters, gradients = self._listed()
         found = self._reader.scan(gradients)
         if self.has_unknown or not self._are_known(parameters, found.owners):
             self._pieces = [self._piece(parameters[owner]) for owner in found.owners]
             self._known = parameters, found.owners
             self.has_unknown = PADDING in self._pieces
         return ScannedPieces(found.table, self._pieces)
+
+    def _listed(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """The parameters with gradients, and these."""
+        parameters = list(itertools.chain.from_iterable(self._groups()))
+        gradients = [gradient for parameter in parameters if (gradient := parameter.grad) is not None]
+        if len(gradients) < len(parameters):
+            parameters = [parameter for parameter in parameters if parameter.grad is not None]
+        return parameters, gradients
 
     def _are_known(self, parameters: Sequence[torch.Tensor], owners: Sequence[int]) -> bool:
         """Whether these are the parameters of the step before: identity is asked for, as == compares elements."""

@@ -153,15 +153,15 @@ class PartitionLists:
         groups = range(len(self._optimizer.bit16_groups))
         lists = [self._optimizer.averaged_gradients.get(group) or () for group in groups]
         lengths = list(map(len, lists))
-        tensors = self._read(lists) if lengths == self._lengths else None
+        tensors = self._listed(lists) if lengths == self._lengths else None
         if tensors is None or tensors.sizes != self._sizes:
             self._learn(lists)
-            tensors = self._read(lists)
+            tensors = self._listed(lists)
             self._lengths, self._sizes = lengths, b"" if tensors is None else tensors.sizes
         table = multi_tensor_stats(()) if tensors is None else tensor_list_stats(tensors)
         return ScannedPieces(table, self._pieces, self._groups)
 
-    def _read(self, lists: Sequence[Sequence[torch.Tensor]]) -> TensorList | None:
+    def _listed(self, lists: Sequence[Sequence[torch.Tensor]]) -> TensorList | None:
         """The tensors without the padding; None if there are none."""
         real = list(itertools.compress(itertools.chain.from_iterable(lists), self._is_real))
         return read(real) if real else None
