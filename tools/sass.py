@@ -132,8 +132,10 @@ class Function:
         # From each instruction to the next that all paths to it go through; none comes before the entry.
         dominators = nx.DiGraph((node, over) for node, over in nx.immediate_dominators(graph, 0).items() if node)
         dominators.add_node(0)
+        # The header of a loop is found before the rest of it, so an edge back to it is not one that finds a node.
+        others = ((latch, header) for latch, header, kind in nx.dfs_labeled_edges(graph, 0) if kind == "nontree")
         back_edges = [
-            (latch, header) for latch, header in graph.edges if header in {latch, *nx.descendants(dominators, latch)}
+            (latch, header) for latch, header in others if header in {latch, *nx.descendants(dominators, latch)}
         ]
         if not nx.is_directed_acyclic_graph(nx.restricted_view(graph, [], back_edges)):
             raise UnknownCode("a loop with two ways in")
@@ -144,10 +146,10 @@ class Function:
                 body |= {latch} | nx.ancestors(nx.restricted_view(graph, [header], []), latch)
         loops = []
         for header, body in sorted(bodies.items()):
-            others = bodies.keys() - {header}
-            following = {self.instructions[other].address for other in others & nx.descendants(graph, header)}
+            other_headers = bodies.keys() - {header}
+            following = {self.instructions[other].address for other in other_headers & nx.descendants(graph, header)}
             code = tuple(self.instructions[index] for index in sorted(body))
-            loops.append(Loop(self.instructions[header].address, code, not others & body, frozenset(following)))
+            loops.append(Loop(self.instructions[header].address, code, not other_headers & body, frozenset(following)))
         return tuple(loops)
 
     def _flow(self) -> nx.DiGraph:
