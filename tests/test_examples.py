@@ -27,7 +27,8 @@ EXPECTED = {
     "with_lightning": ["weights_nonfinite", "parameter net.0.weight[3, 5]: 1 NaN of 128 values"],
     "with_trackers": ["step,loss,loss_scale", "\n3,", ",0,1,0\n"],
 }
-LAUNCHED = {"with_ddp", "with_fsdp2"}
+LAUNCHED = {"with_ddp"}  # by torchrun, for which every process is a fresh one: one script proves that
+OF_TWO_RANKS = {"with_fsdp2"}
 OWN_TESTS = {"demo"}
 
 
@@ -35,7 +36,7 @@ def test_every_script_is_run():
     assert {path.stem for path in FOLDER.glob("*.py")} == EXPECTED.keys() | OWN_TESTS
 
 
-@pytest.mark.parametrize("name", sorted(EXPECTED))
+@pytest.mark.parametrize("name", sorted(EXPECTED.keys() - OF_TWO_RANKS))
 def test_a_script(name, tmp_path):
     port = support.free_port()
     # The launcher starts fresh processes; of the others, one does.
@@ -60,5 +61,19 @@ def test_a_script(name, tmp_path):
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
+    assert_told(done.stdout, name)
+
+
+@pytest.mark.parametrize("name", sorted(OF_TWO_RANKS))
+def test_a_script_on_two_ranks(name, tmp_path):
+    path, port = FOLDER / f"{name}.py", support.free_port()
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": tmp_path}
+    ranks = [support.start_rank(path, rank, 2, port, **streams) for rank in range(2)]
+    outputs = [process.communicate(timeout=120) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], outputs
+    assert_told("".join(written for written, _ in outputs), name)
+
+
+def assert_told(output, name):
     for text in EXPECTED[name]:
-        assert text in done.stdout
+        assert text in output
