@@ -16,6 +16,7 @@ import torch
 from torch.utils._python_dispatch import _pop_mode
 
 from hallo_numguard.guard import containment
+from hallo_numguard.integrations import backward_calls
 
 import fork_server
 from backends import BACKENDS, NATIVE, TRITON, forced_backend
@@ -57,7 +58,6 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Fails if something was compiled: an interrupted build of a DeepSpeed operator locks every later run out."""
-    gc.unfreeze()
     if "PYTEST_XDIST_WORKER" in os.environ:
         return
     folder = Path(os.environ["TORCH_EXTENSIONS_DIR"])
@@ -66,6 +66,11 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
     if compiled:
         sys.stderr.write(f"\nthe tests compiled {', '.join(compiled)}\n")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_unconfigure() -> None:
+    """Lets the interpreter take down what was set aside: some libraries complain of what is left at its end."""
+    gc.unfreeze()
 
 
 # What a test calls, itself or through a fixture, and the marker that this earns it.
@@ -147,10 +152,13 @@ def cpu_alone(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def nothing_stays() -> Iterator[None]:
     """Puts back what would change the tests that follow in this process.
 
-    A guard that a test has left in the middle of a watched step has begun a mode; DeepSpeed's stage 3 replaces torch's
-    linear layer for good, so that its gradients become ready in another order.
+    A guard that a test has left in the middle of a watched step has begun a mode; one that is still attached would see
+    the backward passes of others; DeepSpeed's stage 3 replaces torch's linear layer for good, so that its gradients
+    become ready in another order.
     """
     yield
+    for observer in list(backward_calls._patch._observers):
+        observer.stop()
     torch.nn.functional.linear = LINEAR
     while torch._C._len_torch_dispatch_stack():
         _pop_mode()

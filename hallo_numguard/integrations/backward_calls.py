@@ -7,7 +7,7 @@ has a gradient of its own (`grad_tensors`), what is no single number, and the ro
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -87,25 +87,53 @@ class LossObserver:
         self._on_backward()
         self._before = self._steps, self._session.seeds_seen
 
-    def after(self, roots: Sequence[torch.Tensor]) -> None:
-        """A backward pass is over."""
+    def after(self, roots: Sequence[torch.Tensor], leaves: Leaves) -> None:
+        """A backward pass is over.
+
+        Args:
+            roots: What it was called on.
+            leaves: Those of its graph.
+        """
         steps, seeds = self._before
         shown, self._shown = self._shown, []
         if steps != self._steps:  # the optimizer has made its step inside of the pass
             return
-        if not (shown and self._is_certain) and not self._is_reached(roots, seeds):
+        if not (shown and self._is_certain) and not self._is_reached(leaves, seeds):
             return
         for loss in shown or _values(roots):
             self._session.on_loss(loss, is_scaled=not shown, of_backward=True, node=roots[-1].grad_fn)
 
-    def _is_reached(self, roots: Sequence[torch.Tensor], seeds: int) -> bool:
+    def _is_reached(self, leaves: Leaves, seeds: int) -> bool:
         if self._session.seeds_seen > seeds:
             return True
-        return not self._session.sees_seeds and _leads_to(roots, {id(parameter) for parameter in self._trained()})
+        return not self._session.sees_seeds and leaves.have_any(self._trained())
 
 
-def _leads_to(roots: Sequence[torch.Tensor], parameters: set[int]) -> bool:
-    """Whether the graph of the roots has one of the parameters as a leaf, among its first nodes in depth."""
+class Leaves:
+    """The leaves of an autograd graph among its first nodes in depth, which are searched once for all guards.
+
+    Args:
+        roots: Tensors that the graph has made.
+    """
+
+    def __init__(self, roots: Sequence[torch.Tensor]) -> None:
+        self._found: set[int] = set()
+        self._others = _leaves(roots)
+
+    def have_any(self, parameters: Iterable[torch.Tensor]) -> bool:
+        """Returns whether one of the parameters is a leaf. Searches no further than to the first that is."""
+        wanted = {id(parameter) for parameter in parameters}
+        if not wanted or not wanted.isdisjoint(self._found):
+            return bool(wanted)
+        for leaf in self._others:
+            self._found.add(leaf)
+            if leaf in wanted:
+                return True
+        return False
+
+
+def _leaves(roots: Sequence[torch.Tensor]) -> Iterator[int]:
+    """The id of each leaf."""
     stack: list[Any] = [root.grad_fn for root in roots]
     seen: set[Any] = set()
     while stack and len(seen) < MAX_NODES:
@@ -113,10 +141,10 @@ def _leads_to(roots: Sequence[torch.Tensor], parameters: set[int]) -> bool:
         if node is None or node in seen:
             continue
         seen.add(node)
-        if id(getattr(node, "variable", None)) in parameters:
-            return True
+        variable = getattr(node, "variable", None)
+        if variable is not None:
+            yield id(variable)
         stack.extend(following for following, _ in node.next_functions)
-    return False
 
 
 def _roots(tensors: Any, grad_tensors: Any = None, *rest: Any, **named: Any) -> list[torch.Tensor]:
@@ -152,8 +180,9 @@ def _backward(observers: Sequence[LossObserver], original: Callable[..., Any], *
     for observer in observers:
         observer.before()
     result = original(*args, **kwargs)
+    leaves = Leaves(roots)
     for observer in observers:
-        observer._session.probes.run("record of the loss", observer.after, roots)
+        observer._session.probes.run("record of the loss", observer.after, roots, leaves)
     return result
 
 

@@ -188,6 +188,18 @@ def test_of_two_losses_each_belongs_to_its_own_optimizer(named, bad):
     assert seen(innocent) == []
 
 
+def test_the_graph_of_a_pass_is_searched_once_for_all_guards_that_take_no_part(monkeypatch):
+    searched, leaves = [], backward_calls._leaves
+    monkeypatch.setattr(
+        backward_calls, "_leaves", lambda roots: map(lambda leaf: searched.append(leaf) or leaf, leaves(roots))
+    )
+    idle = [ng.GuardedOptimizer(torch.optim.SGD(model.parameters()), model) for model in (regression(), regression())]
+    model = regression()
+    model(batch(1)).square().mean().backward()
+    assert len(searched) == len(list(model.parameters()))
+    assert not any(optimizer._guard.session.has_losses for optimizer in idle)
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_calls_inside_of_a_backward_pass_are_no_losses(reentrant):
     model = regression()

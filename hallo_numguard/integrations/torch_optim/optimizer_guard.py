@@ -118,7 +118,7 @@ class OptimizerGuard:
         if self._gradients.sharded:  # these are reduced before any hook would see them
             config = replace(config, local_gradients="never")
         self._keeper = config.keeper
-        self.device = next(parameter.device for _, parameter in self._gradients.trained())
+        self.device = next(self._gradients.own_parameters()).device
         self._ranks = self._find_ranks()
         self._steps = 0  # since the guard is on, whatever the optimizer's state says
         self._steps_before = 0
@@ -140,7 +140,7 @@ class OptimizerGuard:
             undo.callback(self.session.stop)
             self._unmade = self._watch_for_unmade_steps()
             undo.callback(self._unmade.stop)
-            self._losses = LossObserver(self.session, self._own_parameters, self._unmade.before_backward)
+            self._losses = LossObserver(self.session, self._gradients.own_parameters, self._unmade.before_backward)
             undo.callback(self._losses.stop)
             self.session.inspect_weights("the optimizer was guarded")
             self.count_from_state()
@@ -204,9 +204,6 @@ class OptimizerGuard:
     def _can_go_back(self) -> bool:
         """Whether the script has saved its run. State dicts are written by rank 0 alone, so slices would be lost."""
         return self._keeper.run is not None and not self._gradients.sharded
-
-    def _own_parameters(self) -> list[torch.Tensor]:
-        return [parameter for _, parameter in self._gradients.trained()]
 
     def take_off(self) -> None:
         """Removes the guard. Reports and history stay readable."""
@@ -333,7 +330,7 @@ class OptimizerGuard:
             gradients = self.session.essential("search for the gradients", self._gradients.collect)
         if gradients is not None:
             return gradients
-        found = [] if self.sharded else [parameter.grad for _, parameter in self._gradients.trained()]
+        found = [] if self.sharded else [parameter.grad for parameter in self._gradients.own_parameters()]
         return [gradient for gradient in found if gradient is not None]
 
     def divide(self, gradients: list[torch.Tensor], divisor: float) -> None:

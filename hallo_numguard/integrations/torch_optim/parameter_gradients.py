@@ -92,7 +92,7 @@ class Gradients:
 
     def collect(self) -> list[torch.Tensor]:
         """Returns this rank's part of the gradients of the last backward passes. Reads no values."""
-        held = list(self._all())
+        held = list(self.own_parameters())
         found = [parameter.grad for parameter in held]
         gradients = [gradient for gradient in found if gradient is not None]
         if len(gradients) < len(found):
@@ -149,13 +149,14 @@ class Gradients:
 
     def trained(self) -> list[tuple[str, torch.Tensor]]:
         """Returns the optimizer's parameters and their names."""
-        return [(self._name(parameter), parameter) for parameter in self._all()]
+        return [(self._name(parameter), parameter) for parameter in self.own_parameters()]
 
     def all_named(self) -> bool:
         """Returns whether every parameter of the optimizer is in the guard's list."""
-        return all(parameter in self._positions for parameter in self._all())
+        return all(parameter in self._positions for parameter in self.own_parameters())
 
-    def _all(self) -> Iterator[torch.Tensor]:
+    def own_parameters(self) -> Iterator[torch.Tensor]:
+        """Yields the optimizer's parameters."""
         return itertools.chain.from_iterable(group["params"] for group in self._optimizer.param_groups)
 
     def _name(self, parameter: torch.Tensor) -> str:
