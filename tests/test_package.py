@@ -153,6 +153,12 @@ def test_hooks_run_the_versions_of_the_lock():
     }
 
 
+def test_ci_tries_the_releases_of_deepspeed_that_the_makefile_lists():
+    listed = re.search(r"^OLDER_DEEPSPEED \?= (.*)$", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)[1].split()
+    tried = re.search(r"release: \[(.*)\]", (ROOT / ".github/workflows/ci.yml").read_text("utf-8"))[1]
+    assert re.findall(r'"([\d.]+)"', tried) == listed
+
+
 def test_fragments_of_the_changelog_have_a_type():
     known = set(
         re.findall(r'\[\[tool.towncrier.type\]\]\ndirectory = "(\w+)"', (ROOT / "pyproject.toml").read_text("utf-8"))

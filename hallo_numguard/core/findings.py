@@ -19,6 +19,7 @@ class Finding:
         kind: Kind of finding. In training: "nonfinite" (a weight, buffer or optimizer state, outside of a step),
             "absurd_weight" (finite, and far too large), "loss_spike", "norm_spike", "update_ratio" (learning rate too
             high), "dead_gradient", "exploding_gradient", "input_range", "lost_update" (steps that change nothing),
+            "tokens_dropped", "router_saturated" (routers of a mixture of experts),
             "bad_step_applied" (a step whose gradients were not finite), "loss_nonfinite" (a step whose loss was not
             finite, with gradients that were), "update_nonfinite" (weights that an update made non-finite, on one of
             several ranks), "gradients_not_cleared" (a backward pass that adds to non-finite gradients),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -43,6 +43,34 @@ class ScannedPieces:
     groups: Sequence[slice] = ()
 
 
+class Routed(NamedTuple):
+    """What a router of a mixture of experts has decided in a call.
+
+    Attributes:
+        logits: One row per token, one column per expert.
+        chosen: Number of tokens that have chosen each expert.
+        capacity: Number of tokens that an expert takes.
+    """
+
+    logits: torch.Tensor
+    chosen: torch.Tensor
+    capacity: int | torch.Tensor
+
+
+class Router(NamedTuple):
+    """A router of a mixture of experts.
+
+    Attributes:
+        name: Name of the module.
+        module: The module.
+        read: Returns what it has decided, from the positional arguments and the output of a call.
+    """
+
+    name: str
+    module: nn.Module
+    read: Callable[[Any, Any], Routed]
+
+
 @dataclass(frozen=True)
 class GuardedModel:
     """The model and the optimizer that an integration guards.
@@ -74,6 +102,7 @@ class GuardedModel:
         run_facts: Facts about the run for its reports: "framework", "zero_stage".
         stage: This rank's stage of a pipeline, whose layers, batch and loss are on different ranks; else None.
         remarks: Returns sentences about what a report names, the same on all ranks.
+        routers: The routers of its mixtures of experts.
     """
 
     parameters: list[NamedTensor]
@@ -100,6 +129,7 @@ class GuardedModel:
     run_facts: Mapping[str, str | int] = field(default_factory=dict)
     stage: Stage | None = None
     remarks: Callable[[OverflowReport], Sequence[str]] = no_remarks
+    routers: Sequence[Router] = ()
 
     def note_unchecked(self) -> None:
         """Notes the parameters and buffers inside of which nothing can be read."""

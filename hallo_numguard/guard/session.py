@@ -118,9 +118,7 @@ class Session:
         folder = None if config.repro_dir is None else Path(config.repro_dir)
         bundle_files = ReportFiles("the bundle", config.dump_keep)
         self._bundles = Bundles(folder, bundle_files, model.module, self._replayer, ranks, model.device, model.settings)
-        self._warnings = EarlyWarnings(
-            model.parameters, self._batch, model.module, self._recorder.read, self._log.note, model.has_masters
-        )
+        self._warnings = EarlyWarnings(model, self._batch, self._recorder.read, self._log.note, self.probes)
         self._updates = UpdateWatch(model, config.check_updates)
         self._feeding = FeedingModules(model.also, lambda: self._steps.pending.feeding_calls)
         self._collector = EvidenceCollector(
@@ -141,6 +139,7 @@ class Session:
             self._collector.start()
             self._local_gradients.start()
             self._feeding.start()
+            self._warnings.start()
             undo.pop_all()
 
     @property
@@ -190,6 +189,7 @@ class Session:
         self._local_gradients.stop()
         self._armed.stop()
         self._feeding.stop()
+        self._warnings.stop()
         self._steps.pending.clear()
         self._ranks.leave()
 

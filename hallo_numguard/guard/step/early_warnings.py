@@ -15,18 +15,19 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
 
 from hallo_numguard.core.findings import Finding
 from hallo_numguard.core.records import StepRecord
 from hallo_numguard.core.safe_text import listed
-from hallo_numguard.guard.guarded_model import ScannedPieces
+from hallo_numguard.guard.containment import Probes
+from hallo_numguard.guard.guarded_model import GuardedModel, ScannedPieces
 from hallo_numguard.guard.module_groups import by_module
 from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.guard.parameter_stats import Piece
 from hallo_numguard.guard.readable import is_plain
 from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.guard.step.dead_gradients import DeadGradients
+from hallo_numguard.guard.step.routing import Routing
 from hallo_numguard.ops.api import tensor_stats
 from hallo_numguard.ops.device import AsyncHostCopy
 from hallo_numguard.ops.layout import Layout
@@ -54,25 +55,23 @@ class EarlyWarnings:
     """Turns figures of clean steps into findings.
 
     Args:
-        parameters: Parameters in the guard's order.
+        model: The guarded model.
         batch: Calls of the pending step.
-        model: The model; None if unknown.
         last_steps: Returns the last steps, with the figures of each parameter.
         on_finding: Called with each finding.
-        has_masters: Whether parameters in half precision are rounded copies of others, which take the updates.
+        probes: Containment of failures in the user's forward pass.
     """
 
     def __init__(
         self,
-        parameters: Sequence[NamedTensor],
+        model: GuardedModel,
         batch: Batch,
-        model: nn.Module | None,
         last_steps: Callable[[], Sequence[StepRecord]],
         on_finding: Callable[[Finding], None],
-        has_masters: bool = False,
+        probes: Probes,
     ) -> None:
-        self._has_masters = has_masters
-        self._parameters = parameters
+        self._has_masters = model.has_masters
+        self._parameters = parameters = model.parameters
         self._batch = batch
         self._on_finding = on_finding
         self._said: dict[tuple[str, str], int] = {}
@@ -81,11 +80,21 @@ class EarlyWarnings:
         self._updates = _Updates(parameters)
         self._now: _Sample | None = None
         self._pending_samples: deque[_Sample] = deque()
-        self._dead = DeadGradients(parameters, model, last_steps, partial(self._report, "dead_gradient"))
+        self._dead = DeadGradients(parameters, model.module, last_steps, partial(self._report, "dead_gradient"))
+        self._routing = Routing(model.routers, probes, self._warn)
         self._norms: dict[int, deque[float]] = {}
         self._inputs: dict[str, _Range] = {}
         self._unchanged: dict[int, list[int]] = {}  # samples whose step did not change the parameter
         self._all_unchanged: list[int] = []
+
+    def start(self) -> None:
+        """Puts the hooks on the routers of a mixture of experts, and looks at their first step."""
+        self._routing.start()
+        self._routing.listen()
+
+    def stop(self) -> None:
+        """Takes the hooks off."""
+        self._routing.stop()
 
     def parameters_were_added(self) -> None:
         """Measures the updates of parameters that now follow the known ones as well."""
@@ -95,13 +104,14 @@ class EarlyWarnings:
     def before_step(self, step: int, loss_scale: float, gradients: ScannedPieces) -> None:
         """Takes a sample, if one is due."""
         self._steps += 1
-        if self._steps & (self._steps - 1) and self._steps % SAMPLE_INTERVAL:
+        if not _is_sampled(self._steps):
             return
         names, ranges = self._batch.ranges()
         inputs = torch.cat([ranges.counts.double(), ranges.absmax[:, None]], dim=1)
         self._now = _Sample(
             step, loss_scale, AsyncHostCopy(gradients.table.packed), gradients.pieces, names, AsyncHostCopy(inputs)
         )
+        self._now.routed = self._routing.heard()
         self._updates.begin()
 
     def after_step(self, applied: bool, rows: Sequence[StepRecord]) -> None:
@@ -115,6 +125,8 @@ class EarlyWarnings:
                 self._check_for_spikes(row)
         while self._pending_samples and self._pending_samples[0].arrived:
             self._check(self._pending_samples.popleft())
+        if _is_sampled(self._steps + 1):
+            self._routing.listen()
 
     # -- every step --------------------------------------------------------------------------------------------------
 
@@ -134,6 +146,9 @@ class EarlyWarnings:
 
     def _check(self, sample: _Sample) -> None:
         self._check_inputs(sample)
+        if sample.routed is not None:
+            names, figures = sample.routed
+            self._routing.check(sample.step, names, figures.read().tolist())
         self._check_gradients(sample)
         self._check_updates(sample)
 
@@ -257,6 +272,11 @@ class EarlyWarnings:
         self._on_finding(Finding(kind, f"step {step}: {message}", step, name))
 
 
+def _is_sampled(step: int) -> bool:
+    """Whether a step, counted from 1, is one of 1, 2, 4, 8 ... or every 1024th."""
+    return not step & (step - 1) or step % SAMPLE_INTERVAL == 0
+
+
 @dataclass
 class _Sample:
     """Figures of one step on their way to the host."""
@@ -268,10 +288,12 @@ class _Sample:
     names: list[str]
     inputs: AsyncHostCopy
     updates: AsyncHostCopy | None = None
+    routed: tuple[Sequence[str], AsyncHostCopy] | None = None  # names of routers, and their figures
 
     @property
     def arrived(self) -> bool:
-        sent = (self.gradients, self.inputs, *([self.updates] if self.updates else []))
+        sent = [self.gradients, self.inputs, *([self.updates] if self.updates else [])]
+        sent += [self.routed[1]] if self.routed else []
         return all(item.arrived for item in sent)
 
 

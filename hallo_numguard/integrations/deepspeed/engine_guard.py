@@ -45,7 +45,7 @@ from hallo_numguard.integrations.deepspeed.engine import (
     recover,
     settings_of,
 )
-from hallo_numguard.integrations.deepspeed.experts import Experts
+from hallo_numguard.integrations.deepspeed.experts import Experts, routers_of
 from hallo_numguard.integrations.deepspeed.monitor import monitor_sinks
 from hallo_numguard.integrations.deepspeed.parallel import clips_over, figures_of, is_pipeline, ranks_of, with_shards
 from hallo_numguard.integrations.deepspeed.pipeline import Pipeline, ScheduleHooks, call_stage, stage_parameters
@@ -142,6 +142,7 @@ class DeepSpeedGuard(Guard):
             run_facts={"framework": "DeepSpeed", "zero_stage": int(engine.zero_optimization_stage())},
             stage=None if pipeline is None else pipeline.stage,
             remarks=no_remarks if pipeline is None else pipeline.remarks,
+            routers=routers_of(engine),
         )
         self._session = Session(model, self._ranks, config, on_overflow, monitor_sinks(engine, self._step_number))
         is_whole = self._ranks.place is None or pipeline is not None or self._adapter.checks_elements()

@@ -9,10 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
+from hallo_numguard.guard.guarded_model import Routed, Router
 from hallo_numguard.guard.named_tensors import NamedTensor
 from hallo_numguard.integrations.deepspeed.version import is_instance_of
 
@@ -101,6 +103,23 @@ def _layer(module: Any) -> ExpertLayer:
         int(groups._get_expert_parallel_rank(name)),
         int(groups._get_expert_parallel_world_size(name)),
     )
+
+
+def routers_of(engine: Any) -> list[Router]:
+    """Returns the gates of an engine's mixtures of experts."""
+    return [
+        Router(name, module, partial(_routed, module))
+        for name, module in engine.module.named_modules()
+        if is_instance_of(module, "TopKGate")
+    ]
+
+
+def _routed(gate: Any, args: Any, output: Any) -> Routed:
+    """What a gate has decided. It returns no logits: they are made once more, without the noise of its policy."""
+    logits = torch.nn.functional.linear(args[0].float(), gate.wg.weight.float())
+    # (balance, weights [tokens, experts, capacity], mask, chosen), or with sparse routes (balance, capacity, ...)
+    capacity = output[1].shape[-1] if len(output) == 4 else output[1]
+    return Routed(logits, output[-1], capacity)
 
 
 def expert_copy_of(engine: Any) -> int:
