@@ -29,7 +29,7 @@ coverage: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)/mypy --num-workers 2
 	$(BIN)/lint-imports
 	$(BIN)/typos
 	$(BIN)/clang-format --dry-run --Werror $$(git ls-files csrc tests/cuda_shim)

@@ -8,7 +8,7 @@ import sys
 
 import deepspeed_support as support
 
-TRIES = 3  # without the wait at exit one in two is aborted
+TRIES = 2  # without the wait at exit one in two is aborted
 SCRIPT = """
 import sys
 import torch
