@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from hallo_numguard.guard.containment import Probes
 from hallo_numguard.guard.guarded_model import Routed, Router
@@ -81,12 +82,16 @@ class Routing:
         """Returns the names of the routers that were called, and their `Figures`, a row each. No host sync."""
         self._listens, heard = False, self._heard
         self._heard = {}
-        return (list(heard), AsyncHostCopy(torch.stack(list(heard.values())))) if heard else None
+        if not heard:
+            return None
+        rows = list(heard.values())
+        return list(heard), AsyncHostCopy(torch.stack([row.to(rows[0].device) for row in rows]))
 
-    def _on_call(self, router: Router, _: Any, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or not self._listens or not torch.is_grad_enabled():
+    def _on_call(self, router: Router, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or not self._listens:
             return
-        self._probes.run("look at the routers", self._look, router, args, output)
+        if module.training and torch.is_grad_enabled():
+            self._probes.run("look at the routers", self._look, router, args, output)
 
     @torch.no_grad()
     def _look(self, router: Router, args: Any, output: Any) -> None:
