@@ -55,7 +55,7 @@ def start() -> None:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(CLIENT.parent), "DS_ACCELERATOR": "cpu"},
+        env={**os.environ, "PYTHONPATH": str(CLIENT.parent), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
     )
     server.stdout.readline()  # it listens
     atexit.register(server.communicate)
