@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from deepspeed.moe.layer import MoE
@@ -9,6 +11,7 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from torch import nn
 
 import hallo_numguard as ng
+from hallo_numguard.integrations.deepspeed.experts import routers_of
 
 import deepspeed_support as support
 
@@ -102,6 +105,18 @@ def test_logits_that_overflow_are_named_by_the_gate(trained):
     report = guard.last_report
     assert report.verdict == "forward_nonfinite"
     assert GATE in report.first.name
+
+
+def test_a_gate_is_read_alike_with_dense_and_with_sparse_routes(trained):
+    _, model = trained(steps=1)
+    (router,) = routers_of(SimpleNamespace(module=model))
+    x = torch.randn(TOKENS, WIDTH).bfloat16()
+    outputs = [router.module(x), router.module(x, sparse_routes=True)]
+    assert [len(output) for output in outputs] == [4, 7]
+    dense, sparse = (router.read((x,), output) for output in outputs)
+    assert int(dense.capacity) == int(sparse.capacity) == TOKENS // EXPERTS
+    assert torch.equal(dense.chosen, sparse.chosen)
+    assert int(dense.chosen.sum()) == TOKENS
 
 
 def test_nothing_is_left_of_the_hooks(trained):
