@@ -31,7 +31,7 @@ from hallo_numguard.guard.step.pending import PendingStep
 from hallo_numguard.integrations.deepspeed.adapters.gradient_storage import ParameterGradients
 from hallo_numguard.integrations.deepspeed.adapters.zero12 import PartitionLists
 
-WARM_UP = 9  # the guard's samples come in steps 1, 2, 4, 8, 16 and every hundredth
+WARM_UP = 9  # the guard's samples come in steps 1, 2, 4, 8, 16 and every 1024th
 ROUNDS, QUICK_ROUNDS = 6, 1
 REQUESTS = 64  # for memory, after which glibc has sorted what there is
 SMALL = tuple(name for name, case in CASES.items() if case.small_parameters >= 10_000)
