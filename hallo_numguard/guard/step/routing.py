@@ -107,33 +107,32 @@ class Routing:
         """
         for name, row in zip(names, rows, strict=True):
             figures = Figures(*row)
-            is_late = step >= FIRST_STEP
-            dropped = figures.dropped / max(figures.chosen, 1)
-            if self._stays("tokens_dropped", name, is_late and dropped >= MIN_SHARE):
-                self._warn(
-                    "tokens_dropped",
-                    step,
-                    f"router {name}: {figures.dropped:.0f} of {figures.chosen:.0f} choices of an expert found it full, "
-                    f"and half or more did in the {MIN_SAMPLES - 1} samples before: few experts get most of the "
-                    "tokens. Add the balance loss (l_aux) to the loss, or raise capacity_factor",
-                    name,
-                )
-            sure = figures.sure / max(figures.tokens, 1)
-            if self._stays("router_saturated", name, is_late and sure >= MIN_SHARE):
-                self._warn(
-                    "router_saturated",
-                    step,
-                    f"router {name}: for {figures.sure:.0f} of {figures.tokens:.0f} tokens the logit of the best "
-                    f"expert is more than {SURE_GAP:.0f} above the next, so that softmax gives it 1 to the last bit, "
-                    f"and for half or more in the {MIN_SAMPLES - 1} samples before; logits reach "
-                    f"{figures.largest:.4g}. Next to no gradient reaches their choice: lower the learning rate, or "
-                    "penalise large logits (router z-loss)",
-                    name,
-                )
+            self._tell(
+                "tokens_dropped",
+                step,
+                name,
+                figures.dropped / max(figures.chosen, 1),
+                f"{figures.dropped:.0f} of {figures.chosen:.0f} choices of an expert found it full, and half or more "
+                f"did in the {MIN_SAMPLES - 1} samples before: few experts get most of the tokens. Add the balance "
+                "loss (l_aux) to the loss, or raise capacity_factor",
+            )
+            self._tell(
+                "router_saturated",
+                step,
+                name,
+                figures.sure / max(figures.tokens, 1),
+                f"for {figures.sure:.0f} of {figures.tokens:.0f} tokens the logit of the best expert is more than "
+                f"{SURE_GAP:.0f} above the next, so that softmax gives it 1 to the last bit, and for half or more in "
+                f"the {MIN_SAMPLES - 1} samples before; logits reach {figures.largest:.4g}. Next to no gradient "
+                "reaches their choice: lower the learning rate, or penalise large logits (router z-loss)",
+            )
 
-    def _stays(self, kind: str, name: str, is_seen: bool) -> bool:
+    def _tell(self, kind: str, step: int, name: str, share: float, message: str) -> None:
+        """Warns of what has concerned half or more in enough samples in a row."""
+        is_seen = step >= FIRST_STEP and share >= MIN_SHARE
         self._in_a_row[kind, name] = self._in_a_row.get((kind, name), 0) + 1 if is_seen else 0
-        return self._in_a_row[kind, name] >= MIN_SAMPLES
+        if self._in_a_row[kind, name] >= MIN_SAMPLES:
+            self._warn(kind, step, f"router {name}: {message}", name)
 
 
 def _figures(routed: Routed) -> torch.Tensor:
