@@ -123,8 +123,10 @@ class Leaves:
     def have_any(self, parameters: Iterable[torch.Tensor]) -> bool:
         """Returns whether one of the parameters is a leaf. Searches no further than to the first that is."""
         wanted = {id(parameter) for parameter in parameters}
-        if not wanted or not wanted.isdisjoint(self._found):
-            return bool(wanted)
+        if not wanted:
+            return False
+        if not wanted.isdisjoint(self._found):
+            return True
         for leaf in self._others:
             self._found.add(leaf)
             if leaf in wanted:

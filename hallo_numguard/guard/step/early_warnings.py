@@ -109,9 +109,14 @@ class EarlyWarnings:
         names, ranges = self._batch.ranges()
         inputs = torch.cat([ranges.counts.double(), ranges.absmax[:, None]], dim=1)
         self._now = _Sample(
-            step, loss_scale, AsyncHostCopy(gradients.table.packed), gradients.pieces, names, AsyncHostCopy(inputs)
+            step,
+            loss_scale,
+            AsyncHostCopy(gradients.table.packed),
+            gradients.pieces,
+            names,
+            AsyncHostCopy(inputs),
+            routed=self._routing.heard(),
         )
-        self._now.routed = self._routing.heard()
         self._updates.begin()
 
     def after_step(self, applied: bool, rows: Sequence[StepRecord]) -> None:

@@ -37,7 +37,7 @@ def groups_of(model):
 
 @pytest.fixture
 def trained():
-    """Trains a layer, whose gate is prepared by a function of its weight; returns the guard."""
+    """Trains a layer, whose gate is prepared by a function of its weight; returns the guard and the model."""
     support.single_process_environment()
     guards = []
 
