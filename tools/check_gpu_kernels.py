@@ -3,8 +3,8 @@
     python tools/check_gpu_kernels.py [--arch 90] [--arch gfx942] [--backend triton|cuda] [--json FILE]
 
 Refused are registers that spill, local memory, loads of less than 16 bytes or of unknown space and barriers in the
-main loop, and registers over budget. Triton compiles for NVIDIA and AMD GPUs; nvcc, where it is installed, the CUDA
-sources. NVIDIA's tools that read machine code come with Triton.
+main loop, and registers over budget. Triton compiles for NVIDIA and AMD GPUs; the CUDA kernels are read from the
+extension, where that is built. NVIDIA's tools that read machine code come with Triton.
 
 Exit code: 0 clean, 1 violations, 2 it could not be checked.
 """
@@ -26,9 +26,9 @@ from gpu_compilers import (
     HIP_TARGET,
     CannotCheck,
     compiler_versions,
+    cuda_extension,
     cuda_figures,
     hip_figures,
-    nvcc_command,
     triton_figures,
 )
 from kernel_checks import Figures, HipFigures
@@ -46,7 +46,7 @@ PROCESSES = 2
 @click.option("--backend", "backends", type=click.Choice(list(BACKENDS)), multiple=True, help="Repeat; default: all.")
 @click.option("--json", "json_path", type=click.Path(dir_okay=False, path_type=Path), help="File for the figures.")
 def main(archs: tuple[str, ...], backends: tuple[str, ...], json_path: Path | None) -> None:
-    """Compile the GPU kernels, read their machine code and check it. Needs no GPU."""
+    """Compile the Triton kernels, and check the machine code of these and of the CUDA extension. Needs no GPU."""
     os.environ.pop(launcher.INTERPRET_VARIABLE, None)  # else nothing would be compiled
     missing = _missing()
     try:
@@ -104,8 +104,8 @@ def _missing() -> dict[str, str]:
     if launcher.kernels() is None:
         reason = "triton is not installed, and its wheel has the tools that read machine code"
         return dict.fromkeys(BACKENDS, reason)
-    if nvcc_command() is None:
-        return {"cuda": "nvcc is not installed (set CUDACXX or CUDA_HOME)"}
+    if cuda_extension() is None:
+        return {"cuda": "the extension with the CUDA kernels is not built (make test does that, where nvcc is installed)"}
     return {}
 
 

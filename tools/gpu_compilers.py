@@ -1,8 +1,8 @@
 """Compiles the GPU kernels for GPUs that are not present, and has their machine code read.
 
 The Triton kernels are compiled by calling the real launcher, with each launch replaced by a compilation: so the types
-and the specialisations of the arguments are those of a user's call. The CUDA kernels are compiled by nvcc as the build
-does. Triton caches what it compiles.
+and the specialisations of the arguments are those of a user's call. The CUDA kernels are those of the extension as it
+was built. Triton caches what it compiles.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ import importlib.util
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -28,8 +27,7 @@ from hallo_numguard.ops.backends import triton as launcher
 from hallo_numguard.ops.backends.chunks import CHUNK
 from hallo_numguard.ops.formats import FORMATS
 
-CUDA_SOURCE = Path(__file__).resolve().parent.parent / "csrc" / "cuda" / "stats.cu"
-CUDA_FLAGS = ("-cubin", "-O3", "-std=c++17")
+CUDA_EXTENSION = "hallo_numguard._native_cuda"
 CUDA_ARCHITECTURES = (80, 90, 100, 120)
 HIP_TARGET = "gfx942"
 
@@ -44,27 +42,20 @@ class CannotCheck(Exception):
     """A tool is missing, or a compiler failed: nothing is proved."""
 
 
-def nvcc_command() -> list[str] | None:
-    """Returns the nvcc that the build would take (see setup.py), or None if there is none."""
-    homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")]
-    for command in (os.environ.get("CUDACXX"), *[str(Path(home, "bin", "nvcc")) for home in homes if home], "nvcc"):
-        if command and shutil.which(shlex.split(command)[0]):
-            return shlex.split(command)
-    return None
+def cuda_extension() -> Path | None:
+    """Returns the library with the CUDA kernels, or None if it is not built."""
+    spec = importlib.util.find_spec(CUDA_EXTENSION)
+    return None if spec is None or spec.origin is None else Path(spec.origin)
 
 
 def compiler_versions() -> dict[str, str]:
     """Returns the versions that decide the machine code, by name of the tool."""
     import triton
 
-    commands = {f"triton's {name}": [str(_triton_tool(name))] for name in ("ptxas", "ptxas-blackwell")}
-    nvcc = nvcc_command()
-    if nvcc is not None:
-        commands["nvcc"] = nvcc
     versions = {"triton": triton.__version__}
-    for name, command in commands.items():
-        found = re.search(r"\bV(\d[\d.]*)", _output([*command, "--version"]))
-        versions[name] = found[1] if found else "unknown"
+    for name in ("ptxas", "ptxas-blackwell"):
+        found = re.search(r"\bV(\d[\d.]*)", _output([str(_triton_tool(name)), "--version"]))
+        versions[f"triton's {name}"] = found[1] if found else "unknown"
     return versions
 
 
@@ -88,14 +79,16 @@ def hip_figures() -> list[HipFigures]:
 
 
 def cuda_figures(arch: int) -> list[Figures]:
-    """Compiles the CUDA kernels for an architecture, and returns the figures of each."""
-    nvcc = nvcc_command()
-    if nvcc is None:
-        raise CannotCheck("nvcc is not installed (set CUDACXX or CUDA_HOME)")
+    """Returns the figures of each CUDA kernel of the extension for an architecture."""
+    library = cuda_extension()
+    if library is None:
+        raise CannotCheck("the extension with the CUDA kernels is not built")
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "kernels.cubin")
-        _output([*nvcc, *CUDA_FLAGS, f"-arch=sm_{arch}", str(CUDA_SOURCE), "-o", str(cubin)])
-        return read_cubin(cubin.read_bytes(), arch, _cuda_variant)
+        _output([str(_triton_tool("cuobjdump")), "-xelf", f"sm_{arch}", str(library)], folder)
+        cubins = [path.read_bytes() for path in Path(folder).iterdir()]
+    if not cubins:
+        raise CannotCheck(f"{library.name} has no machine code for sm_{arch}: it was built for other GPUs")
+    return [kernel for cubin in cubins for kernel in read_cubin(cubin, arch, _cuda_variant)]
 
 
 def read_cubin(cubin: bytes, arch: int, variant_of: Callable[[str], Variant]) -> list[Figures]:
@@ -189,8 +182,8 @@ def _triton_tool(name: str) -> Path:
     return path
 
 
-def _output(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+def _output(command: list[str], folder: str | None = None) -> str:
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise CannotCheck(f"{shlex.join(command)} failed: {done.stderr.strip() or done.stdout.strip()}")
     return done.stdout

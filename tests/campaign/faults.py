@@ -43,7 +43,8 @@ def plant(case: Case, target: Any, model: Any) -> tuple[str, tuple[int, ...]]:
     """
     name, index = _plant(case, target, model)
     if case.model == "experts" and case.fault != "optimizer_state":  # that is planted on both ranks, so in expert 1 too
-        name = name.replace(".deepspeed_experts.1", f".deepspeed_experts.{2 * case.culprit + 1}")
+        part = case.culprit % min(2, case.world)
+        name = name.replace(".deepspeed_experts.1", f".deepspeed_experts.{2 * part + 1}")
     if case.way == "autotp" and case.fault in ("weight", "gradient"):  # in the second of two parts, cut by rows
         index = (index[0] + shapes_of(model)[name][0], index[1])
     return name, index

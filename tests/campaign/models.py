@@ -86,7 +86,7 @@ class Transformer(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """DeepSpeed's layer with four experts, shared out over two ranks where there are two."""
+    """DeepSpeed's layer with four experts, shared out over two ranks where there are two; four hold two copies."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ class MixtureOfExperts(nn.Module):
 
         expert = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         deepspeed.init_distributed("gloo", verbose=False)
-        parts = torch.distributed.get_world_size()
+        parts = min(2, torch.distributed.get_world_size())
         self.layer = MoE(width, expert, num_experts=2 * parts, ep_size=parts, use_rts=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 import hallo_numguard as ng
 
 from campaign import engines, refused
-from campaign.cases import CLEAN_STEPS, FAULTY_STEP, STEPS, Case, Seen
+from campaign.cases import FAULTY_STEP, STEPS, Case, Seen
 from campaign.faults import config_of, observed, plant
 
 RANK = int(os.environ["RANK"])
@@ -70,7 +70,7 @@ def _guarded(case: Case, **config: Any) -> tuple[Seen, list[float]]:
 
 def _losses(case: Case, engine: Any, guard: Any = None) -> list[float]:
     """Trains, and returns the losses."""
-    steps = {"none": CLEAN_STEPS, "scale": SETTLING_STEPS}.get(case.fault, STEPS)
+    steps = {"none": case.clean_steps, "scale": SETTLING_STEPS}.get(case.fault, STEPS)
     losses = []
     for step in range(1, steps + 1):
         losses.append(train(case, engine, step))

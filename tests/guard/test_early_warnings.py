@@ -327,6 +327,23 @@ def test_a_warm_up_that_begins_at_zero_is_no_finding():
     assert optimizer.findings == []
 
 
+def without_learning(steps):
+    """As DeepSpeed's WarmupLR, whose first two steps have a learning rate of 0; it stays there for `steps`."""
+    model, optimizer = make_optimizer()
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer._optimizer, lambda number: float(number >= steps))
+    for number in range(20):
+        train(model, optimizer, 1, scale=lambda _, number=number: 1 + 0.01 * number)
+        schedule.step()
+    return optimizer
+
+
+def test_a_learning_rate_of_zero_is_a_finding_where_it_stays():
+    assert without_learning(steps=2).findings == []
+    optimizer = without_learning(steps=20)
+    assert [(kind, number) for kind, _, number in kinds(optimizer)] == [("lost_update", 8)]
+    assert "steps 1, 2, 4, 8 were applied, and changed no weight: the learning rate is 0" in str(optimizer.findings[0])
+
+
 def test_weights_of_norms_that_bfloat16_cannot_move():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 8), nn.LayerNorm(8), nn.Linear(8, 1)).bfloat16()

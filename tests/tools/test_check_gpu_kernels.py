@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -20,9 +21,8 @@ TOOLS = Path(__file__).parents[2] / "tools"
 PLANTED = Path(__file__).with_name("planted_gpu_kernels.py")
 sys.path.append(str(TOOLS))
 
-from gpu_compilers import CUDA_ARCHITECTURES, HIP_TARGET, nvcc_command  # noqa: E402
+from gpu_compilers import CUDA_ARCHITECTURES, CUDA_EXTENSION, HIP_TARGET, cuda_extension  # noqa: E402
 
-NVCC = nvcc_command()
 TRITON = importlib.util.find_spec("triton")
 needs_triton = pytest.mark.skipif(
     TRITON is None or tuple(map(int, version("triton").split(".")[:2])) < (3, 9),
@@ -30,6 +30,7 @@ needs_triton = pytest.mark.skipif(
 )
 compiles = pytest.mark.timeout(600)  # whichever test comes first waits for all to be compiled: half a minute alone
 
+WITHOUT_EXTENSION = f"import sys; sys.modules['{CUDA_EXTENSION}'] = None"
 DTYPES = [str(dtype).removeprefix("torch.") for dtype in FORMATS]
 CHUNK_KERNELS = [f"chunk {dtype}{detail}" for dtype in DTYPES for detail in ("", " detail")]
 TRITON_KERNELS = [f"triton {kernel}" for kernel in (*CHUNK_KERNELS, "combine")]
@@ -68,14 +69,14 @@ def test_every_kernel_is_clean_and_there_are_no_others(report, target):
     violations = {
         one["variant"]: one["violations"] for one in report["kernels"] if target in (one.get("arch"), one.get("target"))
     }
-    compiled_by_nvcc = CUDA_KERNELS if NVCC and target != HIP_TARGET else []
-    assert violations == {kernel: [] for kernel in (*TRITON_KERNELS, *compiled_by_nvcc)}
+    of_the_extension = CUDA_KERNELS if cuda_extension() and target != HIP_TARGET else []
+    assert violations == {kernel: [] for kernel in (*TRITON_KERNELS, *of_the_extension)}
 
 
 @compiles
 @needs_triton
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not installed: the CUDA compile gate was left out")
-def test_nvcc_compiles_the_cuda_kernels(report):
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not installed: no CUDA kernels are built")
+def test_where_nvcc_is_the_cuda_kernels_are_read_too(report):
     assert report["left_out"] == {}
 
 
@@ -84,20 +85,19 @@ def test_nvcc_compiles_the_cuda_kernels(report):
 
 @compiles
 @needs_triton
-def test_without_nvcc_the_rest_is_checked_and_this_is_said_and_a_violation_gives_1():
+def test_without_the_extension_the_rest_is_checked_and_this_is_said_and_a_violation_gives_1():
     lower = "import kernel_checks; kernel_checks.BUDGETS['triton', 'chunk', 4, False] = 8"
-    stricter = f"{lower}; import check_gpu_kernels; check_gpu_kernels.main()"
-    done = run("-c", stricter, "--arch", "90", PATH="", CUDACXX="", CUDA_HOME="", CUDA_PATH="")
+    done = run("-c", f"{WITHOUT_EXTENSION}; {lower}; import check_gpu_kernels; check_gpu_kernels.main()", "--arch", "90")
     assert done.returncode == 1, done.stderr
-    assert "left out: cuda: nvcc is not installed" in done.stdout
+    assert "left out: cuda: the extension with the CUDA kernels is not built" in done.stdout
     assert re.search(r"triton chunk float32, sm_90: takes \d+ registers, more than 8", done.stdout)
 
 
 @needs_triton
 def test_a_backend_that_is_asked_for_must_be_there():
-    done = run("check_gpu_kernels.py", "--backend", "cuda", PATH="", CUDACXX="", CUDA_HOME="", CUDA_PATH="")
+    done = run("-c", f"{WITHOUT_EXTENSION}; import check_gpu_kernels; check_gpu_kernels.main()", "--backend", "cuda")
     assert done.returncode == 2
-    assert "nvcc is not installed" in done.stderr
+    assert "the extension with the CUDA kernels is not built" in done.stderr
 
 
 def test_without_triton_nothing_can_be_checked():

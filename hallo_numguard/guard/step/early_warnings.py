@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -28,6 +29,7 @@ from hallo_numguard.guard.readable import is_plain
 from hallo_numguard.guard.step.batch import Batch
 from hallo_numguard.guard.step.dead_gradients import DeadGradients
 from hallo_numguard.guard.step.routing import Routing
+from hallo_numguard.guard.step.updates import numbers_in
 from hallo_numguard.ops.api import tensor_stats
 from hallo_numguard.ops.device import AsyncHostCopy
 from hallo_numguard.ops.layout import Layout
@@ -47,7 +49,9 @@ GROWTH_RATIO = 100.0  # to the largest: gradients behind a gate that begins at z
 INPUT_RANGE_RATIO = 10.0
 MIN_REPRESENTATIVE = 3  # parameters of which only the first elements are measured
 LOST_SAMPLES = 2  # samples in a row without any change of any weight
-LOST_SAMPLES_HALF = 4  # in half precision, where a learning rate that is still being warmed up may well be lost
+# In half precision, where a learning rate that is still being warmed up may well be lost, and where it is 0, as it is in
+# the first two steps of DeepSpeed's WarmupLR.
+LOST_SAMPLES_WARM_UP = 4
 COOLDOWN_STEPS = 100  # steps before the same warning comes again
 
 
@@ -71,6 +75,7 @@ class EarlyWarnings:
         probes: Probes,
     ) -> None:
         self._has_masters = model.has_masters
+        self._optimizer = model.optimizer
         self._parameters = parameters = model.parameters
         self._batch = batch
         self._on_finding = on_finding
@@ -115,6 +120,7 @@ class EarlyWarnings:
             gradients.pieces,
             names,
             AsyncHostCopy(inputs),
+            _learns(self._optimizer.groups()),
             routed=self._routing.heard(),
         )
         self._updates.begin()
@@ -243,21 +249,21 @@ class EarlyWarnings:
         if not self._updates.are_representative(measured):
             return
         self._all_unchanged.append(sample.step)
-        samples = LOST_SAMPLES_HALF if self._updates.has_halves else LOST_SAMPLES
-        if len(self._all_unchanged) >= samples:
+        is_warm_up = self._updates.has_halves or not sample.learns
+        if len(self._all_unchanged) >= (LOST_SAMPLES_WARM_UP if is_warm_up else LOST_SAMPLES):
             steps = ", ".join(map(str, self._all_unchanged))
-            self._warn(
-                "lost_update",
-                sample.step,
-                f"steps {steps} were applied, and changed no weight: look at the learning rate, at the optimizer's "
-                "eps, and at clipping (a norm of Inf makes every gradient 0)",
+            reason = (
+                "look at the learning rate, at the optimizer's eps, and at clipping (a norm of Inf makes every gradient 0)"
+                if sample.learns
+                else "the learning rate is 0 in every parameter group"
             )
+            self._warn("lost_update", sample.step, f"steps {steps} were applied, and changed no weight: {reason}")
 
     def _check_for_stuck_vectors(self, step: int, unchanged: set[int]) -> None:
         """Warns of vectors in half precision whose updates are always rounded away, such as weights of norms at 1."""
         stuck = unchanged.intersection(self._updates.half_vectors)
         self._unchanged = {at: [*self._unchanged.get(at, []), step] for at in sorted(stuck)}
-        names = [self._parameters[at].name for at, steps in self._unchanged.items() if len(steps) >= LOST_SAMPLES_HALF]
+        names = [self._parameters[at].name for at, steps in self._unchanged.items() if len(steps) >= LOST_SAMPLES_WARM_UP]
         if names:
             dtype = str(self._parameters[min(self._unchanged)].tensor.dtype).removeprefix("torch.")
             self._warn(
@@ -282,9 +288,15 @@ def _is_sampled(step: int) -> bool:
     return not step & (step - 1) or step % SAMPLE_INTERVAL == 0
 
 
+def _learns(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether any learning rate is other than 0, as one on a device, which is not waited for, may be."""
+    rates = [[number for _, number in numbers_in("lr", group.get("lr"))] for group in groups]
+    return not rates or any(not numbers or any(numbers) for numbers in rates)
+
+
 @dataclass
 class _Sample:
-    """Figures of one step on their way to the host."""
+    """Figures of one step on their way to the host, and whether any learning rate was other than 0."""
 
     step: int
     loss_scale: float
@@ -292,6 +304,7 @@ class _Sample:
     pieces: Sequence[Piece]
     names: list[str]
     inputs: AsyncHostCopy
+    learns: bool
     updates: AsyncHostCopy | None = None
     routed: tuple[Sequence[str], AsyncHostCopy] | None = None  # names of routers, and their figures
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -22,7 +23,7 @@ def call_module(engine: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -
         _forget_order(offload)
     if engine.fp16_auto_cast():
         args = engine._cast_inputs_half(args)
-    with _autocast(engine), _checkpointing_off(), tiled.with_graph():
+    with _autocast(engine), _checkpointing_off(), _leaf_reductions_off(engine.module), tiled.with_graph():
         return engine.module(*args, **kwargs)
 
 
@@ -38,6 +39,8 @@ def recover(engine: Any, has_failed: bool) -> None:
         return
     if has_failed:
         _release_all(engine, offload)
+    elif hasattr(offload, "release_backward_leftovers"):  # as at the end of a backward pass of the engine
+        offload.release_backward_leftovers()
     _forget_order(offload)
 
 
@@ -80,6 +83,24 @@ def _checkpointing_off() -> Iterator[None]:
         yield
     finally:
         module.CheckpointFunction = original
+
+
+@contextlib.contextmanager
+def _leaf_reductions_off(module: torch.nn.Module) -> Iterator[None]:
+    """Calls leaf modules of ZeRO stage 3 without the hooks by which their backward pass reduces gradients.
+
+    Whatever makes a gradient of their outputs would call them, and they reduce the gradients of their parameters.
+    """
+    leaves: set[Any] = {getattr(parameter, "ds_z3_leaf_module", None) for parameter in module.parameters()}
+    hooks_of = {leaf: leaf._backward_hooks for leaf in leaves if leaf is not None}
+    for leaf, hooks in hooks_of.items():
+        kept = ((key, hook) for key, hook in hooks.items() if hook.__module__ != "deepspeed.runtime.zero.stage3")
+        leaf._backward_hooks = OrderedDict(kept)
+    try:
+        yield
+    finally:
+        for leaf, hooks in hooks_of.items():
+            leaf._backward_hooks = hooks
 
 
 def _autocast(engine: Any) -> Any:
