@@ -79,6 +79,7 @@ class Attempt:
         origin_order: Where it is in the pass. Ranks that share a model make the same calls of modules, and send on what
             is not finite, so the earliest counts.
         source: Operation, weight or input that what is not finite came from, if operations were watched.
+        sent: The same of what this rank has given to collectives, though what came of it may have been finite here.
         input_absmax: Largest finite absolute value in the inputs of the module of `origin`.
         gradient_absmax: Largest finite float16 absolute value among gradients of activations and parameters.
         parameter_absmax: Largest finite absolute value of each parameter's gradient, by the parameter's id.
@@ -92,6 +93,7 @@ class Attempt:
     origin: Origin | None = None
     origin_order: int = 0
     source: Source | None = None
+    sent: Source | None = None
     input_absmax: float = 0.0
     gradient_absmax: float = 0.0
     parameter_absmax: dict[int, float] = field(default_factory=dict)
@@ -278,6 +280,8 @@ class _Run:
     def finish(self) -> None:
         """Ends the pass, and reads its trace."""
         self.close()
+        if self._watch is not None:
+            self.attempt.sent = self._watch.source_of_sent()
         if self._trace is not None:
             _add_trace(self.attempt, self._trace, self._factor is not None)
 

@@ -154,6 +154,7 @@ class OperationWatch(TorchDispatchMode):
         self._memory: dict[int, tuple[StorageWeakRef, _Found | None]] = {}  # None where it is finite
         self._received: dict[int, tuple[StorageWeakRef, _Found]] = {}  # by memory: what collectives have written
         self._collectives = 0
+        self._sent: list[_Found] = []  # sources of what collectives were given
         self._found: list[_Found] = []
         self._in_backward: list[_Found] = []  # sources of what operations of the backward pass have returned
         self._has_failed = False
@@ -167,6 +168,11 @@ class OperationWatch(TorchDispatchMode):
         """Returns the earliest source of what operations of the backward pass have returned."""
         found = self._in_backward
         return self._hidden_cause(min(found, key=_place)).as_source() if found else None
+
+    def source_of_sent(self) -> Source | None:
+        """Returns the earliest source, on this rank, of what it has given to collectives."""
+        sources = [found.as_source() for found in sorted(self._sent, key=_place)]
+        return next((source for source in sources if not source.is_received), None)
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -230,6 +236,7 @@ class OperationWatch(TorchDispatchMode):
         real = [found for found in operation.sources if not found.is_legal]
         if real:
             found = min(real, key=lambda source: source.order)
+            self._sent.append(found)
         else:
             found = self._possible(**self._described(operation), explanation="it takes what other ranks give it, too")
         for tensor in (*written, *operation.given):

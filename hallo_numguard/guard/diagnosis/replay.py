@@ -507,15 +507,22 @@ class Replayer:
             ranks.lowest(ranks.rank if differs else _NONE, device),
             ranks.total(int(bad), device),
             ranks.first_text(self._origin_as_text(attempt) if bad else None, device, attempt.origin_order),
-            ranks.first_text(
-                source_as_text(attempt.source, ranks.rank, self._model.in_global_names),
-                device,
-                0 if attempt.source is None else attempt.source.collectives,
-            ),
+            self._source_as_text(attempt),
             ranks.lowest(room, device),
             float(ranks.sum(torch.tensor(_largest_gradient(attempt), dtype=torch.float64, device=device))),
             ranks.lowest(int(as_recorded), device) == 1,
         )
+
+    def _source_as_text(self, attempt: Attempt) -> str | None:
+        """The earliest source of all ranks: of one that has come by a collective, that on the rank that has sent it."""
+        first = self._first_source(attempt.source)
+        if first is None or not decode(Source, json.loads(first)).is_received:
+            return first
+        return self._first_source(attempt.sent) or first
+
+    def _first_source(self, source: Source | None) -> str | None:
+        text = source_as_text(source, self._ranks.rank, self._model.in_global_names)
+        return self._ranks.first_text(text, self._device, 0 if source is None else source.collectives)
 
     def _origin_as_text(self, attempt: Attempt) -> str | None:
         origin = attempt.origin
