@@ -27,9 +27,11 @@ LINEAR = torch.nn.functional.linear
 def pytest_configure(config: pytest.Config) -> None:
     """Lets Triton's interpreter run the kernels, which looks when they are defined; but where there is a GPU to use.
 
-    One thread a process: the workers of the tests, and the ranks that they start, share the cores.
+    One thread a process: the workers of the tests, and the ranks that they start, share the cores. And inductor compiles
+    for no instruction set: it tries every one that the machine has, with a compiler that takes some seconds each time.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")
     torch.set_num_threads(1)
     if "PYTEST_XDIST_WORKER" not in os.environ:
         os.environ["TORCH_EXTENSIONS_DIR"] = tempfile.mkdtemp(prefix="extensions-")

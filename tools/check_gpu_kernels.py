@@ -105,7 +105,7 @@ def _missing() -> dict[str, str]:
         reason = "triton is not installed, and its wheel has the tools that read machine code"
         return dict.fromkeys(BACKENDS, reason)
     if cuda_extension() is None:
-        return {"cuda": "the extension with the CUDA kernels is not built (make test does that, where nvcc is installed)"}
+        return {"cuda": "the extension with the CUDA kernels is not built (`make test` does that where nvcc is)"}
     return {}
 
 

@@ -30,6 +30,7 @@ needs_triton = pytest.mark.skipif(
 )
 compiles = pytest.mark.timeout(600)  # whichever test comes first waits for all to be compiled: half a minute alone
 
+MAIN = "import check_gpu_kernels; check_gpu_kernels.main()"
 WITHOUT_EXTENSION = f"import sys; sys.modules['{CUDA_EXTENSION}'] = None"
 DTYPES = [str(dtype).removeprefix("torch.") for dtype in FORMATS]
 CHUNK_KERNELS = [f"chunk {dtype}{detail}" for dtype in DTYPES for detail in ("", " detail")]
@@ -87,7 +88,7 @@ def test_where_nvcc_is_the_cuda_kernels_are_read_too(report):
 @needs_triton
 def test_without_the_extension_the_rest_is_checked_and_this_is_said_and_a_violation_gives_1():
     lower = "import kernel_checks; kernel_checks.BUDGETS['triton', 'chunk', 4, False] = 8"
-    done = run("-c", f"{WITHOUT_EXTENSION}; {lower}; import check_gpu_kernels; check_gpu_kernels.main()", "--arch", "90")
+    done = run("-c", f"{WITHOUT_EXTENSION}; {lower}; {MAIN}", "--arch", "90")
     assert done.returncode == 1, done.stderr
     assert "left out: cuda: the extension with the CUDA kernels is not built" in done.stdout
     assert re.search(r"triton chunk float32, sm_90: takes \d+ registers, more than 8", done.stdout)
@@ -95,13 +96,13 @@ def test_without_the_extension_the_rest_is_checked_and_this_is_said_and_a_violat
 
 @needs_triton
 def test_a_backend_that_is_asked_for_must_be_there():
-    done = run("-c", f"{WITHOUT_EXTENSION}; import check_gpu_kernels; check_gpu_kernels.main()", "--backend", "cuda")
+    done = run("-c", f"{WITHOUT_EXTENSION}; {MAIN}", "--backend", "cuda")
     assert done.returncode == 2
     assert "the extension with the CUDA kernels is not built" in done.stderr
 
 
 def test_without_triton_nothing_can_be_checked():
-    hidden = "import sys; sys.modules['triton'] = None; import check_gpu_kernels; check_gpu_kernels.main()"
+    hidden = f"import sys; sys.modules['triton'] = None; {MAIN}"
     done = run("-c", hidden)
     assert done.returncode == 2
     assert "triton is not installed" in done.stderr

@@ -49,9 +49,9 @@ GROWTH_RATIO = 100.0  # to the largest: gradients behind a gate that begins at z
 INPUT_RANGE_RATIO = 10.0
 MIN_REPRESENTATIVE = 3  # parameters of which only the first elements are measured
 LOST_SAMPLES = 2  # samples in a row without any change of any weight
-# In half precision, where a learning rate that is still being warmed up may well be lost, and where it is 0, as it is in
-# the first two steps of DeepSpeed's WarmupLR.
-LOST_SAMPLES_WARM_UP = 4
+# The same in half precision, where a rate that is being warmed up may well be lost, and where the rate is 0, as in the
+# first two steps of DeepSpeed's WarmupLR.
+WARM_UP_SAMPLES = 4
 COOLDOWN_STEPS = 100  # steps before the same warning comes again
 
 
@@ -250,20 +250,21 @@ class EarlyWarnings:
             return
         self._all_unchanged.append(sample.step)
         is_warm_up = self._updates.has_halves or not sample.learns
-        if len(self._all_unchanged) >= (LOST_SAMPLES_WARM_UP if is_warm_up else LOST_SAMPLES):
+        if len(self._all_unchanged) >= (WARM_UP_SAMPLES if is_warm_up else LOST_SAMPLES):
             steps = ", ".join(map(str, self._all_unchanged))
-            reason = (
-                "look at the learning rate, at the optimizer's eps, and at clipping (a norm of Inf makes every gradient 0)"
-                if sample.learns
-                else "the learning rate is 0 in every parameter group"
-            )
+            reason = "the learning rate is 0 in every parameter group"
+            if sample.learns:
+                reason = (
+                    "look at the learning rate, at the optimizer's eps, and at clipping (a norm of Inf makes every "
+                    "gradient 0)"
+                )
             self._warn("lost_update", sample.step, f"steps {steps} were applied, and changed no weight: {reason}")
 
     def _check_for_stuck_vectors(self, step: int, unchanged: set[int]) -> None:
         """Warns of vectors in half precision whose updates are always rounded away, such as weights of norms at 1."""
         stuck = unchanged.intersection(self._updates.half_vectors)
         self._unchanged = {at: [*self._unchanged.get(at, []), step] for at in sorted(stuck)}
-        names = [self._parameters[at].name for at, steps in self._unchanged.items() if len(steps) >= LOST_SAMPLES_WARM_UP]
+        names = [self._parameters[at].name for at, steps in self._unchanged.items() if len(steps) >= WARM_UP_SAMPLES]
         if names:
             dtype = str(self._parameters[min(self._unchanged)].tensor.dtype).removeprefix("torch.")
             self._warn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import subprocess
 import sys
@@ -166,7 +167,7 @@ deepspeed.comm.destroy_process_group()
 
 
 def test_the_launcher_of_deepspeed(tmp_path):
-    """Scripts under torchrun: test_examples.py"""
+    """What its runner starts on each node. Scripts under torchrun: test_examples.py"""
     support.skip_without_a_gpu_for_each(2)
     script = tmp_path / "train.py"
     script.write_text(LAUNCHED)
@@ -179,7 +180,8 @@ def test_the_launcher_of_deepspeed(tmp_path):
         "OMP_NUM_THREADS": "1",
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]),
     }
-    launcher = ["-m", "deepspeed.launcher.runner", "--num_accelerators=2", f"--master_port={port}"]
+    nodes = base64.urlsafe_b64encode(b'{"localhost": [0, 1]}').decode()
+    launcher = ["-m", "deepspeed.launcher.launch", f"--world_info={nodes}", f"--master_port={port}"]
     command = [sys.executable, *launcher, str(script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
