@@ -27,8 +27,8 @@ LINEAR = torch.nn.functional.linear
 def pytest_configure(config: pytest.Config) -> None:
     """Lets Triton's interpreter run the kernels, which looks when they are defined; but where there is a GPU to use.
 
-    One thread a process: the workers of the tests, and the ranks that they start, share the cores. And inductor compiles
-    for no instruction set: it tries every one that the machine has, with a compiler that takes some seconds each time.
+    One thread a process: the workers of the tests, and the ranks that they start, share the cores. And inductor uses no
+    instruction set: it would try each one that the machine has, with a compiler that takes some seconds each time.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "0")

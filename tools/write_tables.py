@@ -119,8 +119,15 @@ def configurations() -> list[str]:
     return rows
 
 
+def options() -> list[str]:
+    """Options of DeepSpeed and ways to write a loop, as the campaign has tried them."""
+    text = (ROOT / "docs" / "campaign.md").read_text(encoding="utf-8")
+    return [line for line in text.split("## Options and loops")[1].split("##")[0].splitlines() if line.startswith("|")]
+
+
 TABLES = {
     "configurations": configurations,
+    "options": options,
     "verdicts": verdicts,
     "mends": mends,
     "guard_config": guard_config,

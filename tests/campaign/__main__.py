@@ -18,7 +18,8 @@ import click
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress
 
-from campaign.cases import CLEAN_STEPS, EXPECTED, FAULTS, Case, Kind, all_cases, problems
+from campaign.cases import CLEAN_STEPS, EXPECTED, FAULTS, SETUPS, Case, Kind, all_cases, problems
+from campaign.options import OPTIONS
 from campaign.ranks import Ranks
 
 _INTRODUCTION = (
@@ -37,6 +38,7 @@ _CONFIGURATIONS = (
     "gradient clipping, whose losses are bit for bit those without. *Faults named*: good cases with a fault, of all.",
     "`python tools/write_tables.py` copies this table into [deepspeed.md](deepspeed.md).",
 )
+_OPTIONS = ("Each with 2 processes and four of the faults: `weight`, `forward`, `gradient`, and `none`.",)
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def _result(case: Case, ranks: Ranks) -> Result:
 def _document(results: Results, minutes: float) -> str:
     planted = {case: result for case, result in results.items() if case.fault != "refused"}
     kinds = list(dict.fromkeys(case.kind for case in planted))
+    configurations = [kind for kind in kinds if kind.way not in OPTIONS]
     faults = [fault for fault in FAULTS if any(case.fault == fault for case in planted)]
     versions = f"DeepSpeed {version('deepspeed')}, torch {version('torch').partition('+')[0]}"
     good = sum(not result.problems for result in planted.values())
@@ -120,17 +123,24 @@ def _document(results: Results, minutes: float) -> str:
         "",
         "| configuration | processes | DeepSpeed alone | clean runs, same bits | faults named |",
         "|---|---|---|---|---|",
-        *(_configuration(kind, planted) for kind in kinds),
+        *(_configuration(kind, planted) for kind in configurations),
         *(
             f"| {case.model} | {case.world} | {result.alone} | refused |  |"
             for case, result in results.items()
             if case.fault == "refused"
         ),
         "",
+        "## Options and loops",
+        *_OPTIONS,
+        "",
+        "| option or loop | engines | DeepSpeed alone | clean runs, same bits | faults named |",
+        "|---|---|---|---|---|",
+        *(_option(key, planted) for key in OPTIONS if any(kind.way == key for kind in kinds)),
+        "",
         "## Good cases, of all",
         f"| engine | {' | '.join(f'`{fault}`' for fault in faults)} |",
         f"|---|{'---|' * len(faults)}",
-        *(f"| {kind} | {' | '.join(_cell(planted, fault, kind) for fault in faults)} |" for kind in kinds),
+        *(f"| {kind} | {' | '.join(_cell(planted, fault, kind) for fault in faults)} |" for kind in configurations),
         "",
         *_EMPTY_CELLS,
     ]
@@ -142,12 +152,21 @@ def _document(results: Results, minutes: float) -> str:
 
 def _configuration(kind: Kind, results: Results) -> str:
     here = {case: result for case, result in results.items() if case.kind == kind}
-    clean = [result for case, result in here.items() if case.fault == "none"]
-    named = [not result.problems for case, result in here.items() if case.fault != "none"]
     worlds = ", ".join(map(str, sorted({case.world for case in here})))
+    return f"| {kind.words} | {worlds} | {_outcomes(here)} |"
+
+
+def _option(key: str, results: Results) -> str:
+    here = {case: result for case, result in results.items() if case.way == key}
+    engines = ", ".join(f"stage {stage} {SETUPS[setup]}" for setup, stage in OPTIONS[key].engines)
+    return f"| {OPTIONS[key].words} | {engines} | {_outcomes(here)} |"
+
+
+def _outcomes(results: Results) -> str:
+    clean = [result for case, result in results.items() if case.fault == "none"]
+    named = [not result.problems for case, result in results.items() if case.fault != "none"]
     alone = "; ".join(dict.fromkeys(result.alone or "not tried" for result in clean))
-    same = f"{sum(bool(result.same_bits) for result in clean)}/{len(clean)}"
-    return f"| {kind.words} | {worlds} | {alone} | {same} | {sum(named)}/{len(named)} |"
+    return f"{alone} | {sum(bool(result.same_bits) for result in clean)}/{len(clean)} | {sum(named)}/{len(named)}"
 
 
 def _cell(results: Results, fault: str, kind: Kind) -> str:

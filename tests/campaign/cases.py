@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
 
+from campaign.options import FAULTS_TRIED, OPTIONS
+
 FAULTS = {
     "none": "no fault: 30 clean steps",
     "weight": "NaN in a trained weight",
@@ -106,6 +108,7 @@ WAYS = {
     "ulysses": Way("Ulysses, a sequence over 2 ranks", (2, 4), ("transformer",)),
     "compiled": Way('`engine.compile()`, backend "eager"', (1,), ("transformer",)),
     "pipeline": Way("pipeline of 2 stages, accumulation 4", (2, 4), ("transformer",)),
+    **{key: Way(option.words, (2,), (option.model,)) for key, option in OPTIONS.items()},
 }
 
 # What attach refuses, and a single process can have.
@@ -159,8 +162,9 @@ KINDS = (
     Kind("fp16", 1, way="pipeline"),
     Kind("bf16", 1, way="pipeline"),
     Kind("bf16_fp32", 1, way="pipeline"),
+    *(Kind(*engine, option.offload, key) for key, option in OPTIONS.items() for engine in option.engines),
 )
-MODELS = ("transformer", "unet", "experts")
+MODELS = ("transformer", "unet", "experts", "sparse")
 CLEAN_STEPS, CLEAN_STEPS_IN_TESTS, FAULTY_STEP, STEPS = 30, 10, 3, 6
 STAGES, MICRO_BATCHES = 2, 4  # of a pipeline
 
@@ -171,7 +175,7 @@ class Case:
 
     Attributes:
         fault: A key of `FAULTS`.
-        model: transformer, unet or experts.
+        model: transformer, unet, experts, or sparse: with a mixture of experts in plain PyTorch.
         setup, stage, offload, way: See `Kind`.
         world: Number of processes.
         clean_steps: Steps of a run without a fault.
@@ -226,8 +230,10 @@ class Case:
 
     @property
     def faulty_call(self) -> int:
-        """Number of the model's call with the fault: in a pipeline that of the step's last micro-batch."""
-        return FAULTY_STEP * (MICRO_BATCHES if self.way == "pipeline" else 1)
+        """Number of the model's call with the fault, the last one of a step."""
+        if self.way == "pipeline":
+            return FAULTY_STEP * MICRO_BATCHES
+        return FAULTY_STEP * (OPTIONS[self.way].micro_batches if self.way in OPTIONS else 1)
 
     def to_dict(self) -> dict[str, Any]:
         """For the worker."""
@@ -248,7 +254,7 @@ def all_cases() -> list[Case]:
 def _exists(fault: str, model: str, kind: Kind, world: int) -> bool:
     setup, stage, _, way = kind
     is_autocast = setup.startswith("autocast")
-    if fault == "refused" or model not in WAYS[way].models:
+    if fault == "refused" or model not in WAYS[way].models or (way in OPTIONS and fault not in FAULTS_TRIED):
         return False
     if world == 4 and way != "pipeline" and not _is_on_four(fault, model, kind):
         return False
@@ -279,9 +285,9 @@ def _is_on_four(fault: str, model: str, kind: Kind) -> bool:
 def representative(cases: Sequence[Case]) -> list[Case]:
     """A subset: see `covering` for plain engines; of the others each fault once, and a clean run in each way.
 
-    Clean runs are shorter.
+    Without options and loops; clean runs are shorter.
     """
-    cases = [case for case in cases if case.fault != "refused" and case.world <= 2]
+    cases = [case for case in cases if case.fault != "refused" and case.world <= 2 and case.way not in OPTIONS]
     dense = [case for case in cases if case.kind in DENSE]
     others = [case for case in cases if case.kind not in DENSE]
     ways = list(dict.fromkeys((case.way, case.is_autocast) for case in others))

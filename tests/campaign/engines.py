@@ -15,6 +15,7 @@ import deepspeed_support as support
 from campaign.cases import MICRO_BATCHES, Case
 from campaign.faults import build
 from campaign.models import Attention, Transformer
+from campaign.options import OPTIONS
 from tensor_parallel import PARTS, autotp
 
 AUTOTP = autotp(r".*mlp\.0\.weight$", r".*mlp\.2\.weight$")
@@ -78,7 +79,7 @@ def make(case: Case, scale_power: int = 6, **config: Any) -> Any:
     groups_of = support.trained_by if case.model != "experts" else type(model).groups
     setup = "fp32" if case.is_autocast else case.setup
     engine = support.make_engine(
-        setup, scale_power, case.stage, case.offload, model, groups_of, mpu=mpu, **_config(case), **config
+        setup, scale_power, case.stage, case.offload, model, groups_of, mpu=mpu, **{**_config(case), **config}
     )
     if case.is_autocast and case.is_half:
         scaler = engine.torch_autocast_z0_gradscaler or engine.optimizer.torch_autocast_gradscaler
@@ -107,6 +108,12 @@ def _config(case: Case) -> dict[str, Any]:
         return {"zero_optimization": {"stage": 3, "reduce_bucket_size": 500, "zero_hpz_partition_size": PARTS}}
     if case.way == "pipeline":
         return {"gradient_accumulation_steps": MICRO_BATCHES, "steps_per_print": 1 << 20}
+    if case.way in OPTIONS:
+        config = dict(OPTIONS[case.way].config)
+        if "zero_optimization" in config:
+            sizes = {"reduce_bucket_size": 500, "allgather_bucket_size": 1000}
+            config["zero_optimization"] = {"stage": case.stage, **sizes, **config["zero_optimization"]}
+        return config
     return {}
 
 

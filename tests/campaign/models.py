@@ -120,6 +120,35 @@ class Experts(Transformer):
         return split_params_into_different_moe_groups_for_optimizer({"params": trained, "name": "all"})
 
 
+class PlainMixture(nn.Module):
+    """Four experts of which each token takes one, as models of transformers have them: not all are used in a batch."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(width, 4)
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, chosen = self.gate(x).softmax(dim=-1).max(dim=-1)
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            mine = chosen == number
+            if mine.any():
+                y[mine] = expert(x[mine]) * weight[mine, None]
+        return y
+
+
+class SparseTransformer(Transformer):
+    """The same, with a mixture in its second block."""
+
+    trainable = "blocks.1.mlp.gate.weight"
+    module = "blocks.1.mlp.gate"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks[1].mlp = PlainMixture(16)
+
+
 class Residual(nn.Module):
     def __init__(self, channels: int, norm: nn.Module) -> None:
         super().__init__()
@@ -177,4 +206,4 @@ class UNet(nn.Module):
 
 
 MODELS = {"transformer": Transformer, "unet": UNet}
-WITH_EXPERTS = {**MODELS, "experts": Experts}  # under DeepSpeed only
+WITH_EXPERTS = {**MODELS, "experts": Experts, "sparse": SparseTransformer}  # under DeepSpeed only

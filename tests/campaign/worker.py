@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -16,6 +17,8 @@ import hallo_numguard as ng
 from campaign import engines, refused
 from campaign.cases import FAULTY_STEP, STEPS, Case, Seen
 from campaign.faults import config_of, observed, plant
+from campaign.loops import LOOPS
+from campaign.options import OPTIONS, Option
 
 RANK = int(os.environ["RANK"])
 SETTLING_STEPS = 45
@@ -88,14 +91,18 @@ def train(case: Case, engine: Any, step: int) -> float:
         from campaign import staged
 
         return staged.train(case, engine, step, batch)
+    option = OPTIONS.get(case.way, Option("", ()))
+    losses = [functools.partial(_loss, case, engine, step, batch + 10_000 * at) for at in range(option.micro_batches)]
+    return LOOPS[option.loop](engine, losses).item()
+
+
+def _loss(case: Case, engine: Any, step: int, batch: int) -> torch.Tensor:
+    model = engine.module
     generator = torch.Generator().manual_seed(batch + 1000 * engines.batch_of(case))
     arguments, target = model.batch(generator, next(model.parameters()).dtype)
     loss = model.loss(engine(*[argument.to(engine.device) for argument in arguments]), target.to(engine.device))
-    if case.fault == "loss" and step == FAULTY_STEP and case.culprit == RANK:
-        loss = loss * float("inf")
-    engine.backward(loss)
-    engine.step()
-    return loss.item()
+    is_bad = case.fault == "loss" and step == FAULTY_STEP and case.culprit == RANK
+    return loss * float("inf") if is_bad else loss
 
 
 if __name__ == "__main__":

@@ -123,7 +123,5 @@ def test_no_framework_is_imported_before_it_is_used():
         "ng.GuardedOptimizer\n"
         "names = {'deepspeed', 'accelerate', 'transformers', 'lightning', 'pytorch_lightning'}\n"
         "assert not names & set(sys.modules), names & set(sys.modules)\n"
-        "assert ng.integrations.NumGuardCallback.__module__ == 'hallo_numguard.integrations.transformers'\n"
-        "assert 'lightning' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
