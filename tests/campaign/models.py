@@ -121,12 +121,12 @@ class Experts(Transformer):
 
 
 class PlainMixture(nn.Module):
-    """Four experts of which each token takes one, as models of transformers have them: not all are used in a batch."""
+    """Experts of which each token takes one, as models of transformers have them: not all are used in a batch."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(width, 4)
-        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(4))
+        self.gate = nn.Linear(width, 8)
+        self.experts = nn.ModuleList(nn.Linear(width, width) for _ in range(8))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         weight, chosen = self.gate(x).softmax(dim=-1).max(dim=-1)
