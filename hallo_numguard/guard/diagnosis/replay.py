@@ -514,11 +514,12 @@ class Replayer:
         )
 
     def _source_as_text(self, attempt: Attempt) -> str | None:
-        """The earliest source of all ranks: of one that has come by a collective, that on the rank that has sent it."""
-        first = self._first_source(attempt.source)
-        if first is None or not decode(Source, json.loads(first)).is_received:
-            return first
-        return self._first_source(attempt.sent) or first
+        """The earliest source of all ranks; where that has come by a collective, the source of what was sent before."""
+        text, sent = self._first_source(attempt.source), attempt.sent
+        first = None if text is None else decode(Source, json.loads(text))
+        if first is None or not first.is_received:
+            return text
+        return self._first_source(sent if sent is not None and sent.collectives < first.collectives else None) or text
 
     def _first_source(self, source: Source | None) -> str | None:
         text = source_as_text(source, self._ranks.rank, self._model.in_global_names)
