@@ -165,7 +165,7 @@ KINDS = (
     *(Kind(*engine, option.offload, key) for key, option in OPTIONS.items() for engine in option.engines),
 )
 MODELS = ("transformer", "unet", "experts", "sparse")
-CLEAN_STEPS, CLEAN_STEPS_IN_TESTS, FAULTY_STEP, STEPS = 30, 10, 3, 6
+CLEAN_STEPS, CLEAN_STEPS_IN_TESTS, FAULTY_STEP, STEPS = 30, 8, 3, 6
 STAGES, MICRO_BATCHES = 2, 4  # of a pipeline
 
 
