@@ -37,10 +37,11 @@ def recover(engine: Any, has_failed: bool) -> None:
     offload: Any = getattr(engine.optimizer, "parameter_offload", None)
     if offload is None:
         return
-    if has_failed:
+    release = getattr(offload, "release_backward_leftovers", None)  # as at the end of a backward pass of the engine
+    if has_failed or release is None:
         _release_all(engine, offload)
-    elif hasattr(offload, "release_backward_leftovers"):  # as at the end of a backward pass of the engine
-        offload.release_backward_leftovers()
+    else:
+        release()
     _forget_order(offload)
 
 
@@ -85,22 +86,26 @@ def _checkpointing_off() -> Iterator[None]:
         module.CheckpointFunction = original
 
 
+# Of the backward pass, or those of the forward pass by which releases before 0.18 put hooks on a leaf module's inputs.
+_HOOKS = ("_backward_hooks", "_forward_pre_hooks", "_forward_hooks")
+
+
 @contextlib.contextmanager
 def _leaf_reductions_off(module: torch.nn.Module) -> Iterator[None]:
     """Calls leaf modules of ZeRO stage 3 without the hooks by which their backward pass reduces gradients.
 
     Whatever makes a gradient of their outputs would call them, and they reduce the gradients of their parameters.
     """
-    leaves: set[Any] = {getattr(parameter, "ds_z3_leaf_module", None) for parameter in module.parameters()}
-    hooks_of = {leaf: leaf._backward_hooks for leaf in leaves if leaf is not None}
-    for leaf, hooks in hooks_of.items():
+    leaves: set[Any] = {getattr(parameter, "ds_z3_leaf_module", None) for parameter in module.parameters()} - {None}
+    hooks_of = {(leaf, kind): getattr(leaf, kind) for leaf in leaves for kind in _HOOKS}
+    for (leaf, kind), hooks in hooks_of.items():
         kept = ((key, hook) for key, hook in hooks.items() if hook.__module__ != "deepspeed.runtime.zero.stage3")
-        leaf._backward_hooks = OrderedDict(kept)
+        setattr(leaf, kind, OrderedDict(kept))
     try:
         yield
     finally:
-        for leaf, hooks in hooks_of.items():
-            leaf._backward_hooks = hooks
+        for (leaf, kind), hooks in hooks_of.items():
+            setattr(leaf, kind, hooks)
 
 
 def _autocast(engine: Any) -> Any:
