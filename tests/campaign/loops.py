@@ -13,6 +13,13 @@ Losses = Sequence[Callable[[], torch.Tensor]]
 """For each micro-batch, what calls the engine and returns the loss."""
 
 
+def _backward(engine: Any, losses: Losses) -> torch.Tensor:
+    for compute in losses:
+        loss = compute()
+        engine.backward(loss)
+    return loss
+
+
 def _plain(engine: Any, losses: Losses) -> torch.Tensor:
     for compute in losses:
         loss = compute()
@@ -32,24 +39,19 @@ def _boundary(engine: Any, losses: Losses) -> torch.Tensor:
 
 def _no_sync(engine: Any, losses: Losses) -> torch.Tensor:
     with engine.no_sync():
-        for compute in losses[:-1]:
-            engine.backward(compute())
+        _backward(engine, losses[:-1])
     return _plain(engine, losses[-1:])
 
 
 def _step_at_end(engine: Any, losses: Losses) -> torch.Tensor:
-    for compute in losses:
-        loss = compute()
-        engine.backward(loss)
+    loss = _backward(engine, losses)
     engine.step()
     return loss
 
 
 def _coalesce(engine: Any, losses: Losses) -> torch.Tensor:
     with engine.coalesce_grad_reduction():
-        for compute in losses:
-            loss = compute()
-            engine.backward(loss)
+        loss = _backward(engine, losses)
     engine.step()
     return loss
 
@@ -77,8 +79,7 @@ def _gathered(engine: Any, losses: Losses) -> torch.Tensor:
 
 
 def _get_and_set(engine: Any, losses: Losses) -> torch.Tensor:
-    loss = losses[0]()
-    engine.backward(loss)
+    loss = _backward(engine, losses)
     trained = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     for parameter in trained:
         safe_get_full_grad(parameter)
